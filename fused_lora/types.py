@@ -1,0 +1,91 @@
+"""The words every room shares: strategies, roles, column spans, and the plan a problem ends in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Forward(str, Enum):
+    """How ``y = x wT + bias + s (x aT) bT``, and likewise dx, is computed (DESIGN.md section 2)."""
+
+    SEPARATE = "separate"  # base GEMM, then the expand accumulates into its output
+    BORDERED = "bordered"  # one GEMM over [x | h] and [w | s b]: one accumulator, one rounding
+    MERGE = "merge"  # one GEMM over w' = w + s b a, rebuilt each step
+
+
+class Gradient(str, Enum):
+    """How the adapter gradients db and da are computed (DESIGN.md section 2)."""
+
+    RANK = "rank"  # from h and dh: db = s dyT h, da = dhT x
+    FULL = "full"  # from dw = dyT x: db = s dw aT, da = s bT dw
+    NONE = "none"  # no adapter operand needs one
+
+
+class Keep(str, Enum):
+    """What the forward keeps for backward beyond x, at most the bytes of h."""
+
+    NOTHING = "nothing"
+    HIDDEN = "hidden"  # h, [M, sum R]
+    MERGED = "merged"  # w', [N, K]
+
+
+class Impl(str, Enum):
+    """Who computes an operation; ``auto`` lets the plan choose."""
+
+    AUTO = "auto"
+    ATEN = "aten"
+    REFERENCE = "reference"
+
+
+class Role(str, Enum):
+    """The six projections of a transformer block."""
+
+    Q = "q"
+    K = "k"
+    V = "v"
+    OUT = "out"
+    FC1 = "fc1"
+    FC2 = "fc2"
+
+
+ALL_ROLES: tuple[Role, ...] = tuple(Role)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The columns ``[start, stop)`` of y that one adapter owns, and its rank."""
+
+    start: int  # first column of y, inclusive
+    stop: int  # last column of y, exclusive
+    rank: int  # R of this adapter
+
+    @property
+    def width(self) -> int:
+        """Columns owned."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients a backward pass is asked for."""
+
+    x: bool = True
+    w: bool = False
+    bias: bool = False
+    a: bool = True
+    b: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to compute one problem, forward and backward."""
+
+    forward: Forward
+    dx: Forward
+    gradient: Gradient
+    keep: Keep
+    time_us: float = 0.0  # the cost model's estimate, forward and backward together
+
+    def __str__(self) -> str:
+        return f"{self.forward.value}/{self.dx.value}/{self.gradient.value}/{self.keep.value}"
