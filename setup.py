@@ -7,6 +7,6 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from build_support.cmake_build import CMakeBuild, native_extensions  # noqa: E402
+from build_support.cmake_build import CMakeBuild, native_extensions
 
 setup(ext_modules=native_extensions(), cmdclass={"build_ext": CMakeBuild})

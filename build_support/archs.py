@@ -23,7 +23,8 @@ def cmake_archs(torch_list: str) -> list[str]:
     """``TORCH_CUDA_ARCH_LIST`` syntax to ``CMAKE_CUDA_ARCHITECTURES`` entries.
 
     Args:
-        torch_list: versions or names split by semicolons, commas or spaces: ``"8.0;8.6+PTX;Hopper"``.
+        torch_list: versions or names split by semicolons, commas or spaces, such as
+            ``"8.0;8.6+PTX;Hopper"``.
 
     Returns:
         Entries such as ``["80-real", "86-real", "86-virtual"]``, without repeats, in order.

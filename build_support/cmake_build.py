@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from build_support.archs import DEFAULT, cmake_archs, known_to
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+
+from build_support.archs import DEFAULT, cmake_archs, known_to
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "fused_lora._native"
