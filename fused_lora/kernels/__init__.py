@@ -1,1 +1,1 @@
-"""The same functions three ways; each says in one sentence when it cannot serve."""
+"""The same functions, once per backend; each backend is ignorant of the others."""

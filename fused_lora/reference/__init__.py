@@ -1,1 +1,1 @@
-"""The equations, in plain torch, in any dtype up to float64."""
+"""The equations, forward and backward, in plain torch, in any dtype up to float64."""
