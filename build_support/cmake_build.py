@@ -62,11 +62,14 @@ class CMakeBuild(build_ext):
 
         nvcc = find_nvcc()
         assert nvcc is not None
+        # In the tree, so that the next build compiles what has changed and nothing else.
+        folder = str(ROOT / "build" / f"native-{sys.implementation.cache_tag}")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         configure = [
-            *("cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", self.build_temp),
+            *("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", folder),
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_CUDA_COMPILER={nvcc}",
             f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(wanted_archs(nvcc))}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -76,7 +79,7 @@ class CMakeBuild(build_ext):
             f"-DFUSED_LORA_NVCC_THREADS={jobs}",
         ]
         self._step(configure)
-        self._step(["cmake", "--build", self.build_temp, "--parallel", jobs])
+        self._step(["cmake", "--build", folder, "--parallel", jobs])
 
     def _step(self, command: list[str]) -> None:
         """Run one command; setuptools forgives the CompileError of an optional extension."""
