@@ -45,10 +45,10 @@ int launch_lora_merge(const MergeItem* table, int32_t count, int64_t tiles, Merg
                       Rounding rounding, Noise noise, int device, void*) {
   if (device < 0) return 101;
   const bool wide = types.w == DType::kFloat32;
-  const auto launch =
-      types.out == DType::kFloat32    ? run<float, float>
-      : types.out == DType::kBFloat16 ? (wide ? run<float, BFloat16> : run<BFloat16, BFloat16>)
-                                      : (wide ? run<float, Float16> : run<Float16, Float16>);
+  const auto launch = types.out == DType::kFloat32 ? run<float, float>
+                      : types.out == DType::kBFloat16
+                          ? (wide ? run<float, BFloat16> : run<BFloat16, BFloat16>)
+                          : (wide ? run<float, Float16> : run<Float16, Float16>);
   launch(table, count, tiles, types.adapter, rounding, noise);
   return 0;
 }
