@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
@@ -29,8 +30,17 @@ def wanted_archs(nvcc: str) -> list[str]:
     """What the user asks for; by default, every default architecture that this nvcc knows."""
     if asked := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         return cmake_archs(asked)
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    return known_to(listed.stdout, cmake_archs(DEFAULT))
+    listed = run([nvcc, "--list-gpu-arch"], stdout=subprocess.PIPE, text=True).stdout
+    return known_to(listed, cmake_archs(DEFAULT))
+
+
+def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run one command; setuptools forgives the CompileError of an optional extension."""
+    print(" ".join(command), flush=True)
+    try:
+        return subprocess.run(command, check=True, **options)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(f"the compiled module could not be built: {error}") from error
 
 
 def native_extensions() -> list[Extension]:
@@ -78,13 +88,5 @@ class CMakeBuild(build_ext):
             f"-DFUSED_LORA_MODULE_FILE={target.name}",
             f"-DFUSED_LORA_NVCC_THREADS={jobs}",
         ]
-        self._step(configure)
-        self._step(["cmake", "--build", folder, "--parallel", jobs])
-
-    def _step(self, command: list[str]) -> None:
-        """Run one command; setuptools forgives the CompileError of an optional extension."""
-        print(" ".join(command), flush=True)
-        try:
-            subprocess.run(command, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"the compiled module could not be built: {error}") from error
+        run(configure)
+        run(["cmake", "--build", folder, "--parallel", jobs])

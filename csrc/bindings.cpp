@@ -1,4 +1,5 @@
-// What fused_lora._native offers Python. Pointers and streams travel as integers.
+// What fused_lora._native offers Python. Pointers and streams travel as integers. Types are local
+// to the module, so that the tests' build of it for a CPU can be loaded beside it.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -18,22 +19,22 @@ T* pointer(uintptr_t address) {
 void bind_common(py::module_& m) {
   m.attr("archs") = FUSED_LORA_ARCHS;
 
-  py::enum_<DType>(m, "DType")
+  py::enum_<DType>(m, "DType", py::module_local())
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
       .value("float16", DType::kFloat16);
 }
 
 void bind_lora_merge(py::module_& m) {
-  py::enum_<Rounding>(m, "Rounding")
+  py::enum_<Rounding>(m, "Rounding", py::module_local())
       .value("nearest", Rounding::kNearest)
       .value("stochastic", Rounding::kStochastic);
 
-  py::class_<MergeTypes>(m, "MergeTypes")
+  py::class_<MergeTypes>(m, "MergeTypes", py::module_local())
       .def(py::init([](DType w, DType out, DType adapter) { return MergeTypes{w, out, adapter}; }),
            py::kw_only(), py::arg("w"), py::arg("out"), py::arg("adapter"));
 
-  py::class_<MergeItem>(m, "MergeItem")
+  py::class_<MergeItem>(m, "MergeItem", py::module_local())
       .def(py::init([](uintptr_t w, uintptr_t out, uintptr_t a, uintptr_t b, int64_t w_row,
                        int64_t out_row, std::pair<int64_t, int64_t> a_strides,
                        std::pair<int64_t, int64_t> b_strides, int32_t n, int32_t k, int32_t r,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -64,9 +65,25 @@ def test_covers(entries: list[str], capability: tuple[int, int], served: bool) -
     assert native.covers(entries, capability) is served
 
 
-def test_the_installed_module_loads_without_a_driver() -> None:
+def test_the_installed_module_loads_and_starts_no_device() -> None:
     if reason := native.why_not_here():
         pytest.skip(reason)
-    module = importlib.import_module("fused_lora._native")
-    assert module.merge_item_bytes == 120
-    assert not torch.cuda.is_initialized() or torch.cuda.is_available()
+    code = "import torch; from fused_lora import _native; print(torch.cuda.is_initialized())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+    assert native.archs()
+
+
+def test_the_installed_module_says_what_cuda_says() -> None:
+    if reason := native.why_not_here():
+        pytest.skip(reason)
+    module = native.load()
+    types = module.MergeTypes(
+        w=module.DType.float32, out=module.DType.float32, adapter=module.DType.float32
+    )
+    with pytest.raises(RuntimeError, match="^lora_merge: .+"):
+        module.lora_merge(
+            table=0, count=1, tiles=1, types=types, rounding=module.Rounding.nearest,
+            seed=0, step=0, device=-1, stream=0,
+        )  # fmt: skip
