@@ -82,7 +82,7 @@ def test_the_installed_module_says_what_cuda_says() -> None:
     types = module.MergeTypes(
         w=module.DType.float32, out=module.DType.float32, adapter=module.DType.float32
     )
-    with pytest.raises(RuntimeError, match="^lora_merge: .+"):
+    with pytest.raises(RuntimeError, match=r"^lora_merge: .+"):
         module.lora_merge(
             table=0, count=1, tiles=1, types=types, rounding=module.Rounding.nearest,
             seed=0, step=0, device=-1, stream=0,
