@@ -6,10 +6,18 @@ import os
 from pathlib import Path
 
 VARIABLES: dict[str, str] = {
-    "FUSED_LORA_NATIVE": "build time: 0 skips the compiled module, 1 fails when it cannot be built; unset builds if it can",
+    "FUSED_LORA_NATIVE": (
+        "build time: 0 skips the compiled module, 1 fails when it cannot be built; "
+        "unset builds if it can"
+    ),
     "FUSED_LORA_DISABLE_NATIVE": "run time: 1 acts as if the compiled module were not installed",
-    "FUSED_LORA_CACHE_DIR": "folder of measured device ceilings; default $XDG_CACHE_HOME/fused_lora or ~/.cache/fused_lora",
-    "FUSED_LORA_CALIBRATE": "0 never measures a device: unknown ones get the built-in figures of their kind",
+    "FUSED_LORA_CACHE_DIR": (
+        "folder of measured device ceilings; "
+        "default $XDG_CACHE_HOME/fused_lora or ~/.cache/fused_lora"
+    ),
+    "FUSED_LORA_CALIBRATE": (
+        "0 never measures a device: unknown ones get the built-in figures of their kind"
+    ),
     "FUSED_LORA_IMPL": "overrides impl='auto' everywhere: aten or reference",
 }
 
@@ -18,7 +26,9 @@ def flag(name: str, default: bool = False) -> bool:
     """Whether variable ``name`` is set to something other than 0, false, no, off or nothing."""
     assert name in VARIABLES, name
     value = os.environ.get(name)
-    return default if value is None else value.strip().lower() not in {"", "0", "false", "no", "off"}
+    return (
+        default if value is None else value.strip().lower() not in {"", "0", "false", "no", "off"}
+    )
 
 
 def text(name: str) -> str | None:

@@ -1,15 +1,27 @@
-"""Shared settings: a cache folder of the run's own, so that no test reads or writes the user's."""
+"""What every test shares: its own cache folder, the same random numbers, GPU tests skipped here."""
+
+from __future__ import annotations
 
 import os
 import tempfile
 
+import pytest
+import torch
+
 os.environ["FUSED_LORA_CACHE_DIR"] = tempfile.mkdtemp(prefix="fused-lora-test-")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` skip, with a reason, where torch sees none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="torch sees no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded() -> None:
     """Every test draws the same numbers."""
     torch.manual_seed(0)

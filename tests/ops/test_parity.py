@@ -97,7 +97,6 @@ def test_the_problems_cover_every_strategy():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_every_strategy_is_within_the_yardstick_on_a_gpu(shard):
     with torch.device("cuda"):

@@ -1,0 +1,57 @@
+# Everything runs in .venv, made here by $(PYTHON) 3.10 or newer. A change of what is installed or
+# compiled (see SOURCES) installs again; a change of Python code does not need to.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_support/*.py csrc/*.* csrc/*/*.*)
+CPP := $(wildcard csrc/*.* csrc/*/*.*) $(shell find tests -name "*.cpp")
+
+.PHONY: venv install bench test lint format wheel clean
+
+venv: $(BIN)/python
+
+$(BIN)/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 is needed')"
+	$(PYTHON) -m venv $(VENV)
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
+	$(PIP) install --no-compile --editable .
+	touch $@
+
+# What an extra asks for, on top of the package.
+$(VENV)/.installed-%: $(SOURCES) | $(BIN)/python
+	$(PIP) install --no-compile --editable ".[$*]"
+	touch $@ $(VENV)/.installed
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/fused-lora bench $(BENCH_ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/typos
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: $(BIN)/python
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fused_lora/_native*.so
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -1,0 +1,1 @@
+"""What setup.py needs to know about nvcc and CMake; imports the standard library alone."""

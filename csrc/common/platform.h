@@ -1,0 +1,10 @@
+// Device code that a plain C++ compiler can build too, so that its arithmetic is tested on a CPU.
+#pragma once
+
+#ifdef __CUDACC__
+#define FL_DEVICE __device__ __forceinline__
+#define FL_UNROLL _Pragma("unroll")
+#else
+#define FL_DEVICE inline
+#define FL_UNROLL
+#endif

@@ -1,0 +1,1 @@
+"""Kernels of the compiled module: CUDA C++ behind raw device pointers."""

@@ -1,0 +1,77 @@
+"""The compiled module: imported when first used, and why it cannot serve when it cannot."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from fused_lora import env
+
+_ENTRY = re.compile(r"(\d+)(\d)([af]?)-(real|virtual)")
+
+
+def load() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        ImportError: it was not built, or does not load.
+    """
+    return importlib.import_module("fused_lora._native")
+
+
+def why_not(device: torch.device | int | None = None) -> str | None:
+    """One sentence why the compiled module cannot serve ``device``; None when it can."""
+    return why_not_here() or _why_not_on(device)
+
+
+def why_not_here() -> str | None:
+    """The part of ``why_not`` that no device enters."""
+    if env.flag("FUSED_LORA_DISABLE_NATIVE"):
+        return "FUSED_LORA_DISABLE_NATIVE is set"
+    try:
+        load()
+    except ModuleNotFoundError:
+        return "the compiled module was not built: no nvcc when fused_lora was installed"
+    except ImportError as error:
+        return f"the compiled module does not load: {error}"
+    return None
+
+
+def _why_not_on(device: torch.device | int | None) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if not covers(archs(), capability):
+        version = ".".join(map(str, capability))
+        return f"the compiled module has code for {', '.join(archs())}, none for {version}"
+    return None
+
+
+def archs() -> list[str]:
+    """What the module was compiled for, such as ``["80-real", "90a-real"]``."""
+    return load().archs.split(",")
+
+
+def covers(entries: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code for ``entries`` runs on a device of this compute capability.
+
+    Machine code runs on its own major version from its minor version up; with suffix ``a`` only on
+    exactly its version. PTX runs on anything not older; with a suffix, as its machine code does.
+    """
+    for entry in entries:
+        match = _ENTRY.fullmatch(entry)
+        assert match, entry
+        built = (int(match[1]), int(match[2]))
+        if match[3] == "a":
+            served = built == capability
+        elif match[4] == "real" or match[3]:
+            served = built[0] == capability[0] and built[1] <= capability[1]
+        else:
+            served = built <= capability
+        if served:
+            return True
+    return False

@@ -1,0 +1,56 @@
+"""``host``: the native sources built by a C++ compiler alone, kernels running on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[2] / "csrc"
+
+
+def digest(*folders: Path) -> str:
+    """Of every source below ``folders``: the name of what is built from them."""
+    files = sorted(p for folder in folders for p in folder.rglob("*") if p.is_file())
+    sources = [p for p in files if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+
+
+def build_host(folder: Path) -> Path:
+    """Compile bindings, checks and the CPU launch into a module; skip without a compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    python_include = sysconfig.get_path("include")
+    if not Path(python_include, "Python.h").exists():
+        pytest.skip("Python's headers are not installed")
+    target = folder / f"host_{digest(CSRC, HERE)}" / "_native.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sources = [CSRC / "bindings.cpp", CSRC / "lora_merge/lora_merge.cpp", HERE / "host_launch.cpp"]
+    includes = [f"-I{path}" for path in (CSRC, python_include, pybind11.get_include())]
+    options = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra"]
+    command = [compiler, *options, "-Werror", '-DFUSED_LORA_ARCHS="none"', *includes]
+    partial = target.with_suffix(f".{os.getpid()}")
+    subprocess.run([*command, *map(str, sources), "-o", str(partial)], check=True)
+    return partial.replace(target)
+
+
+@pytest.fixture(scope="session")
+def host(request: pytest.FixtureRequest) -> ModuleType:
+    """The compiled module with its kernels on the CPU."""
+    path = build_host(request.config.cache.mkdir("native"))
+    spec = importlib.util.spec_from_file_location("_native", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,56 @@
+"""Every kernel on every default architecture: no spills, and how much of a chip one block takes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from build_support.archs import DEFAULT, cmake_archs
+
+from .conftest import CSRC, digest
+
+ARCHS = [entry.removesuffix("-real") for entry in cmake_archs(DEFAULT)]
+SOURCES = sorted(CSRC.glob("*/*.cu"))
+SMEM_LIMIT_BYTES = 48 << 10  # what a kernel gets without asking
+
+
+def ptxas_report(nvcc: str, source: Path, arch: str, folder: Path) -> str:
+    """What ptxas says of each kernel; kept under the hash of all sources."""
+    kept = folder / f"{source.stem}_{arch}_{digest(CSRC)}.txt"
+    if not kept.exists():
+        command = [
+            *(nvcc, "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"),
+            *("-gencode", f"arch=compute_{arch},code=sm_{arch}", "-I", str(CSRC)),
+            *(str(source), "-o", str(kept.with_suffix(".cubin"))),
+        ]
+        kept.write_text(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
+    return kept.read_text()
+
+
+def numbers(report: str, pattern: str) -> list[int]:
+    return [int(found) for found in re.findall(pattern, report)]
+
+
+def test_no_kernel_spills(request: pytest.FixtureRequest) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    folder = request.config.cache.mkdir("native")
+    jobs = [(source, arch) for source in SOURCES for arch in ARCHS]
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda job: ptxas_report(nvcc, *job, folder), jobs))
+    for (source, arch), report in zip(jobs, reports, strict=True):
+        registers = numbers(report, r"Used (\d+) registers")
+        smem_bytes = numbers(report, r"(\d+) bytes smem")
+        print(f"{source.stem} sm_{arch}: {len(registers)} kernels, at most {max(registers)} "
+              f"registers, {max(smem_bytes)} bytes of shared memory")  # fmt: skip
+        spills = numbers(report, r"(\d+) bytes spill (?:stores|loads)")
+        assert len(spills) == 2 * len(registers)
+        assert not any(spills), f"{source.name} spills on sm_{arch}:\n{report}"
+        assert not any(numbers(report, r"(\d+) bytes stack frame")), report
+        assert max(smem_bytes) <= SMEM_LIMIT_BYTES

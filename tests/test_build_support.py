@@ -1,0 +1,74 @@
+"""TORCH_CUDA_ARCH_LIST as torch spells it, and the choice of whether to compile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from build_support.archs import DEFAULT, cmake_archs, known_to
+
+cmake_build = pytest.importorskip("build_support.cmake_build", reason="setuptools is not installed")
+
+
+@pytest.mark.parametrize(
+    "torch_list, entries",
+    [
+        ("8.0", ["80-real"]),
+        ("8.0;8.6+PTX", ["80-real", "86-real", "86-virtual"]),
+        ("8.0, 9.0a 10.0f", ["80-real", "90a-real", "100f-real"]),
+        ("Hopper", ["90-real", "90-virtual"]),
+        ("Ampere;8.0", ["80-real", "86-real", "86-virtual"]),
+        ("12.1", ["121-real"]),
+        (DEFAULT, ["80-real", "86-real", "89-real", "90a-real", "100a-real", "120-real"]),
+    ],
+)
+def test_lists(torch_list: str, entries: list[str]) -> None:
+    assert cmake_archs(torch_list) == entries
+
+
+@pytest.mark.parametrize("word", ["sm_80", "8", "80", "hopper", "8.0+ptx", "7.5", ";", "all"])
+def test_nonsense_is_named(word: str) -> None:
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST"):
+        cmake_archs(word)
+
+
+def test_an_old_compiler_drops_what_it_does_not_know() -> None:
+    assert known_to("compute_80\ncompute_90\n", cmake_archs(DEFAULT)) == ["80-real", "90a-real"]
+
+
+@pytest.fixture
+def no_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+
+
+def test_native_0_skips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_LORA_NATIVE", "0")
+    assert cmake_build.native_extensions() == []
+
+
+def test_without_nvcc(
+    monkeypatch: pytest.MonkeyPatch, no_nvcc: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FUSED_LORA_NATIVE", raising=False)
+    assert cmake_build.native_extensions() == []
+    assert "nvcc is not in CUDA_HOME" in capsys.readouterr().err
+    monkeypatch.setenv("FUSED_LORA_NATIVE", "1")
+    with pytest.raises(SystemExit, match="nvcc"):
+        cmake_build.native_extensions()
+
+
+def test_with_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for asked, optional in {"": True, "1": False}.items():
+        monkeypatch.setenv("FUSED_LORA_NATIVE", asked)
+        (extension,) = cmake_build.native_extensions()
+        assert extension.optional is optional
+
+
+def test_native_takes_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_LORA_NATIVE", "yes")
+    with pytest.raises(SystemExit, match="yes"):
+        cmake_build.native_extensions()

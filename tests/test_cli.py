@@ -1,0 +1,45 @@
+"""fused-lora env."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_lora import cli, env
+from fused_lora.kernels.cuda import native
+from fused_lora.version import __version__
+
+
+def test_env_prints_everything(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSED_LORA_CACHE_DIR", "somewhere")
+    assert cli.main(["env"]) == 0
+    printed = capsys.readouterr().out
+    for name, meaning in env.VARIABLES.items():
+        assert name in printed and meaning in printed
+    assert torch.__version__ in printed
+    assert "somewhere" in printed
+    assert cli.TRITON in printed
+
+
+def test_env_says_why_the_compiled_module_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_LORA_DISABLE_NATIVE", "1")
+    assert dict(cli.environment()["backends"])["cuda"] == "FUSED_LORA_DISABLE_NATIVE is set"
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    assert dict(cli.environment()["backends"])["cuda"] == "available"
+
+
+def test_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "fused_lora.cli", "--version"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.strip() == __version__
+
+
+def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert "command" in capsys.readouterr().err

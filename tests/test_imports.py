@@ -1,0 +1,69 @@
+"""What works where nothing but torch is installed: fresh processes with the rest blocked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCKED = ["triton", "fused_lora._native", "timm", "peft", "safetensors", "transformers"]
+
+# torch itself may try triton and must be let fail; numpy is torch's own affair.
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == blocked or name.startswith(blocked + ".") for blocked in {BLOCKED}):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def run(code: str) -> str:
+    """What ``code`` prints in a process that has torch alone."""
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKER + code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_blocker_blocks() -> None:
+    for name in BLOCKED:
+        code = f"try:\n    import {name}\nexcept ModuleNotFoundError:\n    print('blocked')"
+        assert run(code) == "blocked"
+
+
+def test_import_brings_in_torch_alone() -> None:
+    code = f"import fused_lora\nprint([name for name in {BLOCKED} if name in sys.modules])"
+    assert run(code) == "[]"
+
+
+def test_import_starts_no_device() -> None:
+    assert run("import fused_lora, torch; print(torch.cuda.is_initialized())") == "False"
+
+
+def test_the_compiled_module_says_why_not() -> None:
+    code = "from fused_lora.kernels.cuda import native; print(native.why_not())"
+    assert "the compiled module was not built" in run(code)
+
+
+def test_env_works() -> None:
+    code = "from fused_lora import cli; print(cli.main(['env']))"
+    printed = run(code)
+    assert printed.endswith("0")
+    assert "Triton kernels are not part of this version" in printed
+
+
+@pytest.mark.parametrize("impl", ["auto", "aten", "reference"])
+def test_the_operation_works(impl: str) -> None:
+    code = f"""
+import torch, fused_lora
+linear = fused_lora.FusedLoRALinear(8, 6, rank=2, impl="{impl}")
+linear(torch.randn(3, 8)).sum().backward()
+print(linear.lora_B.grad.shape)
+"""
+    assert run(code) == "torch.Size([6, 2])"
