@@ -60,8 +60,9 @@ def lora_linear(
     Source: LoRA (Hu et al. 2021), equation 3; grouped form in DESIGN.md section 1.
     """
     spans = (Span(0, w.shape[0], a[0].shape[0]),) if spans is None and a else tuple(spans or ())
-    dtype = compute_dtype(x)
-    check(x, w, bias, a, b, scales, spans, dtype)
+    casts = autocasts(x)
+    check(x, w, bias, a, b, scales, spans, casts)
+    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     if torch.compiler.is_compiling():
         from fused_lora.ops.lora_linear_traced import traced
 
@@ -70,12 +71,10 @@ def lora_linear(
     return LoRALinear.apply(x, w, bias, numbers, spans, resolve(impl), dtype, *a, *b)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What the GEMMs compute in: autocast's dtype where it would cast x, else x's own."""
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast would cast x for a matmul."""
     kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
 
 
 def resolve(impl: Impl | str) -> Impl:

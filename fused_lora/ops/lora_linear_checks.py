@@ -19,9 +19,12 @@ def check(
     b: Sequence[Tensor],
     scales: Tensor | Sequence[float],
     spans: tuple[Span, ...],
-    dtype: torch.dtype,
+    casts: bool,
 ) -> None:
-    """Raises TypeError or ValueError, naming the operand, where the operands do not fit."""
+    """Raises TypeError or ValueError, naming the operand, where the operands do not fit.
+
+    ``casts`` says that autocast brings x and w to one dtype.
+    """
     if w.dim() != 2:
         raise ValueError(f"lora_linear: w must be [N, K], got shape {tuple(w.shape)}")
     n, k = w.shape
@@ -37,7 +40,7 @@ def check(
     (check_spans if torch.compiler.is_compiling() else _check_spans_once)(spans, n)
     for g, span in enumerate(spans):
         _check_adapter(g, span, a[g], b[g], k, x.device)
-    if not dtype.is_floating_point or (x.dtype is dtype and w.dtype is not dtype):
+    if not x.dtype.is_floating_point or not (casts or x.dtype is w.dtype):
         raise TypeError(
             f"lora_linear: x is {x.dtype} and w is {w.dtype}; cast one to the other, or run "
             "under torch.autocast"

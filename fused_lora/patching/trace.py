@@ -69,12 +69,15 @@ def rows_per_call(
 
 
 def _forward_on_meta(model: nn.Module, example: Any) -> None:
-    state = dict(model.named_parameters())
-    state |= dict(model.named_buffers())
-    standins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    standins = {
+        f"{prefix}.{name}" if prefix else name: torch.empty_like(tensor, device="meta")
+        for prefix, module in model.named_modules()  # each module once, however often it is used
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}
     args = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), args)
     kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), kwargs)
     with torch.no_grad():
-        torch.func.functional_call(model, standins, args, kwargs)
+        torch.func.functional_call(model, standins, args, kwargs, tie_weights=False)
