@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 from fused_lora import env
 from fused_lora.kernels.cuda import native
+from fused_lora.patching.explain import explain
+from fused_lora.patching.patch import patch
 from fused_lora.version import __version__
 
 TRITON = "Triton kernels are not part of this version"
@@ -23,10 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-lora", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_env,):
+    for add in (_add_env, _add_explain, _add_bench):
         add(commands)
-    args = parser.parse_args(argv)
-    return args.run(args)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not _run_bench:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    try:
+        return args.run(args)
+    except (ValueError, RuntimeError) as error:
+        print(f"fused-lora: {error}", file=sys.stderr)
+        return 2
 
 
 def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,6 +50,43 @@ def _run_env(args: argparse.Namespace) -> int:
         for name, value in rows:
             print(f"  {name:<28}{value}")
     return 0
+
+
+def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("explain", help="what computes each projection, and why")
+    command.add_argument("model", help="a timm model, such as vit_base_patch16_224")
+    command.add_argument("--rank", type=int, default=16, help="of every adapter (16)")
+    command.add_argument("--batch-size", type=int, default=8, help="images per step (8)")
+    command.add_argument("--qkv", default="separate", help="adapters of a fused qkv: separate, joint")
+    command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    command.add_argument("--device", default="cpu", help="whose ceilings to plan against (cpu)")
+    command.set_defaults(run=_run_explain)
+
+
+def _run_explain(args: argparse.Namespace) -> int:
+    try:
+        import timm
+    except ImportError:
+        raise RuntimeError("explain builds the model with timm: pip install timm") from None
+    dtype = getattr(torch, args.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {args.dtype!r}")
+    with torch.device("meta"):
+        model = timm.create_model(args.model, pretrained=False)
+    patch(model, args.rank, qkv=args.qkv)
+    print(explain(model, args.batch_size, dtype=dtype, device=args.device))
+    return 0
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("bench", add_help=False, help="measure against naive LoRA and PEFT")
+    command.set_defaults(run=_run_bench)
+
+
+def _run_bench(args: argparse.Namespace) -> int:
+    from fused_lora import bench
+
+    return bench.main(args.rest)
 
 
 def environment() -> dict[str, list[tuple[str, str]]]:
