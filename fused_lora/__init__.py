@@ -1,3 +1,26 @@
 """Low-rank adaptation of vision transformers at the cost of the frozen network."""
 
-from fused_lora.version import __version__ as __version__
+from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
+from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.patching.errors import PatchError
+from fused_lora.patching.explain import explain
+from fused_lora.patching.patch import patch, unpatch
+from fused_lora.patching.report import PatchReport
+from fused_lora.patching.state import disable, merge, unmerge
+from fused_lora.version import __version__
+
+__all__ = [
+    "AdapterConfig",
+    "FusedLoRAGroupedLinear",
+    "FusedLoRALinear",
+    "PatchError",
+    "PatchReport",
+    "__version__",
+    "disable",
+    "explain",
+    "lora_linear",
+    "merge",
+    "patch",
+    "unmerge",
+    "unpatch",
+]

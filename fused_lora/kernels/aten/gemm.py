@@ -1,0 +1,34 @@
+"""Small GEMM forms that library calls leave slow or imprecise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+THIN = 64  # outer dimension under which a CPU GEMM wants the thin operand's rows contiguous
+
+
+def thin_rows(b: Tensor) -> Tensor:
+    """``b`` [N, R] with each of its R columns contiguous where that speeds ``dy @ b`` up.
+
+    On CPUs a right operand of 4 contiguous columns runs at a third of the rate of one of 4
+    contiguous rows; the copy is R x N elements.
+    """
+    return b.t().contiguous().t() if b.device.type == "cpu" and b.shape[1] < 16 else b
+
+
+def outer(p: Tensor, q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale * pT q`` [P, Q] of p [M, P] and q [M, Q], rounded once to ``dtype``.
+
+    A CPU reduces a thin q twice as fast from the transposed side.
+    """
+    if p.device.type == "cpu" and q.shape[1] < THIN:
+        return product(q.t(), p, scale, dtype).t()
+    return product(p.t(), q, scale, dtype)
+
+
+def product(p: Tensor, q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale * p q``; on CUDA the fp32 accumulator reaches an fp32 ``dtype`` unrounded."""
+    widens = dtype is torch.float32 and p.dtype in (torch.bfloat16, torch.float16)
+    y = torch.mm(p, q, out_dtype=dtype) if widens and p.is_cuda else torch.mm(p, q).to(dtype)
+    return y if scale == 1.0 else y.mul_(scale)

@@ -1,0 +1,25 @@
+"""w' = w + s b a by a library GEMM: formed in fp32, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_lora.types import Span
+
+
+def lora_merge(
+    w: Tensor,  # [N, K]
+    a: Sequence[Tensor],  # G of [R_g, K], any strides, any float dtype
+    b: Sequence[Tensor],  # G of [N_g, R_g], any strides, any float dtype
+    scales: Sequence[float],  # G
+    spans: Sequence[Span],  # G
+) -> Tensor:
+    """w' [N, K], a new tensor in w's dtype, rounded to nearest."""
+    wide = torch.promote_types(w.dtype, torch.float32)
+    merged = w.to(wide, copy=True)
+    for a_g, b_g, s_g, span in zip(a, b, scales, spans, strict=True):
+        merged[span.start : span.stop].addmm_(b_g.to(wide), a_g.to(wide), alpha=s_g)
+    return merged.to(w.dtype)

@@ -1,0 +1,50 @@
+"""Times this device's library calls: the figures behind ``plan.device.Ceilings``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from fused_lora.plan.device import Ceilings
+
+ROWS, WIDTH, THIN_WIDTH = 1024, 768, 16  # a ViT-B projection of five images; a usual small rank
+COPY_BYTES = 32 << 20  # larger than most last-level caches' share
+BUDGET_S = 0.1  # per probe; five of them make the half second
+
+
+def measure(device: torch.device, dtype: torch.dtype, name: str) -> Ceilings:
+    """Measured ceilings of ``device`` in ``dtype``, in about half a second."""
+    key = str(dtype).removeprefix("torch.")
+    x = torch.ones(ROWS, WIDTH, device=device, dtype=dtype)
+    w = torch.ones(WIDTH, WIDTH, device=device, dtype=dtype)
+    thin = torch.ones(WIDTH, THIN_WIDTH, device=device, dtype=dtype)
+    block = torch.ones(COPY_BYTES // dtype.itemsize, device=device, dtype=dtype)
+    target = torch.empty_like(block)
+    tiny = torch.ones(8, 8, device=device, dtype=dtype)
+    full_s = _best_s(lambda: x @ w, device)
+    thin_s = _best_s(lambda: x @ thin, device)
+    copy_s = _best_s(lambda: target.copy_(block), device)
+    call_s = _best_s(lambda: tiny @ tiny, device)
+    full = 2 * ROWS * WIDTH * WIDTH / full_s * 1e-9
+    thin_rate = 2 * ROWS * WIDTH * THIN_WIDTH / max(thin_s - call_s, 1e-7) * 1e-9
+    half_rank = min(max(THIN_WIDTH * (full / thin_rate - 1), 1.0), 256.0)
+    return Ceilings(
+        name, key, full, half_rank, 2 * COPY_BYTES / copy_s * 1e-9, call_s * 1e6, True
+    )
+
+
+def _best_s(call: Callable[[], object], device: torch.device) -> float:
+    """The fastest of as many calls as the budget holds, at least three; the first is warm-up."""
+    fence = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    call()
+    fence()
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < BUDGET_S:
+        start = time.perf_counter()
+        call()
+        fence()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,44 @@
+"""What every backend is given and hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_lora.reference.lora_linear import Grads
+from fused_lora.types import Span
+
+__all__ = ["Adapters", "Grads"]
+
+
+class Adapters(NamedTuple):
+    """The trained operands of one call, and where they act."""
+
+    a: Sequence[Tensor]  # G of [R_g, K], any strides, any float dtype
+    b: Sequence[Tensor]  # G of [N_g, R_g], likewise
+    scales: Sequence[float]  # G
+    spans: Sequence[Span]  # G
+
+    def to(self, dtype: torch.dtype) -> Adapters:
+        """The same adapters in the compute dtype."""
+        a = [a_g.to(dtype) for a_g in self.a]
+        return self._replace(a=a, b=[b_g.to(dtype) for b_g in self.b])
+
+    def ranks(self) -> Iterator[tuple[int, slice, slice]]:
+        """Per adapter: its index, its columns of y, its columns of the stacked h."""
+        first = 0
+        for g, span in enumerate(self.spans):
+            yield g, slice(span.start, span.stop), slice(first, first + self.a[g].shape[0])
+            first += self.a[g].shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Stacked rank."""
+        return sum(a_g.shape[0] for a_g in self.a)
+
+    def stacked_a(self) -> Tensor:
+        """All a, [sum R, K]."""
+        return self.a[0] if len(self.a) == 1 else torch.cat(tuple(self.a))

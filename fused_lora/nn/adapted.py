@@ -1,0 +1,231 @@
+"""What every adapted linear shares: parameters, init, merged state, keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_lora.nn.config import AdapterConfig
+from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops.lora_merge import lora_merge
+from fused_lora.types import Span
+
+Self = TypeVar("Self", bound="AdaptedLinear")
+
+
+def check_rank(rank: int, k: int, n: int, where: str) -> None:
+    """Raises ValueError unless ``rank`` fits a [n, k] block of w."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(k, n):
+        raise ValueError(
+            f"{where}: rank must be a whole number from 1 to min(in_features, columns) = "
+            f"min({k}, {n}), got {rank!r}"
+        )
+
+
+class AdaptedLinear(nn.Linear):
+    """An ``nn.Linear`` with one adapter (a, b) per named group of output columns.
+
+    Parameters beyond the linear's own: ``lora_A`` [R, K] and ``lora_B`` [columns, R], with the
+    suffix ``_<group>`` where groups are named. The base's state-dict keys stay as they are, and a
+    checkpoint without adapter keys loads strictly.
+    """
+
+    config: AdapterConfig
+
+    def _attach(
+        self, columns: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], config: AdapterConfig
+    ) -> None:
+        n, k = self.weight.shape
+        for name, (start, stop) in columns.items():
+            check_rank(ranks[name], k, stop - start, type(self).__name__ + (name and f" {name}"))
+        self.config = config
+        self.adapter_enabled = True
+        self._groups = tuple(columns)
+        self._spans = tuple(Span(*columns[name], ranks[name]) for name in columns)
+        scales = [config.scale_for(ranks[name]) for name in columns]
+        self._scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
+        self._base: tuple[nn.Parameter, ...] = ()  # the frozen weight, while merged
+        for name, span in zip(self._groups, self._spans, strict=True):
+            options = {"device": self.weight.device, "dtype": config.adapter_dtype}
+            a = nn.Parameter(torch.empty(span.rank, k, **options))
+            b = nn.Parameter(torch.empty(span.width, span.rank, **options))
+            self.register_parameter(_key("lora_A", name), a)
+            self.register_parameter(_key("lora_B", name), b)
+        self.reset_adapters()
+
+    @property
+    def groups(self) -> dict[str, Span]:
+        """The span of each adapter, by group name."""
+        return dict(zip(self._groups, self._spans, strict=True))
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The factor s of each adapter."""
+        return tuple(self._scales.tolist())
+
+    def set_scale(self, scale: float, group: str | None = None) -> None:
+        """Change s of one adapter, or of all; compiled graphs see it without recompiling."""
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}")
+        if group is not None and group not in self._groups:
+            raise ValueError(f"no adapter named {group!r}; this module has {self._groups}")
+        if self.merged:
+            raise RuntimeError("set_scale: the adapters are merged; unmerge() first")
+        self._scales[slice(None) if group is None else self._groups.index(group)] = scale
+
+    def reset_adapters(self, generator: torch.Generator | None = None) -> None:
+        """Draw a anew and set b to zero: the module computes its base again."""
+        for name, span in zip(self._groups, self._spans, strict=True):
+            a, b = self.adapter(name)
+            if a.is_meta:
+                continue
+            with torch.no_grad():
+                if self.config.init == "gaussian":
+                    a.normal_(std=1 / span.rank, generator=generator)
+                else:
+                    nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+                b.zero_()
+
+    def adapter(self, group: str = "") -> tuple[nn.Parameter, nn.Parameter]:
+        """(a [R, K], b [columns, R]) of one group."""
+        if group not in self._groups:
+            raise ValueError(f"no adapter named {group!r}; this module has {self._groups}")
+        return getattr(self, _key("lora_A", group)), getattr(self, _key("lora_B", group))
+
+    def adapters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(a, b) of every group, in order."""
+        return list(zip(*self._pairs(), strict=True))  # type: ignore[arg-type]
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        a = [getattr(self, _key("lora_A", name)) for name in self._groups]
+        return a, [getattr(self, _key("lora_B", name)) for name in self._groups]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out_features] of x [..., in_features]."""
+        if not self.adapter_enabled:
+            return F.linear(x, *self._base or (self.weight,), self.bias)
+        if self._base:
+            self._refuse_training_merged()
+            return F.linear(x, self.weight, self.bias)
+        if self.training and self.config.dropout:
+            return self._forward_with_dropout(x)
+        a, b = self._pairs()
+        spans, impl = self._spans, self.config.impl
+        return lora_linear(x, self.weight, self.bias, a, b, self._scales, spans, impl=impl)
+
+    def _forward_with_dropout(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        dropped = F.dropout(x, self.config.dropout)
+        for a, b, s, span in zip(*self._pairs(), self.scales, self._spans, strict=True):
+            h = F.linear(dropped, a.to(y.dtype) if a.dtype != x.dtype else a)
+            y[..., span.start : span.stop].add_(F.linear(h, b.to(y.dtype)), alpha=s)
+        return y
+
+    def _refuse_training_merged(self) -> None:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapters are merged into the weight and would receive no gradient: call "
+                "unmerge() to train, or eval() to evaluate"
+            )
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` holds w' = w + s b a at the moment."""
+        return bool(self._base)
+
+    def merge(self, rounding: str = "nearest", seed: int = 0, impl: str = "auto") -> None:
+        """Replace ``weight`` by w' = w + s b a; the frozen weight itself is kept aside, unchanged.
+
+        Args:
+            rounding: "nearest" or "stochastic" (16-bit weights; unbiased, by ``seed``).
+            seed: key of the counter-based generator.
+            impl: "auto", "aten", "reference", or "cuda" for the compiled kernel.
+        """
+        if self.merged:
+            raise RuntimeError("merge: already merged")
+        base = self.weight
+        with torch.no_grad():
+            merged = lora_merge(
+                base, *self._pairs(), self.scales, self._spans, rounding, seed, impl=impl
+            )
+        self._base = (base,)
+        self.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the frozen weight back: the same parameter, the same bits."""
+        if not self.merged:
+            raise RuntimeError("unmerge: not merged")
+        (self.weight,) = self._base
+        self._base = ()
+
+    def release(self) -> nn.Linear:
+        """Become a plain ``nn.Linear`` again, dropping the adapters; keeps w' if merged."""
+        for name in self._groups:
+            del self._parameters[_key("lora_A", name)], self._parameters[_key("lora_B", name)]
+        for name in ("config", "adapter_enabled", "_groups", "_spans", "_scales", "_base"):
+            del self.__dict__[name]
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.merged:
+            (base,) = self._base
+            self._base = (nn.Parameter(fn(base.detach()), base.requires_grad),)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:  # keys mean the same whether merged or not
+            (base,) = self._base
+            destination[prefix + "weight"] = base if keep_vars else base.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.merged:
+            error_msgs.append(f"{prefix[:-1]} is merged: call unmerge() before loading into it")
+            return
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        own = {prefix + _key(half, g) for g in self._groups for half in ("lora_A", "lora_B")}
+        vanilla = own.issubset(missing)
+        missing_keys += [key for key in missing if not (vanilla and key in own)]
+
+    def extra_repr(self) -> str:
+        """The linear's own line, then the adapters'."""
+        adapters = ", ".join(f"{name or 'rank'}={span.rank}" for name, span in self.groups.items())
+        scale = ", ".join(f"{s:g}" for s in self.scales)
+        state = ", merged" * self.merged + ", disabled" * (not self.adapter_enabled)
+        return f"{super().extra_repr()}, {adapters}, scale={scale}{state}"
+
+
+def _key(half: str, group: str) -> str:
+    return f"{half}_{group}" if group else half
+
+
+def check_adoptable(linear: nn.Module, where: str) -> None:
+    """Raises TypeError unless ``linear`` is exactly an ``nn.Linear``."""
+    if isinstance(linear, AdaptedLinear):
+        raise TypeError(f"{where} already carries adapters ({type(linear).__name__})")
+    if type(linear) is not nn.Linear:
+        raise TypeError(
+            f"{where} is a {type(linear).__module__}.{type(linear).__name__}, not a plain "
+            "torch.nn.Linear: its own forward would be lost"
+        )

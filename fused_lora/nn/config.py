@@ -1,0 +1,60 @@
+"""The options of an adapter, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fused_lora.types import Impl
+
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How an adapter is built and computed.
+
+    Attributes:
+        alpha: numerator of the scale; None for a scale of 1 (WeCoLoRA, section 3).
+        scale: the scale itself; stands in place of ``alpha``.
+        rank_stabilized: divide alpha by sqrt(rank) instead of rank (rsLoRA, Kalajdzievski 2023).
+        dropout: probability with which elements of x are dropped before a, in training.
+        init: "kaiming" draws a kaiming-uniform with gradient factor sqrt(5), "gaussian" draws it
+            with standard deviation 1/rank; b starts at zero either way (Hu et al. 2021).
+        adapter_dtype: dtype of the trained parameters, whatever the base is in.
+        impl: who computes: "auto", "aten" or "reference".
+    """
+
+    alpha: float | None = None
+    scale: float | None = None
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    init: str = "kaiming"
+    adapter_dtype: torch.dtype = torch.float32
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and self.scale is not None:
+            raise ValueError(f"give alpha or scale, not both: got {self.alpha} and {self.scale}")
+        for name in ("alpha", "scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        if self.rank_stabilized and self.alpha is None:
+            raise ValueError("rank_stabilized divides alpha by sqrt(rank): give alpha")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
+        if not (isinstance(self.adapter_dtype, torch.dtype) and self.adapter_dtype.is_floating_point):
+            raise ValueError(f"adapter_dtype must be a floating dtype, got {self.adapter_dtype!r}")
+        if self.impl not in [impl.value for impl in Impl]:
+            raise ValueError(f"impl must be one of {[i.value for i in Impl]}, got {self.impl!r}")
+
+    def scale_for(self, rank: int) -> float:
+        """The factor s on the low-rank product at ``rank``."""
+        if self.alpha is None:
+            return 1.0 if self.scale is None else float(self.scale)
+        return self.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)

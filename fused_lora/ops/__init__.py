@@ -1,0 +1,1 @@
+"""The operations: schema, autograd and dispatch."""

@@ -1,0 +1,183 @@
+"""lora_linear: y = x wT + bias + s (x aT) bT, grouped, with its gradients.
+
+Eager calls take the autograd.Function; under ``torch.compile`` the same mathematics is traced as
+the registered ops of ``fused_lora.ops.lora_linear_traced``. What is kept for backward is x (where
+a gradient reads it) and at most the bytes of h; x is never copied to fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora import env
+from fused_lora.kernels.aten import lora_linear as aten
+from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.ops.lora_linear_checks import check
+from fused_lora.ops.planning import plan_for
+from fused_lora.plan.strategies import keeps_x
+from fused_lora.reference import lora_linear as reference
+from fused_lora.types import Impl, Keep, Needs, Plan, Span
+
+FIXED_INPUTS = 7  # x, w, bias, scales, spans, impl, dtype stand before the adapters
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Tensor | Sequence[float],
+    spans: Sequence[Span] | None = None,
+    *,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor:
+    """Linear layer with G low-rank adapters on column ranges of its output.
+
+    Args:
+        x: [..., K], float64, float32, bfloat16 or float16; under autocast, any of the last three.
+        w: [N, K], x's dtype unless autocast casts both. A gradient is returned if it asks for one.
+        bias: [N] or None.
+        a: G tensors [R_g, K], any strides, any floating dtype; cast to the compute dtype.
+        b: G tensors [N_g, R_g], likewise.
+        scales: G numbers, as a sequence or a CPU tensor [G] (a tensor may change under
+            ``torch.compile`` without recompiling).
+        spans: the columns of y each adapter owns; None for one adapter on all of them.
+        impl: "auto" (the plan's choice), "aten" or "reference".
+
+    Returns:
+        y [..., N] in the compute dtype: autocast's if it is on, else x's.
+
+    Raises:
+        TypeError: dtypes that do not fit, or devices that differ.
+        ValueError: shapes, spans or ``impl`` that do not fit, with the values seen.
+        RuntimeError: on double backward, which is not supported.
+
+    Source: LoRA (Hu et al. 2021), equation 3; grouped form in DESIGN.md section 1.
+    """
+    spans = (Span(0, w.shape[0], a[0].shape[0]),) if spans is None and a else tuple(spans or ())
+    dtype = compute_dtype(x)
+    check(x, w, bias, a, b, scales, spans, dtype)
+    if torch.compiler.is_compiling():
+        from fused_lora.ops.lora_linear_traced import traced
+
+        return traced(x, w, bias, a, b, scales, spans, dtype)
+    numbers = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
+    return LoRALinear.apply(x, w, bias, numbers, spans, resolve(impl), dtype, *a, *b)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What the GEMMs compute in: autocast's dtype where it would cast x, else x's own."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def resolve(impl: Impl | str) -> Impl:
+    """The implementation that serves: FUSED_LORA_IMPL speaks where ``impl`` is auto."""
+    try:
+        impl = Impl(impl)
+        chosen = Impl(env.text("FUSED_LORA_IMPL") or "auto") if impl is Impl.AUTO else impl
+    except ValueError as error:
+        raise ValueError(f"impl: {error}; expected one of {[i.value for i in Impl]}") from None
+    return Impl.ATEN if chosen is Impl.AUTO else chosen
+
+
+class LoRALinear(torch.autograd.Function):
+    """The eager path: dispatch, saved tensors and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        scales: tuple[float, ...],
+        spans: tuple[Span, ...],
+        impl: Impl,
+        dtype: torch.dtype,
+        *ab: Tensor,
+    ) -> Tensor:
+        """y [..., N]."""
+        needs = _needs(ctx.needs_input_grad, len(spans))
+        rows = as_rows(x, dtype)
+        w = w.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
+        plan = call_plan(rows, w, bias is not None, spans, needs)
+        y, kept = forward(rows, w, bias, adapters, plan, impl)
+        ctx.meta = (x.shape, dtype, scales, spans, impl, needs, plan)
+        saves_x = impl is Impl.REFERENCE or keeps_x(needs, plan)
+        saves_w = needs.x and plan.keep is not Keep.MERGED
+        ctx.save_for_backward(rows if saves_x else None, w if saves_w else None, kept, *ab)
+        return y.view(*x.shape[:-1], w.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of x, w, bias and the adapters, where asked for."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "lora_linear: double backward is not supported (backward ran with "
+                "create_graph=True); compute higher derivatives on an unpatched model"
+            )
+        shape, dtype, scales, spans, impl, needs, plan = ctx.meta
+        rows, w, kept, *ab = ctx.saved_tensors
+        adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
+        dy = as_rows(dy, dtype)
+        grads = backward(dy, rows, kept, w, adapters, needs, plan, impl)
+        dx = None if grads.x is None else grads.x.view(shape)
+        return dx, grads.w, grads.bias, None, None, None, None, *grads.a, *grads.b
+
+
+def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as [M, K] in the compute dtype, rows contiguous; a view where x allows it."""
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    return rows if rows.stride(-1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
+
+
+def call_plan(
+    rows: Tensor,
+    w: Tensor,
+    bias: bool,
+    spans: tuple[Span, ...],
+    needs: Needs,
+    keep: Keep | None = None,
+) -> Plan:
+    """The plan for one call."""
+    n, k = w.shape
+    return plan_for(rows.shape[0], k, n, spans, rows.dtype, bias, needs, rows.device, keep)
+
+
+def forward(
+    rows: Tensor, w: Tensor, bias: Tensor | None, adapters: Adapters, plan: Plan, impl: Impl
+) -> tuple[Tensor, Tensor | None]:
+    """y and what the plan keeps; the reference keeps nothing."""
+    if impl is Impl.REFERENCE:
+        return reference.forward(rows, w, bias, *adapters.to(rows.dtype)), None
+    return aten.forward(rows, w, bias, adapters, plan)
+
+
+def backward(
+    dy: Tensor,
+    rows: Tensor | None,
+    kept: Tensor | None,
+    w: Tensor,
+    adapters: Adapters,
+    needs: Needs,
+    plan: Plan,
+    impl: Impl,
+) -> Grads:
+    """The gradients named by ``needs``."""
+    if impl is Impl.REFERENCE:
+        return reference.backward(dy, rows, w, *adapters.to(dy.dtype), needs)
+    return aten.backward(dy, rows, kept, w, adapters, needs, plan)
+
+
+def _needs(asked: Sequence[bool], groups: int) -> Needs:
+    a = asked[FIXED_INPUTS : FIXED_INPUTS + groups]
+    return Needs(asked[0], asked[1], asked[2], any(a), any(asked[FIXED_INPUTS + groups :]))

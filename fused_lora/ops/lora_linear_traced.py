@@ -1,0 +1,205 @@
+"""lora_linear under ``torch.compile``: registered ops with fake and autograd formulas.
+
+M may be symbolic, so what is kept for backward is settled from K, N and the ranks alone
+(``plan.choose.traced_keep``); the strategies are chosen at run time among those that keep it.
+Importing this module registers the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.aten import lora_linear as aten
+from fused_lora.kernels.interface import Adapters
+from fused_lora.ops.planning import plan_for, problem
+from fused_lora.plan.choose import traced_keep
+from fused_lora.plan.strategies import keeps_x
+from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, Span
+
+LIBRARY = torch.library.Library("fused_lora", "DEF")
+LIBRARY.define(
+    "lora_linear(Tensor x, Tensor w, Tensor? bias, Tensor[] a, Tensor[] b, Tensor scales, "
+    "int[] spans, int needs, str keep) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor w, Tensor kept, Tensor[] a, Tensor[] b, "
+    "Tensor scales, int[] spans, int needs, str keep) -> Tensor[]"
+)
+
+
+def traced(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Tensor | Sequence[float],
+    spans: tuple[Span, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """lora_linear as one node of the graph."""
+    if not isinstance(scales, Tensor):
+        scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    w = w.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    needs = Needs(
+        rows.requires_grad,
+        w.requires_grad,
+        bias is not None and bias.requires_grad,
+        any(a_g.requires_grad for a_g in a),
+        any(b_g.requires_grad for b_g in b),
+    )
+    n, k = w.shape
+    keep = traced_keep(problem(1, k, n, spans, dtype, bias is not None, needs))
+    flat = [number for span in spans for number in (span.start, span.stop, span.rank)]
+    y, _ = torch.ops.fused_lora.lora_linear(
+        rows, w, bias, list(a), list(b), scales, flat, _bits(needs), keep.value
+    )
+    return y.reshape(*x.shape[:-1], n)
+
+
+def _bits(needs: Needs) -> int:
+    return needs.x | needs.w << 1 | needs.bias << 2 | needs.a << 3 | needs.b << 4
+
+
+@lru_cache(maxsize=256)
+def _needs(bits: int) -> Needs:
+    return Needs(*(bool(bits >> place & 1) for place in range(5)))
+
+
+@lru_cache(maxsize=1024)
+def _spans(flat: tuple[int, ...]) -> tuple[Span, ...]:
+    return tuple(Span(*flat[i : i + 3]) for i in range(0, len(flat), 3))
+
+
+def _plan(m: int, w: Tensor, bias: bool, spans: Sequence[int], needs: int, keep: str) -> Plan:
+    n, k = w.shape
+    question = (m, k, n, _spans(tuple(spans)), w.dtype, bias, _needs(needs), w.device)
+    return plan_for(*question, Keep(keep))
+
+
+def _adapters(a: list[Tensor], b: list[Tensor], scales: Tensor, spans: Sequence[int]) -> Adapters:
+    return Adapters(a, b, tuple(scales.tolist()), _spans(tuple(spans)))
+
+
+def _forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: Tensor,
+    spans: list[int],
+    needs: int,
+    keep: str,
+) -> tuple[Tensor, Tensor]:
+    plan = _plan(x.shape[0], w, True, spans, needs, keep)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y, kept = aten.forward(x, w, bias, _adapters(a, b, scales, spans), plan)
+    return y, x.new_empty(0) if kept is None else kept
+
+
+def _forward_fake(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: Tensor,
+    spans: list[int],
+    needs: int,
+    keep: str,
+) -> tuple[Tensor, Tensor]:
+    m = x.shape[0]
+    hidden = keep == Keep.HIDDEN.value
+    h = x.new_empty(m, sum(a_g.shape[0] for a_g in a)) if hidden else x.new_empty(0)
+    return x.new_empty(m, w.shape[0]), h
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor,
+    kept: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: Tensor,
+    spans: list[int],
+    needs: int,
+    keep: str,
+) -> list[Tensor]:
+    plan = _plan(dy.shape[0], w, True, spans, needs, keep)
+    dy = dy if dy.stride(-1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
+    h = kept if plan.keep is Keep.HIDDEN else None
+    adapters = _adapters(a, b, scales, spans)
+    grads = aten.backward(dy, x, h, w, adapters, _needs(needs), plan)
+    flat = [grads.x, grads.w, grads.bias, *grads.a, *grads.b]
+    return [grad.contiguous() for grad in flat if grad is not None]
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor,
+    kept: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: Tensor,
+    spans: list[int],
+    needs: int,
+    keep: str,
+) -> list[Tensor]:
+    asked = _needs(needs)
+    n, k = w.shape
+    grads = [dy.new_empty(dy.shape[0], k)] if asked.x else []
+    grads += [torch.empty_like(w, memory_format=torch.contiguous_format)] if asked.w else []
+    grads += [dy.new_empty(n)] if asked.bias else []
+    trained = (*(a if asked.a else ()), *(b if asked.b else ()))
+    return grads + [torch.empty_like(t, memory_format=torch.contiguous_format) for t in trained]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w, bias, a, b, scales, spans, needs, keep = inputs
+    # with keep fixed, whether x is read again does not depend on the strategies
+    reads_x = keeps_x(_needs(needs), _any_plan(keep))
+    ctx.meta = (len(a), spans, needs, keep)
+    ctx.save_for_backward(x if reads_x else None, w, output[1], scales, *a, *b)
+    ctx.set_materialize_grads(False)
+
+
+@lru_cache(maxsize=8)
+def _any_plan(keep: str) -> Plan:
+    return Plan(Forward.SEPARATE, Forward.SEPARATE, Gradient.RANK, Keep(keep))
+
+
+def _autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    groups, spans, needs, keep = ctx.meta
+    if dy is None:
+        return (None,) * 9
+    x, w, kept, scales, *ab = ctx.saved_tensors
+    a, b = ab[:groups], ab[groups:]
+    grads = iter(
+        torch.ops.fused_lora.lora_linear_backward(
+            dy, x, w, kept, a, b, scales, spans, needs, keep
+        )
+    )
+    asked = _needs(needs)
+    dx, dw, dbias = (next(grads) if ask else None for ask in (asked.x, asked.w, asked.bias))
+    da = [next(grads) if asked.a else None for _ in a]
+    db = [next(grads) if asked.b else None for _ in b]
+    return dx, dw, dbias, da, db, None, None, None, None
+
+
+LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_lora::lora_linear", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("fused_lora::lora_linear_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "fused_lora::lora_linear", _autograd, setup_context=_setup_context, lib=LIBRARY
+)

@@ -1,0 +1,53 @@
+"""lora_merge: w' = w + s b a, formed in fp32 and rounded once, w itself untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.aten.lora_merge import lora_merge as aten_merge
+from fused_lora.types import Span
+
+IMPLS = ("auto", "aten", "reference", "cuda")
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def lora_merge(
+    w: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    spans: Sequence[Span],
+    rounding: str = "nearest",
+    seed: int = 0,
+    step: int = 0,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """w' [N, K] in w's dtype.
+
+    Args:
+        w: [N, K].
+        a: G tensors [R_g, K].
+        b: G tensors [N_g, R_g].
+        scales: G factors.
+        spans: the rows of w each adapter acts on.
+        rounding: "nearest", or "stochastic": up with the probability of the part cut off,
+            so that the mean is exact (DESIGN.md section 3); for bfloat16 and float16.
+        seed: key of the counter-based generator (Philox4x32-10, Salmon et al. 2011).
+        step: second half of the key: another draw with the same seed.
+        impl: "cuda" asks for the compiled kernel, which never serves unasked.
+
+    Raises:
+        ValueError: an unknown ``rounding`` or ``impl``, or stochastic rounding to a wide dtype.
+        RuntimeError: ``impl="cuda"`` where the compiled kernel cannot serve, with the reason.
+    """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    if rounding == "stochastic" and w.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"stochastic rounding serves bfloat16 and float16 weights, not {w.dtype}")
+    return aten_merge(w, a, b, scales, spans)

@@ -1,0 +1,1 @@
+"""Which module of a model becomes what; the report; the way back."""

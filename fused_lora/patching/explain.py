@@ -1,0 +1,103 @@
+"""explain: what runs where, and why the other ways lost."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fused_lora.nn import AdaptedLinear
+from fused_lora.ops.ceilings import ceilings
+from fused_lora.ops.planning import plan_for, problem
+from fused_lora.plan.choose import ranked
+from fused_lora.plan.problem import Problem
+from fused_lora.types import Needs, Plan
+
+LOSERS = 4  # losing rows shown per shape
+
+
+def problem_of(
+    module: AdaptedLinear, rows: int, dtype: torch.dtype | None = None, x_needs_grad: bool = True
+) -> Problem:
+    """The plan's question for ``module`` on ``rows`` rows of x."""
+    n, k = module.weight.shape
+    a, b = zip(*module.adapters(), strict=True)
+    needs = Needs(
+        x_needs_grad,
+        module.weight.requires_grad,
+        module.bias is not None and module.bias.requires_grad,
+        any(p.requires_grad for p in a),
+        any(p.requires_grad for p in b),
+    )
+    spans = tuple(module.groups.values())
+    return problem(rows, k, n, spans, dtype or module.weight.dtype, module.bias is not None, needs)
+
+
+def plan_of(module: AdaptedLinear, rows: int) -> Plan:
+    """The plan that serves ``module`` on ``rows`` rows of x that need a gradient."""
+    q = problem_of(module, rows)
+    device = module.weight.device
+    return plan_for(q.m, q.k, q.n, q.spans, module.weight.dtype, q.bias, q.needs, device)
+
+
+def explain(
+    model: nn.Module,
+    batch_size: int = 1,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> str:
+    """Per distinct projection: the chosen plan, the losing ones with their estimates, and why not.
+
+    Args:
+        model: a patched model.
+        batch_size: images per step; rows per image were found when it was patched.
+        dtype: what the GEMMs compute in; None for the weights' own.
+        device: plan for another device, such as "cpu"; None for the weights' own.
+
+    Raises:
+        PatchError: the model is not patched.
+        ValueError: ``batch_size`` below 1.
+    """
+    from fused_lora.patching.patch import RECORD, adapted
+
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number from 1 on, got {batch_size!r}")
+    report = getattr(model, RECORD, None)
+    shapes: dict[Problem, list[str]] = {}
+    where: dict[Problem, AdaptedLinear] = {}
+    for name, module in adapted(model):
+        rows = (report.rows_per_image.get(name, 1) if report else 1) * batch_size
+        question = problem_of(module, rows, dtype)
+        shapes.setdefault(question, []).append(name)
+        where[question] = module
+    return "\n\n".join(
+        _paragraph(question, names, where[question], dtype, device)
+        for question, names in shapes.items()
+    )
+
+
+def _paragraph(
+    question: Problem,
+    names: list[str],
+    module: AdaptedLinear,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> str:
+    target = torch.device(device) if device is not None else module.weight.device
+    limits = ceilings(target, dtype or module.weight.dtype)
+    rows = ranked(question, limits)
+    ranks = "|".join(str(span.rank) for span in question.spans)
+    lines = [
+        f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+        f"  M {question.m}  K {question.k}  N {question.n}  rank {ranks}  {question.dtype} on "
+        f"{limits.name} ({limits.matmul_gflops:,.0f} GFLOP/s, {limits.bandwidth_gbs:,.0f} GB/s, "
+        f"{'measured' if limits.measured else 'from the table'})",
+        f"  chosen  {rows[0].plan!s:38}  {rows[0].plan.time_us:12,.1f} us",
+    ]
+    for row in rows[1 : 1 + LOSERS]:
+        ratio = row.plan.time_us / rows[0].plan.time_us
+        note = f"  {row.note}" if row.note else ""
+        lines.append(f"  lost    {row.plan!s:38}  {row.plan.time_us:12,.1f} us  {ratio:5.2f}x{note}")
+    if module.config.dropout:
+        lines.append("  dropout: in training the adapters are composed from plain torch instead")
+    return "\n".join(lines)

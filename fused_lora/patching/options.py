@@ -1,0 +1,47 @@
+"""The choices of ``patch``: which roles, which rank where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from fused_lora.patching.errors import PatchError
+from fused_lora.types import ALL_ROLES, Role
+
+QKV_MODES = ("separate", "joint")
+
+
+def roles_of(targets: Iterable[Role | str] | str | None) -> tuple[Role, ...]:
+    """The roles asked for; None for all six."""
+    if targets is None:
+        return ALL_ROLES
+    names = [targets] if isinstance(targets, str) else list(targets)
+    try:
+        roles = tuple(dict.fromkeys(Role(name) for name in names))
+    except ValueError as error:
+        raise PatchError(f"targets: {error}; the roles are {[r.value for r in Role]}") from None
+    if not roles:
+        raise PatchError("targets is empty: name at least one role")
+    return roles
+
+
+def check_patterns(patterns: Mapping[str, float], option: str, names: Iterable[str]) -> None:
+    """Raises PatchError for a key that is neither a role nor matches any module's name."""
+    names = list(names)
+    for key in patterns:
+        if key in {role.value for role in Role}:
+            continue
+        try:
+            if any(re.search(key, name) for name in names):
+                continue
+        except re.error as error:
+            raise PatchError(f"{option}: {key!r} is no regular expression: {error}") from None
+        raise PatchError(f"{option}: {key!r} is no role and matches no projection's name")
+
+
+def value_for(patterns: Mapping[str, float], name: str, role: Role, default: float) -> float:
+    """A name's pattern goes before its role's, its role's before the default."""
+    for key, value in patterns.items():
+        if key not in {role.value for role in Role} and re.search(key, name):
+            return value
+    return patterns.get(role.value, default)

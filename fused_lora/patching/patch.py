@@ -1,0 +1,309 @@
+"""patch and unpatch: adapters on, adapters off, nothing lost in between."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_lora.nn import AdaptedLinear, AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
+from fused_lora.nn.adapted import check_adoptable, check_rank
+from fused_lora.patching.errors import PatchError
+from fused_lora.patching.explain import plan_of
+from fused_lora.patching.options import QKV_MODES, check_patterns, roles_of, value_for
+from fused_lora.patching.report import PatchReport, Row
+from fused_lora.patching.rule import Found, find
+from fused_lora.patching.trace import rows_per_call
+from fused_lora.types import Role
+
+RECORD = "_fused_lora_report"  # attribute of the patched model that remembers how to go back
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear to adapt, decided in full before anything is touched."""
+
+    found: Found
+    spans: dict[str, tuple[int, int]]  # group name to columns; {"": (0, N)} for all of y
+    ranks: dict[str, int]
+    config: AdapterConfig
+
+
+def patch(
+    model: nn.Module,
+    rank: int = 16,
+    *,
+    targets: Iterable[Role | str] | str | None = None,
+    qkv: str = "separate",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    trainable: Iterable[str] = (),
+    example_input: Any = None,
+    batch_size: int = 32,
+    seed: int | None = None,
+    **options: Any,
+) -> PatchReport:
+    """Put LoRA adapters on the projections of every transformer block, in place, and freeze the rest.
+
+    Args:
+        model: a vision transformer; its linears keep their identity, weights and keys.
+        rank: R of every adapter not named in ``rank_pattern``.
+        targets: which of the roles q, k, v, out, fc1, fc2; None for all six.
+        qkv: on a fused qkv, "separate" adapters for q, k and v (WeCoLoRA), or one "joint"
+            adapter over all three (as PEFT).
+        rank_pattern: role or regular expression on the dotted name, to rank; names go first.
+        alpha_pattern: likewise, to alpha.
+        trainable: regular expressions of parameter names that go on training, such as "^head".
+        example_input: what the trial forward is called with; None for one image.
+        batch_size: what the report's plans are made for.
+        seed: of the adapters' initial values; None draws from torch's global generator.
+        **options: fields of ``fused_lora.nn.AdapterConfig`` (alpha, scale, dropout, init, ...).
+
+    Returns:
+        The report, a table when printed.
+
+    Raises:
+        PatchError: nothing to patch, an unknown Linear subclass, a projection that the model never
+            calls, non-finite weights, a rank that does not fit, or a model already patched; the
+            message names the module and the model is left as it was.
+        ValueError: an option out of range.
+    """
+    config = AdapterConfig(**options)
+    trained = _compiled(trainable)
+    _refuse_patched(model)
+    chosen = _targets(
+        model, rank, roles_of(targets), qkv, rank_pattern or {}, alpha_pattern or {}, config
+    )
+    _check_trainable(model, trained)
+    watched = [(target.found.name, target.found.module) for target in chosen]
+    rows = rows_per_call(model, watched, example_input)
+    for name, _ in watched:
+        if name not in rows:
+            raise PatchError(
+                f"{name} is never called by the model's forward, which must read its weight "
+                "directly: an adapter there would silently do nothing"
+            )
+    generator = None if seed is None else _generator(model, seed)
+    _adopt(chosen, generator)
+    froze = _freeze(model, trained)
+    report = _report(model, chosen, rows, froze, batch_size)
+    model.__dict__[RECORD] = report
+    return report
+
+
+def unpatch(model: nn.Module, merge: bool = False) -> None:
+    """Take the adapters off: plain ``nn.Linear`` again, the same weights, as trainable as before.
+
+    Args:
+        model: a patched model.
+        merge: keep w' = w + s b a as the weight, so that the model computes what it learned;
+            otherwise the adapters are dropped and the base weights are back, bit for bit.
+
+    Raises:
+        PatchError: the model carries no adapters.
+    """
+    for _, module in adapted(model):
+        if merge and not module.merged:
+            module.merge()
+        if not merge and module.merged:
+            module.unmerge()
+        module.release()
+    report = model.__dict__.pop(RECORD, None)
+    for name in report.froze if report else ():
+        model.get_parameter(name).requires_grad_(True)
+
+
+def adapted(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
+    """The adapted linears of a patched model, by dotted name; raises PatchError if it has none."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
+    if not found:
+        raise PatchError(f"{type(model).__name__} carries no fused_lora adapters: patch it first")
+    return found
+
+
+def _refuse_patched(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise PatchError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            raise PatchError(f"already patched: {name or 'the model'} carries adapters; unpatch it")
+
+
+def _targets(
+    model: nn.Module,
+    rank: int,
+    roles: tuple[Role, ...],
+    qkv: str,
+    rank_pattern: Mapping[str, int],
+    alpha_pattern: Mapping[str, float],
+    config: AdapterConfig,
+) -> list[Target]:
+    if qkv not in QKV_MODES:
+        raise PatchError(f"qkv must be one of {QKV_MODES}, got {qkv!r}")
+    found = [each for each in find(model) if set(each.roles) & set(roles)]
+    if not found:
+        raise PatchError(_nothing_found(model, roles))
+    check_patterns(rank_pattern, "rank_pattern", [each.name for each in found])
+    check_patterns(alpha_pattern, "alpha_pattern", [each.name for each in found])
+    return [
+        _target(each, rank, roles, qkv, rank_pattern, alpha_pattern, config) for each in found
+    ]
+
+
+def _nothing_found(model: nn.Module, roles: tuple[Role, ...]) -> str:
+    kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)})
+    inside = sorted(
+        {type(m).__name__ for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    )
+    return (
+        f"no projection with a role in {[role.value for role in roles]} found in "
+        f"{type(model).__name__}: looked for attentions with (qkv, proj) or (q_proj, k_proj, "
+        "v_proj, proj) and MLPs with (fc1, fc2) or (fc1_g, fc1_x, fc2); the model has linears of "
+        f"type {kinds or 'none'}" + (f" and {inside}, which calls no linear" if inside else "")
+    )
+
+
+def _target(
+    found: Found,
+    rank: int,
+    roles: tuple[Role, ...],
+    qkv: str,
+    rank_pattern: Mapping[str, int],
+    alpha_pattern: Mapping[str, float],
+    config: AdapterConfig,
+) -> Target:
+    try:
+        check_adoptable(found.module, found.name)
+    except TypeError as error:
+        raise PatchError(str(error)) from None
+    linear = found.module
+    assert isinstance(linear, nn.Linear)
+    if not linear.weight.is_meta and not bool(torch.isfinite(linear.weight).all()):
+        bad = int((~torch.isfinite(linear.weight)).sum())
+        raise PatchError(f"{found.name}.weight holds {bad} non-finite values")
+    spans = _spans(found, roles, qkv)
+    first = {name: Role(name) if name else found.roles[0] for name in spans}
+    ranks = {name: value_for(rank_pattern, found.name, role, rank) for name, role in first.items()}
+    for name, (start, stop) in spans.items():
+        try:
+            check_rank(ranks[name], linear.in_features, stop - start, found.name)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise PatchError(str(error)) from None
+    alphas = {value_for(alpha_pattern, found.name, r, math.nan) for r in first.values()}
+    return Target(found, spans, ranks, _with_alpha(config, alphas, found.name))  # type: ignore[arg-type]
+
+
+def _with_alpha(config: AdapterConfig, alphas: set[float], name: str) -> AdapterConfig:
+    given = {alpha for alpha in alphas if not math.isnan(alpha)}
+    if not given:
+        return config
+    if len(alphas) > 1:
+        raise PatchError(f"alpha_pattern gives {name} several alphas {sorted(given)}; give it one")
+    return replace(config, alpha=given.pop(), scale=None)
+
+
+def _spans(found: Found, roles: tuple[Role, ...], qkv: str) -> dict[str, tuple[int, int]]:
+    n = found.module.out_features
+    assert isinstance(n, int)
+    width = n // len(found.roles)
+    every = set(found.roles) <= set(roles)
+    if len(found.roles) == 1 or (qkv == "joint" and every):
+        return {"": (0, n)}
+    return {
+        role.value: (i * width, (i + 1) * width)
+        for i, role in enumerate(found.roles)
+        if role in roles
+    }
+
+
+def _compiled(trainable: Iterable[str]) -> list[re.Pattern[str]]:
+    if isinstance(trainable, str):
+        trainable = [trainable]
+    try:
+        return [re.compile(pattern) for pattern in trainable]
+    except re.error as error:
+        raise PatchError(f"trainable: {error.pattern!r} is no regular expression: {error}") from None
+
+
+def _check_trainable(model: nn.Module, trained: list[re.Pattern[str]]) -> None:
+    for pattern in trained:
+        if not any(pattern.search(name) for name, _ in model.named_parameters()):
+            raise PatchError(f"trainable: {pattern.pattern!r} matches no parameter of the model")
+
+
+def _generator(model: nn.Module, seed: int) -> torch.Generator | None:
+    device = next(model.parameters()).device
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+
+def _adopt(targets: list[Target], generator: torch.Generator | None) -> None:
+    done: list[AdaptedLinear] = []
+    try:
+        for target in targets:
+            linear = target.found.module
+            assert isinstance(linear, nn.Linear)
+            options = vars(target.config)
+            if "" in target.spans:
+                done.append(FusedLoRALinear.adopt(linear, target.ranks[""], **options))
+            else:
+                done.append(
+                    FusedLoRAGroupedLinear.adopt(linear, target.spans, target.ranks, **options)
+                )
+            if generator is not None:
+                done[-1].reset_adapters(generator)
+    except BaseException:
+        for module in done:
+            module.release()
+        raise
+
+
+def _freeze(model: nn.Module, trained: list[re.Pattern[str]]) -> list[str]:
+    froze = []
+    adapters = {id(p) for _, module in adapted(model) for half in module.adapters() for p in half}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in adapters or any(pattern.search(name) for pattern in trained):
+            continue
+        if parameter.requires_grad:
+            froze.append(name)
+            parameter.requires_grad_(False)
+    return froze
+
+
+def _report(
+    model: nn.Module,
+    targets: list[Target],
+    rows_per_image: dict[str, int],
+    froze: list[str],
+    batch_size: int,
+) -> PatchReport:
+    rows = []
+    for target in targets:
+        module = target.found.module
+        assert isinstance(module, AdaptedLinear)
+        rows.append(
+            Row(
+                target.found.name,
+                "|".join(role.value for role in target.found.roles),
+                module.in_features,
+                module.out_features,
+                tuple(target.ranks.values()),
+                sum(p.numel() for half in module.adapters() for p in half),
+                str(plan_of(module, rows_per_image[target.found.name] * batch_size)),
+            )
+        )
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return PatchReport(
+        type(model).__name__,
+        rows,
+        batch_size,
+        str(next(model.parameters()).device),
+        sum(count for count, trains in counts if trains),
+        sum(count for count, _ in counts),
+        froze,
+        rows_per_image,
+    )

@@ -1,0 +1,1 @@
+"""Integers in, a decision out: which strategy computes one problem on one device."""

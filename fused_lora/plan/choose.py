@@ -1,0 +1,83 @@
+"""Question, candidates, cost, best (DESIGN.md section 2), and the two precision rules on top.
+
+In 16 bits the cheapest plan is not simply the best one:
+- MERGE rounds w' and may hide a small adapter from every token alike, so it serves on its own
+  account only where every other plan costs ``MERGE_GAIN`` times as much;
+- BORDERED rounds y once where SEPARATE rounds it twice, so it is preferred up to
+  ``SIGNAL_PRICE`` times the cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from fused_lora.plan.cost import time_us
+from fused_lora.plan.device import Ceilings
+from fused_lora.plan.problem import Problem
+from fused_lora.plan.strategies import candidates
+from fused_lora.types import Forward, Keep, Plan
+
+MERGE_GAIN = 1.5
+SIGNAL_PRICE = 1.10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate with its estimate, and why it lost if a rule rather than its cost spoke."""
+
+    plan: Plan
+    note: str = ""
+
+
+def ranked(problem: Problem, ceilings: Ceilings, keep: Keep | None = None) -> list[Row]:
+    """Every candidate (that keeps ``keep``), the chosen one first, the others by estimated time."""
+    plans = [
+        replace(plan, time_us=time_us(problem, plan, ceilings))
+        for plan in candidates(problem)
+        if keep is None or plan.keep is keep
+    ]
+    plans.sort(key=lambda plan: plan.time_us)
+    if not problem.low_precision:
+        return [Row(plan) for plan in plans]
+    return _by_precision(plans)
+
+
+def _merges(plan: Plan) -> bool:
+    return Forward.MERGE in (plan.forward, plan.dx)
+
+
+def _by_precision(plans: list[Plan]) -> list[Row]:
+    exact = [plan for plan in plans if not _merges(plan)]
+    if plans[0].time_us * MERGE_GAIN < exact[0].time_us:
+        return [Row(plan) for plan in plans]
+    once = [plan for plan in exact if plan.forward is Forward.BORDERED]
+    best = once[0] if once[0].time_us <= exact[0].time_us * SIGNAL_PRICE else exact[0]
+    notes = {True: "rounds w' to 16 bits", False: "rounds y twice"}
+    rest = [
+        Row(plan, notes[_merges(plan)] if plan.time_us < best.time_us else "")
+        for plan in plans
+        if plan is not best
+    ]
+    return [Row(best), *rest]
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, ceilings: Ceilings, keep: Keep | None = None) -> Plan:
+    """The best plan for ``problem`` on the device of ``ceilings``."""
+    return ranked(problem, ceilings, keep)[0].plan
+
+
+def traced_keep(problem: Problem) -> Keep:
+    """What to keep where M is not known yet: it depends on K, N and the ranks alone.
+
+    Above R* = KN / (2 (K + N)) FULL wins whatever M is and reads no h; below it h is kept.
+    """
+    if not problem.needs.b:
+        return Keep.NOTHING
+    if not problem.needs.a and not problem.needs.w:
+        return Keep.HIDDEN
+    full = all(
+        2 * span.rank * (problem.k + span.width) > problem.k * span.width for span in problem.spans
+    )
+    return Keep.NOTHING if full else Keep.HIDDEN

@@ -1,0 +1,132 @@
+"""What a plan costs: its GEMMs and its passes over memory, against a device's ceilings.
+
+    gemm  max(2 m n k / (rate * d / (d + half_rank)), bytes / bandwidth) + call,  d = min(m, n, k)
+    move  bytes / bandwidth + call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fused_lora.plan.device import Ceilings
+from fused_lora.plan.problem import Problem
+from fused_lora.types import Forward, Gradient, Keep, Plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """One library call: a GEMM of m x n x k, or, with k = 0, a pass over ``m * n`` elements."""
+
+    name: str
+    m: int
+    n: int
+    k: int = 0
+    accumulates: bool = False  # reads its output as well
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds, counted as two."""
+        return 2 * self.m * self.n * self.k
+
+    def elements(self) -> int:
+        """Elements read and written."""
+        if not self.k:
+            return 2 * self.m * self.n
+        return self.m * self.k + self.k * self.n + (1 + self.accumulates) * self.m * self.n
+
+    def time_us(self, itemsize: int, ceilings: Ceilings) -> float:
+        """Estimated time."""
+        inner = max(1, min(self.m, self.n, self.k or 1))
+        rate = ceilings.matmul_gflops * inner / (inner + ceilings.half_rank)
+        compute_us = self.flops / rate * 1e-3
+        memory_us = self.elements() * itemsize / ceilings.bandwidth_gbs * 1e-3
+        return max(compute_us, memory_us) + ceilings.call_us
+
+
+def merge_steps(p: Problem) -> Iterator[Step]:
+    """w' = w + s b a; in 16 bits formed in fp32, so w passes twice more."""
+    passes = 3 if p.low_precision else 1
+    yield Step("copy w", p.n * passes, p.k)
+    for span in p.spans:
+        yield Step("merge", span.width, p.k, span.rank, accumulates=True)
+
+
+def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+    """The calls of the forward pass."""
+    if plan.forward is Forward.MERGE:
+        yield from merge_steps(p)
+        yield Step("base", p.m, p.n, p.k)
+        return
+    if len(p.spans) > 1:
+        yield Step("stack a", p.rank, p.k)
+    yield Step("shrink", p.m, p.rank, p.k)
+    if plan.forward is Forward.SEPARATE:
+        yield Step("base", p.m, p.n, p.k)
+        for span in p.spans:
+            yield Step("expand", p.m, span.width, span.rank, accumulates=True)
+    else:
+        yield Step("copy x", p.m, p.k)
+        yield Step("border w", p.n, p.k + p.rank)
+        yield Step("bordered", p.m, p.n, p.k + p.rank)
+
+
+def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+    """The calls that form dx, given dh where they need it."""
+    if plan.dx is Forward.MERGE:
+        if plan.keep is not Keep.MERGED:
+            yield from merge_steps(p)
+        yield Step("dx base", p.m, p.k, p.n)
+    elif plan.dx is Forward.SEPARATE:
+        yield Step("dx base", p.m, p.k, p.n)
+        yield Step("dx expand", p.m, p.k, p.rank, accumulates=True)
+    else:
+        yield Step("copy dy", p.m, p.n)
+        yield Step("border w", p.n + p.rank, p.k)
+        yield Step("dx bordered", p.m, p.k, p.n + p.rank)
+
+
+def needs_dh(p: Problem, plan: Plan) -> bool:
+    """Whether backward forms dh = s dy b."""
+    from_dx = p.needs.x and plan.dx is not Forward.MERGE
+    return from_dx or (plan.gradient is Gradient.RANK and p.needs.a)
+
+
+def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+    """The calls of the backward pass."""
+    if needs_dh(p, plan):
+        for span in p.spans:
+            yield Step("dy shrink", p.m, span.rank, span.width)
+    if p.needs.x:
+        yield from dx_steps(p, plan)
+    if plan.gradient is Gradient.RANK:
+        yield from _rank_steps(p, plan)
+    full = plan.gradient is Gradient.FULL
+    if p.needs.w:
+        yield Step("dw", p.n, p.k, p.m)
+    for span in p.spans if full else ():
+        if not p.needs.w:
+            yield Step("dw", span.width, p.k, p.m)
+        if p.needs.b:
+            yield Step("db", span.width, span.rank, p.k)
+        if p.needs.a:
+            yield Step("da", span.rank, p.k, span.width)
+
+
+def _rank_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+    if p.needs.b and plan.keep is not Keep.HIDDEN:
+        yield Step("shrink again", p.m, p.rank, p.k)
+    for span in p.spans if p.needs.b else ():
+        yield Step("db", span.rank, span.width, p.m)
+    if p.needs.a:
+        yield Step("da", p.rank, p.k, p.m)
+
+
+def steps(p: Problem, plan: Plan) -> list[Step]:
+    """Every call of the plan, in order."""
+    return [*forward_steps(p, plan), *(backward_steps(p, plan) if p.trains else ())]
+
+
+def time_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:
+    """Estimated time of forward and backward together."""
+    return sum(step.time_us(p.itemsize, ceilings) for step in steps(p, plan))

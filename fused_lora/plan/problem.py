@@ -1,0 +1,48 @@
+"""The question the plan answers: one grouped LoRA linear, in integers (DESIGN.md section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from fused_lora.types import Needs, Span
+
+ITEMSIZE = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The shapes, the dtype and the gradients of one call."""
+
+    m: int  # rows of x: batch x tokens
+    k: int  # in_features
+    n: int  # out_features
+    spans: tuple[Span, ...]  # one per adapter
+    dtype: str = "float32"  # what the GEMMs compute in: a key of ITEMSIZE
+    bias: bool = True
+    needs: Needs = Needs()
+
+    @cached_property
+    def rank(self) -> int:
+        """Stacked rank, sum of R_g."""
+        return sum(span.rank for span in self.spans)
+
+    @cached_property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether rounding y twice can hide the adapter's own signal (DESIGN.md section 3)."""
+        return self.itemsize == 2
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether any adapter operand needs a gradient."""
+        return self.needs.a or self.needs.b
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward pass at all."""
+        return self.trains_adapters or self.needs.x or self.needs.w or self.needs.bias

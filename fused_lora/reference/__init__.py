@@ -1,0 +1,1 @@
+"""The equations, forward and backward, in plain torch, in any dtype up to float64."""
