@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-import torch
 from torch import nn
 
 from fused_lora.bench.adapters import projections, thirds
@@ -23,11 +22,11 @@ class Fused(Contender):
         return None if found else "this build of fused_lora has no patching room"
 
     def install(self, model: nn.Module, rank: int) -> nn.Module:
-        """Adapt every projection, fp32 adapters."""
+        """Adapt every projection; adapters are fp32 by default."""
         if hasattr(model, "blocks"):
             import fused_lora
 
-            fused_lora.patch(model, rank=rank, qkv=self.form, dtype=torch.float32)
+            fused_lora.patch(model, rank=rank, qkv=self.form, scale=1.0)
         else:
             self._adopt(model, rank)
         return model
@@ -37,9 +36,9 @@ class Fused(Contender):
 
         for name, linear in projections(model).items():
             if name.endswith("qkv") and self.form == "separate":
-                FusedLoRAGroupedLinear.adopt(linear, spans=thirds(linear), rank=rank)
+                FusedLoRAGroupedLinear.adopt(linear, spans=thirds(linear), rank=rank, scale=1.0)
             else:
-                FusedLoRALinear.adopt(linear, rank=rank)
+                FusedLoRALinear.adopt(linear, rank=rank, scale=1.0)
 
 
 @register
