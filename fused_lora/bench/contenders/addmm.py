@@ -1,7 +1,7 @@
 """What a careful user writes by hand: the expand accumulates into the frozen output.
 
-  forward   h = x aT,  y = x wT + bias,  y += h bT           y in place, one pass over it saved
-  backward  dh = dy b, dx = dy w,  dx += dh a,  db = dyT h,  da = dhT x
+forward   h = x aT,  y = x wT + bias,  y += h bT           y in place, one pass over it saved
+backward  dh = dy b, dx = dy w,  dx += dh a,  db = dyT h,  da = dhT x
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class AddmmLoRA(torch.autograd.Function):
         pairs, hidden = rest[: 2 * len(ctx.spans)], rest[2 * len(ctx.spans) :]
         dx = dy @ w if ctx.needs_input_grad[0] else None
         grads = []
-        for (start, stop), a, b, h in zip(
-            ctx.spans, pairs[::2], pairs[1::2], hidden, strict=True
-        ):
+        for (start, stop), a, b, h in zip(ctx.spans, pairs[::2], pairs[1::2], hidden, strict=True):
             dy_g = dy[:, start:stop]
             dh = dy_g @ b
             if dx is not None:

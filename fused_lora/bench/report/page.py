@@ -59,7 +59,7 @@ def _section(races: Sequence[Sequence[Row]]) -> str:
         parts += [
             "<h3>Error against float64</h3>",
             '<p class="soft">The worst of output (y) and adapter gradients (da, db), over naive '
-            "LoRA's error of the same quantity; at the dashed line a time is refused.</p>",
+            "LoRA's error of the same quantity; past the dashed line, by more than a rounding, a time is refused.</p>",
             error_plot(races),
         ]
     return "\n".join(parts)

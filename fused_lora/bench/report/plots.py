@@ -10,6 +10,7 @@ from fused_lora.bench.rows import Row
 from fused_lora.bench.table import milliseconds, times
 
 Draw = Callable[[Row], Bar]
+Mark = Callable[[Sequence[Row]], float | None]  # where a race's line is drawn
 
 
 def time_bar(row: Row) -> Bar:
@@ -27,11 +28,11 @@ def error_bar(row: Row) -> Bar:
     """The largest error of an output or a gradient, over naive LoRA's of the same quantity."""
     ratios = {q: e / row.yardstick[q] for q, e in row.errors.items() if row.yardstick[q]}
     worst = max(ratios, key=ratios.__getitem__, default="y")
-    shown = f"{ratios.get(worst, 0.0):.2f} ({worst} {row.errors.get(worst, 0.0):.0e})"
-    return Bar(row.contender, ratios.get(worst, 0.0), shown)
+    ratio = ratios.get(worst, 0.0)
+    return Bar(row.contender, ratio, f"{ratio:.2f} ({worst})")
 
 
-def panels(races: Sequence[Sequence[Row]], draw: Draw, mark: Callable[[Sequence[Row]], float | None]) -> str:
+def panels(races: Sequence[Sequence[Row]], draw: Draw, mark: Mark) -> str:
     """One panel for each race, all on one scale."""
     drawn = [[draw(row) for row in rows] for rows in races]
     marks = [mark(rows) for rows in races]
@@ -44,7 +45,7 @@ def panels(races: Sequence[Sequence[Row]], draw: Draw, mark: Callable[[Sequence[
     return f'<div class="panels">{"".join(svgs)}</div>'
 
 
-def _frozen(value: Draw) -> Callable[[Sequence[Row]], float | None]:
+def _frozen(value: Draw) -> Mark:
     return lambda rows: next((value(r).value for r in rows if r.contender == "frozen"), None)
 
 

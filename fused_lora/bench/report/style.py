@@ -39,7 +39,5 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem;
 
 BARS = "\n".join(
     f"svg .bar.{name} {{ fill: var(--{name}); }}"
-    for name in (
-        "frozen naive naive_joint addmm peft peft_bf16 fused fused_joint full".split()
-    )
+    for name in ("frozen naive naive_joint addmm peft peft_bf16 fused fused_joint full".split())
 )

@@ -29,10 +29,20 @@ fused joint with PEFT.</p>
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What one race shows, in a sentence; ``rows`` are those of one case."""
-    said = [
-        f"{title(row.contender)} takes {times(row.ratio_frozen)} times the frozen step"
+    """What one race shows, in two sentences; ``rows`` are those of one case."""
+    over = [
+        f"{title(row.contender)} {times(row.ratio_frozen)}"
         for row in rows
         if row.ratio_frozen is not None and row.contender != "frozen"
     ]
-    return f"At rank {rows[0].case.rank}, {', '.join(said)}." if said else ""
+    said = f"At rank {rows[0].case.rank}, over the frozen step: {'; '.join(over)}." if over else ""
+    alike = [words for row in rows if (words := _alike(row))]
+    return f"{said} Like with like, {' and '.join(alike)}." if alike else said
+
+
+def _alike(row: Row) -> str | None:
+    if row.contender == "fused" and row.ratio_naive is not None:
+        return f"fused_lora takes {times(row.ratio_naive)} of the time of naive LoRA"
+    if row.contender == "fused_joint" and row.ratio_peft is not None:
+        return f"its joint form {times(row.ratio_peft)} of that of PEFT"
+    return None
