@@ -34,7 +34,13 @@ def run(argv: Sequence[str] | None = None) -> int:
         return _rewrite(parser, options.readme, options.rows or RESULTS)
     if not options.out.absolute().parent.is_dir():
         parser.error(f"argument --out: no folder {str(options.out.parent)!r}")
-    rows, refusals = measure(options.suite, command_line.chosen(options), options.device)
+    grid = command_line.chosen(options)
+    if not any(_fitting(grid.ranks, name) for name in grid.models):
+        parser.error(f"argument --ranks: {min(grid.ranks)} is over the width of {grid.models}")
+    for name, rank in product(grid.models, grid.ranks):
+        if not _fitting([rank], name):
+            print(f"left out: rank {rank} is over the width of {name}", file=sys.stderr)
+    rows, refusals = measure(options.suite, grid, options.device)
     print(table.text(rows))
     for refusal in refusals:
         print(f"refused: {refusal.contender} ({refusal.case}): {refusal.reason}", file=sys.stderr)
@@ -48,13 +54,14 @@ def run(argv: Sequence[str] | None = None) -> int:
 def measure(suite: str, grid: Grid, device: str) -> tuple[list[Row], list[Refusal]]:
     """Run every race of ``grid``, the budget shared out evenly over those still to come."""
     clock, origin = clock_for(device), provenance(device)
-    races = list(product(grid.models, grid.batches, grid.dtypes, grid.ranks))
-    progress, left = Progress(len(races)), grid.budget_s
+    networks = list(product(grid.models, grid.batches, grid.dtypes))
+    total = sum(len(_fitting(grid.ranks, name)) for name, _, _ in networks)
+    progress, left = Progress(total), grid.budget_s
     rows: list[Row] = []
     refusals: list[Refusal] = []
     for i, (workload, case) in enumerate(_workloads(suite, grid, device)):
         entered = _able(grid.contenders, case.dtype)
-        share = left / (len(races) - i)
+        share = left / (total - i)
         found, refused = race(workload, case, entered, clock, share, origin, progress.tell)
         left -= sum(row.median_ms * row.rounds for row in found) / 1e3
         rows += found
@@ -68,8 +75,13 @@ def measure(suite: str, grid: Grid, device: str) -> tuple[list[Row], list[Refusa
 def _workloads(suite: str, grid: Grid, device: str) -> Iterator[tuple[Workload, Case]]:
     for name, batch, dtype in product(grid.models, grid.batches, grid.dtypes):
         workload = SUITES[suite](SHAPES[name], batch, dtype, device)
-        for rank in grid.ranks:
+        for rank in _fitting(grid.ranks, name):
             yield workload, Case(suite, name, batch, SHAPES[name].tokens, rank, dtype)
+
+
+def _fitting(ranks: Sequence[int], model: str) -> list[int]:
+    """The ranks that are below full rank, the width of the narrowest projection."""
+    return [rank for rank in ranks if rank <= SHAPES[model].width]
 
 
 def _able(names: Sequence[str], dtype: str) -> list[Contender]:

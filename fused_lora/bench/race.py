@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ class Judge:
         """Truth and yardstick of ``form``."""
         if form not in self._known:
             naive = CONTENDERS[YARDSTICKS[form]]
-            exact = install(naive, copy.deepcopy(self.workload.base).double(), self.rank)
+            exact = install(naive, share(self.workload.exact), self.rank)
             truth = self.workload.outcome(exact, self.inputs(torch.float64), exact=True)
             plain = install(naive, share(self.workload.base), self.rank)
             found = self.workload.outcome(plain, self.inputs())
@@ -69,6 +70,15 @@ class Judge:
             return {}, {}
         truth, yardstick = self.of(contender.form)
         return gate.errors(self.workload.outcome(model, self.inputs()), truth), yardstick
+
+    def wide_copies(self, model: nn.Module) -> int:
+        """fp32 copies of x in one forward pass; none can be in fp32."""
+        if self.workload.dtype == "fp32":
+            return 0
+        shape = self.workload.shape
+        with WideCopies(GATE_BATCH * shape.tokens * shape.width) as wide, self.workload.precision():
+            self.workload.forward(model, self.inputs())
+        return wide.count
 
 
 def install(contender: Contender, model: nn.Module, rank: int) -> nn.Module:
@@ -86,28 +96,25 @@ def enter(contender: Contender, workload: Workload, judge: Judge) -> Entrant:
     base = workload.base
     model = copy.deepcopy(base) if contender.owns_weights else share(base)
     model = install(contender, model, judge.rank)
-    entrant = Entrant(contender, model, lambda: None, *judge.errors(contender, model))
-    entrant.step = step_of(workload, model)
-    with WideCopies(workload.shape.tokens * workload.shape.width) as wide, workload.precision():
-        workload.forward(model, judge.inputs())
-    entrant.wide_copies = wide.count
+    step = step_of(workload, model)
+    entrant = Entrant(contender, model, step, *judge.errors(contender, model))
     sections = list(workload.sections(model))
-    with SavedBytes(model, workload.excluded(), sections) as saved, workload.precision():
-        outputs = workload.forward(model, workload.inputs)
-    del outputs
+    saved = SavedBytes(model, workload.excluded(), sections)
+    step(saved)
     entrant.saved_bytes = saved.total
     if sections:
         entrant.saved_bytes_per_block = saved.by_section.get(str(len(sections) // 2), 0)
-    entrant.peak_bytes = step_peak_bytes(entrant.step, workload.device)
+    entrant.wide_copies = judge.wide_copies(model)
+    entrant.peak_bytes = step_peak_bytes(step, workload.device)
     return entrant
 
 
-def step_of(workload: Workload, model: nn.Module) -> Step:
-    """One whole step of ``model``: what the clock sees."""
+def step_of(workload: Workload, model: nn.Module) -> Callable[..., None]:
+    """One whole step of ``model``: what the clock sees; ``watch`` is entered for its forward."""
     optimizer = workload.optimizer(model)
 
-    def step() -> None:
-        with workload.precision():
+    def step(watch: AbstractContextManager | None = None) -> None:
+        with watch or nullcontext(), workload.precision():
             outputs = workload.forward(model, workload.inputs)
         workload.backward(outputs)
         if optimizer:
@@ -132,8 +139,9 @@ def race(
         tell(f"{case}: judging {contender.name}")
         try:
             entrant = enter(contender, workload, judge)
-        except torch.OutOfMemoryError:
-            refusals.append(Refusal(case, contender.name, "out of memory"))
+        except Exception as error:  # told and counted as a failure; the others still race
+            words = f"{type(error).__name__}: {error}"
+            refusals.append(Refusal(case, contender.name, words))
             continue
         if wrong := gate.complaints(entrant.errors, entrant.yardstick, case.dtype):
             refusals.append(Refusal(case, contender.name, "; ".join(wrong)))

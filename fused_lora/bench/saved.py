@@ -103,9 +103,8 @@ class WideCopies(TorchDispatchMode):
 
 
 def step_peak_bytes(step: Step, device: str) -> int | None:
-    """Peak bytes allocated by one call of ``step`` beyond what was there; None off CUDA."""
+    """Peak bytes one call of ``step`` allocates beyond what was there; None, uncalled, off CUDA."""
     if not device.startswith("cuda"):
-        step()
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -37,6 +38,11 @@ class Workload:
     def __init__(self, shape: Shape, batch: int, dtype: str, device: str) -> None:
         self.shape, self.batch, self.dtype, self.device = shape, batch, dtype, device
         self.stored = STORED[dtype]
+
+    @cached_property
+    def exact(self) -> nn.Module:
+        """The same network in float64."""
+        return copy.deepcopy(self.base).double()
 
     def precision(self) -> AbstractContextManager:
         """Autocast when the dtype asks for it."""

@@ -23,6 +23,7 @@ from fused_lora.bench.shapes import SHAPES, Shape
         (["--device", "abacus"], "'abacus'"),
         (["--suite", "none"], "'none'"),
         (["--out", "no/such/folder/report.html"], "no/such/folder"),
+        (["--models", "vit_small_patch16_224", "--ranks", "512"], "512"),
         (["--readme", "no-readme.md"], "'no-readme.md'"),
     ],
 )

@@ -24,7 +24,7 @@ class AddmmLoRA(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, w: Tensor, bias: Tensor, spans: Spans, *ab: Tensor
     ) -> Tensor:
-        """y [M, N] of x [M, K], w [N, K], bias [N] and the pairs a [R, K], b [N_g, R]."""
+        """Returns y [M, N] of x [M, K], w [N, K], bias [N] and the pairs a [R, K], b [N_g, R]."""
         y = torch.addmm(bias, x, w.t())
         hidden = []
         for (start, stop), a, b in zip(spans, ab[::2], ab[1::2], strict=True):
@@ -37,7 +37,7 @@ class AddmmLoRA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """dx and the pairs da, db."""
+        """Returns dx and the pairs da, db."""
         x, w, *rest = ctx.saved_tensors
         pairs, hidden = rest[: 2 * len(ctx.spans)], rest[2 * len(ctx.spans) :]
         dx = dy @ w if ctx.needs_input_grad[0] else None

@@ -49,17 +49,16 @@ def _section(races: Sequence[Sequence[Row]]) -> str:
         f'<p class="soft">What is timed: {words.STEPS.get(case.suite, escape(case.suite))}.</p>',
         *(f"<p>{escape(words.summary(race))}</p>" for race in races),
         "<h3>Time of a step</h3>",
-        '<p class="soft">Median; in brackets, over the frozen network (dashed). Less is better.</p>',
+        f'<p class="soft">{words.TIME}</p>',
         time_plot(races),
         "<h3>Kept for backward</h3>",
-        '<p class="soft">Activations held between forward and backward. Less is better.</p>',
+        f'<p class="soft">{words.MEMORY}</p>',
         memory_plot(races),
     ]
     if any(row.errors for race in races for row in race):
         parts += [
             "<h3>Error against float64</h3>",
-            '<p class="soft">The worst of output (y) and adapter gradients (da, db), over naive '
-            "LoRA's error of the same quantity; past the dashed line, by more than a rounding, a time is refused.</p>",
+            f'<p class="soft">{words.ERROR}</p>',
             error_plot(races),
         ]
     return "\n".join(parts)
@@ -75,7 +74,8 @@ def _table(rows: Iterable[Row]) -> str:
 
 
 def _lines(case: Case, rows: Iterable[Row]) -> Iterable[str]:
-    yield f'<tr class="case"><th colspan="{len(HEADS)}">{escape(f"{case.suite}: {case}")}</th></tr>'
+    heading = escape(f"{case.suite}: {case}")
+    yield f'<tr class="case"><th colspan="{len(HEADS)}">{heading}</th></tr>'
     for row in rows:
         ours = ' class="ours"' if row.contender.startswith("fused") else ""
         yield f"<tr{ours}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row))}</tr>"

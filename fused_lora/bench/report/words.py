@@ -12,6 +12,13 @@ STEPS = {
     "six_projections": "the linear layers of one block alone, forward and backward",
 }
 
+TIME = "Median; in brackets, over the frozen network (dashed). Less is better."
+MEMORY = "Activations held between forward and backward. Less is better."
+ERROR = (
+    "The worst of output (y) and gradients (da, db, dx), over naive LoRA's error of the same "
+    "quantity. Past the dashed line, by more than a rounding, a time is refused."
+)
+
 HOW = """
 <p>Every method begins from the same frozen weights and the same adapter values (scale 1). The
 methods take turns within one process, the order rotated each round, so that a slow moment of the
