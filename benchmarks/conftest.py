@@ -11,7 +11,8 @@ import fused_lora.bench.contenders
 import fused_lora.bench.suites  # noqa: F401  both register what can be raced
 from fused_lora.bench import gate
 from fused_lora.bench.clock import Step
-from fused_lora.bench.race import Judge, enter
+from fused_lora.bench.judge import Judge
+from fused_lora.bench.race import enter
 from fused_lora.bench.registry import CONTENDERS, SUITES
 from fused_lora.bench.shapes import Shape
 

@@ -14,7 +14,8 @@ from fused_lora.bench import gate
 from fused_lora.bench.adapters import adapters, projections
 from fused_lora.bench.clock import Step
 from fused_lora.bench.contenders.naive import Naive
-from fused_lora.bench.race import Judge, install, race
+from fused_lora.bench.judge import Judge, install
+from fused_lora.bench.race import race
 from fused_lora.bench.registry import CONTENDERS, register
 from fused_lora.bench.shapes import Shape
 from fused_lora.bench.suites.six_projections import Projections, SixProjections
