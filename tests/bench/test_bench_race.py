@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bench_samples import CASE, ORIGIN
 from torch import nn
 
 import fused_lora.bench.contenders  # noqa: F401  registers them
@@ -20,6 +19,7 @@ from fused_lora.bench.registry import CONTENDERS, register
 from fused_lora.bench.shapes import Shape
 from fused_lora.bench.suites.six_projections import Projections, SixProjections
 from fused_lora.bench.workload import share
+from tests.bench.samples import CASE, ORIGIN
 
 TINY = Shape("tiny", 24, 5)  # odd rows, three heads' worth of columns
 RANK = 3

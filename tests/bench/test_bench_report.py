@@ -6,11 +6,10 @@ from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 
-from bench_samples import CASE, row
-
 from fused_lora.bench.report import page
 from fused_lora.bench.rows import Refusal
 from fused_lora.bench.table import cells, text
+from tests.bench.samples import CASE, row
 
 RACES = [
     row(name, median_ms=ms, case=replace(CASE, rank=rank))

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bench_samples import ORIGIN, row
 
 from fused_lora.bench.provenance import provenance, slug
 from fused_lora.bench.readme import BEGIN, END, rewrite, table
 from fused_lora.bench.rows import append, newest, read
+from tests.bench.samples import ORIGIN, row
 
 
 def test_round_trip(tmp_path: Path) -> None:
