@@ -40,19 +40,28 @@ def run(argv: Sequence[str] | None = None) -> int:
     for name, rank in product(grid.models, grid.ranks):
         if not _fitting([rank], name):
             print(f"left out: rank {rank} is over the width of {name}", file=sys.stderr)
-    rows, refusals = measure(options.suite, grid, options.device)
+    rows, refusals = measure(options.suite, grid, options.device, options.rows)
     print(table.text(rows))
     for refusal in refusals:
         print(f"refused: {refusal.contender} ({refusal.case}): {refusal.reason}", file=sys.stderr)
     options.out.write_text(page(rows, refusals), encoding="utf-8")
     print(f"report: {options.out}")
-    for path in append(rows, options.rows) if options.rows else ():
-        print(f"rows: {path}")
+    if options.rows:
+        print(f"rows: {options.rows}")
     return 1 if refusals else 0
 
 
-def measure(suite: str, grid: Grid, device: str) -> tuple[list[Row], list[Refusal]]:
-    """Run every race of ``grid``, the budget shared out evenly over those still to come."""
+def measure(
+    suite: str, grid: Grid, device: str, folder: Path | None = None
+) -> tuple[list[Row], list[Refusal]]:
+    """Run every race of ``grid``, the budget shared out evenly over those still to come.
+
+    Args:
+        suite: Which suite.
+        grid: What to cover.
+        device: Where.
+        folder: Rows are appended below it race by race, so that a broken run keeps its first ones.
+    """
     clock, origin = clock_for(device), provenance(device)
     networks = list(product(grid.models, grid.batches, grid.dtypes))
     total = sum(len(_fitting(grid.ranks, name)) for name, _, _ in networks)
@@ -65,6 +74,8 @@ def measure(suite: str, grid: Grid, device: str) -> tuple[list[Row], list[Refusa
         found, refused = race(workload, case, entered, clock, share, origin, progress.tell)
         left -= sum(row.median_ms * row.rounds for row in found) / 1e3
         rows += found
+        if folder:
+            append(found, folder)
         refusals += refused
         progress.advance(str(case))
         gc.collect()
