@@ -45,4 +45,4 @@ class Fused(Contender):
 class FusedJoint(Fused):
     """The same with one adapter on a fused qkv, as PEFT has it."""
 
-    name, title, form = "fused_joint", "fused_lora, one adapter on qkv", "joint"
+    name, title, form = "fused_joint", "fused_lora (joint)", "joint"

@@ -75,4 +75,4 @@ class Naive(Contender):
 class NaiveJoint(Naive):
     """The same with one pair on a fused qkv."""
 
-    name, title, form = "naive_joint", "naive LoRA, one adapter on qkv", "joint"
+    name, title, form = "naive_joint", "naive LoRA (joint)", "joint"
