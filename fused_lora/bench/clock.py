@@ -1,0 +1,54 @@
+"""Two clocks with one face: wall time for the CPU, device events for the GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+Step = Callable[[], None]
+
+
+class Clock(Protocol):
+    """What the timing loop needs."""
+
+    def now(self) -> float:
+        """Seconds since some fixed moment; what budgets are counted in."""
+
+    def measure_ms(self, step: Step) -> float:
+        """Run ``step`` once; its duration in milliseconds."""
+
+
+class CpuClock:
+    """``time.perf_counter`` around the call."""
+
+    def now(self) -> float:
+        """Seconds since some fixed moment."""
+        return time.perf_counter()
+
+    def measure_ms(self, step: Step) -> float:
+        """Wall time of one call."""
+        begin = time.perf_counter()
+        step()
+        return (time.perf_counter() - begin) * 1e3
+
+
+class CudaClock(CpuClock):
+    """Device time between two events, each run begun on an idle device."""
+
+    def measure_ms(self, step: Step) -> float:
+        """Time from the first kernel of one call to its last."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def clock_for(device: str) -> Clock:
+    """The clock that ``device`` is timed with."""
+    return CudaClock() if device.startswith("cuda") else CpuClock()

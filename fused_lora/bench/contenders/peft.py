@@ -1,0 +1,52 @@
+"""PEFT, the library most people use: one adapter on a fused qkv, fp32 adapters by default."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from fused_lora.bench.adapters import projections
+from fused_lora.bench.registry import Contender, register
+
+
+@register
+class Peft(Contender):
+    """``peft.get_peft_model`` as its documentation has it, with a scale of 1."""
+
+    name, title, form = "peft", "PEFT", "joint"
+    widen = True  # autocast_adapter_dtype: 16-bit adapters are made fp32
+
+    def why_not(self, dtype: str) -> str | None:
+        """PEFT is an optional package."""
+        return super().why_not(dtype) if find_spec("peft") else "peft is not installed"
+
+    def install(self, model: nn.Module, rank: int) -> nn.Module:
+        """Wrap ``model``; targets are full names, so patch_embed.proj is never among them."""
+        import peft
+
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=list(projections(model)),
+        )
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=self.widen)
+
+
+@register
+class PeftBf16(Peft):
+    """PEFT with adapters kept in bf16; the base is bf16 too unless autocast is on."""
+
+    name, title = "peft_bf16", "PEFT, bf16 adapters"
+    widen, dtypes = False, ("bf16", "amp")
+
+    def install(self, model: nn.Module, rank: int) -> nn.Module:
+        """Wrap ``model``, then store the adapters in bf16."""
+        wrapped = super().install(model, rank)
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        return wrapped

@@ -1,0 +1,81 @@
+"""What can be raced: contenders, and the suites they are raced in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from torch import nn
+
+Form = str  # "separate": three adapters on a fused qkv; "joint": one; "none": no adapters
+
+
+class Contender:
+    """One way to put a trainable low-rank path beside frozen projections.
+
+    Attributes:
+        name: What rows and the command line call it.
+        title: What a reader calls it.
+        form: How many adapters it puts on a fused qkv projection.
+        owns_weights: True when it trains the base weights and so needs its own copy.
+        dtypes: The precisions it differs in; empty means all.
+    """
+
+    name: str
+    title: str
+    form: Form = "separate"
+    owns_weights: bool = False
+    dtypes: tuple[str, ...] = ()
+
+    def why_not(self, dtype: str) -> str | None:
+        """Why it cannot run in ``dtype`` here, in one sentence; None when it can."""
+        if self.dtypes and dtype not in self.dtypes:
+            return f"{self.title} is raced in {' and '.join(self.dtypes)}, not in {dtype}"
+        return None
+
+    def install(self, model: nn.Module, rank: int) -> nn.Module:
+        """Adapt ``model`` in place and return the module to call."""
+        raise NotImplementedError(self.name)
+
+
+class Registry(dict):
+    """Things by name, each added by one decorator."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def pick(self, names: Iterable[str]) -> list:
+        """The entries called ``names``.
+
+        Raises:
+            ValueError: one of them is not registered.
+        """
+        names = list(names)
+        for name in names:
+            if name not in self:
+                raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self)}")
+        return [self[name] for name in names]
+
+
+CONTENDERS: Registry = Registry("contender")
+SUITES: Registry = Registry("suite")
+
+_C = TypeVar("_C", bound=type[Contender])
+_S = TypeVar("_S", bound=Callable)
+
+
+def register(contender: _C) -> _C:
+    """Class decorator: make one instance of ``contender`` known under its name."""
+    CONTENDERS[contender.name] = contender()
+    return contender
+
+
+def suite(name: str) -> Callable[[_S], _S]:
+    """Decorator: make a workload factory known under ``name``."""
+
+    def keep(factory: _S) -> _S:
+        SUITES[name] = factory
+        return factory
+
+    return keep

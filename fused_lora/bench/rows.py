@@ -1,0 +1,99 @@
+"""Rows: one contender in one case, as a line of JSON with its provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fused_lora.bench.gate import Errors
+from fused_lora.bench.provenance import Provenance, slug
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a row is about, all but the contender."""
+
+    suite: str
+    model: str  # timm's name; six_projections takes its widths
+    batch: int
+    tokens: int
+    rank: int
+    dtype: str  # fp32 | bf16 | amp
+
+    def __str__(self) -> str:
+        return f"{self.model}, batch {self.batch}, rank {self.rank}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one case, measured."""
+
+    case: Case
+    contender: str
+    form: str  # adapters on a fused qkv: separate (three), joint (one), none
+    rounds: int
+    median_ms: float  # one step: forward and backward, and the optimizer in train_step
+    q1_ms: float
+    q3_ms: float
+    ratio_frozen: float | None  # median over rounds of the ratio within a round; None: not run
+    ratio_naive: float | None
+    ratio_peft: float | None
+    errors: Errors  # against float64: y, da, db, and dx where inputs ask for it
+    yardstick: Errors  # naive LoRA of the same form in the same dtype
+    saved_bytes: int  # unique storages that autograd keeps after the forward pass
+    saved_bytes_per_block: int | None  # of the middle block
+    wide_copies: int  # fp32 copies of 16-bit activations in the forward pass
+    peak_bytes: int | None  # of one step beyond what was allocated; None off CUDA
+    provenance: Provenance
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """The row that ``to_json`` wrote."""
+        fields = json.loads(line)
+        case, origin = Case(**fields.pop("case")), Provenance(**fields.pop("provenance"))
+        return cls(case=case, provenance=origin, **fields)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A contender that was not timed, or whose time was not recorded, and why."""
+
+    case: Case
+    contender: str
+    reason: str
+
+
+def append(rows: Iterable[Row], folder: Path) -> list[Path]:
+    """Add each row to ``folder/<device>/<suite>.jsonl``; the files touched."""
+    touched = {}
+    for row in rows:
+        path = folder / slug(row.provenance.device) / f"{row.case.suite}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(row.to_json() + "\n")
+        touched[path] = None
+    return list(touched)
+
+
+def read(folder: Path) -> Iterator[Row]:
+    """Every row below ``folder``, oldest first within a file."""
+    for path in sorted(folder.glob("*/*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                yield Row.from_json(line)
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The latest row of each device, case and contender, in the order first met."""
+    latest: dict[tuple, Row] = {}
+    for row in rows:
+        key = (row.provenance.device, row.case, row.contender)
+        if key not in latest or row.provenance.time_utc >= latest[key].provenance.time_utc:
+            latest[key] = row
+    return list(latest.values())

@@ -1,0 +1,73 @@
+"""The shapes that are raced, each from a named model, and the grids of each kind of device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DTYPES = ("fp32", "bf16", "amp")  # amp: fp32 weights, bf16 autocast
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A vision transformer as its projections see it."""
+
+    name: str  # timm's name
+    width: int  # d: columns of the residual stream
+    tokens: int  # of one image, class token included
+    expansion: int = 4  # hidden columns of the MLP over d
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What one run covers when the command line does not say."""
+
+    models: tuple[str, ...]
+    ranks: tuple[int, ...]
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    contenders: tuple[str, ...]
+    budget_s: float  # for timed rounds, all cases together
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("vit_small_patch16_224", 384, 197),
+        Shape("vit_base_patch16_224", 768, 197),
+        Shape("vit_large_patch16_224", 1024, 197),
+        Shape("vit_small_patch14_dinov2", 384, 1370),
+        Shape("vit_base_patch14_dinov2", 768, 1370),
+    )
+}
+
+_SMALL_BASE = ("vit_small_patch16_224", "vit_base_patch16_224")
+_SIX = ("frozen", "naive", "naive_joint", "peft", "addmm", "fused", "fused_joint")
+_STEP = ("frozen", "naive", "peft", "fused", "fused_joint")
+
+CPU_GRIDS = {
+    "six_projections": Grid(_SMALL_BASE, (4, 16, 64, 128, 256, 512), (8,), ("fp32",), _SIX, 120),
+    "train_step": Grid(_SMALL_BASE, (16, 128, 512), (2,), ("fp32",), _STEP, 95),
+}
+CUDA_GRIDS = {
+    "six_projections": Grid(
+        (*_SMALL_BASE, "vit_large_patch16_224"),
+        (4, 16, 64, 128, 256, 512),
+        (8, 128),
+        ("amp", "bf16", "fp32"),
+        (*_SIX[:4], "peft_bf16", *_SIX[4:]),
+        240,
+    ),
+    "train_step": Grid(
+        (*_SMALL_BASE, "vit_large_patch16_224"),
+        (16, 64, 128, 256, 512),
+        (32, 128),
+        ("amp", "fp32"),
+        (*_STEP[:3], "peft_bf16", "addmm", *_STEP[3:]),
+        600,
+    ),
+}
+
+
+def grid(suite: str, device: str) -> Grid:
+    """The default grid of ``suite`` on ``device``."""
+    return (CUDA_GRIDS if device.startswith("cuda") else CPU_GRIDS)[suite]

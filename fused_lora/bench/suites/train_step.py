@@ -1,0 +1,69 @@
+"""A real training step of a timm vision transformer: forward, loss, backward, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_lora.bench.registry import suite
+from fused_lora.bench.shapes import Shape
+from fused_lora.bench.workload import Workload
+
+
+def build(name: str, device: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """The timm model ``name``, frozen, with seeded random weights.
+
+    Built on the meta device: timm's own initialisation takes longer than a training step.
+    """
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for path, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.02, generator=generator)
+        else:
+            parameter.fill_(0.0 if path.endswith("bias") else 1.0)
+    return model.train()
+
+
+@suite("train_step")
+class TrainStep(Workload):
+    """Cross-entropy on random images and labels; AdamW on whatever the contender trains."""
+
+    def __init__(self, shape: Shape, batch: int, dtype: str, device: str) -> None:
+        super().__init__(shape, batch, dtype, device)
+        generator = torch.Generator().manual_seed(1)
+        self.base = build(shape.name, device, self.stored)
+        size = self.base.patch_embed.img_size
+        images = torch.randn(batch, 3, *size, generator=generator)
+        self.inputs = [images.to(device, self.stored)]
+        self.labels = torch.randint(1000, (batch,), generator=generator).to(device)
+
+    def forward(self, model: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """The logits, or the features of a model without a head."""
+        return (model(*inputs),)
+
+    def backward(self, outputs: tuple[Tensor, ...]) -> None:
+        """The loss, and its gradient back."""
+        labels = self.labels[: len(outputs[0])] % outputs[0].shape[-1]
+        logits = outputs[0] if outputs[0].dtype is torch.float64 else outputs[0].float()
+        F.cross_entropy(logits, labels).backward()
+
+    def sections(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The transformer blocks."""
+        return next(m.blocks for m in model.modules() if "blocks" in m._modules)
+
+    def excluded(self) -> list[Tensor]:
+        """The images."""
+        return self.inputs
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
+        """AdamW on the trained parameters; None when there are none."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None

@@ -1,0 +1,72 @@
+"""Rows as text: what every rendering shows, and the table of the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+import fused_lora.bench.contenders  # noqa: F401  registers the titles
+from fused_lora.bench.registry import CONTENDERS
+from fused_lora.bench.rows import Case, Row
+
+HEADS = ("contender", "ms", "quartiles", "x frozen", "x naive", "x PEFT", "saved MB")
+HEADS += ("error", "grad error")
+
+
+def title(contender: str) -> str:
+    """What a reader calls ``contender``; rows may outlive a registration."""
+    known = CONTENDERS.get(contender)
+    return known.title if known else contender
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row under HEADS; a dash where nothing was measured."""
+    return (
+        row.contender,
+        milliseconds(row.median_ms),
+        f"{milliseconds(row.q1_ms)}-{milliseconds(row.q3_ms)}",
+        times(row.ratio_frozen),
+        times(row.ratio_naive),
+        times(row.ratio_peft),
+        f"{row.saved_bytes / 1e6:.1f}",
+        small(row.errors.get("y")),
+        small(max((e for q, e in row.errors.items() if q != "y"), default=None)),
+    )
+
+
+def milliseconds(duration: float) -> str:
+    """Three figures."""
+    return f"{duration:.0f}" if duration >= 100 else f"{duration:.3g}"
+
+
+def times(ratio: float | None) -> str:
+    """A ratio."""
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def small(error: float | None) -> str:
+    """An error."""
+    return "-" if error is None else f"{error:.1e}"
+
+
+def by_case(rows: Iterable[Row]) -> list[tuple[Case, list[Row]]]:
+    """Rows that stood in the same race, in the order the races were run."""
+    return [(case, list(group)) for case, group in groupby(rows, key=lambda row: row.case)]
+
+
+def text(rows: Iterable[Row]) -> str:
+    """One aligned table for each case."""
+    parts = []
+    for case, group in by_case(rows):
+        lines = [HEADS, *(cells(row) for row in group)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADS))]
+        parts += [f"{case.suite}: {case}", *(_line(line, widths) for line in lines), ""]
+    return "\n".join(parts)
+
+
+def _line(words: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (
+        word.ljust(width) if i == 0 else word.rjust(width)
+        for i, (word, width) in enumerate(zip(words, widths, strict=True))
+    )
+    return "  " + "  ".join([first, *rest])

@@ -1,0 +1,87 @@
+"""What a suite races: one base network, its inputs, a forward and a backward pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.bench.adapters import gradients
+from fused_lora.bench.gate import Outcome
+from fused_lora.bench.shapes import Shape
+
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.float32}
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose modules are new and whose parameters and buffers are the same."""
+    kept = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, kept)
+
+
+class Workload:
+    """One shape in one dtype on one device; suites fill in the passes.
+
+    Attributes:
+        base: The frozen network, shared by every contender.
+        inputs: The tensors of one step, the first dimension their batch.
+    """
+
+    base: nn.Module
+    inputs: list[Tensor]
+
+    def __init__(self, shape: Shape, batch: int, dtype: str, device: str) -> None:
+        self.shape, self.batch, self.dtype, self.device = shape, batch, dtype, device
+        self.stored = STORED[dtype]
+
+    @cached_property
+    def exact(self) -> nn.Module:
+        """The same network in float64."""
+        return copy.deepcopy(self.base).double()
+
+    def precision(self) -> AbstractContextManager:
+        """Autocast when the dtype asks for it."""
+        if self.dtype != "amp":
+            return nullcontext()
+        return torch.autocast(self.device.partition(":")[0], torch.bfloat16)
+
+    def forward(self, model: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs of one pass."""
+        raise NotImplementedError
+
+    def backward(self, outputs: tuple[Tensor, ...]) -> None:
+        """Send a gradient back from ``outputs``."""
+        raise NotImplementedError
+
+    def sections(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The blocks whose saved bytes are told apart."""
+        return ()
+
+    def excluded(self) -> list[Tensor]:
+        """Tensors alive whatever the contender saves."""
+        return []
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
+        """What ends a step, if anything."""
+        return None
+
+    def outcome(self, model: nn.Module, inputs: list[Tensor], exact: bool = False) -> Outcome:
+        """Outputs and gradients of one pass over ``inputs``, without autocast when exact."""
+        model.zero_grad(set_to_none=True)
+        with nullcontext() if exact else self.precision():
+            outputs = self.forward(model, inputs)
+        self.backward(outputs)
+        found = gradients(model)
+        entered = [t.grad for t in inputs if t.grad is not None]
+        result = {
+            "y": [output.detach() for output in outputs],
+            "da": [found[key] for key in sorted(found) if key.endswith("A")],
+            "db": [found[key] for key in sorted(found) if key.endswith("B")],
+        } | ({"dx": entered} if entered else {})
+        model.zero_grad(set_to_none=True)
+        return {quantity: tensors for quantity, tensors in result.items() if tensors}

@@ -1,0 +1,56 @@
+"""Rows survive the file, the newest wins, and the README's table settles at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fused_lora.bench.provenance import provenance, slug
+from fused_lora.bench.readme import BEGIN, END, rewrite, table
+from fused_lora.bench.rows import append, newest, read
+from tests.bench.samples import ORIGIN, row
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    rows = [row("naive"), row("fused", peak_bytes=7)]
+    (path,) = append(rows, tmp_path)
+    assert path == tmp_path / "some-fast-processor" / "train_step.jsonl"
+    append([row("peft")], tmp_path)
+    assert list(read(tmp_path)) == [*rows, row("peft")]
+
+
+def test_newest_row_of_a_cell_wins() -> None:
+    later = replace(ORIGIN, commit="ffffffffffff", time_utc="2030-02-01T00:00:00Z")
+    new = row(median_ms=100.0, provenance=later)
+    assert newest([new, row(), row("naive")]) == [new, row("naive")]
+
+
+def test_readme_is_written_between_its_markers_and_settles(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert rewrite(readme, [row(), row("naive")])
+    text = readme.read_text()
+    assert text.startswith("# before\n") and text.endswith(f"{END}\nafter\n")
+    assert "old" not in text and "| fused_lora | 123 | 1.25 | 0.75 | - | 73 MB |" in text
+    assert not rewrite(readme, [row(), row("naive")])
+    assert readme.read_text() == text
+
+
+def test_readme_without_markers_is_named(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# nothing here\n")
+    with pytest.raises(ValueError, match="README.md"):
+        rewrite(readme, [])
+
+
+def test_readme_without_rows_says_so() -> None:
+    assert table([]) == "No rows are recorded yet."
+
+
+def test_provenance_knows_its_versions() -> None:
+    found = provenance("cpu")
+    assert found.device and found.python and found.threads >= 1 and found.driver is None
+    assert found.time_utc.endswith("Z")
+    assert slug("AMD EPYC(tm) 7B13!") == "amd-epyc-tm-7b13"
