@@ -74,7 +74,7 @@ def settings_of(config: Any, where: str) -> Settings:
         raise AdapterFileError(f"{where}: expected an object, got {type(config).__name__}")
     if "peft_type" not in config:
         raise AdapterFileError(f"{where}: no peft_type; found the keys {some_of(config)}")
-    for key, value in config.items():
+    for key, value in sorted(config.items(), key=lambda item: item[0] != "peft_type"):
         if value not in NEUTRAL.get(key, (value,)):
             raise AdapterFileError(
                 f"{where}: {key} is {value!r}; only {NEUTRAL[key][0]!r} can be loaded"

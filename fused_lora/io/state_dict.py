@@ -25,12 +25,12 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for name, module in adapted(model).items():
+        for own_a, own_b in module.adapters():
+            check_values(own_a, a_key(name))
+            check_values(own_b, b_key(name))
         a, b, aside = fuse(module)
-        found = {a_key(name): a, b_key(name): b}
-        found |= {aside_key(name, group): tensor for group, tensor in aside.items()}
-        for key, tensor in found.items():
-            check_values(tensor, key)
-        state |= found
+        state |= {a_key(name): a, b_key(name): b}
+        state |= {aside_key(name, group): tensor for group, tensor in aside.items()}
     return state
 
 
