@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_lora.io.describe import config_for
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.io.fuse import Group, groups_of, outer_scale, total_rank
 from fused_lora.io.header import Content, pack, unpack
@@ -24,7 +25,7 @@ from fused_lora.io.keys import (
     unmerged,
 )
 from fused_lora.io.pair import CONFIG, TENSORS, read_pair, write_pair
-from fused_lora.io.peft import Settings, config_for, settings_of
+from fused_lora.io.peft import Settings, settings_of
 from fused_lora.io.state_dict import Changes, adapter_changes, check_values, lora_state_dict
 from fused_lora.io.trained import trained_modules, whole_state
 from fused_lora.nn import AdaptedLinear
@@ -127,7 +128,7 @@ def _changes(
     check_keys(f"{where}, beside the adapters", expected, others)
     for key, tensor in others.items():
         changes.add(expected[key], tensor, f"{where}: {key}")
-    return changes, [key.removeprefix(PREFIX) for key in others]
+    return changes, sorted(key.removeprefix(PREFIX) for key in others)
 
 
 def _groups(

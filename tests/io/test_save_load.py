@@ -10,10 +10,11 @@ import torch
 
 import fused_lora
 from fused_lora.io import pair
+from fused_lora.io.describe import alpha_for, pattern_for, targets_for
 from fused_lora.io.fuse import fuse, groups_of, split
 from fused_lora.io.header import unpack
 from fused_lora.io.pair import read_pair
-from fused_lora.io.peft import alpha_for, lookup, pattern_for, targets_for
+from fused_lora.io.peft import lookup
 
 ODD = {"q": 3, "k": 5, "blocks.1.mlp.fc1": 7}  # scales 16/3, 16/5, 16/4: no ratio is a power of 2
 
@@ -66,7 +67,7 @@ def test_trained_head_is_kept_or_refused_never_lost(patched, snapshot, same, tmp
     fused_lora.save(model, tmp_path / "all")
     other = patched(noise=0, trainable=("^head",))  # what trains there does not matter
     loaded = fused_lora.load(other, tmp_path / "all")
-    assert sorted(loaded) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
+    assert loaded == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
     assert same(other, snapshot(model))
     fused_lora.save(model, tmp_path / "bare", trainable=False)
     assert fused_lora.load(other, tmp_path / "bare") == []
@@ -192,6 +193,12 @@ def test_alpha_gives_the_scale_back():
             scale = alpha / rank
             assert alpha_for(scale, rank) / rank == pytest.approx(scale, rel=4e-16)
     assert isinstance(alpha_for(16 / 7, 7), int)
+
+
+def test_load_tells_what_else_it_set_in_order(patched, tmp_path):
+    fused_lora.save(patched(trainable=("^head", "^norm")), tmp_path)
+    told = [fused_lora.load(patched(noise=0), tmp_path) for _ in range(5)]
+    assert told == [["head.bias", "head.weight", "norm.bias", "norm.weight"]] * 5
 
 
 def test_import_needs_torch_alone():
