@@ -1,5 +1,6 @@
 """Low-rank adaptation of vision transformers at the cost of the frozen network."""
 
+from fused_lora.io import AdapterFileError, load, load_lora_state_dict, lora_state_dict, save
 from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.patching.errors import PatchError
@@ -11,6 +12,7 @@ from fused_lora.version import __version__
 
 __all__ = [
     "AdapterConfig",
+    "AdapterFileError",
     "FusedLoRAGroupedLinear",
     "FusedLoRALinear",
     "PatchError",
@@ -18,9 +20,13 @@ __all__ = [
     "__version__",
     "disable",
     "explain",
+    "load",
+    "load_lora_state_dict",
     "lora_linear",
+    "lora_state_dict",
     "merge",
     "patch",
+    "save",
     "unmerge",
     "unpatch",
 ]

@@ -1,0 +1,150 @@
+"""save and load: one model's adapters, one folder in PEFT's format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_lora.io.describe import config_for
+from fused_lora.io.errors import AdapterFileError
+from fused_lora.io.fuse import Group, groups_of, outer_scale, total_rank
+from fused_lora.io.header import Content, pack, unpack
+from fused_lora.io.keys import (
+    ASIDE,
+    PREFIX,
+    a_key,
+    adapted,
+    b_key,
+    check_keys,
+    module_names,
+    unmerged,
+)
+from fused_lora.io.pair import CONFIG, TENSORS, read_pair, write_pair
+from fused_lora.io.peft import Settings, settings_of
+from fused_lora.io.state_dict import Changes, adapter_changes, check_values, lora_state_dict
+from fused_lora.io.trained import trained_modules, whole_state
+from fused_lora.nn import AdaptedLinear
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = True) -> None:
+    """Write the adapters of a patched model as PEFT does; ``PeftModel.from_pretrained`` reads them.
+
+    Separate adapters on a fused qkv are written as the one adapter of rank sum R that they are
+    together; ``load`` takes them apart again, bit for bit.
+
+    Args:
+        model: a patched model, merged or not.
+        folder: made if need be; an adapter already there is replaced, both files or neither.
+        trainable: also write, whole, the modules that own parameters training beside the
+            adapters (a head), as PEFT's ``modules_to_save``; False leaves them out.
+
+    Raises:
+        AdapterFileError: no adapters, values that are not finite, a trained parameter for which
+            PEFT has no place, or a file where the folder should be.
+    """
+    groups = {name: groups_of(module) for name, module in adapted(model).items()}
+    others = trained_modules(model) if trainable else []
+    tensors = lora_state_dict(model)
+    for key, tensor in whole_state(model, others).items():
+        check_values(tensor, key)
+        tensors[key] = tensor
+    config = _config(model, groups, others)
+    text = json.dumps(config, indent=2) + "\n"
+    write_pair(Path(folder), text.encode(), pack(tensors, groups, config))
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
+    """Copy an adapter, written by ``save`` or by PEFT, into a model patched like it.
+
+    Everything is checked before anything is changed. Scales are set as the files say; dropout,
+    what trains, and dtypes stay the model's own.
+
+    Args:
+        model: a patched model, not merged.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The keys set besides the adapters' (``modules_to_save``).
+
+    Raises:
+        AdapterFileError: files missing, damaged or not of one save, an option that cannot be
+            served, or a key, shape or value that does not fit the model; it is left as it was.
+    """
+    folder = Path(folder)
+    modules = unmerged(model)
+    text, blob = read_pair(folder)
+    config = _parsed(text, str(folder / CONFIG))
+    settings = settings_of(config, str(folder / CONFIG))
+    content = unpack(blob, config, str(folder / TENSORS))
+    changes, others = _changes(model, modules, settings, content, str(folder / TENSORS))
+    changes.apply()
+    return others
+
+
+def _config(
+    model: nn.Module, groups: Mapping[str, Sequence[Group]], others: list[str]
+) -> dict[str, Any]:
+    base = getattr(model, "name_or_path", None)
+    return config_for(
+        {name: total_rank(each) for name, each in groups.items()},
+        {name: outer_scale(each) for name, each in groups.items()},
+        module_names(model),
+        others,
+        max(module.config.dropout for module in adapted(model).values()),
+        base if isinstance(base, str) else None,
+    )
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise AdapterFileError(f"{where}: no JSON: {error}") from None
+
+
+def _changes(
+    model: nn.Module,
+    modules: Mapping[str, AdaptedLinear],
+    settings: Settings,
+    content: Content,
+    where: str,
+) -> tuple[Changes, list[str]]:
+    adapters, others = {}, {}
+    own = tuple(key for name in modules for key in (a_key(name), b_key(name)))
+    for key, tensor in content.tensors.items():
+        kind = adapters if key in own or ".lora_" in key or key.startswith(ASIDE) else others
+        kind[key] = tensor
+    groups = {
+        name: _groups(name, module, adapters.get(a_key(name)), settings, content, where)
+        for name, module in modules.items()
+    }
+    changes = adapter_changes(modules, adapters, groups, where)
+    expected = whole_state(model, settings.modules_to_save)
+    check_keys(f"{where}, beside the adapters", expected, others)
+    for key, tensor in others.items():
+        changes.add(expected[key], tensor, f"{where}: {key}")
+    return changes, sorted(key.removeprefix(PREFIX) for key in others)
+
+
+def _groups(
+    name: str,
+    module: AdaptedLinear,
+    a: Tensor | None,
+    settings: Settings,
+    content: Content,
+    where: str,
+) -> tuple[Group, ...]:
+    rank = settings.rank_of(name)
+    if a is not None and a.shape[:1] != (rank,):
+        raise AdapterFileError(
+            f"{where}: {a_key(name)} has shape {tuple(a.shape)}, but the config gives rank {rank}"
+        )
+    noted = content.groups.get(name, ())
+    if [(group.name, group.span) for group in noted] == list(module.groups.items()):
+        return noted
+    return groups_of(module, settings.scale_of(name))

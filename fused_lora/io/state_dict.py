@@ -1,0 +1,136 @@
+"""Adapters as tensors under PEFT's keys; every value is checked before any is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.io.errors import AdapterFileError
+from fused_lora.io.fuse import Group, fuse, groups_of, split, total_rank
+from fused_lora.io.keys import a_key, adapted, aside_key, b_key, check_keys, unmerged
+from fused_lora.nn import AdaptedLinear
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a patched model's adapters: ``base_model.model.<module>.lora_A.weight`` [R, K], ...
+
+    Separate adapters on one linear come as the one adapter that they are together (``io/fuse.py``).
+    The scales are no tensors: ``save`` keeps them, this does not.
+
+    Raises:
+        AdapterFileError: no adapters, values that are not finite, or no values yet (meta).
+    """
+    state: dict[str, Tensor] = {}
+    for name, module in adapted(model).items():
+        for own_a, own_b in module.adapters():
+            check_values(own_a, a_key(name))
+            check_values(own_b, b_key(name))
+        a, b, aside = fuse(module)
+        state |= {a_key(name): a, b_key(name): b}
+        state |= {aside_key(name, group): tensor for group, tensor in aside.items()}
+    return state
+
+
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy tensors as from ``lora_state_dict`` into a model patched alike; the scales stay.
+
+    Raises:
+        AdapterFileError: not patched, merged, or a key, shape or value that does not fit; the
+            model is left as it was.
+    """
+    modules = unmerged(model)
+    groups = {name: groups_of(module) for name, module in modules.items()}
+    adapter_changes(modules, state, groups, "the state dict").apply()
+
+
+@dataclass
+class Changes:
+    """What a load will do, decided in full before it is done."""
+
+    tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (destination, value)
+    scales: list[tuple[AdaptedLinear, str, float]] = field(default_factory=list)
+
+    def add(self, destination: Tensor, value: Tensor, where: str) -> None:
+        """Note one copy; raises AdapterFileError if it would not be exact."""
+        self.tensors.append((destination, checked(value, destination, where)))
+
+    def apply(self) -> None:
+        """Do it."""
+        with torch.no_grad():
+            for destination, value in self.tensors:
+                destination.copy_(value)
+        for module, group, scale in self.scales:
+            module.set_scale(scale, group)
+
+
+def adapter_changes(
+    modules: Mapping[str, AdaptedLinear],
+    state: Mapping[str, Tensor],
+    groups: Mapping[str, Sequence[Group]],
+    where: str,
+) -> Changes:
+    """The changes that put ``state`` into ``modules``, each split by its ``groups``."""
+    aside = {aside_key(name, g.name) for name in modules for g in groups[name] if g.factor != 1.0}
+    halves = {key(name) for name in modules for key in (a_key, b_key)}
+    check_keys(where, halves | (aside & set(state)), state)
+    changes = Changes()
+    for name, module in modules.items():
+        _one_module(changes, name, module, state, groups[name], where)
+    return changes
+
+
+def _one_module(
+    changes: Changes,
+    name: str,
+    module: AdaptedLinear,
+    state: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    where: str,
+) -> None:
+    rank, a, b = total_rank(groups), state[a_key(name)], state[b_key(name)]
+    check_shape(a, (rank, module.in_features), f"{where}: {a_key(name)}")
+    check_shape(b, (module.out_features, rank), f"{where}: {b_key(name)}")
+    for key in (a_key(name), b_key(name)):
+        check_values(state[key], f"{where}: {key}")
+    pairs = split(a, b, groups, f"{where}: {b_key(name)}")
+    for group in groups:
+        own_a, own_b = module.adapter(group.name)
+        value_a, value_b = pairs[group.name]
+        aside = aside_key(name, group.name)
+        changes.add(own_a, value_a, f"{where}: {a_key(name)}")
+        changes.add(own_b, state.get(aside, value_b), f"{where}: {b_key(name)}")
+        changes.scales.append((module, group.name, group.scale))
+
+
+def check_shape(tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
+    """Raises AdapterFileError unless ``tensor`` has ``shape``."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise AdapterFileError(
+            f"{where} has shape {tuple(tensor.shape)}, the model's has {tuple(shape)}"
+        )
+
+
+def check_values(tensor: Tensor, where: str) -> None:
+    """Raises AdapterFileError for values that are not finite, or not there."""
+    if tensor.is_meta:
+        raise AdapterFileError(f"{where} holds no values: it is a meta tensor")
+    if bad := int((~torch.isfinite(tensor)).sum()):
+        raise AdapterFileError(f"{where} holds {bad} non-finite values of {tensor.numel()}")
+
+
+def checked(value: Tensor, destination: Tensor, where: str) -> Tensor:
+    """``value`` in the destination's dtype; raises AdapterFileError if that would change it."""
+    check_shape(value, tuple(destination.shape), where)
+    check_values(value, where)
+    if destination.is_meta:
+        raise AdapterFileError(f"{where}: the model holds no values there yet: it is on meta")
+    cast = value.to(destination.dtype)
+    if not torch.equal(cast.to(value.dtype), value):
+        raise AdapterFileError(
+            f"{where} is {value.dtype} and the model's is {destination.dtype}, which would round "
+            f"it: patch with adapter_dtype={value.dtype}, or convert the model"
+        )
+    return cast
