@@ -1,16 +1,27 @@
-"""Tests marked ``gpu`` skip, with a reason, where torch sees none."""
+"""What every test shares: its own cache folder, the same random numbers, GPU tests skipped here."""
 
 from __future__ import annotations
+
+import os
+import tempfile
 
 import pytest
 import torch
 
+os.environ["FUSED_LORA_CACHE_DIR"] = tempfile.mkdtemp(prefix="fused-lora-test-")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add the skip where it is due."""
+    """Tests marked ``gpu`` skip, with a reason, where torch sees none."""
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="torch sees no CUDA device")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers."""
+    torch.manual_seed(0)

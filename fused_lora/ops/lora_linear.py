@@ -73,7 +73,7 @@ def lora_linear(
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What the GEMMs compute in: autocast's dtype where it would cast x, else x's own."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 

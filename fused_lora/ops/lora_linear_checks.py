@@ -34,7 +34,7 @@ def check(
             f"lora_linear: got {len(a)} a, {len(b)} b, {len(scales)} scales and {len(spans)} spans; "
             "there must be one of each per adapter"
         )
-    _check_spans(spans, n)
+    (check_spans if torch.compiler.is_compiling() else _check_spans_once)(spans, n)
     for g, span in enumerate(spans):
         _check_adapter(g, span, a[g], b[g], k, x.device)
     if not dtype.is_floating_point or (x.dtype is dtype and w.dtype is not dtype):
@@ -61,8 +61,8 @@ def _check_adapter(g: int, span: Span, a: Tensor, b: Tensor, k: int, device: tor
         raise TypeError(f"lora_linear: a[{g}] is {a.dtype}, b[{g}] is {b.dtype}; both must float")
 
 
-@lru_cache(maxsize=1024)
-def _check_spans(spans: tuple[Span, ...], n: int) -> None:
+def check_spans(spans: tuple[Span, ...], n: int) -> None:
+    """Raises ValueError unless the spans are in order, apart and within the ``n`` columns of y."""
     if not spans:
         raise ValueError("lora_linear: no adapter given; call torch.nn.functional.linear instead")
     last = 0
@@ -74,3 +74,6 @@ def _check_spans(spans: tuple[Span, ...], n: int) -> None:
                 f"lora_linear: {span} is empty, overlaps another, or leaves the {n} columns of y"
             )
         last = span.stop
+
+
+_check_spans_once = lru_cache(maxsize=1024)(check_spans)

@@ -69,8 +69,8 @@ def rows_per_call(
 
 
 def _forward_on_meta(model: nn.Module, example: Any) -> None:
-    state = dict(model.named_parameters(remove_duplicate=False))
-    state |= dict(model.named_buffers(remove_duplicate=False))
+    state = dict(model.named_parameters())
+    state |= dict(model.named_buffers())
     standins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}

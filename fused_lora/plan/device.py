@@ -6,6 +6,7 @@ not peaks. A device that is not in it is measured once and the figures are kept 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -47,8 +48,11 @@ UNMEASURED_CPU = (100.0, 8.0, 20.0, 3.0)  # GFLOP/s, half rank, GB/s, us: for FU
 
 def known(name: str, dtype: str) -> Ceilings | None:
     """The table's row for the GPU called ``name``, if it has one."""
+    words = name.replace("-", " ") + " "
+    if "Laptop" in words or "MIG" in words:  # other chips, or parts of one
+        return None
     for fragment, (fp32, tf32, half, bandwidth) in KNOWN_GPUS.items():
-        if fragment in name.split() or (" " in fragment and fragment in name):
+        if f"{fragment} " in words:
             rates = {"float64": fp32 / 2, "float32": fp32, "tf32": tf32}
             return Ceilings(
                 name, dtype, rates.get(dtype, half), GPU_HALF_RANK, bandwidth, GPU_CALL_US, False
@@ -81,11 +85,9 @@ def store(folder: Path, key: str, ceilings: Ceilings) -> None:
         rows = rows if isinstance(rows, dict) else {}
     except (OSError, ValueError):
         rows = {}
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, prefix=".ceilings-")
         with os.fdopen(handle, "w") as file:
             json.dump(rows | {key: asdict(ceilings)}, file, indent=1)
         Path(name).replace(path)
-    except OSError:
-        return

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_lora.reference.philox import stochastic_round
 from fused_lora.types import Span
 
 
@@ -16,10 +17,11 @@ def lora_merge(
     b: Sequence[Tensor],  # G of [N_g, R_g], any strides, any float dtype
     scales: Sequence[float],  # G
     spans: Sequence[Span],  # G
+    noise: tuple[int, int] | None = None,  # (seed, step) of stochastic rounding
 ) -> Tensor:
-    """w' [N, K], a new tensor in w's dtype, rounded to nearest."""
+    """w' [N, K], a new tensor in w's dtype, rounded to nearest unless ``noise`` is given."""
     wide = torch.promote_types(w.dtype, torch.float32)
     merged = w.to(wide, copy=True)
     for a_g, b_g, s_g, span in zip(a, b, scales, spans, strict=True):
         merged[span.start : span.stop].addmm_(b_g.to(wide), a_g.to(wide), alpha=s_g)
-    return merged.to(w.dtype)
+    return merged.to(w.dtype) if noise is None else stochastic_round(merged, w.dtype, *noise)

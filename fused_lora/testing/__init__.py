@@ -1,0 +1,1 @@
+"""Judgement: truth, yardstick, budget."""

@@ -1,0 +1,170 @@
+"""Every model or option that cannot be served is named, and the model is left as it was."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import fused_lora
+from fused_lora import PatchError
+from fused_lora.nn import AdaptedLinear
+from tests.patching.models import build
+
+
+def refuse(model, message, kind=PatchError, **options):
+    """``patch`` refuses with ``message`` and nothing of the model has changed."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    modules = {name: (type(m), id(m)) for name, m in model.named_modules()}
+    trains = [p.requires_grad for p in model.parameters()]
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(kind, match=message):
+        fused_lora.patch(model, **{"rank": 4} | options)
+    assert {name: (type(m), id(m)) for name, m in model.named_modules()} == modules
+    assert [p.requires_grad for p in model.parameters()] == trains
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert model.state_dict().keys() == state.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]) or value.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, r"blocks.0.attn.qkv: rank .* got 0"),
+        ({"rank": 49}, r"blocks.0.attn.qkv: rank .*min\(48, 48\), got 49"),
+        ({"rank": "16"}, "got '16'"),
+        ({"rank_pattern": {"fc2": 49}}, r"blocks.0.mlp.fc2: .*min\(192, 48\), got 49"),
+        ({"rank_pattern": {"mpl": 8}}, "rank_pattern: 'mpl' is no role and matches no"),
+        ({"rank_pattern": {"(": 8}}, r"rank_pattern: '\(' is no regular expression"),
+        ({"alpha_pattern": {"q": 1, "k": 2}}, r"gives blocks.0.attn.qkv several alphas"),
+        ({"targets": ["q", "gate"]}, "targets: 'gate' is not a valid Role; the roles are"),
+        ({"targets": []}, "targets is empty"),
+        ({"qkv": "fused"}, r"qkv must be one of \('separate', 'joint'\), got 'fused'"),
+        ({"trainable": ["^heads"]}, r"trainable: '\^heads' matches no parameter"),
+        ({"trainable": ["["]}, r"trainable: '\[' is no regular expression"),
+        ({"example_input": torch.randn(1, 3, 40, 32)}, "trial forward .* failed"),
+    ],
+)
+def test_options(options, message):
+    refuse(build(), message, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"dropout": 2.0}, "dropout"), ({"impl": "gpu"}, "impl"), ({"init": "ones"}, "init")],
+)
+def test_adapter_options(options, message):
+    refuse(build(), f"{message} must", ValueError, **options)
+
+
+def test_unknown_option():
+    refuse(build(), "lora_rank", TypeError, lora_rank=3)
+
+
+def test_no_module():
+    with pytest.raises(PatchError, match=r"expected a torch.nn.Module, got dict"):
+        fused_lora.patch({}, rank=4)
+
+
+def test_nothing_to_patch():
+    refuse(timm.create_model("resnet10t"), "no projection with a role in .* found in ResNet")
+    refuse(nn.Sequential(nn.Linear(4, 4)), r"linears of type \['Linear'\]")
+
+
+def test_torchvision_calls_no_linear():
+    model = torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32)
+    refuse(model, r"\['MultiheadAttention'\], which calls no linear")
+
+
+def test_a_projection_whose_weight_is_read_without_a_call():
+    model = timm.create_model("beit_base_patch16_224", depth=1)
+    refuse(model, r"blocks.0.attn.qkv is never called by the model's forward")
+
+
+def test_an_unknown_linear_subclass():
+    class Int8Linear(nn.Linear):
+        pass
+
+    model = build()
+    model.blocks[1].mlp.fc1 = Int8Linear(48, 192)
+    refuse(model, r"blocks.1.mlp.fc1 is a .*Int8Linear, not a plain")
+
+
+def test_a_parametrized_linear():
+    model = build()
+    nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.fc1)
+    refuse(model, r"blocks.0.mlp.fc1 is a .*ParametrizedLinear, not a plain")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights(value):
+    model = build()
+    with torch.no_grad():
+        model.blocks[1].attn.proj.weight[3, 4] = value
+    refuse(model, r"blocks.1.attn.proj.weight holds 1 non-finite values")
+
+
+def test_already_patched():
+    model = build()
+    fused_lora.patch(model, rank=4)
+    with pytest.raises(PatchError, match=r"already patched: blocks.0.attn.qkv carries adapters"):
+        fused_lora.patch(model, rank=4)
+    fused_lora.unpatch(model)
+    fused_lora.patch(model, rank=4)
+
+
+def test_not_patched():
+    for call in (fused_lora.unpatch, fused_lora.merge, fused_lora.unmerge):
+        with pytest.raises(PatchError, match="VisionTransformer carries no fused_lora adapters"):
+            call(build())
+
+
+def test_merge_twice_and_unmerge_twice():
+    model = build()
+    fused_lora.patch(model, rank=4)
+    with pytest.raises(PatchError, match=r"blocks.0.attn.qkv is not merged"):
+        fused_lora.unmerge(model)
+    fused_lora.merge(model)
+    with pytest.raises(PatchError, match=r"blocks.0.attn.qkv is already merged"):
+        fused_lora.merge(model)
+
+
+def test_a_merge_that_fails_leaves_nothing_merged(monkeypatch):
+    model = build()
+    fused_lora.patch(model, rank=4)
+    merge, calls = AdaptedLinear.merge, []
+
+    def third_fails(module, *arguments):
+        calls.append(module)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        merge(module, *arguments)
+
+    monkeypatch.setattr(AdaptedLinear, "merge", third_fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fused_lora.merge(model)
+    assert not any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear))
+
+
+def test_an_adoption_that_fails_midway_is_undone(monkeypatch):
+    attach, calls = AdaptedLinear._attach, []
+
+    def fifth_fails(module, *arguments):
+        calls.append(module)
+        if len(calls) == 5:
+            raise RuntimeError("out of memory")
+        attach(module, *arguments)
+
+    monkeypatch.setattr(AdaptedLinear, "_attach", fifth_fails)
+    refuse(build(), "out of memory", RuntimeError)
+
+
+def test_calls_with_the_wrong_input():
+    model = build()
+    fused_lora.patch(model, rank=4)
+    qkv = model.blocks[0].attn.qkv
+    with pytest.raises(ValueError, match=r"x \(2, 47\) must end in K = 48"):
+        qkv(torch.randn(2, 47))
+    with pytest.raises(TypeError, match=r"x is torch.bfloat16 and w is torch.float32"):
+        qkv(torch.randn(2, 48, dtype=torch.bfloat16))
