@@ -35,7 +35,7 @@ def why_not_here() -> str | None:
     try:
         load()
     except ModuleNotFoundError:
-        return "the compiled module was not built: no nvcc when fused_lora was installed"
+        return "the compiled module was not built when fused_lora was installed"
     except ImportError as error:
         return f"the compiled module does not load: {error}"
     return None

@@ -41,6 +41,8 @@ CASES = [
     Case("stored transposed", 40, 136, 20, transposed=True),
     Case("rows that are not 16-byte aligned", 20, 136, 4, row_pad=3),
     Case("rows that are, with gaps", 20, 136, 4, row_pad=8),
+    Case("aligned rows that end inside a group of eight", 20, 133, 4, row_pad=3),
+    Case("rows aligned in four-byte elements, not in two-byte ones", 20, 132, 4),
     Case("a base that is not aligned", 20, 136, 4, lead=1),
     Case("random indices beyond 32 bits", 20, 136, 4, offset=2**35 - 7),
 ]

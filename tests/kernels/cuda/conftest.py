@@ -40,6 +40,8 @@ def build_host(folder: Path) -> Path:
     sources = [CSRC / "bindings.cpp", CSRC / "lora_merge/lora_merge.cpp", HERE / "host_launch.cpp"]
     includes = [f"-I{path}" for path in (CSRC, python_include, pybind11.get_include())]
     options = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra"]
+    # A misaligned access, which this processor forgives and a GPU does not, ends the process.
+    options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command = [compiler, *options, "-Werror", '-DFUSED_LORA_ARCHS="none"', *includes]
     partial = target.with_suffix(f".{os.getpid()}")
     subprocess.run([*command, *map(str, sources), "-o", str(partial)], check=True)
