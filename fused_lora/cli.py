@@ -57,7 +57,9 @@ def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("model", help="a timm model, such as vit_base_patch16_224")
     command.add_argument("--rank", type=int, default=16, help="of every adapter (16)")
     command.add_argument("--batch-size", type=int, default=8, help="images per step (8)")
-    command.add_argument("--qkv", default="separate", help="adapters of a fused qkv: separate, joint")
+    command.add_argument(
+        "--qkv", default="separate", help="adapters of a fused qkv: separate, joint"
+    )
     command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     command.add_argument("--device", default="cpu", help="whose ceilings to plan against (cpu)")
     command.set_defaults(run=_run_explain)
@@ -79,7 +81,9 @@ def _run_explain(args: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("bench", add_help=False, help="measure against naive LoRA and PEFT")
+    command = commands.add_parser(
+        "bench", add_help=False, help="measure against naive LoRA and PEFT"
+    )
     command.set_defaults(run=_run_bench)
 
 

@@ -29,10 +29,29 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # What decides only where adapters go, how they trained, or nothing at all.
 HARMLESS = frozenset(
-    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "target_modules exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out "
-    "megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config "
-    "runtime_config qalora_group_size ensure_weight_tying".split()
+    [
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "qalora_group_size",
+        "ensure_weight_tying",
+    ]
 )
 READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
 

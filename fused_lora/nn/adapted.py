@@ -18,13 +18,10 @@ from fused_lora.types import Span
 Self = TypeVar("Self", bound="AdaptedLinear")
 
 
-def check_rank(rank: int, k: int, n: int, where: str) -> None:
-    """Raises ValueError unless ``rank`` fits a [n, k] block of w."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(k, n):
-        raise ValueError(
-            f"{where}: rank must be a whole number from 1 to min(in_features, columns) = "
-            f"min({k}, {n}), got {rank!r}"
-        )
+def check_rank(rank: int, where: str) -> None:
+    """Raises ValueError unless ``rank`` is a whole number from 1 on."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{where}: rank must be a whole number from 1 on, got {rank!r}")
 
 
 class AdaptedLinear(nn.Linear):
@@ -38,11 +35,13 @@ class AdaptedLinear(nn.Linear):
     config: AdapterConfig
 
     def _attach(
-        self, columns: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], config: AdapterConfig
+        self,
+        columns: Mapping[str, tuple[int, int]],
+        ranks: Mapping[str, int],
+        config: AdapterConfig,
     ) -> None:
-        n, k = self.weight.shape
-        for name, (start, stop) in columns.items():
-            check_rank(ranks[name], k, stop - start, type(self).__name__ + (name and f" {name}"))
+        for name in columns:
+            check_rank(ranks[name], type(self).__name__ + (name and f" {name}"))
         self.config = config
         self.adapter_enabled = True
         self._groups = tuple(columns)
@@ -51,12 +50,13 @@ class AdaptedLinear(nn.Linear):
         self._scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
         self._base: tuple[nn.Parameter, ...] = ()  # the frozen weight, while merged
         for name, span in zip(self._groups, self._spans, strict=True):
-            options = {"device": self.weight.device, "dtype": config.adapter_dtype}
-            a = nn.Parameter(torch.empty(span.rank, k, **options))
-            b = nn.Parameter(torch.empty(span.width, span.rank, **options))
-            self.register_parameter(_key("lora_A", name), a)
-            self.register_parameter(_key("lora_B", name), b)
+            self.register_parameter(_key("lora_A", name), self._empty(span.rank, self.in_features))
+            self.register_parameter(_key("lora_B", name), self._empty(span.width, span.rank))
         self.reset_adapters()
+
+    def _empty(self, rows: int, columns: int) -> nn.Parameter:
+        device, dtype = self.weight.device, self.config.adapter_dtype
+        return nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
 
     @property
     def groups(self) -> dict[str, Span]:
@@ -108,7 +108,7 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features]."""
         if not self.adapter_enabled:
-            return F.linear(x, *self._base or (self.weight,), self.bias)
+            return F.linear(x, self._base[0] if self._base else self.weight, self.bias)
         if self._base:
             self._refuse_training_merged()
             return F.linear(x, self.weight, self.bias)
@@ -160,7 +160,7 @@ class AdaptedLinear(nn.Linear):
         """Put the frozen weight back: the same parameter, the same bits."""
         if not self.merged:
             raise RuntimeError("unmerge: not merged")
-        (self.weight,) = self._base
+        self.weight = self._base[0]
         self._base = ()
 
     def release(self) -> nn.Linear:
@@ -220,8 +220,8 @@ def _key(half: str, group: str) -> str:
     return f"{half}_{group}" if group else half
 
 
-def check_adoptable(linear: nn.Module, where: str) -> None:
-    """Raises TypeError unless ``linear`` is exactly an ``nn.Linear``."""
+def check_adoptable(linear: nn.Module, where: str) -> nn.Linear:
+    """``linear`` itself; raises TypeError unless it is exactly an ``nn.Linear``."""
     if isinstance(linear, AdaptedLinear):
         raise TypeError(f"{where} already carries adapters ({type(linear).__name__})")
     if type(linear) is not nn.Linear:
@@ -229,3 +229,4 @@ def check_adoptable(linear: nn.Module, where: str) -> None:
             f"{where} is a {type(linear).__module__}.{type(linear).__name__}, not a plain "
             "torch.nn.Linear: its own forward would be lost"
         )
+    return linear

@@ -48,7 +48,9 @@ class AdapterConfig:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
-        if not (isinstance(self.adapter_dtype, torch.dtype) and self.adapter_dtype.is_floating_point):
+        if not (
+            isinstance(self.adapter_dtype, torch.dtype) and self.adapter_dtype.is_floating_point
+        ):
             raise ValueError(f"adapter_dtype must be a floating dtype, got {self.adapter_dtype!r}")
         if self.impl not in [impl.value for impl in Impl]:
             raise ValueError(f"impl must be one of {[i.value for i in Impl]}, got {self.impl!r}")

@@ -21,7 +21,7 @@ class FusedLoRALinear(AdaptedLinear):
         bias: as in ``nn.Linear``.
         device: as in ``nn.Linear``.
         dtype: of the base weight; the adapters' is ``adapter_dtype``.
-        rank: R, from 1 to min(K, N).
+        rank: R, from 1 on; above min(K, N) it costs more than it can express.
         **options: the fields of ``AdapterConfig``.
 
     Raises:

@@ -112,7 +112,7 @@ class LoRALinear(torch.autograd.Function):
         y, kept = forward(rows, w, bias, adapters, plan, impl)
         ctx.meta = (x.shape, dtype, scales, spans, impl, needs, plan)
         saves_x = impl is Impl.REFERENCE or keeps_x(needs, plan)
-        saves_w = needs.x and plan.keep is not Keep.MERGED
+        saves_w = impl is Impl.REFERENCE or (needs.x and plan.keep is not Keep.MERGED)
         ctx.save_for_backward(rows if saves_x else None, w if saves_w else None, kept, *ab)
         return y.view(*x.shape[:-1], w.shape[0])
 
@@ -165,7 +165,7 @@ def backward(
     dy: Tensor,
     rows: Tensor | None,
     kept: Tensor | None,
-    w: Tensor,
+    w: Tensor | None,
     adapters: Adapters,
     needs: Needs,
     plan: Plan,
@@ -173,6 +173,7 @@ def backward(
 ) -> Grads:
     """The gradients named by ``needs``."""
     if impl is Impl.REFERENCE:
+        assert rows is not None and w is not None
         return reference.backward(dy, rows, w, *adapters.to(dy.dtype), needs)
     return aten.backward(dy, rows, kept, w, adapters, needs, plan)
 

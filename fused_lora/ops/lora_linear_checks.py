@@ -34,8 +34,8 @@ def check(
         raise ValueError(f"lora_linear: bias must be [{n}], got shape {tuple(bias.shape)}")
     if not len(a) == len(b) == len(scales) == len(spans):
         raise ValueError(
-            f"lora_linear: got {len(a)} a, {len(b)} b, {len(scales)} scales and {len(spans)} spans; "
-            "there must be one of each per adapter"
+            f"lora_linear: got {len(a)} a, {len(b)} b, {len(scales)} scales and {len(spans)} "
+            "spans; there must be one of each per adapter"
         )
     (check_spans if torch.compiler.is_compiling() else _check_spans_once)(spans, n)
     for g, span in enumerate(spans):

@@ -185,9 +185,7 @@ def _autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     x, w, kept, scales, *ab = ctx.saved_tensors
     a, b = ab[:groups], ab[groups:]
     grads = iter(
-        torch.ops.fused_lora.lora_linear_backward(
-            dy, x, w, kept, a, b, scales, spans, needs, keep
-        )
+        torch.ops.fused_lora.lora_linear_backward(dy, x, w, kept, a, b, scales, spans, needs, keep)
     )
     asked = _needs(needs)
     dx, dw, dbias = (next(grads) if ask else None for ask in (asked.x, asked.w, asked.bias))

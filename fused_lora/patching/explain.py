@@ -96,8 +96,8 @@ def _paragraph(
     ]
     for row in rows[1 : 1 + LOSERS]:
         ratio = row.plan.time_us / rows[0].plan.time_us
-        note = f"  {row.note}" if row.note else ""
-        lines.append(f"  lost    {row.plan!s:38}  {row.plan.time_us:12,.1f} us  {ratio:5.2f}x{note}")
+        estimate = f"{row.plan!s:38}  {row.plan.time_us:12,.1f} us  {ratio:5.2f}x"
+        lines.append(f"  lost    {estimate}  {row.note}".rstrip())
     if module.config.dropout:
         lines.append("  dropout: in training the adapters are composed from plain torch instead")
     return "\n".join(lines)

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
+from fused_lora.nn import AdapterConfig
 from fused_lora.patching.errors import PatchError
 from fused_lora.types import ALL_ROLES, Role
 
 QKV_MODES = ("separate", "joint")
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the caller of ``patch`` asked for, of every projection alike."""
+
+    config: AdapterConfig
+    rank: int
+    roles: tuple[Role, ...]
+    qkv: str  # one of QKV_MODES
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    allow_large_rank: bool
 
 
 def roles_of(targets: Iterable[Role | str] | str | None) -> tuple[Role, ...]:
@@ -39,7 +56,7 @@ def check_patterns(patterns: Mapping[str, float], option: str, names: Iterable[s
         raise PatchError(f"{option}: {key!r} is no role and matches no projection's name")
 
 
-def value_for(patterns: Mapping[str, float], name: str, role: Role, default: float) -> float:
+def value_for(patterns: Mapping[str, Number], name: str, role: Role, default: Number) -> Number:
     """A name's pattern goes before its role's, its role's before the default."""
     for key, value in patterns.items():
         if key not in {role.value for role in Role} and re.search(key, name):

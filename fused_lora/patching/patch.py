@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fused_lora.nn import AdaptedLinear, AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
-from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import plan_of
-from fused_lora.patching.options import QKV_MODES, check_patterns, roles_of, value_for
+from fused_lora.patching.options import Choice, roles_of
 from fused_lora.patching.report import PatchReport, Row
-from fused_lora.patching.rule import Found, find
+from fused_lora.patching.targets import Target, choose_targets
 from fused_lora.patching.trace import rows_per_call
 from fused_lora.types import Role
 
 RECORD = "_fused_lora_report"  # attribute of the patched model that remembers how to go back
-
-
-@dataclass(frozen=True)
-class Target:
-    """One linear to adapt, decided in full before anything is touched."""
-
-    found: Found
-    spans: dict[str, tuple[int, int]]  # group name to columns; {"": (0, N)} for all of y
-    ranks: dict[str, int]
-    config: AdapterConfig
 
 
 def patch(
@@ -46,9 +33,10 @@ def patch(
     example_input: Any = None,
     batch_size: int = 32,
     seed: int | None = None,
+    allow_large_rank: bool = False,
     **options: Any,
 ) -> PatchReport:
-    """Put LoRA adapters on the projections of every transformer block, in place, and freeze the rest.
+    """Put LoRA on the projections of every transformer block, in place, and freeze the rest.
 
     Args:
         model: a vision transformer; its linears keep their identity, weights and keys.
@@ -62,6 +50,8 @@ def patch(
         example_input: what the trial forward is called with; None for one image.
         batch_size: what the report's plans are made for.
         seed: of the adapters' initial values; None draws from torch's global generator.
+        allow_large_rank: accept ranks above min(in_features, columns), which cost more than they
+            can express; otherwise they are an error.
         **options: fields of ``fused_lora.nn.AdapterConfig`` (alpha, scale, dropout, init, ...).
 
     Returns:
@@ -73,12 +63,18 @@ def patch(
             message names the module and the model is left as it was.
         ValueError: an option out of range.
     """
-    config = AdapterConfig(**options)
+    choice = Choice(
+        AdapterConfig(**options),
+        rank,
+        roles_of(targets),
+        qkv,
+        rank_pattern or {},
+        alpha_pattern or {},
+        allow_large_rank,
+    )
     trained = _compiled(trainable)
     _refuse_patched(model)
-    chosen = _targets(
-        model, rank, roles_of(targets), qkv, rank_pattern or {}, alpha_pattern or {}, config
-    )
+    chosen = choose_targets(model, choice)
     _check_trainable(model, trained)
     watched = [(target.found.name, target.found.module) for target in chosen]
     rows = rows_per_call(model, watched, example_input)
@@ -134,100 +130,15 @@ def _refuse_patched(model: nn.Module) -> None:
             raise PatchError(f"already patched: {name or 'the model'} carries adapters; unpatch it")
 
 
-def _targets(
-    model: nn.Module,
-    rank: int,
-    roles: tuple[Role, ...],
-    qkv: str,
-    rank_pattern: Mapping[str, int],
-    alpha_pattern: Mapping[str, float],
-    config: AdapterConfig,
-) -> list[Target]:
-    if qkv not in QKV_MODES:
-        raise PatchError(f"qkv must be one of {QKV_MODES}, got {qkv!r}")
-    found = [each for each in find(model) if set(each.roles) & set(roles)]
-    if not found:
-        raise PatchError(_nothing_found(model, roles))
-    check_patterns(rank_pattern, "rank_pattern", [each.name for each in found])
-    check_patterns(alpha_pattern, "alpha_pattern", [each.name for each in found])
-    return [
-        _target(each, rank, roles, qkv, rank_pattern, alpha_pattern, config) for each in found
-    ]
-
-
-def _nothing_found(model: nn.Module, roles: tuple[Role, ...]) -> str:
-    kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)})
-    inside = sorted(
-        {type(m).__name__ for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    )
-    return (
-        f"no projection with a role in {[role.value for role in roles]} found in "
-        f"{type(model).__name__}: looked for attentions with (qkv, proj) or (q_proj, k_proj, "
-        "v_proj, proj) and MLPs with (fc1, fc2) or (fc1_g, fc1_x, fc2); the model has linears of "
-        f"type {kinds or 'none'}" + (f" and {inside}, which calls no linear" if inside else "")
-    )
-
-
-def _target(
-    found: Found,
-    rank: int,
-    roles: tuple[Role, ...],
-    qkv: str,
-    rank_pattern: Mapping[str, int],
-    alpha_pattern: Mapping[str, float],
-    config: AdapterConfig,
-) -> Target:
-    try:
-        check_adoptable(found.module, found.name)
-    except TypeError as error:
-        raise PatchError(str(error)) from None
-    linear = found.module
-    assert isinstance(linear, nn.Linear)
-    if not linear.weight.is_meta and not bool(torch.isfinite(linear.weight).all()):
-        bad = int((~torch.isfinite(linear.weight)).sum())
-        raise PatchError(f"{found.name}.weight holds {bad} non-finite values")
-    spans = _spans(found, roles, qkv)
-    first = {name: Role(name) if name else found.roles[0] for name in spans}
-    ranks = {name: value_for(rank_pattern, found.name, role, rank) for name, role in first.items()}
-    for name, (start, stop) in spans.items():
-        try:
-            check_rank(ranks[name], linear.in_features, stop - start, found.name)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise PatchError(str(error)) from None
-    alphas = {value_for(alpha_pattern, found.name, r, math.nan) for r in first.values()}
-    return Target(found, spans, ranks, _with_alpha(config, alphas, found.name))  # type: ignore[arg-type]
-
-
-def _with_alpha(config: AdapterConfig, alphas: set[float], name: str) -> AdapterConfig:
-    given = {alpha for alpha in alphas if not math.isnan(alpha)}
-    if not given:
-        return config
-    if len(alphas) > 1:
-        raise PatchError(f"alpha_pattern gives {name} several alphas {sorted(given)}; give it one")
-    return replace(config, alpha=given.pop(), scale=None)
-
-
-def _spans(found: Found, roles: tuple[Role, ...], qkv: str) -> dict[str, tuple[int, int]]:
-    n = found.module.out_features
-    assert isinstance(n, int)
-    width = n // len(found.roles)
-    every = set(found.roles) <= set(roles)
-    if len(found.roles) == 1 or (qkv == "joint" and every):
-        return {"": (0, n)}
-    return {
-        role.value: (i * width, (i + 1) * width)
-        for i, role in enumerate(found.roles)
-        if role in roles
-    }
-
-
 def _compiled(trainable: Iterable[str]) -> list[re.Pattern[str]]:
     if isinstance(trainable, str):
         trainable = [trainable]
     try:
         return [re.compile(pattern) for pattern in trainable]
     except re.error as error:
-        raise PatchError(f"trainable: {error.pattern!r} is no regular expression: {error}") from None
+        raise PatchError(
+            f"trainable: {error.pattern!r} is no regular expression: {error}"
+        ) from None
 
 
 def _check_trainable(model: nn.Module, trained: list[re.Pattern[str]]) -> None:
@@ -245,8 +156,7 @@ def _adopt(targets: list[Target], generator: torch.Generator | None) -> None:
     done: list[AdaptedLinear] = []
     try:
         for target in targets:
-            linear = target.found.module
-            assert isinstance(linear, nn.Linear)
+            linear = target.linear
             options = vars(target.config)
             if "" in target.spans:
                 done.append(FusedLoRALinear.adopt(linear, target.ranks[""], **options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -55,7 +56,7 @@ class PatchReport:
         )
 
 
-def table(header: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> str:
     """Columns padded to their widest cell."""
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     lines = [header, tuple("-" * width for width in widths), *body]

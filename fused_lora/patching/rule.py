@@ -15,6 +15,7 @@ from torch import nn
 from fused_lora.types import Role
 
 QKV = (Role.Q, Role.K, Role.V)
+Shape = tuple[int, int]  # (out_features, in_features)
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,15 @@ class Rule:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` has this rule's children, with shapes that fit."""
-        found = [getattr(module, child, None) for child in self.children]
-        if not all(_is_linear_like(child) for child in found):
-            return False
-        return self.fits(*((child.out_features, child.in_features) for child in found))
+        shapes = [_shape(getattr(module, child, None)) for child in self.children]
+        return None not in shapes and self.fits(*shapes)
 
 
-def _is_linear_like(module: object) -> bool:
-    sizes = (getattr(module, name, None) for name in ("out_features", "in_features"))
-    return isinstance(module, nn.Module) and all(isinstance(size, int) for size in sizes)
-
-
-Shape = tuple[int, int]
+def _shape(module: object) -> Shape | None:
+    """(out, in) of a linear or of what calls itself one; None for anything else."""
+    n, k = (getattr(module, name, None) for name in ("out_features", "in_features"))
+    known = isinstance(module, nn.Module) and isinstance(n, int) and isinstance(k, int)
+    return (n, k) if known else None  # type: ignore[return-value]
 
 
 def _fused_attention(qkv: Shape, proj: Shape) -> bool:
@@ -94,10 +92,11 @@ def find(model: nn.Module) -> list[Found]:
     }
     blocks = {_block(name, matched) for name, rule in matched.items() if rule.attention}
     return [
-        Found(f"{name}.{child}" if name else child, model.get_submodule(name).get_submodule(child), roles)
+        Found(path, model.get_submodule(path), roles)
         for name, rule in matched.items()
         if rule.attention or any(ancestor in blocks for ancestor in _ancestors(name))
         for child, roles in rule.children.items()
+        for path in (f"{name}.{child}" if name else child,)
     ]
 
 

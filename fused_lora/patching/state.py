@@ -11,9 +11,7 @@ from fused_lora.patching.errors import PatchError
 from fused_lora.patching.patch import adapted
 
 
-def merge(
-    model: nn.Module, rounding: str = "nearest", seed: int = 0, impl: str = "auto"
-) -> None:
+def merge(model: nn.Module, rounding: str = "nearest", seed: int = 0, impl: str = "auto") -> None:
     """Fold every adapter into its weight: w' = w + s b a. The frozen weights are kept aside.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fused_lora.patching.errors import PatchError
 
@@ -75,9 +76,8 @@ def _forward_on_meta(model: nn.Module, example: Any) -> None:
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
     }
-    args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
+    example = tree_map_only(Tensor, lambda t: t.to("meta"), example)
     kwargs = example if isinstance(example, dict) else {}
-    args = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), args)
-    kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), kwargs)
+    args = () if kwargs else example if isinstance(example, tuple) else (example,)
     with torch.no_grad():
         torch.func.functional_call(model, standins, args, kwargs, tie_weights=False)

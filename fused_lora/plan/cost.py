@@ -1,7 +1,7 @@
 """What a plan costs: its GEMMs and its passes over memory, against a device's ceilings.
 
-    gemm  max(2 m n k / (rate * d / (d + half_rank)), bytes / bandwidth) + call,  d = min(m, n, k)
-    move  bytes / bandwidth + call
+gemm  max(2 m n k / (rate * d / (d + half_rank)), bytes / bandwidth) + call,  d = min(m, n, k)
+move  bytes / bandwidth + call
 """
 
 from __future__ import annotations

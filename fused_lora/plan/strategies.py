@@ -18,9 +18,9 @@ def why_not(problem: Problem, plan: Plan) -> str | None:
         return "adapter gradients are computed exactly when an adapter operand needs one"
     if not problem.needs.x and plan.dx is not plan.forward:
         return "without a gradient for x the second strategy has nothing to compute"
-    if problem.needs.b and not problem.needs.a and not problem.needs.w:
-        if plan.keep is not Keep.HIDDEN:
-            return "where only b trains, keeping h instead of x is what saves the memory of x"
+    only_b = problem.needs.b and not (problem.needs.a or problem.needs.w)
+    if only_b and plan.keep is not Keep.HIDDEN:
+        return "where only b trains, keeping h instead of x is what saves the memory of x"
     if plan.keep is Keep.HIDDEN:
         if plan.forward is Forward.MERGE:
             return "the merged forward never forms h, so it has none to keep"

@@ -1,13 +1,13 @@
 """Grouped LoRA linear: the equations, spelled out (DESIGN.md section 1).
 
-    h_g = x a_gT                                [M, R_g]  shrink
-    y   = x wT + bias; y[:, g] += s_g h_g b_gT  [M, N]    expand
-    dh_g = s_g dy[:, g] b_g                     [M, R_g]
-    dx  = dy w + sum_g dh_g a_g                 [M, K]
-    db_g = s_g dy[:, g]T h_g                    [N_g, R_g]
-    da_g = dh_gT x                              [R_g, K]
-    dw  = dyT x                                 [N, K]
-    dbias = sum over rows of dy                 [N]
+h_g = x a_gT                                [M, R_g]  shrink
+y   = x wT + bias; y[:, g] += s_g h_g b_gT  [M, N]    expand
+dh_g = s_g dy[:, g] b_g                     [M, R_g]
+dx  = dy w + sum_g dh_g a_g                 [M, K]
+db_g = s_g dy[:, g]T h_g                    [N_g, R_g]
+da_g = dh_gT x                              [R_g, K]
+dw  = dyT x                                 [N, K]
+dbias = sum over rows of dy                 [N]
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def backward(
     """The gradients named by ``needs``."""
     dy_g = [dy[:, span.start : span.stop] for span in spans]  # G of [M, N_g]
     dh = [s * d @ b_g for s, d, b_g in zip(scales, dy_g, b, strict=True)]  # G of [M, R_g]
-    da = [d.T @ x for d in dh] if needs.a else [None] * len(spans)
-    db = (
-        [s * d.T @ (x @ a_g.T) for s, d, a_g in zip(scales, dy_g, a, strict=True)]
-        if needs.b
-        else [None] * len(spans)
-    )
+    da: list[Tensor | None] = [None] * len(spans)
+    db: list[Tensor | None] = [None] * len(spans)
+    if needs.a:
+        da = [d.T @ x for d in dh]
+    if needs.b:
+        db = [s * d.T @ (x @ a_g.T) for s, d, a_g in zip(scales, dy_g, a, strict=True)]
     return Grads(
         x=dy @ w + sum(d @ a_g for d, a_g in zip(dh, a, strict=True)) if needs.x else None,
         w=dy.T @ x if needs.w else None,

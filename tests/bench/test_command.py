@@ -40,9 +40,11 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float) -> 
     monkeypatch.setitem(SHAPES, "vit_small_patch16_224", Shape("tiny", 24, 5))
     monkeypatch.setattr("fused_lora.bench.gate.limit", lambda naive, dtype: limit)
     return main(
-        ["--suite", "six_projections", "--models", "vit_small_patch16_224", "--ranks", "2,4"]
-        + ["--batch", "2", "--contenders", "frozen,naive,addmm", "--budget-seconds", "0.1"]
-        + ["--device", "cpu", "--out", str(tmp_path / "r.html"), "--rows", str(tmp_path)]
+        [
+            *("--suite", "six_projections", "--models", "vit_small_patch16_224", "--ranks", "2,4"),
+            *("--batch", "2", "--contenders", "frozen,naive,addmm", "--budget-seconds", "0.1"),
+            *("--device", "cpu", "--out", str(tmp_path / "r.html"), "--rows", str(tmp_path)),
+        ]
     )
 
 

@@ -79,7 +79,8 @@ def test_torch_save_round_trip():
     buffer.seek(0)
     twin = FusedLoRALinear(12, 24, rank=4)
     twin.load_state_dict(torch.load(buffer))
-    assert all(torch.equal(p, q) for p, q in zip(twin.parameters(), module.parameters(), strict=True))
+    pairs = zip(twin.parameters(), module.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
 
 
 @MAKERS
@@ -270,8 +271,8 @@ class TestAdopt:
         linear = nn.Linear(12, 24)
         before = set(vars(linear))
         for fail in (
-            lambda: FusedLoRALinear.adopt(linear, rank=13),
-            lambda: FusedLoRAGroupedLinear.adopt(linear, THIRDS, {"q": 4, "k": 4, "v": 9}),
+            lambda: FusedLoRALinear.adopt(linear, rank=-1),
+            lambda: FusedLoRAGroupedLinear.adopt(linear, THIRDS, {"q": 4, "k": 4, "v": 0}),
         ):
             with pytest.raises(ValueError, match="rank must be"):
                 fail()

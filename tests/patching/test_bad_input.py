@@ -32,9 +32,9 @@ def refuse(model, message, kind=PatchError, **options):
     ("options", "message"),
     [
         ({"rank": 0}, r"blocks.0.attn.qkv: rank .* got 0"),
-        ({"rank": 49}, r"blocks.0.attn.qkv: rank .*min\(48, 48\), got 49"),
+        ({"rank": 49}, r"blocks.0.attn.qkv: rank 49 is above .* min\(48, 48\)"),
         ({"rank": "16"}, "got '16'"),
-        ({"rank_pattern": {"fc2": 49}}, r"blocks.0.mlp.fc2: .*min\(192, 48\), got 49"),
+        ({"rank_pattern": {"fc2": 49}}, r"blocks.0.mlp.fc2: rank 49 is above .*min\(192, 48\)"),
         ({"rank_pattern": {"mpl": 8}}, "rank_pattern: 'mpl' is no role and matches no"),
         ({"rank_pattern": {"(": 8}}, r"rank_pattern: '\(' is no regular expression"),
         ({"alpha_pattern": {"q": 1, "k": 2}}, r"gives blocks.0.attn.qkv several alphas"),

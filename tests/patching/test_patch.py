@@ -303,4 +303,5 @@ def test_two_calls_of_one_module_share_its_adapter():
 def test_nn_sequential_of_patched_blocks_pickles_by_reference():
     model = build()
     fused_lora.patch(model, rank=4)
-    assert isinstance(pickle.loads(pickle.dumps(nn.Sequential(model)))[0].blocks[0].attn.qkv, nn.Linear)
+    (twin,) = pickle.loads(pickle.dumps(nn.Sequential(model)))
+    assert isinstance(twin.blocks[0].attn.qkv, nn.Linear)

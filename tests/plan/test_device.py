@@ -62,9 +62,7 @@ def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path):
 
 
 def test_concurrent_writers_leave_a_whole_file(tmp_path):
-    threads = [
-        threading.Thread(target=store, args=(tmp_path, str(i), MEASURED)) for i in range(16)
-    ]
+    threads = [threading.Thread(target=store, args=(tmp_path, str(i), MEASURED)) for i in range(16)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     rows = json.loads((tmp_path / "ceilings.json").read_text())

@@ -26,7 +26,7 @@ class Fused(Contender):
         if hasattr(model, "blocks"):
             import fused_lora
 
-            fused_lora.patch(model, rank=rank, qkv=self.form, scale=1.0)
+            fused_lora.patch(model, rank=rank, qkv=self.form, scale=1.0, allow_large_rank=True)
         else:
             self._adopt(model, rank)
         return model

@@ -12,6 +12,8 @@ or where the second rounding of SEPARATE costs the adapter's signal; in fp32 on 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -65,22 +67,16 @@ def backward(
     dy: Tensor,  # [M, N], rows contiguous
     x: Tensor | None,  # [M, K]; None where no gradient reads it
     kept: Tensor | None,  # what forward kept
-    w: Tensor,  # [N, K]
+    w: Tensor | None,  # [N, K]; None where dx reads a kept w', or is not asked for
     adapters: Adapters,
     needs: Needs,
     plan: Plan,
 ) -> Grads:
     """The gradients named by ``needs``."""
-    low = adapters.to(dy.dtype)
-    rank = plan.gradient is Gradient.RANK
-    dh = None
-    border = None
-    if (needs.x and plan.dx is not Forward.MERGE) or (rank and needs.a):
-        bordered = needs.x and plan.dx is Forward.BORDERED
-        border = dy.new_empty(dy.shape[0], dy.shape[1] + low.rank) if bordered else None
-        dh = _hidden_grad(dy, low, None if border is None else border[:, dy.shape[1] :])
-    dx = _dx(dy, dh, border, kept, w, adapters, low, plan) if needs.x else None
-    a, b, dw = _adapter_grads(dy, x, kept, dh, adapters, low, needs, plan)
+    g = _Backward(dy, x, kept, w, adapters, adapters.to(dy.dtype), needs, plan)
+    dx = g.dx() if needs.x else None
+    dw = dy.t() @ g.x if needs.w else None
+    a, b = g.rank_grads() if plan.gradient is Gradient.RANK else g.full_grads(dw)
     return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b)
 
 
@@ -88,59 +84,91 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
 
 
-def _hidden_grad(dy: Tensor, low: Adapters, out: Tensor | None) -> Tensor:
-    dh = dy.new_empty(dy.shape[0], low.rank) if out is None else out
-    for g, cols, ranks in low.ranks():
-        dh[:, ranks].addmm_(dy[:, cols], thin_rows(low.b[g]), beta=0, alpha=low.scales[g])
-    return dh
+class _Backward:
+    """One backward pass: its operands, and dh once it is formed."""
 
+    def __init__(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        kept: Tensor | None,
+        w: Tensor | None,
+        adapters: Adapters,
+        low: Adapters,  # the adapters in the compute dtype
+        needs: Needs,
+        plan: Plan,
+    ) -> None:
+        self.dy, self._x, self.kept, self._w = dy, x, kept, w
+        self.adapters, self.low, self.needs, self.plan = adapters, low, needs, plan
 
-def _dx(
-    dy: Tensor,
-    dh: Tensor | None,
-    border: Tensor | None,
-    kept: Tensor | None,
-    w: Tensor,
-    adapters: Adapters,
-    low: Adapters,
-    plan: Plan,
-) -> Tensor:
-    if plan.dx is Forward.MERGE:
-        merged = kept if plan.keep is Keep.MERGED else None
-        return dy @ (lora_merge(w, *adapters) if merged is None else merged)
-    if border is not None:
-        border[:, : dy.shape[1]].copy_(dy)
-        return border @ torch.cat((w, *low.a))
-    assert dh is not None
-    return (dy @ w).addmm_(dh, low.stacked_a())
+    @property
+    def x(self) -> Tensor:
+        assert self._x is not None
+        return self._x
 
+    @property
+    def w(self) -> Tensor:
+        assert self._w is not None
+        return self._w
 
-def _adapter_grads(
-    dy: Tensor,
-    x: Tensor | None,
-    kept: Tensor | None,
-    dh: Tensor | None,
-    adapters: Adapters,
-    low: Adapters,
-    needs: Needs,
-    plan: Plan,
-) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
-    a: list[Tensor | None] = [None] * len(low.spans)
-    b: list[Tensor | None] = [None] * len(low.spans)
-    dw = dy.t() @ x if needs.w else None
-    if plan.gradient is Gradient.RANK:
-        h = kept if plan.keep is Keep.HIDDEN else x @ low.stacked_a().t() if needs.b else None
-        for g, cols, ranks in low.ranks():
-            if needs.b:
-                b[g] = outer(dy[:, cols], h[:, ranks], low.scales[g], adapters.b[g].dtype)
-        if needs.a:
-            da = product(dh.t(), x, 1.0, adapters.a[0].dtype)  # [sum R, K]
-            a = [da[ranks] for _, _, ranks in low.ranks()]
-    elif plan.gradient is Gradient.FULL:
-        for g, cols, _ in low.ranks():
-            dw_g = dy[:, cols].t() @ x if dw is None else dw[cols]
-            if needs.b:
-                b[g] = product(dw_g, low.a[g].t(), low.scales[g], adapters.b[g].dtype)
-            if needs.a:
-                a[g] = product(low.b[g].t(), dw_g, low.scales[g], adapters.a[g].dtype)
-    return a, b, dw
+    @cached_property
+    def dh(self) -> Tensor:
+        """s dy b, [M, sum R]; the right end of [dy | dh] where dx wants that."""
+        m, n = self.dy.shape
+        if self.needs.x and self.plan.dx is Forward.BORDERED:
+            return self.bordered[:, n:]
+        return self._shrink(self.dy.new_empty(m, self.low.rank))
+
+    @cached_property
+    def bordered(self) -> Tensor:
+        """[dy | dh], [M, N + sum R]."""
+        m, n = self.dy.shape
+        buffer = self.dy.new_empty(m, n + self.low.rank)
+        buffer[:, :n].copy_(self.dy)
+        self._shrink(buffer[:, n:])
+        return buffer
+
+    def _shrink(self, dh: Tensor) -> Tensor:
+        for g, cols, ranks in self.low.ranks():
+            b = thin_rows(self.low.b[g])
+            dh[:, ranks].addmm_(self.dy[:, cols], b, beta=0, alpha=self.low.scales[g])
+        return dh
+
+    def dx(self) -> Tensor:
+        """dy w + dh a, [M, K]."""
+        if self.plan.dx is Forward.BORDERED:
+            return self.bordered @ torch.cat((self.w, *self.low.a))
+        if self.plan.dx is Forward.SEPARATE:
+            return (self.dy @ self.w).addmm_(self.dh, self.low.stacked_a())
+        if self.plan.keep is Keep.MERGED:
+            assert self.kept is not None
+            return self.dy @ self.kept
+        return self.dy @ lora_merge(self.w, *self.adapters)
+
+    def rank_grads(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """da = dhT x, db = s dyT h."""
+        a: list[Tensor | None] = [None] * len(self.low.spans)
+        b: list[Tensor | None] = [None] * len(self.low.spans)
+        if self.needs.b:
+            h = self.kept if self.plan.keep is Keep.HIDDEN else self.x @ self.low.stacked_a().t()
+            assert h is not None
+            for g, cols, ranks in self.low.ranks():
+                dtype = self.adapters.b[g].dtype
+                b[g] = outer(self.dy[:, cols], h[:, ranks], self.low.scales[g], dtype)
+        if self.needs.a:
+            da = product(self.dh.t(), self.x, 1.0, self.adapters.a[0].dtype)  # [sum R, K]
+            a = [da[ranks] for _, _, ranks in self.low.ranks()]
+        return a, b
+
+    def full_grads(self, dw: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """da = s bT dw, db = s dw aT, with dw formed here unless it is given."""
+        a: list[Tensor | None] = [None] * len(self.low.spans)
+        b: list[Tensor | None] = [None] * len(self.low.spans)
+        for g, cols, _ in self.low.ranks() if self.plan.gradient is Gradient.FULL else ():
+            dw_g = self.dy[:, cols].t() @ self.x if dw is None else dw[cols]
+            s = self.low.scales[g]
+            if self.needs.b:
+                b[g] = product(dw_g, self.low.a[g].t(), s, self.adapters.b[g].dtype)
+            if self.needs.a:
+                a[g] = product(self.low.b[g].t(), dw_g, s, self.adapters.a[g].dtype)
+        return a, b

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -28,12 +28,10 @@ def measure(device: torch.device, dtype: torch.dtype, name: str) -> Ceilings:
     full = 2 * ROWS * WIDTH * WIDTH / full_s * 1e-9
     thin_rate = 2 * ROWS * WIDTH * THIN_WIDTH / max(thin_s - call_s, 1e-7) * 1e-9
     half_rank = min(max(THIN_WIDTH * (full / thin_rate - 1), 1.0), 4.0 * THIN_WIDTH)
-    return Ceilings(
-        name, key, full, half_rank, 2 * COPY_BYTES / copy_s * 1e-9, call_s * 1e6, True
-    )
+    return Ceilings(name, key, full, half_rank, 2 * COPY_BYTES / copy_s * 1e-9, call_s * 1e6, True)
 
 
-def _best_s(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
+def _best_s(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """The fastest of each call, taken in turns until the budget is spent; the first is warm-up.
 
     In turns and by the minimum, so that another program's load hits all alike, and rarely all.
