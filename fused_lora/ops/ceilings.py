@@ -51,6 +51,7 @@ def _ceilings(device: torch.device, dtype: torch.dtype, key: str, threads: int) 
     from fused_lora.kernels.aten.probe import measure
 
     with torch.inference_mode():
-        measured = measure(device, dtype, name)
-    plan_device.store(env.cache_dir(), where, measured)
+        measured, steady = measure(device, dtype, name)
+    if steady:
+        plan_device.store(env.cache_dir(), where, measured)
     return measured

@@ -1,0 +1,79 @@
+"""Where ceilings come from: the table, the disk, or half a second of measuring."""
+
+import pytest
+import torch
+
+from fused_lora.kernels.aten import probe
+from fused_lora.ops import ceilings as resolving
+from fused_lora.plan import device as plan_device
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """A cache folder and a memory of the test's own."""
+    monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
+    resolving._ceilings.cache_clear()
+    yield
+    resolving._ceilings.cache_clear()
+
+
+def measured(monkeypatch, steady):
+    """Count the measurements; each is ``steady`` or not."""
+    calls = []
+    figures = plan_device.Ceilings("here", "float32", 100.0, 8.0, 20.0, 3.0, True)
+    monkeypatch.setattr(probe, "measure", lambda *a: calls.append(a) or (figures, steady))
+    return calls
+
+
+def again(dtype=torch.float32):
+    """As a new process would ask."""
+    resolving._ceilings.cache_clear()
+    return resolving.ceilings(CPU, dtype)
+
+
+def test_measured_once_then_read_from_disk(monkeypatch):
+    calls = measured(monkeypatch, steady=True)
+    assert again() == again()
+    assert len(calls) == 1
+    again(torch.bfloat16)
+    assert len(calls) == 2
+
+
+def test_figures_taken_beside_another_program_are_not_kept(monkeypatch):
+    calls = measured(monkeypatch, steady=False)
+    again()
+    resolving.ceilings(CPU, torch.float32)
+    assert len(calls) == 1
+    again()
+    assert len(calls) == 2
+
+
+def test_switched_off(monkeypatch):
+    calls = measured(monkeypatch, steady=True)
+    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
+    assert not again().measured
+    assert not calls
+
+
+def test_the_thread_count_is_part_of_the_name(monkeypatch):
+    calls = measured(monkeypatch, steady=True)
+    again()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        again()
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) == 2
+
+
+def test_a_real_measurement_is_plausible():
+    figures, steady = probe.measure(CPU, torch.float32, "here")
+    assert figures.measured
+    assert 0.1 < figures.matmul_gflops < 1e6
+    assert probe.HALF_RANKS[0] <= figures.half_rank <= probe.HALF_RANKS[1]
+    assert 0.1 < figures.bandwidth_gbs < 1e5
+    assert 0 < figures.call_us < 1e5
+    assert isinstance(steady, bool)
