@@ -19,6 +19,7 @@ from fused_lora.patching.patch import patch
 from fused_lora.version import __version__
 
 TRITON = "Triton kernels are not part of this version"
+CUDA = "lora_merge alone, and on request (impl='cuda'): no machine has verified it yet"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,7 +133,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _backends() -> Iterator[tuple[str, str]]:
     yield "aten", "available"
     yield "triton", TRITON
-    yield "cuda", native.why_not() or "available"
+    yield "cuda", native.why_not() or CUDA
 
 
 def _variable(name: str) -> str:

@@ -30,7 +30,7 @@ def test_env_says_why_the_compiled_module_does_not_serve(monkeypatch: pytest.Mon
     monkeypatch.setenv("FUSED_LORA_DISABLE_NATIVE", "1")
     assert dict(cli.environment()["backends"])["cuda"] == "FUSED_LORA_DISABLE_NATIVE is set"
     monkeypatch.setattr(native, "why_not", lambda: None)
-    assert dict(cli.environment()["backends"])["cuda"] == "available"
+    assert dict(cli.environment()["backends"])["cuda"] == cli.CUDA
 
 
 def test_runs_as_a_module() -> None:
@@ -43,3 +43,35 @@ def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main([])
     assert "command" in capsys.readouterr().err
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explain", "vit_tiny_patch16_224", "--rank", "4", "--qkv", "joint"]
+    assert cli.main([*arguments, "--batch-size", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("chosen") == 4
+    assert "M 394  K 192  N 576  rank 4  float32" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "no_such_model"], "Unknown model"),
+        (["explain", "vit_tiny_patch16_224", "--rank", "193"], "rank 193 is above"),
+        (["explain", "vit_tiny_patch16_224", "--dtype", "fp33"], "got 'fp33'"),
+        (["explain", "vit_tiny_patch16_224", "--batch-size", "0"], "batch_size must be"),
+        (["explain", "vit_tiny_patch16_224", "--qkv", "both"], "qkv must be one of"),
+        (["explain", "vit_tiny_patch16_224", "--device", "tpu9"], "tpu9"),
+    ],
+)
+def test_explain_refuses(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["env", "--colour"])
+    assert "unrecognized arguments: --colour" in capsys.readouterr().err
