@@ -1,4 +1,4 @@
-"""Small GEMM forms that library calls leave slow or imprecise."""
+"""Small GEMM forms that library calls leave slow, imprecise or, for vectors, wrong."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import torch
 from torch import Tensor
 
 THIN = 64  # outer dimension under which a CPU GEMM wants the thin operand's rows contiguous
+
+
+def dense(p: Tensor) -> Tensor:
+    """``p``, copied if it is a row or column that is not contiguous.
+
+    torch 2.9's bf16 matrix-vector product on CPUs takes every vector for a contiguous one.
+    """
+    return p.contiguous() if 1 in p.shape else p
+
+
+def accumulate(out: Tensor, p: Tensor, q: Tensor, scale: float, beta: int = 1) -> Tensor:
+    """``out = beta * out + scale * p q`` in place; ``beta`` 0 never reads ``out``."""
+    if dense(out) is not out:  # the same mistake would write beside it
+        term = torch.mm(dense(p), dense(q))
+        return out.add_(term, alpha=scale) if beta else torch.mul(term, scale, out=out)
+    return out.addmm_(dense(p), dense(q), beta=beta, alpha=scale)
 
 
 def thin_rows(b: Tensor) -> Tensor:
@@ -29,6 +45,7 @@ def outer(p: Tensor, q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def product(p: Tensor, q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale * p q``; on CUDA the fp32 accumulator reaches an fp32 ``dtype`` unrounded."""
+    p, q = dense(p), dense(q)
     widens = dtype is torch.float32 and p.dtype in (torch.bfloat16, torch.float16)
     y = torch.mm(p, q, out_dtype=dtype) if widens and p.is_cuda else torch.mm(p, q).to(dtype)
     return y if scale == 1.0 else y.mul_(scale)

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.aten.gemm import outer, product, thin_rows
+from fused_lora.kernels.aten.gemm import accumulate, dense, outer, product, thin_rows
 from fused_lora.kernels.aten.lora_merge import lora_merge
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.types import Forward, Gradient, Keep, Needs, Plan
@@ -37,20 +37,25 @@ def forward(
         return _linear(x, merged, bias), merged if plan.keep is Keep.MERGED else None
     adapters = adapters.to(x.dtype)
     if plan.forward is Forward.SEPARATE:
-        h = x @ adapters.stacked_a().t()
+        h = shrink(x, adapters)
         y = _linear(x, w, bias)
         for g, cols, ranks in adapters.ranks():
-            y[:, cols].addmm_(h[:, ranks], adapters.b[g].t(), alpha=adapters.scales[g])
+            accumulate(y[:, cols], h[:, ranks], adapters.b[g].t(), adapters.scales[g])
     else:
         k = x.shape[1]
         if bordered is None:
             bordered = x.new_empty(x.shape[0], k + adapters.rank)
             bordered[:, :k].copy_(x)
         h = bordered[:, k:]
-        torch.mm(x, adapters.stacked_a().t(), out=h)
+        accumulate(h, x, adapters.stacked_a().t(), 1.0, beta=0)
         y = _linear(bordered, bordered_weight(w, adapters), bias)
         h = h.contiguous() if plan.keep is Keep.HIDDEN else h
     return y, h if plan.keep is Keep.HIDDEN else None
+
+
+def shrink(x: Tensor, adapters: Adapters) -> Tensor:
+    """h = x aT, [M, sum R]."""
+    return torch.mm(dense(x), dense(adapters.stacked_a().t()))
 
 
 def bordered_weight(w: Tensor, adapters: Adapters) -> Tensor:
@@ -131,7 +136,7 @@ class _Backward:
     def _shrink(self, dh: Tensor) -> Tensor:
         for g, cols, ranks in self.low.ranks():
             b = thin_rows(self.low.b[g])
-            dh[:, ranks].addmm_(self.dy[:, cols], b, beta=0, alpha=self.low.scales[g])
+            accumulate(dh[:, ranks], self.dy[:, cols], b, self.low.scales[g], beta=0)
         return dh
 
     def dx(self) -> Tensor:
@@ -139,7 +144,7 @@ class _Backward:
         if self.plan.dx is Forward.BORDERED:
             return self.bordered @ torch.cat((self.w, *self.low.a))
         if self.plan.dx is Forward.SEPARATE:
-            return (self.dy @ self.w).addmm_(self.dh, self.low.stacked_a())
+            return accumulate(self.dy @ self.w, self.dh, self.low.stacked_a(), 1.0)
         if self.plan.keep is Keep.MERGED:
             assert self.kept is not None
             return self.dy @ self.kept
@@ -150,7 +155,7 @@ class _Backward:
         a: list[Tensor | None] = [None] * len(self.low.spans)
         b: list[Tensor | None] = [None] * len(self.low.spans)
         if self.needs.b:
-            h = self.kept if self.plan.keep is Keep.HIDDEN else self.x @ self.low.stacked_a().t()
+            h = self.kept if self.plan.keep is Keep.HIDDEN else shrink(self.x, self.low)
             assert h is not None
             for g, cols, ranks in self.low.ranks():
                 dtype = self.adapters.b[g].dtype
@@ -165,7 +170,7 @@ class _Backward:
         a: list[Tensor | None] = [None] * len(self.low.spans)
         b: list[Tensor | None] = [None] * len(self.low.spans)
         for g, cols, _ in self.low.ranks() if self.plan.gradient is Gradient.FULL else ():
-            dw_g = self.dy[:, cols].t() @ self.x if dw is None else dw[cols]
+            dw_g = dense(self.dy[:, cols].t()) @ self.x if dw is None else dw[cols]
             s = self.low.scales[g]
             if self.needs.b:
                 b[g] = product(dw_g, self.low.a[g].t(), s, self.adapters.b[g].dtype)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_lora.kernels.aten.gemm import accumulate
 from fused_lora.reference.philox import stochastic_round
 from fused_lora.types import Span
 
@@ -23,5 +24,5 @@ def lora_merge(
     wide = torch.promote_types(w.dtype, torch.float32)
     merged = w.to(wide, copy=True)
     for a_g, b_g, s_g, span in zip(a, b, scales, spans, strict=True):
-        merged[span.start : span.stop].addmm_(b_g.to(wide), a_g.to(wide), alpha=s_g)
+        accumulate(merged[span.start : span.stop], b_g.to(wide), a_g.to(wide), s_g)
     return merged.to(w.dtype) if noise is None else stochastic_round(merged, w.dtype, *noise)
