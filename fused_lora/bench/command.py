@@ -18,7 +18,7 @@ from fused_lora.bench.progress import Progress
 from fused_lora.bench.provenance import provenance
 from fused_lora.bench.race import race
 from fused_lora.bench.registry import CONTENDERS, SUITES, Contender
-from fused_lora.bench.report import page
+from fused_lora.bench.report.page import page
 from fused_lora.bench.rows import Case, Refusal, Row, append, read
 from fused_lora.bench.shapes import SHAPES, Grid
 from fused_lora.bench.workload import Workload

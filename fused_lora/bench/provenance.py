@@ -6,7 +6,7 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,7 +48,7 @@ def provenance(device: str) -> Provenance:
         peft=_version("peft"),
         timm=_version("timm"),
         commit=commit(),
-        time_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        time_utc=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
 
 

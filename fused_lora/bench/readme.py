@@ -11,8 +11,10 @@ from fused_lora.bench.table import milliseconds, small, times, title
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SUITE = "train_step"
-HEADS = ("model", "batch", "rank", "dtype", "method", "ms", "x frozen", "x naive", "x PEFT")
-HEADS += ("kept for backward", "error")
+HEADS = (
+    *("model", "batch", "rank", "dtype", "method", "ms", "x frozen", "x naive", "x PEFT"),
+    *("kept for backward", "error"),
+)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -21,8 +23,8 @@ def table(rows: Iterable[Row]) -> str:
     chosen.sort(key=lambda row: row.provenance.device)
     parts = []
     for device, group in groupby(chosen, key=lambda row: row.provenance.device):
-        group = sorted(group, key=_order)
-        parts += [f"**{device}**, one training step:", "", *_markdown(group), "", _foot(group), ""]
+        mine = sorted(group, key=_order)
+        parts += [f"**{device}**, one training step:", "", *_markdown(mine), "", _foot(mine), ""]
     return "\n".join(parts).rstrip() or "No rows are recorded yet."
 
 

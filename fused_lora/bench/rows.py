@@ -71,7 +71,7 @@ class Refusal:
 
 def append(rows: Iterable[Row], folder: Path) -> list[Path]:
     """Add each row to ``folder/<device>/<suite>.jsonl``; the files touched."""
-    touched = {}
+    touched: dict[Path, None] = {}
     for row in rows:
         path = folder / slug(row.provenance.device) / f"{row.case.suite}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,10 @@ import fused_lora.bench.contenders  # noqa: F401  registers the titles
 from fused_lora.bench.registry import CONTENDERS
 from fused_lora.bench.rows import Case, Row
 
-HEADS = ("contender", "ms", "quartiles", "x frozen", "x naive", "x PEFT", "saved MB")
-HEADS += ("error", "grad error")
+HEADS = (
+    *("contender", "ms", "quartiles", "x frozen", "x naive", "x PEFT"),
+    *("saved MB", "error", "grad error"),
+)
 
 
 def title(contender: str) -> str:

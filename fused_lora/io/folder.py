@@ -114,7 +114,8 @@ def _changes(
     content: Content,
     where: str,
 ) -> tuple[Changes, list[str]]:
-    adapters, others = {}, {}
+    adapters: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     own = tuple(key for name in modules for key in (a_key(name), b_key(name)))
     for key, tensor in content.tensors.items():
         kind = adapters if key in own or ".lora_" in key or key.startswith(ASIDE) else others

@@ -48,7 +48,7 @@ class AdaptedLinear(nn.Linear):
         self._spans = tuple(Span(*columns[name], ranks[name]) for name in columns)
         scales = [config.scale_for(ranks[name]) for name in columns]
         self._scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
-        self._base: tuple[nn.Parameter, ...] = ()  # the frozen weight, while merged
+        self._base: tuple[Tensor, ...] = ()  # the frozen weight, while merged
         for name, span in zip(self._groups, self._spans, strict=True):
             self.register_parameter(_key("lora_A", name), self._empty(span.rank, self.in_features))
             self.register_parameter(_key("lora_B", name), self._empty(span.width, span.rank))

@@ -6,9 +6,11 @@ backward  dh = dy b, dx = dy w,  dx += dh a,  db = dyT h,  da = dhT x
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from fused_lora.bench.adapters import projections, thirds
 from fused_lora.bench.contenders.naive import replace
@@ -21,9 +23,7 @@ class AddmmLoRA(torch.autograd.Function):
     """One frozen linear and its adapters over flattened rows."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, w: Tensor, bias: Tensor, spans: Spans, *ab: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor, spans: Spans, *ab: Tensor) -> Tensor:
         """Returns y [M, N] of x [M, K], w [N, K], bias [N] and the pairs a [R, K], b [N_g, R]."""
         y = torch.addmm(bias, x, w.t())
         hidden = []
@@ -36,7 +36,7 @@ class AddmmLoRA(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Returns dx and the pairs da, db."""
         x, w, *rest = ctx.saved_tensors
         pairs, hidden = rest[: 2 * len(ctx.spans)], rest[2 * len(ctx.spans) :]

@@ -23,8 +23,8 @@ class Frozen(Contender):
 
     def install(self, model: nn.Module, rank: int) -> nn.Module:
         """Only open the way for the gradient; ``rank`` is not used."""
-        if hasattr(model, "patch_embed"):
-            model.patch_embed.register_forward_hook(_let_gradient_in)
+        if isinstance(embed := getattr(model, "patch_embed", None), nn.Module):
+            embed.register_forward_hook(_let_gradient_in)
         return model
 
 

@@ -37,7 +37,9 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem;
   font-size: .88rem; } dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
-COLOURED = ("frozen", "naive", "naive_joint", "addmm", "peft", "peft_bf16")
-COLOURED += ("fused", "fused_joint", "full")
+COLOURED = (
+    *("frozen", "naive", "naive_joint", "addmm", "peft", "peft_bf16"),
+    *("fused", "fused_joint", "full"),
+)
 
 BARS = "\n".join(f"svg .bar.{name} {{ fill: var(--{name}); }}" for name in COLOURED)

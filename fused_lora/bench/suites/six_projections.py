@@ -13,17 +13,20 @@ from fused_lora.bench.workload import Workload
 class Projections(nn.Module):
     """Four linears side by side, each with an input of its own."""
 
-    def __init__(self, width: int, expansion: int, **like: object) -> None:
+    def __init__(self, width: int, expansion: int) -> None:
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width, **like)
-        self.proj = nn.Linear(width, width, **like)
-        self.fc1 = nn.Linear(width, expansion * width, **like)
-        self.fc2 = nn.Linear(expansion * width, width, **like)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, expansion * width)
+        self.fc2 = nn.Linear(expansion * width, width)
+
+    def layers(self) -> dict[str, nn.Linear]:
+        """The four, by name."""
+        return {"qkv": self.qkv, "proj": self.proj, "fc1": self.fc1, "fc2": self.fc2}
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Each linear of its own input."""
-        layers = (self.qkv, self.proj, self.fc1, self.fc2)
-        return tuple(layer(x) for layer, x in zip(layers, inputs, strict=True))
+        return tuple(f(x) for f, x in zip(self.layers().values(), inputs, strict=True))
 
 
 @suite("six_projections")
@@ -37,10 +40,10 @@ class SixProjections(Workload):
     def __init__(self, shape: Shape, batch: int, dtype: str, device: str) -> None:
         super().__init__(shape, batch, dtype, device)
         generator = torch.Generator().manual_seed(0)
-        like = {"device": device, "dtype": self.stored}
-        self.base = Projections(shape.width, shape.expansion, **like).requires_grad_(False)
+        base = Projections(shape.width, shape.expansion).to(device, self.stored)
+        self.base = base.requires_grad_(False)
         self.inputs = []
-        for name, linear in self.base.named_children():
+        for name, linear in base.layers().items():
             x = torch.randn(batch, shape.tokens, linear.in_features, generator=generator)
             narrow = dtype == "amp" and name in ("proj", "fc2")
             self.inputs.append(x.to(device, torch.bfloat16 if narrow else self.stored))

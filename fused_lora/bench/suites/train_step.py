@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_lora.bench.depth import blocks
 from fused_lora.bench.registry import suite
 from fused_lora.bench.shapes import Shape
 from fused_lora.bench.workload import Workload
@@ -40,8 +42,8 @@ class TrainStep(Workload):
         super().__init__(shape, batch, dtype, device)
         generator = torch.Generator().manual_seed(1)
         self.base = build(shape.name, device, self.stored)
-        size = self.base.patch_embed.img_size
-        images = torch.randn(batch, 3, *size, generator=generator)
+        size = self.base.get_submodule("patch_embed").img_size
+        images = torch.randn(batch, 3, *cast("tuple[int, int]", size), generator=generator)
         self.inputs = [images.to(device, self.stored)]
         self.labels = torch.randint(1000, (batch,), generator=generator).to(device)
 
@@ -57,7 +59,7 @@ class TrainStep(Workload):
 
     def sections(self, model: nn.Module) -> Iterable[nn.Module]:
         """The transformer blocks."""
-        return next(m.blocks for m in model.modules() if "blocks" in m._modules)
+        return blocks(model)
 
     def excluded(self) -> list[Tensor]:
         """The images."""
