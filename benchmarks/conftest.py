@@ -10,8 +10,9 @@ import torch
 import fused_lora.bench.contenders
 import fused_lora.bench.suites  # noqa: F401  both register what can be raced
 from fused_lora.bench import gate
-from fused_lora.bench.clock import Step
+from fused_lora.bench.clock import CpuClock, Step
 from fused_lora.bench.judge import Judge
+from fused_lora.bench.phases import Phases
 from fused_lora.bench.race import enter
 from fused_lora.bench.registry import CONTENDERS, SUITES
 from fused_lora.bench.shapes import Shape
@@ -34,7 +35,7 @@ def step(request: pytest.FixtureRequest) -> Callable[[str, Shape, int, int, str]
         if reason := contender.why_not(dtype):
             pytest.skip(reason)
         workload = SUITES[suite](shape, batch, dtype, device)
-        entrant = enter(contender, workload, Judge(workload, rank))
+        entrant = enter(contender, workload, Judge(workload, rank), Phases(CpuClock()))
         if wrong := gate.complaints(entrant.errors, entrant.yardstick, dtype):
             pytest.fail("; ".join(wrong))
         return _finished(entrant.step) if device.startswith("cuda") else entrant.step

@@ -1,17 +1,23 @@
-"""Who decides whether a contender may be timed: truth in float64, naive LoRA as the yardstick."""
+"""Who decides whether a contender may be timed: truth in float64, naive LoRA as the yardstick.
+
+A model is judged by its first blocks, on the whole batch: the very modules that are timed, with
+the rows of x that their plans depend on, at a sixth of what judging a ViT's every block costs.
+"""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora.bench import gate
 from fused_lora.bench.adapters import copy_adapters, initial_values
+from fused_lora.bench.depth import shallow
 from fused_lora.bench.registry import CONTENDERS, Contender
-from fused_lora.bench.saved import WideCopies
 from fused_lora.bench.workload import Workload, share
 
-GATE_BATCH = 1  # images the float64 run is given: it costs twice what it judges
+DEPTH = 2  # blocks judged: the first, whose x may need no gradient, and one whose x does
 YARDSTICKS = {"separate": "naive", "joint": "naive_joint"}
 
 
@@ -23,17 +29,18 @@ class Judge:
         self._known: dict[str, tuple[gate.Outcome, gate.Errors]] = {}
 
     def inputs(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The first images of the workload, as leaves of their own."""
-        parts = [x[:GATE_BATCH].detach() for x in self.workload.inputs]
+        """The inputs of the workload, as leaves of their own."""
+        parts = [x.detach() for x in self.workload.inputs]
         return [part.to(dtype or part.dtype, copy=True) for part in parts]
 
     def of(self, form: str) -> tuple[gate.Outcome, gate.Errors]:
         """Truth and yardstick of ``form``."""
         if form not in self._known:
             naive = CONTENDERS[YARDSTICKS[form]]
-            exact = install(naive, share(self.workload.exact), self.rank)
+            with shallow(self.workload.base, DEPTH) as base:
+                plain = install(naive, share(base), self.rank)
+                exact = install(naive, copy.deepcopy(base).double(), self.rank)
             truth = self.workload.outcome(exact, self.inputs(torch.float64), exact=True)
-            plain = install(naive, share(self.workload.base), self.rank)
             found = self.workload.outcome(plain, self.inputs())
             self._known[form] = truth, gate.errors(found, truth)
         return self._known[form]
@@ -43,16 +50,9 @@ class Judge:
         if contender.form not in YARDSTICKS:
             return {}, {}
         truth, yardstick = self.of(contender.form)
-        return gate.errors(self.workload.outcome(model, self.inputs()), truth), yardstick
-
-    def wide_copies(self, model: nn.Module) -> int:
-        """fp32 copies of x in one forward pass; none can be in fp32."""
-        if self.workload.dtype == "fp32":
-            return 0
-        shape = self.workload.shape
-        with WideCopies(GATE_BATCH * shape.tokens * shape.width) as wide, self.workload.precision():
-            self.workload.forward(model, self.inputs())
-        return wide.count
+        with shallow(model, DEPTH) as judged:
+            found = self.workload.outcome(judged, self.inputs())
+        return gate.errors(found, truth), yardstick
 
 
 def install(contender: Contender, model: nn.Module, rank: int) -> nn.Module:

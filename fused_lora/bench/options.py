@@ -72,9 +72,10 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=_positive, metavar="LIST", help="images of one step")
     add("--dtype", type=_listed("dtype", DTYPES), metavar="NAMES", help="fp32, bf16, amp")
     add("--contenders", type=_listed("contender", list(CONTENDERS)), metavar="NAMES")
-    add("--budget-seconds", type=_seconds, metavar="S", help="for timed rounds, at least 3 each")
+    add("--budget-seconds", type=_seconds, metavar="S", help="in all; rounds are at least 3")
     add("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("report.html"), help="the report (report.html)")
+    add("--verbose", action="store_true", help="where the time of each case goes")
     add("--rows", type=Path, metavar="FOLDER", help="also append rows as JSON lines below it")
     add("--readme", type=Path, metavar="FILE", help="only rewrite its table from --rows")
     return made

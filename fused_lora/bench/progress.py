@@ -12,10 +12,10 @@ WIDTH = 24  # cells of the bar
 class Progress:
     """Counts cases done and says what is going on; ``tell`` may be called at any rate."""
 
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+    def __init__(self, total: int, stream: TextIO | None = None, live: bool | None = None) -> None:
         self.total, self.done = total, 0
         self.stream = stream or sys.stderr
-        self._live = self.stream.isatty()
+        self._live = self.stream.isatty() if live is None else live
         self._begin = time.monotonic()
 
     def tell(self, words: str) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 from torch import nn
 
 from fused_lora.bench import gate
-from fused_lora.bench.clock import Clock, Step
+from fused_lora.bench.clock import Step
 from fused_lora.bench.judge import Judge, install
+from fused_lora.bench.phases import Phases
 from fused_lora.bench.provenance import Provenance
 from fused_lora.bench.registry import Contender
 from fused_lora.bench.rows import Case, Refusal, Row
-from fused_lora.bench.saved import SavedBytes, step_peak_bytes
+from fused_lora.bench.saved import SavedBytes, WideCopies, step_peak_bytes
 from fused_lora.bench.timing import Times, interleave
 from fused_lora.bench.workload import Workload, share
 
@@ -28,7 +29,7 @@ class Entrant:
 
     contender: Contender
     model: nn.Module
-    step: Step
+    step: Callable[..., None]  # what the clock sees
     errors: gate.Errors
     yardstick: gate.Errors
     saved_bytes: int = 0
@@ -37,22 +38,34 @@ class Entrant:
     peak_bytes: int | None = None
 
 
-def enter(contender: Contender, workload: Workload, judge: Judge) -> Entrant:
+def enter(contender: Contender, workload: Workload, judge: Judge, phases: Phases) -> Entrant:
     """Build ``contender``, judge it, and count what it keeps; its step has run once after this."""
     base = workload.base
-    model = copy.deepcopy(base) if contender.owns_weights else share(base)
-    model = install(contender, model, judge.rank)
-    step = step_of(workload, model)
-    entrant = Entrant(contender, model, step, *judge.errors(contender, model))
-    sections = list(workload.sections(model))
-    saved = SavedBytes(model, workload.excluded(), sections)
-    step(saved)
-    entrant.saved_bytes = saved.total
+    with phases.of("build"):
+        model = copy.deepcopy(base) if contender.owns_weights else share(base)
+        model = install(contender, model, judge.rank)
+        step = step_of(workload, model)
+    with phases.of("judge"):
+        entrant = Entrant(contender, model, step, *judge.errors(contender, model))
+    with phases.of("count"):
+        count(entrant, workload)
+    return entrant
+
+
+def count(entrant: Entrant, workload: Workload) -> None:
+    """One watched step: what the forward pass keeps and copies, and what the step allocates."""
+    sections = list(workload.sections(entrant.model))
+    saved = SavedBytes(entrant.model, workload.excluded(), sections)
+    wide = WideCopies(workload.activation)
+    with ExitStack() as watch:
+        if workload.dtype != "fp32":  # there, no copy can widen
+            watch.enter_context(wide)
+        watch.enter_context(saved)
+        entrant.step(watch)
+    entrant.saved_bytes, entrant.wide_copies = saved.total, wide.count
     if sections:
         entrant.saved_bytes_per_block = saved.by_section.get(str(len(sections) // 2), 0)
-    entrant.wide_copies = judge.wide_copies(model)
-    entrant.peak_bytes = step_peak_bytes(step, workload.device)
-    return entrant
+    entrant.peak_bytes = step_peak_bytes(entrant.step, workload.device)
 
 
 def step_of(workload: Workload, model: nn.Module) -> Callable[..., None]:
@@ -74,17 +87,21 @@ def race(
     workload: Workload,
     case: Case,
     contenders: Sequence[Contender],
-    clock: Clock,
+    phases: Phases,
     budget_s: float,
     origin: Provenance,
     tell: Tell = lambda words: None,
 ) -> tuple[list[Row], list[Refusal]]:
-    """Measure ``contenders`` in ``case``: rows of those that pass the gate, refusals of others."""
+    """Measure ``contenders`` in ``case``: rows of those that pass the gate, refusals of others.
+
+    The budget covers everything, but rounds have a minimum; ``phases`` is told where it went.
+    """
+    begin = phases.clock.now()
     judge, entrants, refusals = Judge(workload, case.rank), {}, []
     for contender in contenders:
         tell(f"{case}: judging {contender.name}")
         try:
-            entrant = enter(contender, workload, judge)
+            entrant = enter(contender, workload, judge, phases)
         except Exception as error:  # told and counted as a failure; the others still race
             words = f"{type(error).__name__}: {error}"
             refusals.append(Refusal(case, contender.name, words))
@@ -93,8 +110,12 @@ def race(
             refusals.append(Refusal(case, contender.name, "; ".join(wrong)))
             continue
         entrants[contender.name] = entrant
-    steps = {name: entrant.step for name, entrant in entrants.items()}
-    times = interleave(steps, clock, budget_s, tell=lambda name: tell(f"{case}: timing {name}"))
+    steps: dict[str, Step] = {name: entrant.step for name, entrant in entrants.items()}
+    left_s = budget_s - (phases.clock.now() - begin)
+    with phases.of("time"):
+        times = interleave(
+            steps, phases.clock, left_s, tell=lambda name: tell(f"{case}: timing {name}")
+        )
     return [record(case, entrants[name], times, origin) for name in times], refusals
 
 

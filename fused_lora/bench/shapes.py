@@ -26,7 +26,7 @@ class Grid:
     batches: tuple[int, ...]
     dtypes: tuple[str, ...]
     contenders: tuple[str, ...]
-    budget_s: float  # for timed rounds, all cases together
+    budget_s: float  # for all cases together; the minimum of rounds is run whatever it says
 
 
 SHAPES = {

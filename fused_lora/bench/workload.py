@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from itertools import chain
 
 import torch
@@ -39,10 +38,10 @@ class Workload:
         self.shape, self.batch, self.dtype, self.device = shape, batch, dtype, device
         self.stored = STORED[dtype]
 
-    @cached_property
-    def exact(self) -> nn.Module:
-        """The same network in float64."""
-        return copy.deepcopy(self.base).double()
+    @property
+    def activation(self) -> int:
+        """Elements of one [M, d] tensor."""
+        return self.batch * self.shape.tokens * self.shape.width
 
     def precision(self) -> AbstractContextManager:
         """Autocast when the dtype asks for it."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fused_lora.bench import command, main
+from fused_lora.bench import main
+from fused_lora.bench.measure import CONTENDERS, able
 from fused_lora.bench.rows import read
 from fused_lora.bench.shapes import SHAPES, Shape
 
@@ -23,7 +24,6 @@ from fused_lora.bench.shapes import SHAPES, Shape
         (["--device", "abacus"], "'abacus'"),
         (["--suite", "none"], "'none'"),
         (["--out", "no/such/folder/report.html"], "no/such/folder"),
-        (["--models", "vit_small_patch16_224", "--ranks", "512"], "512"),
         (["--readme", "no-readme.md"], "'no-readme.md'"),
     ],
 )
@@ -67,5 +67,5 @@ def test_a_refused_row_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_contenders_that_cannot_run_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command._able(["frozen", "peft_bf16"], "fp32") == [command.CONTENDERS["frozen"]]
+    assert able(["frozen", "peft_bf16"], "fp32") == [CONTENDERS["frozen"]]
     assert "peft_bf16" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from fused_lora.bench.adapters import adapters, projections
 from fused_lora.bench.clock import Step
 from fused_lora.bench.contenders.naive import Naive
 from fused_lora.bench.judge import Judge, install
+from fused_lora.bench.phases import Phases
 from fused_lora.bench.race import race
 from fused_lora.bench.registry import CONTENDERS, register
 from fused_lora.bench.shapes import Shape
@@ -77,7 +78,7 @@ def test_no_gradient_of_a_contender_is_trivially_zero(workload: SixProjections) 
 
 def test_a_wrong_contender_is_refused(workload: SixProjections, wrong: str) -> None:
     entered = CONTENDERS.pick(["frozen", "naive", wrong])
-    rows, refusals = race(workload, CASE, entered, CountingClock(), 0.0, ORIGIN)
+    rows, refusals = race(workload, CASE, entered, Phases(CountingClock()), 0.0, ORIGIN)
     assert [row.contender for row in rows] == ["frozen", "naive"]
     assert [refusal.contender for refusal in refusals] == [wrong]
     assert "limit" in refusals[0].reason
@@ -98,7 +99,7 @@ def test_limit_is_twice_naive_and_a_rounding() -> None:
 
 def test_rows_carry_ratios_and_memory(workload: SixProjections) -> None:
     entered = CONTENDERS.pick(["frozen", "naive"])
-    (frozen, naive), _ = race(workload, CASE, entered, CountingClock(), 0.0, ORIGIN)
+    (frozen, naive), _ = race(workload, CASE, entered, Phases(CountingClock()), 0.0, ORIGIN)
     assert (frozen.saved_bytes, frozen.errors, frozen.ratio_naive) == (0, {}, 1.0)
     inputs = sum(x.nbytes for x in workload.inputs)
     assert naive.saved_bytes == inputs + 4 * 2 * TINY.tokens * CASE.rank * 6  # x once, six h

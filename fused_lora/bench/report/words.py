@@ -25,8 +25,9 @@ methods take turns within one process, the order rotated each round, so that a s
 machine is shared; times are medians over rounds, ratios are medians of the ratio within a
 round.</p>
 <p>Before a method is timed, its output and its adapter gradients are compared with a float64 run
-of the same equations on one image. A time is recorded only if every error is at most twice that
-of naive LoRA in the same precision, plus one rounding.</p>
+of the same equations on the same batch, a model by its first two blocks: all four kinds of
+projection, the very modules that are timed, under the same plans. A time is recorded only if
+every error is at most twice that of naive LoRA in the same precision, plus one rounding.</p>
 <p>The frozen network trains nothing, but its gradient still crosses every block: training any
 adapter costs at least this. "Kept for backward" counts the unique storages that autograd holds
 after the forward pass, apart from weights and the input. PEFT and the <i>joint</i> form put one

@@ -1,0 +1,88 @@
+"""Races over a grid: every case with its network, its contenders and its share of the time."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+from fused_lora.bench.clock import Clock, clock_for
+from fused_lora.bench.phases import Phases, Shares
+from fused_lora.bench.progress import Progress
+from fused_lora.bench.provenance import provenance
+from fused_lora.bench.race import race
+from fused_lora.bench.registry import CONTENDERS, SUITES, Contender
+from fused_lora.bench.rows import Case, Refusal, Row, append
+from fused_lora.bench.shapes import SHAPES, Grid
+from fused_lora.bench.workload import Workload
+
+
+def measure(
+    suite: str, grid: Grid, device: str, folder: Path | None = None, verbose: bool = False
+) -> tuple[list[Row], list[Refusal]]:
+    """Run every race of ``grid``; the budget left is shared out by size over those still to come.
+
+    Args:
+        suite: Which suite.
+        grid: What to cover.
+        device: Where.
+        folder: Rows are appended below it race by race, so that a broken run keeps its first ones.
+        verbose: Say where the time of each case went, on a terminal as well.
+    """
+    cases = list(_cases(suite, grid))
+    clock, origin = clock_for(device), provenance(device)
+    progress = Progress(len(cases), live=False if verbose else None)
+    shares = Shares([_weight(case) for case in cases], grid.budget_s, clock)
+    rows: list[Row] = []
+    refusals: list[Refusal] = []
+    for workload, case, phases in _workloads(cases, device, clock):
+        entered = able(grid.contenders, case.dtype)
+        found, refused = race(
+            workload, case, entered, phases, shares.next_s(), origin, progress.tell
+        )
+        rows += found
+        if folder:
+            append(found, folder)
+        refusals += refused
+        progress.advance(f"{case}: {phases}")
+        gc.collect()
+    progress.close()
+    return rows, refusals
+
+
+def _cases(suite: str, grid: Grid) -> Iterator[Case]:
+    for name, batch, dtype in product(grid.models, grid.batches, grid.dtypes):
+        for rank in grid.ranks:
+            yield Case(suite, name, batch, SHAPES[name].tokens, rank, dtype)
+
+
+def _weight(case: Case) -> float:
+    """In proportion to the work of one step."""
+    return float(case.batch * case.tokens * SHAPES[case.model].width ** 2)
+
+
+def _workloads(
+    cases: Sequence[Case], device: str, clock: Clock
+) -> Iterator[tuple[Workload, Case, Phases]]:
+    """Each case with its network, built once for all of its ranks, and a fresh account of time."""
+    built: tuple[str, int, str] | None = None
+    for case in cases:
+        phases = Phases(clock)
+        if built != (case.model, case.batch, case.dtype):
+            built = (case.model, case.batch, case.dtype)
+            with phases.of("build"):
+                workload = SUITES[case.suite](SHAPES[case.model], case.batch, case.dtype, device)
+        yield workload, case, phases
+
+
+def able(names: Sequence[str], dtype: str) -> list[Contender]:
+    """Those of ``names`` that run in ``dtype`` here; the others are told on stderr."""
+    found = []
+    for contender in CONTENDERS.pick(names):
+        if reason := contender.why_not(dtype):
+            print(f"not raced: {contender.name}: {reason}", file=sys.stderr)
+        else:
+            found.append(contender)
+    return found
