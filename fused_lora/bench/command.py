@@ -12,6 +12,7 @@ import fused_lora.bench.suites  # noqa: F401  both register what can be raced
 from fused_lora.bench import options as command_line
 from fused_lora.bench import readme, table
 from fused_lora.bench.measure import measure
+from fused_lora.bench.registry import JOBS
 from fused_lora.bench.report.page import page
 from fused_lora.bench.rows import read
 
@@ -27,6 +28,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     if not options.out.absolute().parent.is_dir():
         parser.error(f"argument --out: no folder {str(options.out.parent)!r}")
     grid = command_line.chosen(options)
+    if options.suite in JOBS:
+        return JOBS[options.suite](options, grid)
     rows, refusals = measure(options.suite, grid, options.device, options.rows, options.verbose)
     print(table.text(rows))
     for refusal in refusals:

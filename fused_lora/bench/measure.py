@@ -53,8 +53,9 @@ def measure(
 
 
 def _cases(suite: str, grid: Grid) -> Iterator[Case]:
-    for name, batch, dtype in product(grid.models, grid.batches, grid.dtypes):
-        for rank in grid.ranks:
+    for name in grid.models:
+        batches = (1,) if name in grid.one_image else grid.batches
+        for batch, dtype, rank in product(batches, grid.dtypes, grid.ranks):
             yield Case(suite, name, batch, SHAPES[name].tokens, rank, dtype)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fused_lora.bench.registry import CONTENDERS, SUITES
+from fused_lora.bench.registry import CONTENDERS, JOBS, SUITES
 from fused_lora.bench.shapes import DTYPES, SHAPES, Grid, grid
 
 EPILOG = "Lists are separated by commas. Without options the grid suits the device."
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     add = made.add_argument
-    add("--suite", choices=list(SUITES), default="train_step")
+    add("--suite", choices=[*SUITES, *JOBS], default="train_step")
     add("--models", type=_listed("model", list(SHAPES)), metavar="NAMES", help="timm names")
     add("--ranks", type=_positive, metavar="LIST")
     add("--batch", type=_positive, metavar="LIST", help="images of one step")
@@ -87,6 +87,7 @@ def chosen(options: argparse.Namespace) -> Grid:
         "models": options.models,
         "ranks": options.ranks,
         "batches": options.batch,
+        "one_image": () if options.batch else None,
         "dtypes": options.dtype,
         "contenders": options.contenders,
         "budget_s": options.budget_seconds,

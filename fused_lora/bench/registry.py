@@ -60,6 +60,7 @@ class Registry(dict):
 
 CONTENDERS: Registry = Registry("contender")
 SUITES: Registry = Registry("suite")
+JOBS: Registry = Registry("job")  # suites that are no races and run by themselves
 
 _C = TypeVar("_C", bound=type[Contender])
 _S = TypeVar("_S", bound=Callable)
@@ -69,6 +70,16 @@ def register(contender: _C) -> _C:
     """Class decorator: make one instance of ``contender`` known under its name."""
     CONTENDERS[contender.name] = contender()
     return contender
+
+
+def job(name: str) -> Callable[[_S], _S]:
+    """Decorator: make a function of (options, grid), which returns an exit status, known."""
+
+    def keep(function: _S) -> _S:
+        JOBS[name] = function
+        return function
+
+    return keep
 
 
 def suite(name: str) -> Callable[[_S], _S]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from fused_lora.bench.gate import Errors
 from fused_lora.bench.provenance import Provenance, slug
+
+RACES = ("six_projections", "train_step")  # the suites whose rows are those of contenders
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,30 @@ class Refusal:
     reason: str
 
 
-def append(rows: Iterable[Row], folder: Path) -> list[Path]:
+class Suited(Protocol):
+    """A case of any suite."""
+
+    @property
+    def suite(self) -> str:
+        """Which."""
+
+
+class Record(Protocol):
+    """What can be appended: a row of any suite."""
+
+    @property
+    def case(self) -> Suited:
+        """What it is about."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where it is from."""
+
+    def to_json(self) -> str:
+        """One line."""
+
+
+def append(rows: Iterable[Record], folder: Path) -> list[Path]:
     """Add each row to ``folder/<device>/<suite>.jsonl``; the files touched."""
     touched: dict[Path, None] = {}
     for row in rows:
@@ -82,11 +109,17 @@ def append(rows: Iterable[Row], folder: Path) -> list[Path]:
 
 
 def read(folder: Path) -> Iterator[Row]:
-    """Every row below ``folder``, oldest first within a file."""
+    """Every row of a race below ``folder``, oldest first within a file."""
+    return read_as(folder, RACES, Row.from_json)
+
+
+def read_as(folder: Path, suites: Iterable[str], parse: Callable[[str], _R]) -> Iterator[_R]:
+    """The rows of ``suites`` below ``folder``, each read by ``parse``."""
+    wanted = set(suites)
     for path in sorted(folder.glob("*/*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines() if path.stem in wanted else ():
             if line.strip():
-                yield Row.from_json(line)
+                yield parse(line)
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:

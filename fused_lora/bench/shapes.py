@@ -26,6 +26,7 @@ class Grid:
     batches: tuple[int, ...]
     dtypes: tuple[str, ...]
     contenders: tuple[str, ...]
+    one_image: tuple[str, ...]  # models given a single image instead of ``batches``
     budget_s: float  # for all cases together; the minimum of rounds is run whatever it says
 
 
@@ -41,20 +42,24 @@ SHAPES = {
 }
 
 _SMALL_BASE = ("vit_small_patch16_224", "vit_base_patch16_224")
+_RANKS = (4, 16, 64, 128, 256, 512)
 _SIX = ("frozen", "naive", "naive_joint", "peft", "addmm", "fused", "fused_joint")
 _STEP = ("frozen", "naive", "peft", "fused", "fused_joint")
 
 CPU_GRIDS = {
-    "six_projections": Grid(_SMALL_BASE, (4, 16, 64, 128, 256, 512), (8,), ("fp32",), _SIX, 120),
-    "train_step": Grid(_SMALL_BASE, (16, 128, 512), (2,), ("fp32",), _STEP, 95),
+    "six_projections": Grid(_SMALL_BASE, _RANKS, (8,), ("fp32",), _SIX, (), 120),
+    "plan_choice": Grid(_SMALL_BASE, _RANKS, (1, 8), ("fp32",), (), (), 240),
+    "train_step": Grid(_SMALL_BASE, (16, 128, 512), (2,), ("fp32",), _STEP, _SMALL_BASE[1:], 115),
 }
 CUDA_GRIDS = {
+    "plan_choice": Grid(_SMALL_BASE, _RANKS, (8, 128), ("bf16",), (), (), 240),
     "six_projections": Grid(
         (*_SMALL_BASE, "vit_large_patch16_224"),
-        (4, 16, 64, 128, 256, 512),
+        _RANKS,
         (8, 128),
         ("amp", "bf16", "fp32"),
         (*_SIX[:4], "peft_bf16", *_SIX[4:]),
+        (),
         240,
     ),
     "train_step": Grid(
@@ -63,6 +68,7 @@ CUDA_GRIDS = {
         (32, 128),
         ("amp", "fp32"),
         (*_STEP[:3], "peft_bf16", "addmm", *_STEP[3:]),
+        (),
         600,
     ),
 }

@@ -61,9 +61,14 @@ def text(rows: Iterable[Row]) -> str:
     parts = []
     for case, group in by_case(rows):
         lines = [HEADS, *(cells(row) for row in group)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADS))]
-        parts += [f"{case.suite}: {case}", *(_line(line, widths) for line in lines), ""]
+        parts += [f"{case.suite}: {case}", *aligned(lines), ""]
     return "\n".join(parts)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Cells as columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [_line(line, widths) for line in lines]
 
 
 def _line(words: Sequence[str], widths: Sequence[int]) -> str:

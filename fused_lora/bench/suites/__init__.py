@@ -1,4 +1,5 @@
-"""The suites; importing this room registers them all."""
+"""The suites and jobs; importing this room registers them all."""
 
+import fused_lora.bench.plan_choice.command  # noqa: F401
 from fused_lora.bench.suites import six_projections as six_projections
 from fused_lora.bench.suites import train_step as train_step

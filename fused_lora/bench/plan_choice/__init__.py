@@ -1,0 +1,1 @@
+"""How good the plan's choice is: the chosen plan timed beside the ones it was chosen over."""
