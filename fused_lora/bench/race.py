@@ -34,6 +34,7 @@ class Entrant:
     yardstick: gate.Errors
     saved_bytes: int = 0
     saved_bytes_per_block: int | None = None
+    block_parts: tuple[int, int] = (0, 0)  # of that: fp32, and copies of weights
     wide_copies: int = 0
     peak_bytes: int | None = None
 
@@ -64,7 +65,9 @@ def count(entrant: Entrant, workload: Workload) -> None:
         entrant.step(watch)
     entrant.saved_bytes, entrant.wide_copies = saved.total, wide.count
     if sections:
-        entrant.saved_bytes_per_block = saved.by_section.get(str(len(sections) // 2), 0)
+        middle = str(len(sections) // 2)
+        entrant.saved_bytes_per_block = saved.by_section[middle]
+        entrant.block_parts = saved.fp32_by_section[middle], saved.weights_by_section[middle]
     entrant.peak_bytes = step_peak_bytes(entrant.step, workload.device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from types import TracebackType
@@ -23,6 +24,8 @@ class SavedBytes:
 
     Attributes:
         by_section: Bytes by section: the index of the block that first saved the storage.
+        fp32_by_section: The part of them in storages first saved as fp32.
+        weights_by_section: The part of them that are casts or merges of a parameter, by shape.
     """
 
     def __init__(
@@ -35,7 +38,10 @@ class SavedBytes:
         self._seen = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in free}
         self._sections = list(sections)
         self._now = OUTSIDE
-        self.by_section: dict[str, int] = {}
+        self.by_section: Counter[str] = Counter()
+        self.fp32_by_section: Counter[str] = Counter()
+        self.weights_by_section: Counter[str] = Counter()
+        self._shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     @property
@@ -47,8 +53,15 @@ class SavedBytes:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen[storage.data_ptr()] = storage  # held, so that its address stays taken
-            self.by_section[self._now] = self.by_section.get(self._now, 0) + storage.nbytes()
+            self._count(tensor, storage.nbytes())
         return tensor
+
+    def _count(self, tensor: Tensor, nbytes: int) -> None:
+        self.by_section[self._now] += nbytes
+        if tensor.dtype is torch.float32:
+            self.fp32_by_section[self._now] += nbytes
+        if tensor.shape in self._shapes:
+            self.weights_by_section[self._now] += nbytes
 
     def _enter(self, index: int) -> None:
         self._now = str(index)

@@ -46,12 +46,16 @@ _RANKS = (4, 16, 64, 128, 256, 512)
 _SIX = ("frozen", "naive", "naive_joint", "peft", "addmm", "fused", "fused_joint")
 _STEP = ("frozen", "naive", "peft", "fused", "fused_joint")
 
+_COUNTED = Grid(_SMALL_BASE[:1], (16,), (2,), DTYPES, (*_STEP[:3], "peft_bf16", *_STEP[3:]), (), 1)
+
 CPU_GRIDS = {
     "six_projections": Grid(_SMALL_BASE, _RANKS, (8,), ("fp32",), _SIX, (), 120),
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (1, 8), ("fp32",), (), (), 240),
+    "saved_bytes": _COUNTED,
     "train_step": Grid(_SMALL_BASE, (16, 128, 512), (2,), ("fp32",), _STEP, _SMALL_BASE[1:], 115),
 }
 CUDA_GRIDS = {
+    "saved_bytes": _COUNTED,
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (8, 128), ("bf16",), (), (), 240),
     "six_projections": Grid(
         (*_SMALL_BASE, "vit_large_patch16_224"),

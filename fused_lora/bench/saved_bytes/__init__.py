@@ -1,0 +1,1 @@
+"""What a transformer block keeps for backward under each method: counted, not timed."""

@@ -1,0 +1,99 @@
+"""``fused-lora bench --suite saved_bytes``: judged and counted, a table, rows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from fused_lora.bench import gate
+from fused_lora.bench.clock import clock_for
+from fused_lora.bench.depth import shallow
+from fused_lora.bench.judge import Judge
+from fused_lora.bench.measure import able
+from fused_lora.bench.phases import Phases
+from fused_lora.bench.provenance import Provenance, provenance
+from fused_lora.bench.race import Entrant, enter
+from fused_lora.bench.registry import SUITES, job
+from fused_lora.bench.rows import append
+from fused_lora.bench.saved_bytes.rows import SUITE, SavedCase, SavedRow
+from fused_lora.bench.shapes import SHAPES, Grid
+from fused_lora.bench.table import aligned
+
+BLOCKS = 3  # of each network; the middle one has a neighbour on both sides
+HEADS = (
+    *("method", "KB per block", "of it casts of weights", "[M, d] tensors", "of them fp32"),
+    "fp32 copies of x",
+)
+
+
+@job(SUITE)
+def run(options: argparse.Namespace, grid: Grid) -> int:
+    """Count the whole grid; 1 when a method failed its gate."""
+    origin, wrong = provenance(options.device), 0
+    for case in cases(grid):
+        rows = []
+        for entrant, complaints in entrants(case, grid.contenders, options.device):
+            if complaints:
+                wrong += 1
+                print(f"refused: {entrant.contender.name} ({case}): {complaints}", file=sys.stderr)
+            else:
+                rows.append(record(case, entrant, origin))
+        print(text(case, rows))
+        if options.rows:
+            append(rows, options.rows)
+    return 1 if wrong else 0
+
+
+def cases(grid: Grid) -> Iterator[SavedCase]:
+    """Every network, rank and precision of the grid."""
+    for name, batch, dtype in product(grid.models, grid.batches, grid.dtypes):
+        shape = SHAPES[name]
+        for rank in grid.ranks:
+            yield SavedCase(SUITE, name, BLOCKS, batch, shape.tokens, shape.width, rank, dtype)
+
+
+def entrants(
+    case: SavedCase, contenders: Sequence[str], device: str
+) -> Iterator[tuple[Entrant, list[str]]]:
+    """Each method judged and counted in a training step of the first blocks."""
+    workload = SUITES["train_step"](SHAPES[case.model], case.batch, case.dtype, device)
+    judge, phases = Judge(workload, case.rank), Phases(clock_for(device))
+    with shallow(workload.base, case.blocks):
+        for contender in able(contenders, case.dtype):
+            entrant = enter(contender, workload, judge, phases)
+            yield entrant, gate.complaints(entrant.errors, entrant.yardstick, case.dtype)
+
+
+def record(case: SavedCase, entrant: Entrant, origin: Provenance) -> SavedRow:
+    """The row of one method."""
+    kept = entrant.saved_bytes_per_block or 0
+    fp32, weights = entrant.block_parts
+    return SavedRow(
+        case=case,
+        contender=entrant.contender.name,
+        form=entrant.contender.form,
+        bytes_per_block=kept,
+        fp32_bytes_per_block=fp32,
+        weight_bytes_per_block=weights,
+        units_per_block=(kept - weights) / case.unit,
+        fp32_copies_per_block=entrant.wide_copies / case.blocks,
+        provenance=origin,
+    )
+
+
+def text(case: SavedCase, rows: Sequence[SavedRow]) -> str:
+    """One aligned table."""
+    return "\n".join([f"{case.suite}: {case}", *aligned([HEADS, *map(_cells, rows)]), ""])
+
+
+def _cells(row: SavedRow) -> tuple[str, ...]:
+    return (
+        row.contender,
+        f"{row.bytes_per_block / 1e3:.0f}",
+        f"{row.weight_bytes_per_block / 1e3:.0f}",
+        f"{row.units_per_block:.2f}",
+        f"{row.fp32_bytes_per_block / row.case.unit:.2f}",
+        f"{row.fp32_copies_per_block:.1f}",
+    )
