@@ -14,7 +14,6 @@ from fused_lora.bench import readme, table
 from fused_lora.bench.measure import measure
 from fused_lora.bench.registry import JOBS
 from fused_lora.bench.report.page import page
-from fused_lora.bench.rows import read
 
 RESULTS = Path("benchmarks/results")
 
@@ -45,7 +44,7 @@ def _rewrite(parser: argparse.ArgumentParser, path: Path, folder: Path) -> int:
     if not path.is_file():
         parser.error(f"argument --readme: no file {str(path)!r}")
     try:
-        changed = readme.rewrite(path, read(folder))
+        changed = readme.rewrite(path, folder)
     except ValueError as error:
         parser.error(str(error))
     print(f"{path}: {'rewritten' if changed else 'already as the rows have it'}")

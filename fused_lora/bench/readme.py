@@ -1,35 +1,24 @@
-"""The README's table of measurements, generated from recorded rows."""
+"""The README's measurements, generated from recorded rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from fused_lora.bench.rows import Row, newest
-from fused_lora.bench.table import milliseconds, small, times, title
+from fused_lora.bench import rows
+from fused_lora.bench.compact import comparisons, markdown
+from fused_lora.bench.plan_choice import rows as plan_rows
+from fused_lora.bench.plan_choice.table import summary
+from fused_lora.bench.rows import Row
+from fused_lora.bench.saved_bytes import rows as saved_rows
+from fused_lora.bench.saved_bytes.table import markdown_lines
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-SUITE = "train_step"
-HEADS = (
-    *("model", "batch", "rank", "dtype", "method", "ms", "x frozen", "x naive", "x PEFT"),
-    *("kept for backward", "error"),
-)
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Markdown: one table for each device, the newest row of every cell."""
-    chosen = [row for row in newest(rows) if row.case.suite == SUITE]
-    chosen.sort(key=lambda row: row.provenance.device)
-    parts = []
-    for device, group in groupby(chosen, key=lambda row: row.provenance.device):
-        mine = sorted(group, key=_order)
-        parts += [f"**{device}**, one training step:", "", *_markdown(mine), "", _foot(mine), ""]
-    return "\n".join(parts).rstrip() or "No rows are recorded yet."
-
-
-def rewrite(readme: Path, rows: Iterable[Row]) -> bool:
-    """Put the table between the markers of ``readme``; whether that changed the file.
+def rewrite(readme: Path, folder: Path) -> bool:
+    """Put what ``folder`` holds between the markers of ``readme``; whether that changed the file.
 
     Raises:
         ValueError: the markers are missing.
@@ -39,43 +28,44 @@ def rewrite(readme: Path, rows: Iterable[Row]) -> bool:
     _, closed, tail = rest.partition(END)
     if not found or not closed:
         raise ValueError(f"{readme} has no {BEGIN} ... {END}")
-    changed = f"{head}{BEGIN}\n{table(rows)}\n{END}{tail}"
+    changed = f"{head}{BEGIN}\n{measured(folder)}\n{END}{tail}"
     readme.write_text(changed, encoding="utf-8")
     return changed != text
 
 
-def _order(row: Row) -> tuple[str, str, int, int]:
-    case = row.case
-    return case.dtype, case.model, case.batch, case.rank
+def measured(folder: Path) -> str:
+    """Markdown: the races of each device, how well its plans were chosen, what a block keeps."""
+    races = sorted(rows.newest(rows.read(folder)), key=lambda row: row.provenance.device)
+    parts: list[str] = []
+    for device, group in groupby(races, key=lambda row: row.provenance.device):
+        parts += _races(device, list(group))
+    parts += _plans(folder)
+    parts += markdown_lines(saved_rows.newest(saved_rows.read(folder)))
+    return "\n\n".join(parts) or "No rows are recorded yet."
 
 
-def _markdown(rows: list[Row]) -> list[str]:
-    lines = [HEADS, ("---",) * 5 + ("---:",) * 6, *(_cells(row) for row in rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def _races(device: str, group: Sequence[Row]) -> Iterator[str]:
+    compared = comparisons(group)
+    for (title, dtype), lines in groupby(compared, key=lambda each: (each.title, each.dtype)):
+        yield f"**{device}**, {title}, {dtype}:"
+        yield markdown(list(lines))
+    if compared:
+        yield _foot(group)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    case = row.case
+def _plans(folder: Path) -> Iterator[str]:
+    found = plan_rows.newest(plan_rows.read(folder))
+    for device in sorted({row.provenance.device for row in found}):
+        yield f"**{device}**, the choice of plan. " + summary(
+            [row for row in found if row.provenance.device == device]
+        )
+
+
+def _foot(group: Sequence[Row]) -> str:
+    origin = max((row.provenance for row in group), key=lambda found: found.time_utc)
+    commits = ", ".join(sorted({row.provenance.commit for row in group}))
     return (
-        f"`{case.model}`",
-        str(case.batch),
-        str(case.rank),
-        case.dtype,
-        title(row.contender),
-        milliseconds(row.median_ms),
-        times(row.ratio_frozen),
-        times(row.ratio_naive),
-        times(row.ratio_peft),
-        f"{row.saved_bytes / 1e6:.0f} MB",
-        small(row.errors.get("y")),
-    )
-
-
-def _foot(rows: list[Row]) -> str:
-    origin = max((row.provenance for row in rows), key=lambda found: found.time_utc)
-    commits = ", ".join(sorted({row.provenance.commit for row in rows}))
-    return (
-        f"Medians of {min(row.rounds for row in rows)} or more interleaved rounds; "
+        f"Medians of {min(row.rounds for row in group)} or more interleaved rounds; "
         f"{origin.threads} threads, torch {origin.torch}, PEFT {origin.peft}, "
         f"timm {origin.timm}; commit {commits}; {origin.time_utc}."
     )

@@ -41,7 +41,8 @@ class SavedBytes:
         self.by_section: Counter[str] = Counter()
         self.fp32_by_section: Counter[str] = Counter()
         self.weights_by_section: Counter[str] = Counter()
-        self._shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+        matrices = [p.shape for p in model.parameters() if p.ndim == 2]
+        self._shapes = {*matrices, *(shape[::-1] for shape in matrices)}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fused_lora.bench.provenance import provenance, slug
-from fused_lora.bench.readme import BEGIN, END, rewrite, table
+from fused_lora.bench.readme import BEGIN, END, measured, rewrite
 from fused_lora.bench.rows import append, newest, read
 from tests.bench.samples import ORIGIN, row
 
@@ -30,11 +30,14 @@ def test_newest_row_of_a_cell_wins() -> None:
 def test_readme_is_written_between_its_markers_and_settles(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"# before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert rewrite(readme, [row(), row("naive")])
+    joint = row("fused_joint", form="joint", ratio_peft=0.5)
+    append([row(), row("naive", saved_bytes=99_000_000), joint], tmp_path)
+    assert rewrite(readme, tmp_path)
     text = readme.read_text()
     assert text.startswith("# before\n") and text.endswith(f"{END}\nafter\n")
-    assert "old" not in text and "| fused_lora | 123 | 1.25 | 0.75 | - | 73 MB |" in text
-    assert not rewrite(readme, [row(), row("naive")])
+    assert "old" not in text
+    assert "| 2 | 16 | 123 | 1.25 | 0.75 | 0.50 | 73 (99) | 5.0e-07 (4.0e-07) |" in text
+    assert not rewrite(readme, tmp_path)
     assert readme.read_text() == text
 
 
@@ -42,11 +45,11 @@ def test_readme_without_markers_is_named(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# nothing here\n")
     with pytest.raises(ValueError, match="README.md"):
-        rewrite(readme, [])
+        rewrite(readme, tmp_path)
 
 
-def test_readme_without_rows_says_so() -> None:
-    assert table([]) == "No rows are recorded yet."
+def test_readme_without_rows_says_so(tmp_path: Path) -> None:
+    assert measured(tmp_path) == "No rows are recorded yet."
 
 
 def test_provenance_knows_its_versions() -> None:

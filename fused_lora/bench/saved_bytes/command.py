@@ -18,14 +18,10 @@ from fused_lora.bench.race import Entrant, enter
 from fused_lora.bench.registry import SUITES, job
 from fused_lora.bench.rows import append
 from fused_lora.bench.saved_bytes.rows import SUITE, SavedCase, SavedRow
+from fused_lora.bench.saved_bytes.table import text
 from fused_lora.bench.shapes import SHAPES, Grid
-from fused_lora.bench.table import aligned
 
 BLOCKS = 3  # of each network; the middle one has a neighbour on both sides
-HEADS = (
-    *("method", "KB per block", "of it casts of weights", "[M, d] tensors", "of them fp32"),
-    "fp32 copies of x",
-)
 
 
 @job(SUITE)
@@ -80,20 +76,4 @@ def record(case: SavedCase, entrant: Entrant, origin: Provenance) -> SavedRow:
         units_per_block=(kept - weights) / case.unit,
         fp32_copies_per_block=entrant.wide_copies / case.blocks,
         provenance=origin,
-    )
-
-
-def text(case: SavedCase, rows: Sequence[SavedRow]) -> str:
-    """One aligned table."""
-    return "\n".join([f"{case.suite}: {case}", *aligned([HEADS, *map(_cells, rows)]), ""])
-
-
-def _cells(row: SavedRow) -> tuple[str, ...]:
-    return (
-        row.contender,
-        f"{row.bytes_per_block / 1e3:.0f}",
-        f"{row.weight_bytes_per_block / 1e3:.0f}",
-        f"{row.units_per_block:.2f}",
-        f"{row.fp32_bytes_per_block / row.case.unit:.2f}",
-        f"{row.fp32_copies_per_block:.1f}",
     )

@@ -1,0 +1,42 @@
+"""Time shared out and accounted for, and models made shallow for a while."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from fused_lora.bench.depth import blocks, shallow
+from fused_lora.bench.phases import Phases, Shares
+from tests.bench.test_timing import FakeClock
+
+
+def test_phases_add_up() -> None:
+    clock = FakeClock()
+    phases = Phases(clock)
+    for seconds, name in ((1.0, "build"), (2.0, "time"), (3.0, "build")):
+        with phases.of(name):
+            clock.seconds += seconds
+    assert str(phases) == "build 4.0 s, time 2.0 s"
+
+
+def test_shares_follow_the_weights_and_what_is_left() -> None:
+    clock = FakeClock()
+    shares = Shares([1.0, 1.0, 2.0], 8.0, clock)
+    assert shares.next_s() == 2.0
+    clock.seconds = 5.0
+    assert shares.next_s() == 1.0
+    clock.seconds = 9.0
+    assert shares.next_s() == 0.0
+
+
+def test_a_shallow_model_is_made_of_the_same_modules_and_comes_back() -> None:
+    inner = nn.Module()
+    inner.blocks = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    wrapped = nn.Sequential(inner)
+    whole = inner.blocks
+    with pytest.raises(KeyError), shallow(wrapped, 2) as judged:
+        assert blocks(judged) == list(whole)[:2]
+        raise KeyError
+    assert inner.blocks is whole and len(blocks(wrapped)) == 4
+    with shallow(nn.Linear(2, 2), 2) as bare:
+        assert blocks(bare) == []

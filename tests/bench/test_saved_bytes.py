@@ -1,0 +1,27 @@
+"""The counting suite: what it says of fp32, and how rows become a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fused_lora.bench import main
+from fused_lora.bench.saved_bytes import rows
+from fused_lora.bench.saved_bytes.table import markdown_lines
+
+
+def test_fused_keeps_no_fp32_copy_and_no_more_than_frozen_and_h(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm")
+    argv = ["--suite", "saved_bytes", "--dtype", "amp", "--batch", "1", "--device", "cpu"]
+    assert main([*argv, "--contenders", "frozen,naive,fused", "--rows", str(tmp_path)]) == 0
+    found = {row.contender: row for row in rows.read(tmp_path)}
+    assert all(row.fp32_copies_per_block == 0 for row in found.values())
+    assert found["fused"].fp32_bytes_per_block == found["frozen"].fp32_bytes_per_block
+    assert found["fused"].units_per_block < found["naive"].units_per_block
+    assert found["frozen"].weight_bytes_per_block == 2 * 12 * 384 * 384  # their bf16 casts
+    assert "[M, d] tensors" in capsys.readouterr().out
+    _, table = markdown_lines(list(found.values()))
+    assert table.count("\n") == 4 and "| fused_lora | " in table
