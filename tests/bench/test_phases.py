@@ -1,11 +1,15 @@
-"""Time shared out and accounted for, and models made shallow for a while."""
+"""Time shared out and accounted for, models made shallow for a while, moments lent."""
 
 from __future__ import annotations
 
+import gc
+
 import pytest
+import torch
 from torch import nn
 
 from fused_lora.bench.depth import blocks, shallow
+from fused_lora.bench.moments import Moments
 from fused_lora.bench.phases import Phases, Shares
 from tests.bench.test_timing import FakeClock
 
@@ -40,3 +44,23 @@ def test_a_shallow_model_is_made_of_the_same_modules_and_comes_back() -> None:
     assert inner.blocks is whole and len(blocks(wrapped)) == 4
     with shallow(nn.Linear(2, 2), 2) as bare:
         assert blocks(bare) == []
+
+
+def test_moments_are_lent_and_step_as_adamw_does() -> None:
+    moments, plain = Moments(), nn.Linear(3, 3)
+    lent = nn.Linear(3, 3)
+    lent.load_state_dict(plain.state_dict())
+    ours = moments.adamw(lent.parameters(), lr=1e-2)
+    for model, optimizer in ((plain, torch.optim.AdamW(plain.parameters(), lr=1e-2)), (lent, ours)):
+        for _ in range(2):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(lent.weight, plain.weight)
+    other = nn.Linear(3, 3)
+    theirs = moments.adamw(other.parameters(), lr=1e-2)
+    assert theirs.state[other.weight]["exp_avg"] is ours.state[lent.weight]["exp_avg"]
+    assert len(moments._pool) == 4
+    del ours, theirs, optimizer
+    gc.collect()
+    assert not moments._pool

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora.bench.depth import blocks
+from fused_lora.bench.moments import Moments
 from fused_lora.bench.registry import suite
 from fused_lora.bench.shapes import Shape
 from fused_lora.bench.workload import Workload
@@ -45,6 +46,7 @@ class TrainStep(Workload):
         size = self.base.get_submodule("patch_embed").img_size
         images = torch.randn(batch, 3, *cast("tuple[int, int]", size), generator=generator)
         self.inputs = [images.to(device, self.stored)]
+        self.moments = Moments()
         self.labels = torch.randint(1000, (batch,), generator=generator).to(device)
 
     def forward(self, model: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -68,4 +70,4 @@ class TrainStep(Workload):
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
         """AdamW on the trained parameters; None when there are none."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+        return self.moments.adamw(trained, lr=1e-4) if trained else None
