@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from fused_lora import env
+from fused_lora.kernels.aten import probe
 from fused_lora.plan import device as plan_device
 from fused_lora.plan.device import Ceilings
 from fused_lora.version import __version__
@@ -45,13 +46,12 @@ def _ceilings(device: torch.device, dtype: torch.dtype, key: str, threads: int) 
         return found
     if device.type == "meta" or not env.flag("FUSED_LORA_CALIBRATE", default=True):
         return plan_device.unmeasured(name, key)
-    where = f"{name}|{key}|torch {torch.__version__}|fused_lora {__version__}"
+    versions = f"torch {torch.__version__}|fused_lora {__version__}|probe {probe.REVISION}"
+    where = f"{name}|{key}|{versions}"
     if kept := plan_device.load(env.cache_dir(), where):
         return kept
-    from fused_lora.kernels.aten.probe import measure
-
     with torch.inference_mode():
-        measured, steady = measure(device, dtype, name)
+        measured, steady = probe.measure(device, dtype, name)
     if steady:
         plan_device.store(env.cache_dir(), where, measured)
     return measured

@@ -52,15 +52,35 @@ def merge_steps(p: Problem) -> Iterator[Step]:
         yield Step("merge", span.width, p.k, span.rank, accumulates=True)
 
 
+def _stack(p: Problem) -> Iterator[Step]:
+    """Copying all a together, where that is shorter than passing over x once per group."""
+    if _stacks(p):
+        yield Step("stack a", p.rank, p.k)
+
+
+def _stacks(p: Problem) -> bool:
+    return len(p.spans) > 1 and p.rank < p.m
+
+
+def _pieces(p: Problem) -> list[int]:
+    """The ranks that one GEMM over a takes at a time."""
+    return [p.rank] if _stacks(p) else [span.rank for span in p.spans]
+
+
+def shrink_steps(p: Problem) -> Iterator[Step]:
+    """h = x aT."""
+    yield from _stack(p)
+    for rank in _pieces(p):
+        yield Step("shrink", p.m, rank, p.k)
+
+
 def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The calls of the forward pass."""
     if plan.forward is Forward.MERGE:
         yield from merge_steps(p)
         yield Step("base", p.m, p.n, p.k)
         return
-    if len(p.spans) > 1:
-        yield Step("stack a", p.rank, p.k)
-    yield Step("shrink", p.m, p.rank, p.k)
+    yield from shrink_steps(p)
     if plan.forward is Forward.SEPARATE:
         yield Step("base", p.m, p.n, p.k)
         for span in p.spans:
@@ -79,7 +99,9 @@ def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         yield Step("dx base", p.m, p.k, p.n)
     elif plan.dx is Forward.SEPARATE:
         yield Step("dx base", p.m, p.k, p.n)
-        yield Step("dx expand", p.m, p.k, p.rank, accumulates=True)
+        yield from _stack(p)
+        for rank in _pieces(p):
+            yield Step("dx expand", p.m, p.k, rank, accumulates=True)
     else:
         yield Step("copy dy", p.m, p.n)
         yield Step("border w", p.n + p.rank, p.k)
@@ -115,7 +137,7 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 
 def _rank_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     if p.needs.b and plan.keep is not Keep.HIDDEN:
-        yield Step("shrink again", p.m, p.rank, p.k)
+        yield from shrink_steps(p)
     for span in p.spans if p.needs.b else ():
         yield Step("db", span.rank, span.width, p.m)
     if p.needs.a:

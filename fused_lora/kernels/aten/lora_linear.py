@@ -47,15 +47,25 @@ def forward(
             bordered = x.new_empty(x.shape[0], k + adapters.rank)
             bordered[:, :k].copy_(x)
         h = bordered[:, k:]
-        accumulate(h, x, adapters.stacked_a().t(), 1.0, beta=0)
+        shrink(x, adapters, out=h)
         y = _linear(bordered, bordered_weight(w, adapters), bias)
         h = h.contiguous() if plan.keep is Keep.HIDDEN else h
     return y, h if plan.keep is Keep.HIDDEN else None
 
 
-def shrink(x: Tensor, adapters: Adapters) -> Tensor:
-    """h = x aT, [M, sum R]."""
-    return torch.mm(dense(x), dense(adapters.stacked_a().t()))
+def shrink(x: Tensor, adapters: Adapters, out: Tensor | None = None) -> Tensor:
+    """h = x aT, [M, sum R]: over the stacked a, or group by group where stacking costs more."""
+    h = x.new_empty(x.shape[0], adapters.rank) if out is None else out
+    if stacks(x, adapters):
+        return accumulate(h, x, adapters.stacked_a().t(), 1.0, beta=0)
+    for g, _, ranks in adapters.ranks():
+        accumulate(h[:, ranks], x, adapters.a[g].t(), 1.0, beta=0)
+    return h
+
+
+def stacks(x: Tensor, adapters: Adapters) -> bool:
+    """Whether copying all a together costs less than passing over x once per group."""
+    return adapters.rank < x.shape[0] or len(adapters.a) == 1
 
 
 def bordered_weight(w: Tensor, adapters: Adapters) -> Tensor:
@@ -144,11 +154,18 @@ class _Backward:
         if self.plan.dx is Forward.BORDERED:
             return self.bordered @ torch.cat((self.w, *self.low.a))
         if self.plan.dx is Forward.SEPARATE:
-            return accumulate(self.dy @ self.w, self.dh, self.low.stacked_a(), 1.0)
+            return self._expand(self.dy @ self.w)
         if self.plan.keep is Keep.MERGED:
             assert self.kept is not None
             return self.dy @ self.kept
         return self.dy @ lora_merge(self.w, *self.adapters)
+
+    def _expand(self, dx: Tensor) -> Tensor:
+        if stacks(dx, self.low):
+            return accumulate(dx, self.dh, self.low.stacked_a(), 1.0)
+        for g, _, ranks in self.low.ranks():
+            accumulate(dx, self.dh[:, ranks], self.low.a[g], 1.0)
+        return dx
 
     def rank_grads(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """da = dhT x, db = s dyT h."""
