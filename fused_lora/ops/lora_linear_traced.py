@@ -53,8 +53,8 @@ def traced(
     bias = None if bias is None else bias.to(dtype)
     n, k = w.shape
     if impl is Impl.REFERENCE:
-        low = ([half.to(dtype) for half in halves] for halves in (a, b))
-        y = reference.forward(rows, w, bias, *low, scales, spans)  # type: ignore[arg-type]
+        a, b = ([half.to(dtype) for half in halves] for halves in (a, b))
+        y = reference.forward(rows, w, bias, a, b, scales, spans)  # type: ignore[arg-type]
         return y.reshape(*x.shape[:-1], n)
     needs = _asked(rows, w, bias, a, b)
     keep = traced_keep(problem(1, k, n, spans, dtype, bias is not None, needs))
