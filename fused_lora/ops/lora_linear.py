@@ -178,7 +178,10 @@ def compute(
 
 def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as [M, K] in the compute dtype, rows contiguous; a view where x allows it."""
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = rows if rows.dtype is dtype else rows.to(dtype)
+    if rows.is_contiguous():
+        return rows
     return rows if rows.stride(-1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
 
 

@@ -8,6 +8,12 @@ from torch import Tensor
 THIN = 64  # outer dimension under which a CPU GEMM wants the thin operand's rows contiguous
 
 
+def columns(t: Tensor, part: slice) -> Tensor:
+    """``t[:, part]``, at no cost where that is all of ``t``."""
+    width = part.stop - part.start
+    return t if width == t.shape[1] else t.narrow(1, part.start, width)
+
+
 def thin_rows(b: Tensor) -> Tensor:
     """``b`` [N, R] with each of its R columns contiguous where that speeds ``dy @ b`` up.
 

@@ -16,8 +16,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fused_lora.kernels.aten.gemm import outer, product, thin_rows
+from fused_lora.kernels.aten.gemm import columns, outer, product, thin_rows
 from fused_lora.kernels.aten.lora_merge import lora_merge
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.types import Forward, Gradient, Keep, Needs, Plan
@@ -34,13 +35,14 @@ def forward(
     """y [M, N], and what ``plan.keep`` names: h [M, sum R], w' [N, K] or None."""
     if plan.forward is Forward.MERGE:
         merged = lora_merge(w, *adapters)
-        return _linear(x, merged, bias), merged if plan.keep is Keep.MERGED else None
+        return F.linear(x, merged, bias), merged if plan.keep is Keep.MERGED else None
     adapters = adapters.to(x.dtype)
     if plan.forward is Forward.SEPARATE:
-        h = x @ adapters.stacked_a().t()
-        y = _linear(x, w, bias)
+        h = F.linear(x, adapters.stacked_a())
+        y = F.linear(x, w, bias)
         for g, cols, ranks in adapters.ranks():
-            y[:, cols].addmm_(h[:, ranks], adapters.b[g].t(), alpha=adapters.scales[g])
+            part = columns(y, cols)
+            part.addmm_(columns(h, ranks), adapters.b[g].t(), alpha=adapters.scales[g])
     else:
         k = x.shape[1]
         if bordered is None:
@@ -48,7 +50,7 @@ def forward(
             bordered[:, :k].copy_(x)
         h = bordered[:, k:]
         torch.mm(x, adapters.stacked_a().t(), out=h)
-        y = _linear(bordered, bordered_weight(w, adapters), bias)
+        y = F.linear(bordered, bordered_weight(w, adapters), bias)
         h = h.contiguous() if plan.keep is Keep.HIDDEN else h
     return y, h if plan.keep is Keep.HIDDEN else None
 
@@ -78,10 +80,6 @@ def backward(
     dw = dy.t() @ g.x if needs.w else None
     a, b = g.rank_grads() if plan.gradient is Gradient.RANK else g.full_grads(dw)
     return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b)
-
-
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
 
 
 class _Backward:
@@ -131,7 +129,8 @@ class _Backward:
     def _shrink(self, dh: Tensor) -> Tensor:
         for g, cols, ranks in self.low.ranks():
             b = thin_rows(self.low.b[g])
-            dh[:, ranks].addmm_(self.dy[:, cols], b, beta=0, alpha=self.low.scales[g])
+            dy = columns(self.dy, cols)
+            columns(dh, ranks).addmm_(dy, b, beta=0, alpha=self.low.scales[g])
         return dh
 
     def dx(self) -> Tensor:
@@ -154,7 +153,8 @@ class _Backward:
             assert h is not None
             for g, cols, ranks in self.low.ranks():
                 dtype = self.adapters.b[g].dtype
-                b[g] = outer(self.dy[:, cols], h[:, ranks], self.low.scales[g], dtype)
+                dy = columns(self.dy, cols)
+                b[g] = outer(dy, columns(h, ranks), self.low.scales[g], dtype)
         if self.needs.a:
             da = product(self.dh.t(), self.x, 1.0, self.adapters.a[0].dtype)  # [sum R, K]
             a = [da[ranks] for _, _, ranks in self.low.ranks()]
@@ -165,7 +165,7 @@ class _Backward:
         a: list[Tensor | None] = [None] * len(self.low.spans)
         b: list[Tensor | None] = [None] * len(self.low.spans)
         for g, cols, _ in self.low.ranks() if self.plan.gradient is Gradient.FULL else ():
-            dw_g = self.dy[:, cols].t() @ self.x if dw is None else dw[cols]
+            dw_g = columns(self.dy, cols).t() @ self.x if dw is None else dw[cols]
             s = self.low.scales[g]
             if self.needs.b:
                 b[g] = product(dw_g, self.low.a[g].t(), s, self.adapters.b[g].dtype)
