@@ -59,6 +59,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "no_such_model"], "Unknown model"),
         (["explain", "vit_tiny_patch16_224", "--rank", "193"], "rank 193 is above"),
         (["explain", "vit_tiny_patch16_224", "--dtype", "fp33"], "got 'fp33'"),
+        (["explain", "vit_tiny_patch16_224", "--dtype", "int8"], "got torch.int8"),
         (["explain", "vit_tiny_patch16_224", "--batch-size", "0"], "batch_size must be"),
         (["explain", "vit_tiny_patch16_224", "--qkv", "both"], "qkv must be one of"),
         (["explain", "vit_tiny_patch16_224", "--device", "tpu9"], "tpu9"),

@@ -24,6 +24,8 @@ class Adapters(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Adapters:
         """The same adapters in the compute dtype."""
+        if all(half.dtype is dtype for halves in (self.a, self.b) for half in halves):
+            return self
         a = [a_g.to(dtype) for a_g in self.a]
         return self._replace(a=a, b=[b_g.to(dtype) for b_g in self.b])
 
@@ -31,13 +33,13 @@ class Adapters(NamedTuple):
         """Per adapter: its index, its columns of y, its columns of the stacked h."""
         first = 0
         for g, span in enumerate(self.spans):
-            yield g, slice(span.start, span.stop), slice(first, first + self.a[g].shape[0])
-            first += self.a[g].shape[0]
+            yield g, slice(span.start, span.stop), slice(first, first + span.rank)
+            first += span.rank
 
     @property
     def rank(self) -> int:
         """Stacked rank."""
-        return sum(a_g.shape[0] for a_g in self.a)
+        return sum(span.rank for span in self.spans)
 
     def stacked_a(self) -> Tensor:
         """All a, [sum R, K]."""

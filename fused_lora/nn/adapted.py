@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.ops.lora_linear import lora_linear
@@ -39,6 +40,7 @@ class AdaptedLinear(nn.Linear):
         columns: Mapping[str, tuple[int, int]],
         ranks: Mapping[str, int],
         config: AdapterConfig,
+        generator: torch.Generator | None = None,
     ) -> None:
         for name in columns:
             check_rank(ranks[name], type(self).__name__ + (name and f" {name}"))
@@ -52,7 +54,7 @@ class AdaptedLinear(nn.Linear):
         for name, span in zip(self._groups, self._spans, strict=True):
             self.register_parameter(_key("lora_A", name), self._empty(span.rank, self.in_features))
             self.register_parameter(_key("lora_B", name), self._empty(span.width, span.rank))
-        self.reset_adapters()
+        self.reset_adapters(generator)
 
     def _empty(self, rows: int, columns: int) -> nn.Parameter:
         device, dtype = self.weight.device, self.config.adapter_dtype
@@ -74,12 +76,12 @@ class AdaptedLinear(nn.Linear):
             raise ValueError(f"scale must be finite, got {scale}")
         if group is not None and group not in self._groups:
             raise ValueError(f"no adapter named {group!r}; this module has {self._groups}")
-        if self.merged:
-            raise RuntimeError("set_scale: the adapters are merged; unmerge() first")
+        self._refuse_merged("set_scale")
         self._scales[slice(None) if group is None else self._groups.index(group)] = scale
 
     def reset_adapters(self, generator: torch.Generator | None = None) -> None:
         """Draw a anew and set b to zero: the module computes its base again."""
+        self._refuse_merged("reset_adapters")
         for name, span in zip(self._groups, self._spans, strict=True):
             a, b = self.adapter(name)
             if a.is_meta:
@@ -90,6 +92,19 @@ class AdaptedLinear(nn.Linear):
                 else:
                     nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
                 b.zero_()
+
+    def reset_parameters(self) -> None:
+        """Draw everything anew, base and adapters, as is done after ``to_empty``."""
+        attached = "_groups" in self.__dict__  # not yet, where nn.Linear's own __init__ calls
+        if attached:
+            self._refuse_merged("reset_parameters")
+        super().reset_parameters()
+        if attached:
+            self.reset_adapters()
+
+    def _refuse_merged(self, action: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"{action}: the adapters are merged; unmerge() first")
 
     def adapter(self, group: str = "") -> tuple[nn.Parameter, nn.Parameter]:
         """(a [R, K], b [columns, R]) of one group."""
@@ -121,9 +136,10 @@ class AdaptedLinear(nn.Linear):
     def _forward_with_dropout(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         dropped = F.dropout(x, self.config.dropout)
-        for a, b, s, span in zip(*self._pairs(), self.scales, self._spans, strict=True):
-            h = F.linear(dropped, a.to(y.dtype) if a.dtype != x.dtype else a)
-            y[..., span.start : span.stop].add_(F.linear(h, b.to(y.dtype)), alpha=s)
+        scales = self._scales if torch.compiler.is_compiling() else self.scales
+        for a, b, s, span in zip(*self._pairs(), scales, self._spans, strict=True):
+            h = s * F.linear(dropped, a.to(y.dtype) if a.dtype != x.dtype else a)
+            y[..., span.start : span.stop].add_(F.linear(h, b.to(y.dtype)))
         return y
 
     def _refuse_training_merged(self) -> None:
@@ -165,6 +181,9 @@ class AdaptedLinear(nn.Linear):
 
     def release(self) -> nn.Linear:
         """Become a plain ``nn.Linear`` again, dropping the adapters; keeps w' if merged."""
+        self.check_releasable()
+        if self.merged:
+            self.weight.requires_grad_(self._base[0].requires_grad)
         for name in self._groups:
             del self._parameters[_key("lora_A", name)], self._parameters[_key("lora_B", name)]
         for name in ("config", "adapter_enabled", "_groups", "_spans", "_scales", "_base"):
@@ -172,12 +191,23 @@ class AdaptedLinear(nn.Linear):
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
+    def check_releasable(self) -> None:
+        """Raises RuntimeError where ``release`` would lose something."""
+        if is_parametrized(self):
+            raise RuntimeError(
+                f"release: {sorted(self.parametrizations)} are parametrized: call "  # type: ignore[arg-type]
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        if self.merged:
-            (base,) = self._base
-            self._base = (nn.Parameter(fn(base.detach()), base.requires_grad),)
-        return self
+        if not self.merged:
+            return super()._apply(fn, recurse)
+        base = cast(nn.Parameter, self._base[0])
+        self._parameters["_base"] = base  # moved as any parameter is, in place if it can
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._base = (cast(nn.Parameter, self._parameters.pop("_base")),)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

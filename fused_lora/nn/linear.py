@@ -44,11 +44,21 @@ class FusedLoRALinear(AdaptedLinear):
         self._attach({"": (0, out_features)}, {"": rank}, config)
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, rank: int = 8, **options: Any) -> FusedLoRALinear:
-        """Turn ``linear`` itself into one of these: same object, same weight, hooks and all."""
+    def adopt(
+        cls,
+        linear: nn.Linear,
+        rank: int = 8,
+        *,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> FusedLoRALinear:
+        """Turn ``linear`` itself into one of these: same object, same weight, hooks and all.
+
+        ``generator`` draws the adapter's initial values; None stands for torch's global one.
+        """
         config = AdapterConfig(**options)
         check_adoptable(linear, "the linear to adopt")
-        return _become(cls, linear, {"": (0, linear.out_features)}, {"": rank}, config)
+        return _become(cls, linear, {"": (0, linear.out_features)}, {"": rank}, config, generator)
 
 
 class FusedLoRAGroupedLinear(AdaptedLinear):
@@ -92,12 +102,15 @@ class FusedLoRAGroupedLinear(AdaptedLinear):
         linear: nn.Linear,
         spans: Mapping[str, tuple[int, int]],
         rank: int | Mapping[str, int] = 8,
+        *,
+        generator: torch.Generator | None = None,
         **options: Any,
     ) -> FusedLoRAGroupedLinear:
-        """Turn ``linear`` itself into one of these: same object, same weight, hooks and all."""
+        """As ``FusedLoRALinear.adopt``, an adapter per column range."""
         config = AdapterConfig(**options)
         check_adoptable(linear, "the linear to adopt")
-        return _become(cls, linear, spans, _ranks(spans, rank, linear.out_features), config)
+        ranks = _ranks(spans, rank, linear.out_features)
+        return _become(cls, linear, spans, ranks, config, generator)
 
 
 def _ranks(
@@ -127,12 +140,13 @@ def _become(
     columns: Mapping[str, tuple[int, int]],
     ranks: Mapping[str, int],
     config: AdapterConfig,
+    generator: torch.Generator | None,
 ) -> Any:
     before = dict(linear.__dict__)
     parameters = dict(linear._parameters)
     linear.__class__ = cls
     try:
-        linear._attach(columns, ranks, config)  # type: ignore[operator]
+        linear._attach(columns, ranks, config, generator)  # type: ignore[operator]
     except Exception:
         linear.__class__ = nn.Linear
         linear.__dict__.clear()

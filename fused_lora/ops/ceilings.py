@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -32,11 +33,16 @@ def _cpu_model() -> str:
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Ceilings of ``device`` in ``dtype``; measures an unknown device once, in half a second."""
-    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    key = str(dtype).removeprefix("torch.")
-    key = "tf32" if tf32 and dtype is torch.float32 else key
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return _ceilings(device, dtype, key, threads)
+    return _ceilings(device, dtype, *conditions(device, dtype))
+
+
+def conditions(device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
+    """What ceilings depend on that may change while the program runs: the rate, the threads."""
+    if device.type == "cpu":
+        return str(dtype).removeprefix("torch."), torch.get_num_threads()
+    cuda32 = device.type == "cuda" and dtype is torch.float32
+    tf32 = cuda32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else str(dtype).removeprefix("torch."), 0
 
 
 @lru_cache(maxsize=64)
@@ -50,8 +56,14 @@ def _ceilings(device: torch.device, dtype: torch.dtype, key: str, threads: int) 
     where = f"{name}|{key}|{versions}"
     if kept := plan_device.load(env.cache_dir(), where):
         return kept
-    with torch.inference_mode():
-        measured, steady = probe.measure(device, dtype, name)
+    with ThreadPoolExecutor(1) as own:
+        measured, steady = own.submit(_measure, device, dtype, name).result()
     if steady:
         plan_device.store(env.cache_dir(), where, measured)
     return measured
+
+
+def _measure(device: torch.device, dtype: torch.dtype, name: str) -> tuple[Ceilings, bool]:
+    """In a thread of its own no autocast, fake tensors or counters of the caller's intervene."""
+    with torch.inference_mode():
+        return probe.measure(device, dtype, name)

@@ -8,7 +8,8 @@ a gradient reads it) and at most the bytes of h; x is never copied to fp32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from fused_lora.reference import lora_linear as reference
 from fused_lora.types import Impl, Keep, Needs, Plan, Span
 
 FIXED_INPUTS = 7  # x, w, bias, scales, spans, impl, dtype stand before the adapters
+reshaped = torch.ops.aten._unsafe_view.default  # a view that autograd takes for a tensor of its own
+NO_GRADIENT = Needs(x=False, w=False, bias=False, a=False, b=False)
 
 
 def lora_linear(
@@ -59,22 +62,34 @@ def lora_linear(
 
     Source: LoRA (Hu et al. 2021), equation 3; grouped form in DESIGN.md section 1.
     """
-    spans = (Span(0, w.shape[0], a[0].shape[0]),) if spans is None and a else tuple(spans or ())
+    if spans is None:
+        spans = (Span(0, w.shape[0], a[0].shape[0]),) if len(a) else ()
+    spans = tuple(spans)
     casts = autocasts(x)
     check(x, w, bias, a, b, scales, spans, casts)
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    impl = resolve(impl)
     if torch.compiler.is_compiling():
         from fused_lora.ops.lora_linear_traced import traced
 
-        return traced(x, w, bias, a, b, scales, spans, dtype)
+        return traced(x, w, bias, a, b, scales, spans, dtype, impl)
     numbers = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
-    return LoRALinear.apply(x, w, bias, numbers, spans, resolve(impl), dtype, *a, *b)
+    if not torch.is_grad_enabled():
+        return compute(x, w, bias, numbers, spans, impl, dtype, (*a, *b), NO_GRADIENT).y
+    return LoRALinear.apply(x, w, bias, numbers, spans, impl, dtype, *a, *b)
 
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast would cast x for a matmul."""
     kind = x.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, operations run in their operands' dtype, as they were cast when autocast applied."""
+    kind = device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def resolve(impl: Impl | str) -> Impl:
@@ -104,17 +119,12 @@ class LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         """y [..., N]."""
         needs = _needs(ctx.needs_input_grad, len(spans))
-        rows = as_rows(x, dtype)
-        w = w.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
-        plan = call_plan(rows, w, bias is not None, spans, needs)
-        y, kept = forward(rows, w, bias, adapters, plan, impl)
+        y, rows, w, kept, plan = compute(x, w, bias, scales, spans, impl, dtype, ab, needs)
         ctx.meta = (x.shape, dtype, scales, spans, impl, needs, plan)
         saves_x = impl is Impl.REFERENCE or keeps_x(needs, plan)
         saves_w = impl is Impl.REFERENCE or (needs.x and plan.keep is not Keep.MERGED)
         ctx.save_for_backward(rows if saves_x else None, w if saves_w else None, kept, *ab)
-        return y.view(*x.shape[:-1], w.shape[0])
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -128,14 +138,50 @@ class LoRALinear(torch.autograd.Function):
         rows, w, kept, *ab = ctx.saved_tensors
         adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
         dy = as_rows(dy, dtype)
-        grads = backward(dy, rows, kept, w, adapters, needs, plan, impl)
+        with without_autocast(dy.device):
+            grads = backward(dy, rows, kept, w, adapters, needs, plan, impl)
         dx = None if grads.x is None else grads.x.view(shape)
         return dx, grads.w, grads.bias, None, None, None, None, *grads.a, *grads.b
 
 
+class Computed(NamedTuple):
+    """A forward pass: its result, and what its backward may read."""
+
+    y: Tensor  # [..., N]
+    rows: Tensor  # [M, K], x in the compute dtype
+    w: Tensor  # [N, K], likewise
+    kept: Tensor | None  # what the plan keeps
+    plan: Plan
+
+
+def compute(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    scales: tuple[float, ...],
+    spans: tuple[Span, ...],
+    impl: Impl,
+    dtype: torch.dtype,
+    ab: tuple[Tensor, ...],  # every a, then every b
+    needs: Needs,
+) -> Computed:
+    """One forward pass. Its y is no view: it may be written in place, as any linear's."""
+    rows = as_rows(x, dtype)
+    w = w.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
+    plan = call_plan(rows, w, bias is not None, spans, needs)
+    y, kept = forward(rows, w, bias, adapters, plan, impl)
+    y = y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1]))
+    return Computed(y, rows, w, kept, plan)
+
+
 def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as [M, K] in the compute dtype, rows contiguous; a view where x allows it."""
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = rows if rows.dtype is dtype else rows.to(dtype)
+    if rows.is_contiguous():
+        return rows
     return rows if rows.stride(-1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fused_lora.types import Span
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def check(
     x: Tensor,
@@ -32,6 +34,10 @@ def check(
         raise ValueError(f"lora_linear: x {tuple(x.shape)} must end in K = {k}, as w {(n, k)} does")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"lora_linear: bias must be [{n}], got shape {tuple(bias.shape)}")
+    if isinstance(scales, (int, float)):
+        raise TypeError(f"lora_linear: scales must be a sequence, one per adapter, got {scales!r}")
+    if isinstance(scales, Tensor) and scales.requires_grad:
+        raise ValueError("lora_linear: scales has requires_grad, but no gradient of it is computed")
     if not len(a) == len(b) == len(scales) == len(spans):
         raise ValueError(
             f"lora_linear: got {len(a)} a, {len(b)} b, {len(scales)} scales and {len(spans)} "
@@ -40,7 +46,9 @@ def check(
     (check_spans if torch.compiler.is_compiling() else _check_spans_once)(spans, n)
     for g, span in enumerate(spans):
         _check_adapter(g, span, a[g], b[g], k, x.device)
-    if not x.dtype.is_floating_point or not (casts or x.dtype is w.dtype):
+    if x.dtype not in DTYPES:
+        raise TypeError(f"lora_linear: x is {x.dtype}; {DTYPES} are served")
+    if not (casts or x.dtype is w.dtype):
         raise TypeError(
             f"lora_linear: x is {x.dtype} and w is {w.dtype}; cast one to the other, or run "
             "under torch.autocast"
@@ -69,6 +77,8 @@ def check_spans(spans: tuple[Span, ...], n: int) -> None:
     if not spans:
         raise ValueError("lora_linear: no adapter given; call torch.nn.functional.linear instead")
     last = 0
+    if not all(isinstance(span, Span) for span in spans):
+        raise TypeError(f"lora_linear: spans must be fused_lora.types.Span, got {spans}")
     for span in sorted(spans, key=lambda span: span.start):
         if span.rank < 1:
             raise ValueError(f"lora_linear: {span} has rank {span.rank}; ranks start at 1")

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters
+from fused_lora.ops.lora_linear import without_autocast
 from fused_lora.ops.planning import plan_for, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
-from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, Span
+from fused_lora.reference import lora_linear as reference
+from fused_lora.types import Forward, Gradient, Impl, Keep, Needs, Plan, Span
 
 LIBRARY = torch.library.Library("fused_lora", "DEF")
 LIBRARY.define(
@@ -41,27 +43,40 @@ def traced(
     scales: Tensor | Sequence[float],
     spans: tuple[Span, ...],
     dtype: torch.dtype,
+    impl: Impl,
 ) -> Tensor:
-    """lora_linear as one node of the graph."""
+    """lora_linear as one node of the graph; the reference as the plain operations that it is."""
     if not isinstance(scales, Tensor):
         scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     w = w.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    needs = Needs(
-        rows.requires_grad,
-        w.requires_grad,
-        bias is not None and bias.requires_grad,
-        any(a_g.requires_grad for a_g in a),
-        any(b_g.requires_grad for b_g in b),
-    )
     n, k = w.shape
+    if impl is Impl.REFERENCE:
+        a, b = ([half.to(dtype) for half in halves] for halves in (a, b))
+        y = reference.forward(rows, w, bias, a, b, scales, spans)  # type: ignore[arg-type]
+        return y.reshape(*x.shape[:-1], n)
+    needs = _asked(rows, w, bias, a, b)
     keep = traced_keep(problem(1, k, n, spans, dtype, bias is not None, needs))
     flat = [number for span in spans for number in (span.start, span.stop, span.rank)]
     y, _ = torch.ops.fused_lora.lora_linear(
         rows, w, bias, list(a), list(b), scales, flat, _bits(needs), keep.value
     )
     return y.reshape(*x.shape[:-1], n)
+
+
+def _asked(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor]
+) -> Needs:
+    if not torch.is_grad_enabled():
+        return Needs(x=False, w=False, bias=False, a=False, b=False)
+    return Needs(
+        x.requires_grad,
+        w.requires_grad,
+        bias is not None and bias.requires_grad,
+        any(a_g.requires_grad for a_g in a),
+        any(b_g.requires_grad for b_g in b),
+    )
 
 
 def _bits(needs: Needs) -> int:
@@ -138,8 +153,10 @@ def _backward(
     dy = dy if dy.stride(-1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
     h = kept if plan.keep is Keep.HIDDEN else None
     adapters = _adapters(a, b, scales, spans)
-    grads = aten.backward(dy, x, h, w, adapters, _needs(needs), plan)
-    flat = [grads.x, grads.w, grads.bias, *grads.a, *grads.b]
+    with without_autocast(dy.device):
+        grads = aten.backward(dy, x, h, w, adapters, _needs(needs), plan)
+    ranks_apart = [grad if grad is None or len(a) == 1 else grad.clone() for grad in grads.a]
+    flat = [grads.x, grads.w, grads.bias, *ranks_apart, *grads.b]
     return [grad.contiguous() for grad in flat if grad is not None]
 
 

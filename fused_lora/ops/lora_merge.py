@@ -10,6 +10,7 @@ from torch import Tensor
 from fused_lora.kernels.aten.lora_merge import lora_merge as aten_merge
 from fused_lora.kernels.cuda import lora_merge as cuda
 from fused_lora.kernels.cuda import native
+from fused_lora.ops.lora_linear import without_autocast
 from fused_lora.reference.lora_merge import merge as reference_merge
 from fused_lora.types import Span
 
@@ -57,7 +58,8 @@ def lora_merge(
     if impl == "cuda":
         return _compiled(w, a, b, scales, spans, rounding, seed, step)
     if impl == "reference":
-        return _reference(w, a, b, scales, spans, rounding, seed, step)
+        with without_autocast(w.device):
+            return _reference(w, a, b, scales, spans, rounding, seed, step)
     return aten_merge(w, a, b, scales, spans, (seed, step) if rounding == "stochastic" else None)
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from fused_lora.ops.ceilings import ceilings
+from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.plan.choose import choose
 from fused_lora.plan.problem import Problem
 from fused_lora.types import Keep, Needs, Plan, Span
@@ -25,7 +25,6 @@ def problem(
     return Problem(m, k, n, spans, str(dtype).removeprefix("torch."), bias, needs)
 
 
-@lru_cache(maxsize=4096)
 def plan_for(
     m: int,
     k: int,
@@ -38,5 +37,22 @@ def plan_for(
     keep: Keep | None = None,
 ) -> Plan:
     """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before."""
+    now = conditions(device, dtype)
+    return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, now)
+
+
+@lru_cache(maxsize=4096)
+def _plan_for(
+    m: int,
+    k: int,
+    n: int,
+    spans: tuple[Span, ...],
+    dtype: torch.dtype,
+    bias: bool,
+    needs: Needs,
+    device: torch.device,
+    keep: Keep | None,
+    now: tuple[str, int],  # a change of it asks anew
+) -> Plan:
     question = problem(m, k, n, spans, dtype, bias, needs)
     return choose(question, ceilings(device, dtype), keep)

@@ -7,6 +7,7 @@ from torch import nn
 
 from fused_lora.nn import AdaptedLinear
 from fused_lora.ops.ceilings import ceilings
+from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.planning import plan_for, problem
 from fused_lora.plan.choose import ranked
 from fused_lora.plan.problem import Problem
@@ -56,17 +57,18 @@ def explain(
 
     Raises:
         PatchError: the model is not patched.
-        ValueError: ``batch_size`` below 1.
+        ValueError: ``batch_size`` below 1, or a dtype that nothing here computes in.
     """
     from fused_lora.patching.patch import RECORD, adapted
 
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number from 1 on, got {batch_size!r}")
-    report = getattr(model, RECORD, None)
+    check_batch_size(batch_size)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
+    rows_per_image = _rows_per_image(model, RECORD)
     shapes: dict[Problem, list[str]] = {}
     where: dict[Problem, AdaptedLinear] = {}
     for name, module in adapted(model):
-        rows = (report.rows_per_image.get(name, 1) if report else 1) * batch_size
+        rows = rows_per_image.get(module, 1) * batch_size
         question = problem_of(module, rows, dtype)
         shapes.setdefault(question, []).append(name)
         where[question] = module
@@ -74,6 +76,23 @@ def explain(
         _paragraph(question, names, where[question], dtype, device)
         for question, names in shapes.items()
     )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises ValueError unless ``batch_size`` is a whole number from 1 on."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number from 1 on, got {batch_size!r}")
+
+
+def _rows_per_image(model: nn.Module, record: str) -> dict[nn.Module, int]:
+    """What was found when ``model``, or whichever module inside it, was patched."""
+    found: dict[nn.Module, int] = {}
+    for holder in model.modules():
+        if report := holder.__dict__.get(record):
+            modules = dict(holder.named_modules())
+            counts = report.rows_per_image.items()
+            found |= {modules[name]: rows for name, rows in counts if name in modules}
+    return found
 
 
 def _paragraph(

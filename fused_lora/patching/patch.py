@@ -11,7 +11,7 @@ from torch import nn
 
 from fused_lora.nn import AdaptedLinear, AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.explain import plan_of
+from fused_lora.patching.explain import check_batch_size, plan_of
 from fused_lora.patching.options import Choice, roles_of
 from fused_lora.patching.report import PatchReport, Row
 from fused_lora.patching.targets import Target, choose_targets
@@ -73,6 +73,7 @@ def patch(
         allow_large_rank,
     )
     trained = _compiled(trainable)
+    check_batch_size(batch_size)
     _refuse_patched(model)
     chosen = choose_targets(model, choice)
     _check_trainable(model, trained)
@@ -87,7 +88,13 @@ def patch(
     generator = None if seed is None else _generator(model, seed)
     _adopt(chosen, generator)
     froze = _freeze(model, trained)
-    report = _report(model, chosen, rows, froze, batch_size)
+    try:
+        report = _report(model, chosen, rows, froze, batch_size)
+    except BaseException:
+        for _, module in adapted(model):
+            module.release()
+        _thaw(model, froze)
+        raise
     model.__dict__[RECORD] = report
     return report
 
@@ -95,23 +102,56 @@ def patch(
 def unpatch(model: nn.Module, merge: bool = False) -> None:
     """Take the adapters off: plain ``nn.Linear`` again, the same weights, as trainable as before.
 
+    Parameters that are gone since, as those of a replaced head may be, are passed over.
+
     Args:
         model: a patched model.
         merge: keep w' = w + s b a as the weight, so that the model computes what it learned;
             otherwise the adapters are dropped and the base weights are back, bit for bit.
 
     Raises:
-        PatchError: the model carries no adapters.
+        PatchError: the model carries no adapters, or one that cannot be taken off; the model is
+            left as it was.
     """
-    for _, module in adapted(model):
-        if merge and not module.merged:
-            module.merge()
+    modules = adapted(model)
+    for name, module in modules:
+        try:
+            module.check_releasable()
+        except RuntimeError as error:
+            raise PatchError(f"{name}: {error}") from None
+    if merge:
+        merge_all([module for _, module in modules if not module.merged])
+    for _, module in modules:
         if not merge and module.merged:
             module.unmerge()
         module.release()
-    report = model.__dict__.pop(RECORD, None)
-    for name in report.froze if report else ():
-        model.get_parameter(name).requires_grad_(True)
+    for holder in model.modules():
+        if report := holder.__dict__.pop(RECORD, None):
+            _thaw(holder, report.froze)
+
+
+def _thaw(model: nn.Module, names: Iterable[str]) -> None:
+    parameters = dict(model.named_parameters())
+    for name in parameters.keys() & set(names):
+        parameters[name].requires_grad_(True)
+
+
+def merge_all(
+    modules: Iterable[AdaptedLinear],
+    rounding: str = "nearest",
+    seed: int = 0,
+    impl: str = "auto",
+) -> None:
+    """Merge each module, the seed counting on from one to the next; all of them or none."""
+    done: list[AdaptedLinear] = []
+    try:
+        for module in modules:
+            module.merge(rounding, seed + len(done), impl)
+            done.append(module)
+    except BaseException:
+        for module in done:
+            module.unmerge()
+        raise
 
 
 def adapted(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
@@ -157,15 +197,13 @@ def _adopt(targets: list[Target], generator: torch.Generator | None) -> None:
     try:
         for target in targets:
             linear = target.linear
-            options = vars(target.config)
+            options = vars(target.config) | {"generator": generator}
             if "" in target.spans:
                 done.append(FusedLoRALinear.adopt(linear, target.ranks[""], **options))
             else:
                 done.append(
                     FusedLoRAGroupedLinear.adopt(linear, target.spans, target.ranks, **options)
                 )
-            if generator is not None:
-                done[-1].reset_adapters(generator)
     except BaseException:
         for module in done:
             module.release()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.patch import adapted
+from fused_lora.patching.patch import adapted, merge_all
 
 
 def merge(model: nn.Module, rounding: str = "nearest", seed: int = 0, impl: str = "auto") -> None:
@@ -27,15 +27,7 @@ def merge(model: nn.Module, rounding: str = "nearest", seed: int = 0, impl: str 
     for name, module in modules:
         if module.merged:
             raise PatchError(f"{name} is already merged; unmerge the model first")
-    done = []
-    try:
-        for index, (_, module) in enumerate(modules):
-            module.merge(rounding, seed + index, impl)
-            done.append(module)
-    except BaseException:
-        for module in done:
-            module.unmerge()
-        raise
+    merge_all((module for _, module in modules), rounding, seed, impl)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
+from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.options import QKV_MODES, Choice, check_patterns, value_for
 from fused_lora.patching.rule import Found, find
@@ -37,7 +38,10 @@ def choose_targets(model: nn.Module, choice: Choice) -> list[Target]:
     names = [each.name for each in found]
     check_patterns(choice.rank_pattern, "rank_pattern", names)
     check_patterns(choice.alpha_pattern, "alpha_pattern", names)
-    return [_target(each, choice) for each in found]
+    once: dict[nn.Module, Found] = {}  # a linear that two attentions share is adapted once
+    for each in found:
+        once.setdefault(each.module, each)
+    return [_target(each, choice) for each in once.values()]
 
 
 def _nothing_found(model: nn.Module, choice: Choice) -> str:
@@ -82,6 +86,8 @@ def _adoptable(found: Found) -> nn.Linear:
         linear = check_adoptable(found.module, found.name)
     except TypeError as error:
         raise PatchError(str(error)) from None
+    if linear.weight.dtype not in DTYPES:
+        raise PatchError(f"{found.name}.weight is {linear.weight.dtype}; {DTYPES} are served")
     if not linear.weight.is_meta and not bool(torch.isfinite(linear.weight).all()):
         bad = int((~torch.isfinite(linear.weight)).sum())
         raise PatchError(f"{found.name}.weight holds {bad} non-finite values")

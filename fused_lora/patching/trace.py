@@ -7,7 +7,8 @@ nothing, silently.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ def example_for(model: nn.Module) -> Tensor:
     image = getattr(embed, "img_size", None)
     if isinstance(image, (tuple, list)) and len(image) == 2:
         size = (size[0] if size else 3, *image)
+    channels = getattr(getattr(embed, "proj", None), "in_channels", None)
+    if isinstance(channels, int):
+        size = (channels, *(size[1:] if size else (224, 224)))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.empty(1, *(size or (3, 224, 224)), device="meta", dtype=dtype)
 
@@ -79,5 +83,18 @@ def _forward_on_meta(model: nn.Module, example: Any) -> None:
     example = tree_map_only(Tensor, lambda t: t.to("meta"), example)
     kwargs = example if isinstance(example, dict) else {}
     args = () if kwargs else example if isinstance(example, tuple) else (example,)
-    with torch.no_grad():
+    with torch.no_grad(), _attributes_kept(model):
         torch.func.functional_call(model, standins, args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module has the attributes and buffers of before: no cache made on meta."""
+    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            for now, then in ((module.__dict__, attributes), (module._buffers, buffers)):
+                now.clear()
+                now.update(then)

@@ -83,3 +83,19 @@ def test_merge_options():
     with pytest.raises(ValueError, match="impl must be one of .* got 'magic'"):
         module.merge(impl="magic")
     assert not module.merged
+
+
+@pytest.mark.parametrize("reset", ["reset_adapters", "reset_parameters"])
+def test_reset_while_merged(reset):
+    module = FusedLoRALinear(12, 24, rank=4)
+    module.merge()
+    with pytest.raises(RuntimeError, match=f"{reset}: the adapters are merged"):
+        getattr(module, reset)()
+
+
+def test_release_of_a_parametrized_adapter():
+    module = FusedLoRALinear(12, 24, rank=4)
+    torch.nn.utils.parametrize.register_parametrization(module, "lora_A", nn.Identity())
+    with pytest.raises(RuntimeError, match=r"release: \['lora_A'\] are parametrized"):
+        module.release()
+    module(torch.randn(5, 12)).sum().backward()

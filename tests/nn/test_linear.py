@@ -101,6 +101,16 @@ def test_meta_device():
         assert FusedLoRALinear(12, 24, rank=4).scales == (1.0,)
 
 
+@MAKERS
+def test_reset_parameters_fills_the_adapters_too(make):
+    module = make().to_empty(device="meta").to_empty(device="cpu")
+    for p in module.parameters():
+        p.data.fill_(math.nan)
+    module.reset_parameters()
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    assert not any(b.any() for _, b in module.adapters())
+
+
 def test_bf16_base_with_fp32_adapters():
     module = FusedLoRALinear(12, 24, rank=4, dtype=torch.bfloat16)
     assert module.weight.dtype is torch.bfloat16
@@ -171,6 +181,29 @@ class TestMerge:
             twin.double().unmerge()
             assert torch.equal(twin.weight, bits.double())
 
+    def test_a_move_keeps_the_parameter(self):
+        module = single()
+        weight = module.weight
+        module.merge()
+        module.to(torch.bfloat16).unmerge()
+        assert module.weight is weight
+        assert weight.dtype is torch.bfloat16
+
+    def test_a_move_that_fails_leaves_no_trace(self):
+        module = single()
+        module.merge()
+        with pytest.raises(TypeError):
+            module._apply(lambda t: None + t)
+        assert set(dict(module.named_parameters())) == {"weight", "bias", "lora_A", "lora_B"}
+        module.unmerge()
+
+    def test_released_while_merged_it_trains_as_before(self):
+        for trains in (True, False):
+            module = single()
+            module.weight.requires_grad_(trains)
+            module.merge()
+            assert module.release().weight.requires_grad is trains
+
     def test_disabled_while_merged_computes_the_base(self):
         module, x = single().eval(), torch.randn(5, 12)
         base = nn.functional.linear(x, module.weight, module.bias)
@@ -225,6 +258,15 @@ class TestDropout:
         with torch.no_grad():
             mean = torch.stack([module(x) for _ in range(4000)]).mean(0)
             torch.testing.assert_close(mean, expected(module, x), rtol=0, atol=0.02)
+
+    @pytest.mark.parametrize("make", [single, grouped])
+    def test_compiles_whole(self, make):
+        torch._dynamo.reset()
+        module, x = make(dropout=1e-9, scale=0.5), torch.randn(5, 12)
+        traced = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(traced(x), expected(module, x))
+        module.set_scale(2.0)
+        torch.testing.assert_close(traced(x), expected(module, x))
 
     def test_gradients_flow(self):
         module, x = single(dropout=0.1), torch.randn(50, 12, requires_grad=True)

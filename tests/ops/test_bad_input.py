@@ -25,6 +25,13 @@ def test_operands():
     refuse(ValueError, r"b\[0\] must be \[20, 3\], got \(3, 20\)", b=[B.T])
     refuse(ValueError, "got 2 a, 1 b, 1 scales and 1 spans", a=(A, A))
     refuse(ValueError, "got 1 a, 1 b, 2 scales", scales=(1.0, 2.0))
+    refuse(TypeError, "scales must be a sequence, one per adapter, got 2.0", scales=2.0)
+    refuse(ValueError, "no gradient of it", scales=torch.ones(1, requires_grad=True))
+
+
+def test_tensors_in_place_of_lists():
+    with pytest.raises(ValueError, match="got 3 a, 20 b, 1 scales and 1 spans"):
+        lora_linear(X, W, None, A, B, (1.0,))
 
 
 def test_spans():
@@ -35,10 +42,15 @@ def test_spans():
     refuse(ValueError, "ranks start at 1", spans=(Span(0, 20, 0),))
     refuse(ValueError, "no adapter given", a=(), b=(), scales=(), spans=())
 
+    refuse(TypeError, r"spans must be fused_lora.types.Span, got \(\(0, 20, 3\),\)",
+           spans=((0, 20, 3),))  # fmt: skip
+
 
 def test_dtypes_and_devices():
     refuse(TypeError, "x is torch.bfloat16 and w is torch.float32", x=X.bfloat16())
     refuse(TypeError, "x is torch.int64", x=X.long(), w=W.long())
+    eight = torch.float8_e4m3fn
+    refuse(TypeError, "x is torch.float8_e4m3fn; .*are served", x=X.to(eight), w=W.to(eight))
     refuse(TypeError, r"a\[0\] is torch.int32", a=[A.int()])
     refuse(TypeError, "x is on cpu, w on meta", w=W.to("meta"))
     refuse(TypeError, r"x is on cpu, a\[0\] on meta", a=[A.to("meta")])

@@ -77,3 +77,49 @@ def test_a_real_measurement_is_plausible():
     assert 0.1 < figures.bandwidth_gbs < 1e5
     assert 0 < figures.call_us < 1e5
     assert isinstance(steady, bool)
+
+
+def test_the_plan_follows_the_thread_count(monkeypatch):
+    from fused_lora.ops.planning import plan_for
+    from fused_lora.types import Needs, Span
+
+    calls = measured(monkeypatch, steady=True)
+    question = (5, 7, 9, (Span(0, 9, 3),), torch.float32, True, Needs(), CPU)
+    threads = torch.get_num_threads()
+    try:
+        for count in (threads + 1, threads + 1, threads + 2):
+            torch.set_num_threads(count)
+            plan_for(*question)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_tf32_is_read_however_it_was_set(precision):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision  # after which torch refuses to read allow_tf32
+    try:
+        key, _ = resolving.conditions(torch.device("cuda"), torch.float32)
+    finally:
+        matmul.fp32_precision = before
+    assert key == {"tf32": "tf32", "ieee": "float32"}[precision]
+
+
+def test_what_the_caller_has_switched_on_does_not_reach_the_measurement(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    seen = []
+
+    def measure(*_):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+        seen.append((product.dtype, isinstance(product, FakeTensor)))
+        return plan_device.unmeasured("here", "float32"), False
+
+    monkeypatch.setattr(probe, "measure", measure)
+    with torch.autocast("cpu", torch.bfloat16):
+        again()
+    with FakeTensorMode():
+        again()
+    assert seen == [(torch.float32, False)] * 2

@@ -86,6 +86,17 @@ def test_double_backward_fails_loudly():
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("impl", ["aten", "reference"])
+@pytest.mark.parametrize("shape", [(2, 7), (7,), ()])
+def test_the_output_may_be_written_in_place(shape, impl):
+    x, w, bias, a, b = operands(m=shape)
+    grads = []
+    for relu in (torch.relu, torch.relu_):
+        y = relu(call(w, bias, x, *a, *b, impl=impl))
+        grads.append(torch.autograd.grad(y.square().sum(), [x, *a, *b]))
+    assert all(torch.equal(p, q) for p, q in zip(*grads, strict=True))
+
+
 def test_same_inputs_same_bits():
     x, w, bias, a, b = operands(torch.float32, m=(197,))
     runs = []
@@ -140,6 +151,17 @@ class TestAutocast:
             kept = saved(lambda: call(w, bias, x, *a, *b))
         rows = [t for t in kept if t.numel() == x.numel() and t.shape[0] == 64]
         assert [t.dtype for t in rows] == [torch.bfloat16]
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_backward_inside_autocast_of_a_forward_outside(self, compiled):
+        torch._dynamo.reset()
+        run = torch.compile(call, backend="eager") if compiled else call
+        x, w, bias, a, b = operands(torch.float32, m=(64,))
+        expected = torch.autograd.grad(call(w, bias, x, *a, *b).sum(), [x, *a, *b])
+        y = run(w, bias, x, *a, *b)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = torch.autograd.grad(y.sum(), [x, *a, *b])
+        torch.testing.assert_close(got, expected)
 
     def test_leaves_float64_alone(self):
         x, w, bias, a, b = operands()
@@ -204,6 +226,20 @@ class TestCompile:
         keep = "hidden"
         arguments = (rows, w, bias, a, b, scales, flat, needs, keep)
         torch.library.opcheck(torch.ops.fused_lora.lora_linear.default, arguments)
+        x, w, a, b = rows.detach(), w, [t.detach() for t in a], [t.detach() for t in b]
+        arguments = (torch.randn(14, 20).double(), x, w, torch.randn(14, 5).double(), a, b)
+        arguments += (scales, flat, needs, keep)
+        torch.library.opcheck(torch.ops.fused_lora.lora_linear_backward.default, arguments)
+
+    def test_impl_is_heard(self):
+        torch._dynamo.reset()
+        graphs = []
+        backend = lambda graph, _: graphs.append(graph.code) or graph  # noqa: E731
+        x, w, bias, a, b = operands()
+        traced = torch.compile(call, fullgraph=True, backend=backend)
+        y = traced(w, bias, x, *a, *b, impl="reference")
+        torch.testing.assert_close(y, call(w, bias, x, *a, *b))
+        assert "fused_lora" not in graphs[0]
 
 
 def test_inference_mode_and_no_grad():
@@ -214,6 +250,23 @@ def test_inference_mode_and_no_grad():
             y = call(w, bias, x, *a, *b)
         assert torch.equal(y, expected) or torch.allclose(y, expected, atol=1e-5)
         assert not y.requires_grad
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_gradients_the_plan_is_one_for_inference(compiled, monkeypatch):
+    from fused_lora.ops import lora_linear, lora_linear_traced
+
+    asked = []
+    for room in (lora_linear, lora_linear_traced):
+        spy = lambda *q, plan_for=room.plan_for: asked.append(q[6]) or plan_for(*q)  # noqa: E731
+        monkeypatch.setattr(room, "plan_for", spy)
+    torch._dynamo.reset()
+    run = torch.compile(call, backend="aot_eager") if compiled else call
+    x, w, bias, a, b = operands()
+    with torch.no_grad():
+        run(w, bias, x, *a, *b)
+    assert asked
+    assert all(needs == lora_linear.NO_GRADIENT for needs in asked)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -42,6 +42,14 @@ def test_stochastic_rounding_draws_the_reference_bits(dtype):
     assert not torch.equal(ours, lora_merge(w, a, b, scales, spans))
 
 
+@pytest.mark.parametrize("impl", ["aten", "reference"])
+def test_autocast_does_not_reach_the_sum(impl):
+    w, a, b, scales, spans = operands(torch.float32)
+    expected = lora_merge(w, a, b, scales, spans, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lora_merge(w, a, b, scales, spans, impl=impl), expected)
+
+
 def test_cuda_says_why_it_cannot_serve():
     w, a, b, scales, spans = operands(torch.bfloat16)
     with pytest.raises(RuntimeError, match="impl='cuda' cannot serve: "):

@@ -5,10 +5,12 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import fused_lora
 from fused_lora import PatchError
 from fused_lora.nn import AdaptedLinear
+from fused_lora.patching import patch as patching
 from tests.patching.models import build
 
 
@@ -56,6 +58,26 @@ def test_options(options, message):
 )
 def test_adapter_options(options, message):
     refuse(build(), f"{message} must", ValueError, **options)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3, "8", 1.5])
+def test_batch_size(batch_size):
+    refuse(build(), f"batch_size must .* got {batch_size!r}", ValueError, batch_size=batch_size)
+
+
+def test_a_dtype_nothing_computes_in():
+    model = build()
+    weight = model.blocks[1].mlp.fc2.weight
+    model.blocks[1].mlp.fc2.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    refuse(model, r"blocks.1.mlp.fc2.weight is torch.int8; .* are served")
+
+
+def test_a_report_that_fails_is_undone(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(patching, "plan_of", fails)
+    refuse(build(), "out of memory", RuntimeError)
 
 
 def test_unknown_option():
@@ -145,6 +167,20 @@ def test_a_merge_that_fails_leaves_nothing_merged(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         fused_lora.merge(model)
     assert not any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear))
+
+
+def test_an_unpatch_that_fails_leaves_every_adapter_on():
+    model = build()
+    fused_lora.patch(model, rank=4)
+    last = model.blocks[1].mlp.fc2
+    last.lora_B.data = torch.zeros(3, 4)
+    with pytest.raises(RuntimeError):
+        fused_lora.unpatch(model, merge=True)
+    assert not any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear))
+    register_parametrization(last, "lora_A", nn.Identity())
+    with pytest.raises(PatchError, match=r"blocks.1.mlp.fc2: release: \['lora_A'\] are parametr"):
+        fused_lora.unpatch(model)
+    assert sum(isinstance(m, AdaptedLinear) for m in model.modules()) == 8
 
 
 def test_an_adoption_that_fails_midway_is_undone(monkeypatch):

@@ -1,6 +1,7 @@
 """patch and unpatch on real models: what is hit, what trains, what comes back."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 import fused_lora
 from fused_lora.nn import AdaptedLinear
+from fused_lora.patching.patch import RECORD
 from fused_lora.patching.rule import find
 from tests.patching.models import VARIANTS, build, images, wake
 
@@ -101,7 +103,7 @@ def test_a_training_run_learns():
         loss = F.cross_entropy(model(x), labels)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -159,6 +161,65 @@ def test_the_report_is_a_table():
     assert "[144, 48]" in text
     assert "8 linears adapted" in text
     assert "batch 8 on cpu" in text
+
+
+class TestUnpatch:
+    @pytest.mark.parametrize(
+        "wrap", [nn.Sequential, functools.partial(torch.compile, backend="eager")]
+    )
+    def test_through_a_wrapper(self, wrap):
+        model = build()
+        fused_lora.patch(model, rank=4)
+        wrapped = wrap(model)
+        assert "M 136  K 48" in fused_lora.explain(wrapped, batch_size=8)
+        fused_lora.unpatch(wrapped)
+        assert all(p.requires_grad for p in model.parameters())
+        assert RECORD not in model.__dict__
+
+    def test_after_the_head_was_replaced(self):
+        model = build()
+        fused_lora.patch(model, rank=4)
+        model.reset_classifier(0)
+        fused_lora.unpatch(model)
+        assert all(p.requires_grad for p in model.parameters())
+
+    def test_with_the_adapters_merged_in_everything_trains_again(self):
+        model = build()
+        fused_lora.patch(model, rank=4, trainable=["qkv.weight"])
+        fused_lora.unpatch(model, merge=True)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+class TestTrialForward:
+    def test_random_streams_go_on_as_if_nothing_had_been_drawn(self):
+        model = build(drop_path_rate=0.3, patch_drop_rate=0.5, proj_drop_rate=0.1).train()
+        before = torch.get_rng_state()
+        fused_lora.patch(model, rank=4, seed=1)
+        assert torch.equal(before, torch.get_rng_state())
+        assert model.training
+
+    def test_what_a_forward_caches_is_not_left_on_meta(self):
+        class Caching(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model, self.gain, self.calls = build(), None, 0
+                self.norm = nn.BatchNorm2d(3)
+
+            def forward(self, x):
+                self.calls += 1
+                if self.gain is None:
+                    self.gain = torch.ones(1, device=x.device)
+                    self.register_buffer("mask", torch.ones(1, device=x.device))
+                return self.model(self.norm(x) * self.gain)
+
+        model = Caching().train()
+        fused_lora.patch(model, rank=4, example_input=torch.randn(1, 3, 32, 32))
+        assert (model.gain, model.calls, hasattr(model, "mask")) == (None, 0, False)
+        assert model.norm.num_batches_tracked == 0
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+
+    def test_as_many_channels_as_the_patch_embedding_takes(self):
+        assert fused_lora.patch(build(in_chans=1), rank=4).rows
 
 
 def test_deepcopy_and_pickle_of_a_patched_model():
@@ -298,6 +359,16 @@ def test_two_calls_of_one_module_share_its_adapter():
     x = images(model)
     model(x).sum().backward()
     assert model.blocks[0].mlp.fc1.lora_B.grad is not None
+
+
+def test_a_linear_in_two_attentions_is_adapted_once():
+    model = build()
+    model.blocks[1].attn.proj = model.blocks[0].attn.proj
+    report = fused_lora.patch(model, rank=4)
+    assert len(report.rows) == 7
+    fused_lora.merge(model)
+    fused_lora.unmerge(model)
+    fused_lora.unpatch(model)
 
 
 def test_nn_sequential_of_patched_blocks_pickles_by_reference():

@@ -24,6 +24,12 @@ def accumulate(out: Tensor, p: Tensor, q: Tensor, scale: float, beta: int = 1) -
     return out.addmm_(dense(p), dense(q), beta=beta, alpha=scale)
 
 
+def columns(t: Tensor, part: slice) -> Tensor:
+    """``t[:, part]``, at no cost where that is all of ``t``."""
+    width = part.stop - part.start
+    return t if width == t.shape[1] else t.narrow(1, part.start, width)
+
+
 def thin_rows(b: Tensor) -> Tensor:
     """``b`` [N, R] with each of its R columns contiguous where that speeds ``dy @ b`` up.
 

@@ -16,8 +16,16 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fused_lora.kernels.aten.gemm import accumulate, dense, outer, product, thin_rows
+from fused_lora.kernels.aten.gemm import (
+    accumulate,
+    columns,
+    dense,
+    outer,
+    product,
+    thin_rows,
+)
 from fused_lora.kernels.aten.lora_merge import lora_merge
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.types import Forward, Gradient, Keep, Needs, Plan
@@ -34,13 +42,14 @@ def forward(
     """y [M, N], and what ``plan.keep`` names: h [M, sum R], w' [N, K] or None."""
     if plan.forward is Forward.MERGE:
         merged = lora_merge(w, *adapters)
-        return _linear(x, merged, bias), merged if plan.keep is Keep.MERGED else None
+        return F.linear(x, merged, bias), merged if plan.keep is Keep.MERGED else None
     adapters = adapters.to(x.dtype)
     if plan.forward is Forward.SEPARATE:
         h = shrink(x, adapters)
-        y = _linear(x, w, bias)
+        y = F.linear(x, w, bias)
         for g, cols, ranks in adapters.ranks():
-            accumulate(y[:, cols], h[:, ranks], adapters.b[g].t(), adapters.scales[g])
+            b, scale = adapters.b[g].t(), adapters.scales[g]
+            accumulate(columns(y, cols), columns(h, ranks), b, scale)
     else:
         k = x.shape[1]
         if bordered is None:
@@ -48,13 +57,15 @@ def forward(
             bordered[:, :k].copy_(x)
         h = bordered[:, k:]
         shrink(x, adapters, out=h)
-        y = _linear(bordered, bordered_weight(w, adapters), bias)
+        y = F.linear(bordered, bordered_weight(w, adapters), bias)
         h = h.contiguous() if plan.keep is Keep.HIDDEN else h
     return y, h if plan.keep is Keep.HIDDEN else None
 
 
 def shrink(x: Tensor, adapters: Adapters, out: Tensor | None = None) -> Tensor:
     """h = x aT, [M, sum R]: over the stacked a, or group by group where stacking costs more."""
+    if out is None and stacks(x, adapters):
+        return F.linear(dense(x), dense(adapters.stacked_a()))
     h = x.new_empty(x.shape[0], adapters.rank) if out is None else out
     if stacks(x, adapters):
         return accumulate(h, x, adapters.stacked_a().t(), 1.0, beta=0)
@@ -93,10 +104,6 @@ def backward(
     dw = dy.t() @ g.x if needs.w else None
     a, b = g.rank_grads() if plan.gradient is Gradient.RANK else g.full_grads(dw)
     return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b)
-
-
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
 
 
 class _Backward:
@@ -146,7 +153,8 @@ class _Backward:
     def _shrink(self, dh: Tensor) -> Tensor:
         for g, cols, ranks in self.low.ranks():
             b = thin_rows(self.low.b[g])
-            accumulate(dh[:, ranks], self.dy[:, cols], b, self.low.scales[g], beta=0)
+            dy = columns(self.dy, cols)
+            accumulate(columns(dh, ranks), dy, b, self.low.scales[g], beta=0)
         return dh
 
     def dx(self) -> Tensor:
@@ -176,7 +184,8 @@ class _Backward:
             assert h is not None
             for g, cols, ranks in self.low.ranks():
                 dtype = self.adapters.b[g].dtype
-                b[g] = outer(self.dy[:, cols], h[:, ranks], self.low.scales[g], dtype)
+                dy = columns(self.dy, cols)
+                b[g] = outer(dy, columns(h, ranks), self.low.scales[g], dtype)
         if self.needs.a:
             da = product(self.dh.t(), self.x, 1.0, self.adapters.a[0].dtype)  # [sum R, K]
             a = [da[ranks] for _, _, ranks in self.low.ranks()]
@@ -187,7 +196,7 @@ class _Backward:
         a: list[Tensor | None] = [None] * len(self.low.spans)
         b: list[Tensor | None] = [None] * len(self.low.spans)
         for g, cols, _ in self.low.ranks() if self.plan.gradient is Gradient.FULL else ():
-            dw_g = dense(self.dy[:, cols].t()) @ self.x if dw is None else dw[cols]
+            dw_g = dense(columns(self.dy, cols).t()) @ self.x if dw is None else dw[cols]
             s = self.low.scales[g]
             if self.needs.b:
                 b[g] = product(dw_g, self.low.a[g].t(), s, self.adapters.b[g].dtype)

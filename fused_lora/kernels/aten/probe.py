@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -48,7 +49,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> list[Callable[[], objec
 
 def _times_s(calls: Sequence[Callable[[], object]], device: torch.device) -> list[list[float]]:
     """Times of each call, taken in turns until the budget is spent; the first is warm-up."""
-    fence = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    fence = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     times: list[list[float]] = [[] for _ in calls]
     began = time.perf_counter()
     while len(times[0]) < 4 or time.perf_counter() - began < BUDGET_S:
