@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-THIN = 64  # outer dimension under which a CPU GEMM wants the thin operand's rows contiguous
+THIN = 16  # ranks below it leave the vector registers of a CPU's GEMM half empty
 
 
 def dense(p: Tensor) -> Tensor:
@@ -33,16 +33,15 @@ def columns(t: Tensor, part: slice) -> Tensor:
 def thin_rows(b: Tensor) -> Tensor:
     """``b`` [N, R] with each of its R columns contiguous where that speeds ``dy @ b`` up.
 
-    On CPUs a right operand of 4 contiguous columns runs at a third of the rate of one of 4
-    contiguous rows; the copy is R x N elements.
+    On a CPU, 2 to 5 times at R = 4 (docs/hardware_notes.md); the copy is R x N elements.
     """
-    return b.t().contiguous().t() if b.device.type == "cpu" and b.shape[1] < 16 else b
+    return b.t().contiguous().t() if b.device.type == "cpu" and b.shape[1] < THIN else b
 
 
 def outer(p: Tensor, q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale * pT q`` [P, Q] of p [M, P] and q [M, Q], rounded once to ``dtype``.
 
-    A CPU reduces a thin q twice as fast from the transposed side.
+    A CPU reduces a thin q three to five times as fast from the transposed side.
     """
     if p.device.type == "cpu" and q.shape[1] < THIN:
         return product(q.t(), p, scale, dtype).t()

@@ -22,6 +22,8 @@ def lora_merge(
 ) -> Tensor:
     """w' [N, K], a new tensor in w's dtype, rounded to nearest unless ``noise`` is given."""
     wide = torch.promote_types(w.dtype, torch.float32)
+    if w.dtype is wide and spans[0].width == w.shape[0]:  # one pass over w instead of two
+        return torch.addmm(w, b[0].to(wide), a[0].to(wide), alpha=scales[0])
     merged = w.to(wide, copy=True)
     for a_g, b_g, s_g, span in zip(a, b, scales, spans, strict=True):
         accumulate(merged[span.start : span.stop], b_g.to(wide), a_g.to(wide), s_g)
