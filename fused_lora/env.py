@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 VARIABLES: dict[str, str] = {
@@ -41,5 +42,9 @@ def cache_dir() -> Path:
     """Folder for measured ceilings; not created here."""
     if chosen := text("FUSED_LORA_CACHE_DIR"):
         return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fused_lora"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "fused_lora"
+    try:
+        return Path.home() / ".cache" / "fused_lora"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / "fused_lora"

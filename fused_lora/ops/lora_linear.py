@@ -92,6 +92,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
+def refuse_double_backward() -> None:
+    """Raises RuntimeError where backward is itself recorded."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "lora_linear: double backward is not supported (backward ran with "
+            "create_graph=True); compute higher derivatives on an unpatched model"
+        )
+
+
 def resolve(impl: Impl | str) -> Impl:
     """The implementation that serves: FUSED_LORA_IMPL speaks where ``impl`` is auto."""
     try:
@@ -129,11 +138,7 @@ class LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of x, w, bias and the adapters, where asked for."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "lora_linear: double backward is not supported (backward ran with "
-                "create_graph=True); compute higher derivatives on an unpatched model"
-            )
+        refuse_double_backward()
         shape, dtype, scales, spans, impl, needs, plan = ctx.meta
         rows, w, kept, *ab = ctx.saved_tensors
         adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters
-from fused_lora.ops.lora_linear import without_autocast
+from fused_lora.ops.lora_linear import refuse_double_backward, without_autocast
 from fused_lora.ops.planning import plan_for, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
@@ -196,6 +196,7 @@ def _any_plan(keep: str) -> Plan:
 
 
 def _autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    refuse_double_backward()
     groups, spans, needs, keep = ctx.meta
     if dy is None:
         return (None,) * 9

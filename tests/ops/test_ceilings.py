@@ -123,3 +123,17 @@ def test_what_the_caller_has_switched_on_does_not_reach_the_measurement(monkeypa
     with FakeTensorMode():
         again()
     assert seen == [(torch.float32, False)] * 2
+
+
+def test_a_user_without_a_home_is_served(monkeypatch):
+    from pathlib import Path
+
+    from fused_lora import env
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FUSED_LORA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert env.cache_dir().name == "fused_lora"

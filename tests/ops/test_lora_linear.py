@@ -79,9 +79,12 @@ def test_strided_x_and_dy():
         torch.testing.assert_close(got, expected)
 
 
-def test_double_backward_fails_loudly():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_double_backward_fails_loudly(compiled):
+    torch._dynamo.reset()
     x, w, bias, a, b = operands()
-    y = call(w, bias, x, *a, *b)
+    run = torch.compile(call, backend="eager") if compiled else call
+    y = run(w, bias, x, *a, *b)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
