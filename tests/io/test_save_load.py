@@ -183,7 +183,7 @@ def test_patterns_name_each_module_and_no_other():
     values = {"attn.qkv": 4, "x.attn.qkv": 8, "y.attn.qkv": 8}  # the first ends the others
     patterns = pattern_for(values, 8)
     assert all(lookup(patterns, name, 8) == value for name, value in values.items())
-    assert targets_for(["a.qkv"], ["a", "a.qkv", "ba.qkv"]) == ["a.qkv"]
+    assert targets_for(["a.qkv"], ["a", "a.qkv", "aa.qkv"]) == ["a.qkv"]
     assert targets_for(["a.qkv"], ["a.qkv", "b.a.qkv"]) == "a\\.qkv"
 
 

@@ -178,7 +178,9 @@ def test_an_unpatch_that_fails_leaves_every_adapter_on():
         fused_lora.unpatch(model, merge=True)
     assert not any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear))
     register_parametrization(last, "lora_A", nn.Identity())
-    with pytest.raises(PatchError, match=r"blocks.1.mlp.fc2: release: \['lora_A'\] are parametr"):
+    with pytest.raises(
+        PatchError, match=r"blocks.1.mlp.fc2: release: \['lora_A'\] are parametrized"
+    ):
         fused_lora.unpatch(model)
     assert sum(isinstance(m, AdaptedLinear) for m in model.modules()) == 8
 
