@@ -23,7 +23,7 @@ from fused_lora.kernels.interface import Adapters
 class Border(NamedTuple):
     """One entry per group in every field; Triton takes it apart as a kernel argument."""
 
-    blocks: tuple[Tensor, ...]  # G of [R_g, C_g]
+    blocks: tuple[Tensor, ...]  # G of [R_g, C_g], one dtype
     rank_strides: tuple[int, ...]
     column_strides: tuple[int, ...]
     firsts: tuple[int, ...]  # G + 1: stacked rank where each begins; the last is sum R
@@ -56,6 +56,7 @@ def _border(
 ) -> Border:
     for block, (start, stop) in zip(blocks, columns, strict=True):
         assert block.shape[1] == stop - start, (tuple(block.shape), start, stop)
+        assert block.dtype is blocks[0].dtype, (block.dtype, blocks[0].dtype)
     starts, stops = zip(*columns, strict=True)
     return Border(
         tuple(blocks),

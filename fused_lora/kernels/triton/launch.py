@@ -15,7 +15,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 def input_precision(dtype: torch.dtype) -> str:
     """``tf32`` only for fp32 products that torch may form so; narrower types are exact."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype is torch.float32 and allowed else "ieee"
 
 

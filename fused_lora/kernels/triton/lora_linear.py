@@ -7,9 +7,10 @@
 
                       x [M, K]   w [N, K]   h [M, sum R]   border [sum R, N]   y [M, N]
 
-The extension comes first, so that its scale is one fp32 product per column and s b is never rounded;
-the K loop continues in the same accumulator. y is rounded once, and where an activation follows so
-is the pre-activation u, which is stored beside it. The border is cast to x's dtype on load.
+The extension comes first, so that its scale is one fp32 product per column and s b is never
+rounded; the K loop continues in the same accumulator. y is rounded once, and where an activation
+follows so is the pre-activation u, which is stored beside it. The border is cast to x's dtype on
+load.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _expand(
     """acc + s h border over the ranks that own any of columns n = [first, last)."""
     dtype: tl.constexpr = h_rows.dtype.element_ty
     low, high = rank_range(border, first, last)
-    for r0 in range(low, high, BLOCK_R):
+    for r0 in tl.range(low, high, BLOCK_R, num_stages=2):
         r = r0 + tl.arange(0, BLOCK_R)
         h_tile = tl.load(h_rows + r[None, :], mask=inside_m & (r < high)[None, :], other=0.0)
         border_tile = load_border(border, r[:, None], n[None, :], dtype)
@@ -167,7 +168,7 @@ def _launch(
     assert activation in ("none", "erf", "tanh"), activation
     if y.numel() == 0:
         return
-    tile = tile or gemm_tile(rows, columns, x.element_size(), x.device)
+    tile = tile or gemm_tile(rows, columns, x.element_size(), activation != "none", x.device)
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     with on_device(x.device):
         _extended[grid](
@@ -176,6 +177,6 @@ def _launch(
             ACTIVATION=activation,
             PRECISION=input_precision(x.dtype),
             WHOLE_K=depth % tile.block_k == 0,
-            BLOCK_R=power_of_two(border.rank, 16, tile.block_k),
+            BLOCK_R=power_of_two(border.rank, 16, 64 // x.element_size()),
             **tile.arguments(),
         )

@@ -8,7 +8,6 @@ sums and the scale are fp32, and each output is rounded once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

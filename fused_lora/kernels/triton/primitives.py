@@ -7,39 +7,43 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_block(border, g: tl.constexpr, r, c, dtype: tl.constexpr):
-    """Elements (r, c) of group ``g``, zero outside it."""
+def _inside(border, g: tl.constexpr, r, c):
+    """Whether element (r, c) belongs to group ``g``."""
     inside_r = (r >= border.firsts[g]) & (r < border.firsts[g + 1])
-    inside_c = (c >= border.starts[g]) & (c < border.stops[g])
+    return inside_r & (c >= border.starts[g]) & (c < border.stops[g])
+
+
+@triton.jit
+def _address(border, g: tl.constexpr, r, c):
+    """Where element (r, c) lies if it belongs to group ``g``."""
     rows = (r - border.firsts[g]) * border.rank_strides[g]
     columns = (c - border.starts[g]) * border.column_strides[g]
-    mask = inside_r & inside_c
-    return tl.load(border.blocks[g] + rows + columns, mask=mask, other=0.0).to(dtype)
+    return border.blocks[g] + rows + columns
 
 
 @triton.jit
 def load_border(border, r, c, dtype: tl.constexpr):
-    """Elements (r, c) of the border in ``dtype``; r and c broadcast, either may come first."""
-    tile = _load_block(border, 0, r, c, dtype)
+    """Elements (r, c) of the border in ``dtype``; r and c broadcast, either may come first.
+
+    One load for all groups: each would otherwise keep its own stages in shared memory.
+    """
+    address, inside = _address(border, 0, r, c), _inside(border, 0, r, c)
     for g in tl.static_range(1, len(border.blocks)):
-        tile += _load_block(border, g, r, c, dtype)  # at most one group has more than a zero here
-    return tile
+        inside_g = _inside(border, g, r, c)
+        address = tl.where(inside_g, _address(border, g, r, c), address)
+        inside |= inside_g
+    return tl.load(address, mask=inside, other=0.0).to(dtype)
 
 
 @triton.jit
 def store_border(border, r, c, tile, ADD: tl.constexpr):
     """Write ``tile`` to elements (r, c) of the border, or add it to them."""
     for g in tl.static_range(len(border.blocks)):
-        inside_r = (r >= border.firsts[g]) & (r < border.firsts[g + 1])
-        inside_c = (c >= border.starts[g]) & (c < border.stops[g])
-        rows = (r - border.firsts[g]) * border.rank_strides[g]
-        columns = (c - border.starts[g]) * border.column_strides[g]
-        mask = inside_r & inside_c
-        block = border.blocks[g] + rows + columns
+        address, inside = _address(border, g, r, c), _inside(border, g, r, c)
         value = tile
         if ADD:
-            value += tl.load(block, mask=mask, other=0.0).to(tl.float32)
-        tl.store(block, value.to(border.blocks[g].dtype.element_ty), mask=mask)
+            value += tl.load(address, mask=inside, other=0.0).to(tl.float32)
+        tl.store(address, value.to(border.blocks[g].dtype.element_ty), mask=inside)
 
 
 @triton.jit

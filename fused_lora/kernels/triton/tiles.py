@@ -34,11 +34,15 @@ class Tile:
     warps: int
     group_m: int = 8  # rows of tiles walked together, for L2
 
-    def fits(self, arch: int, itemsize: int) -> bool:
-        """Whether a block of sm_``arch`` holds the stages and its threads the accumulator."""
+    def fits(self, arch: int, itemsize: int, activation: bool = False) -> bool:
+        """Whether a block of sm_``arch`` holds the stages and its threads the accumulator.
+
+        An activation's epilogue takes about as many registers again.
+        """
         step_bytes = (self.block_m + self.block_n) * self.block_k * itemsize
         accumulator = self.block_m * self.block_n // (32 * self.warps)  # registers of a thread
-        return self.stages * step_bytes <= shared_bytes(arch) and accumulator <= 128
+        holds = self.stages * step_bytes <= shared_bytes(arch)
+        return holds and accumulator <= (64 if activation else 128)
 
     def arguments(self) -> dict[str, int]:
         """The kernel's constants and Triton's options."""
@@ -86,30 +90,31 @@ SAFE = Tile(128, 128, 64, 3, 8)  # compiles without spills on every architecture
 _NARROW = (Tile(128, 64, 64, 3, 4), Tile(64, 64, 64, 3, 4))
 _SINGLE = (Tile(64, 64, 32, 3, 4), Tile(32, 32, 32, 3, 4))  # fp32 operands
 _HALF: dict[int, tuple[Tile, ...]] = {
-    80: (Tile(128, 128, 32, 4, 4), SAFE, *_NARROW),
+    80: (SAFE, *_NARROW),
     90: (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 8), *_NARROW),
     100: (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 8), *_NARROW),
-    120: (SAFE, *_NARROW),
+    120: (SAFE, Tile(128, 64, 64, 3, 8), Tile(64, 64, 64, 3, 4)),
 }
 
 
-def candidates(arch: int, itemsize: int) -> tuple[Tile, ...]:
+def candidates(arch: int, itemsize: int, activation: bool = False) -> tuple[Tile, ...]:
     """The extended GEMM's tiles for sm_``arch``, largest first."""
     family = max((known for known in _HALF if known <= arch), default=80)
     tiles = _HALF[family] if itemsize == 2 else _SINGLE
-    return tuple(tile for tile in tiles if tile.fits(arch, itemsize))
+    return tuple(tile for tile in tiles if tile.fits(arch, itemsize, activation))
 
 
-def gemm_tile(rows: int, columns: int, itemsize: int, device: torch.device) -> Tile:
+def gemm_tile(
+    rows: int, columns: int, itemsize: int, activation: bool, device: torch.device
+) -> Tile:
     """The candidate whose last wave of tiles wastes least, large tiles counting as faster."""
-    return _gemm_tile(rows, columns, itemsize, architecture(device), multiprocessors(device))
+    tiles = candidates(architecture(device), itemsize, activation)
+    return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
 @lru_cache(maxsize=4096)
-def _gemm_tile(rows: int, columns: int, itemsize: int, arch: int, processors: int) -> Tile:
-    return min(
-        candidates(arch, itemsize), key=lambda tile: _waves_cost(tile, rows, columns, processors)
-    )
+def _least_cost(tiles: tuple[Tile, ...], rows: int, columns: int, processors: int) -> Tile:
+    return min(tiles, key=lambda tile: _waves_cost(tile, rows, columns, processors))
 
 
 def _waves_cost(tile: Tile, rows: int, columns: int, processors: int) -> float:
@@ -124,16 +129,17 @@ def _waves_cost(tile: Tile, rows: int, columns: int, processors: int) -> float:
 @lru_cache(maxsize=4096)
 def thin_tile(rows: int, ranks: int, itemsize: int, device: torch.device) -> ThinTile:
     """Short in rows where there are few, so that every multiprocessor has some."""
+    if itemsize == 4:
+        return ThinTile(64, power_of_two(ranks, 16, 32), 32, 3, 4)
     few = rows < 128 * multiprocessors(device)
-    block_r = power_of_two(ranks, 16, 64)
-    return ThinTile(64 if few or itemsize == 4 else 128, block_r, 128 // itemsize, 4, 4)
+    return ThinTile(64 if few else 128, power_of_two(ranks, 16, 64), 64, 4, 4)
 
 
 def grad_tile(ranks: int, itemsize: int) -> GradTile:
     """One row block of ranks where they fit, wide in columns so that h is read seldom."""
-    return GradTile(
-        power_of_two(ranks, 16, 64), 128 if itemsize == 2 else 64, 128 // itemsize, 4, 4
-    )
+    if itemsize == 4:
+        return GradTile(power_of_two(ranks, 16, 32), 64, 32, 4, 4)
+    return GradTile(power_of_two(ranks, 16, 64), 128, 64, 4, 4)
 
 
 def power_of_two(size: int, least: int, most: int) -> int:
