@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
@@ -21,10 +20,10 @@ def why_not(
 
 def why_not_here() -> str | None:
     """The part of ``why_not`` that no device and no dtype enters."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     try:
         from triton import __version__ as version
+    except ModuleNotFoundError:
+        return "triton is not installed"
     except ImportError as error:
         return f"triton does not load: {error}"
     if tuple(int(part) for part in version.split(".")[:2]) < LEAST_VERSION:
