@@ -26,7 +26,7 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.launch import input_precision, multiprocessors, on_device
 from fused_lora.kernels.triton.primitives import column_range, rank_scales, store_border
-from fused_lora.kernels.triton.tiles import GradTile, grad_tile, power_of_two
+from fused_lora.kernels.triton.tiles import CONTRACTED, GradTile, grad_tile, power_of_two
 
 MOST_SLICES = 64  # what pass 2 holds in registers
 REDUCE_BLOCK = 128  # elements per program of pass 2
@@ -143,6 +143,7 @@ def _launch(t: Tensor, z: Tensor, border: Border, add: bool, tile: GradTile | No
             SLICES=power_of_two(slices, 1, MOST_SLICES),
             BLOCK=REDUCE_BLOCK,
             num_warps=4,
+            **CONTRACTED,
         )
 
 

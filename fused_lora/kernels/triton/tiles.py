@@ -15,7 +15,7 @@ from fused_lora.kernels.triton.launch import architecture, multiprocessors
 
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 LEAST_SHARED_KIB = 99  # of any chip from sm_80 on
-REGISTERS = 65536  # of a multiprocessor
+CONTRACTED = {"enable_fp_fusion": True}  # a b + c rounds once; the default differs by version
 
 
 def shared_bytes(arch: int) -> int:
@@ -79,21 +79,36 @@ class GradTile:
         return _arguments(self)
 
 
-def _arguments(tile: Tile | ThinTile | GradTile) -> dict[str, int]:
+@dataclass(frozen=True)
+class MergeTile:
+    """How w' = w + s b a is cut; fp32 products, so small in ranks."""
+
+    block_n: int = 64  # rows of w per program
+    block_k: int = 64  # columns of w per program
+    block_r: int = 16  # ranks per step
+    stages: int = 2  # steps in flight
+    warps: int = 8
+
+    def arguments(self) -> dict[str, int]:
+        """The kernel's constants and Triton's options."""
+        return _arguments(self)
+
+
+def _arguments(tile: Tile | ThinTile | GradTile | MergeTile) -> dict[str, int]:
     fields = asdict(tile)
     options = {"num_stages": fields.pop("stages"), "num_warps": fields.pop("warps")}
-    return {name.upper(): value for name, value in fields.items()} | options
+    return {name.upper(): value for name, value in fields.items()} | options | CONTRACTED
 
 
 SAFE = Tile(128, 128, 64, 3, 8)  # compiles without spills on every architecture
 
-_NARROW = (Tile(128, 64, 64, 3, 4), Tile(64, 64, 64, 3, 4))
+_NARROW = (Tile(128, 64, 64, 3, 8), Tile(64, 64, 64, 3, 4))
 _SINGLE = (Tile(64, 64, 32, 3, 4), Tile(32, 32, 32, 3, 4))  # fp32 operands
 _HALF: dict[int, tuple[Tile, ...]] = {
     80: (SAFE, *_NARROW),
     90: (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 8), *_NARROW),
     100: (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 8), *_NARROW),
-    120: (SAFE, Tile(128, 64, 64, 3, 8), Tile(64, 64, 64, 3, 4)),
+    120: (SAFE, *_NARROW),
 }
 
 
@@ -130,7 +145,7 @@ def _waves_cost(tile: Tile, rows: int, columns: int, processors: int) -> float:
 def thin_tile(rows: int, ranks: int, itemsize: int, device: torch.device) -> ThinTile:
     """Short in rows where there are few, so that every multiprocessor has some."""
     if itemsize == 4:
-        return ThinTile(64, power_of_two(ranks, 16, 32), 32, 3, 4)
+        return ThinTile(64, power_of_two(ranks, 16, 32), 32, 3, 8)
     few = rows < 128 * multiprocessors(device)
     return ThinTile(64 if few else 128, power_of_two(ranks, 16, 64), 64, 4, 4)
 

@@ -18,7 +18,8 @@ pytest.importorskip("triton")
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import lora_grad, lora_linear, lora_shrink
-from fused_lora.kernels.triton.tiles import candidates, shared_bytes
+from fused_lora.kernels.triton.lora_merge import lora_merge
+from fused_lora.kernels.triton.tiles import Tile, candidates, shared_bytes
 from fused_lora.types import Span
 from tests.kernels.triton.compiler import Resources, compiled
 
@@ -38,12 +39,15 @@ def group(groups: int, rank: int) -> Adapters:
 
 
 def thin_launches(x: Tensor) -> Iterator[Launch]:
-    """Shrink and the gradients, with the smallest rank block and the largest."""
+    """Shrink, the gradients and the merge, with the smallest rank block and the largest."""
     for adapters in (group(1, 16), group(3, 64)):
         h = x.new_zeros(M, adapters.rank)
         yield lambda a=adapters: lora_shrink.shrink(x, a)
         yield lambda a=adapters: lora_shrink.shrink_grad(x, a)
         yield lambda a=adapters, h=h: lora_grad.a_grads(h, x, a)
+        yield lambda a=adapters: lora_merge(x.new_zeros(N, K), *a)
+        if x.dtype is torch.bfloat16:
+            yield lambda a=adapters: lora_merge(x.new_zeros(N, K), *a, noise=(1, 2))
 
 
 def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
@@ -62,7 +66,6 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
 def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled code outlives the run, apart from what programs of this machine keep."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(request.config.cache.mkdir("triton")))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 @contextmanager
@@ -79,7 +82,7 @@ def fp32_products(precision: str) -> Iterator[None]:
 def complaints(kernel: Resources, arch: int, kind: str) -> list[str]:
     """What is wrong with one kernel of one class."""
     wrong = kernel.complaints(shared_bytes(arch))
-    if kernel.name == "_add_slices":
+    if kernel.name in ("_add_slices", "_merge"):  # no products, and fp32 products
         return wrong
     if kind != "fp32" and not kernel.matrix:
         wrong.append(f"{kernel.name}: no matrix instruction")
@@ -103,3 +106,19 @@ def test_every_configuration_fits(arch, kind, record_property):
     assert len(kernels) >= 10
     wrong = [said for kernel in kernels for said in complaints(kernel, arch, kind)]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize(
+    "tile, why",
+    [
+        (Tile(128, 128, 64, 4, 4), "bytes of shared memory"),
+        (Tile(128, 256, 32, 2, 4), "bytes of spilled registers"),
+    ],
+)
+def test_what_does_not_fit_is_seen(tile, why):
+    x, w, adapters = torch.zeros(M, K).half(), torch.zeros(N, K).half(), group(1, 16)
+    with compiled(89) as kernels:
+        lora_linear.forward(x, w, None, adapters, h=x.new_zeros(M, 16), tile=tile)
+    (kernel,) = kernels
+    assert why in "".join(kernel.complaints(64 << 10))
