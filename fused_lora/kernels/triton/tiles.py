@@ -44,7 +44,7 @@ class Tile:
         holds = self.stages * step_bytes <= shared_bytes(arch)
         return holds and accumulator <= (64 if activation else 128)
 
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
         return _arguments(self)
 
@@ -59,7 +59,7 @@ class ThinTile:
     stages: int  # steps in flight
     warps: int
 
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
         return _arguments(self)
 
@@ -74,7 +74,7 @@ class GradTile:
     stages: int  # steps in flight
     warps: int
 
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
         return _arguments(self)
 
@@ -89,12 +89,12 @@ class MergeTile:
     stages: int = 2  # steps in flight
     warps: int = 8
 
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
         return _arguments(self)
 
 
-def _arguments(tile: Tile | ThinTile | GradTile | MergeTile) -> dict[str, int]:
+def _arguments(tile: Tile | ThinTile | GradTile | MergeTile) -> dict[str, int | bool]:
     fields = asdict(tile)
     options = {"num_stages": fields.pop("stages"), "num_warps": fields.pop("warps")}
     return {name.upper(): value for name, value in fields.items()} | options | CONTRACTED
@@ -122,23 +122,21 @@ def candidates(arch: int, itemsize: int, activation: bool = False) -> tuple[Tile
 def gemm_tile(
     rows: int, columns: int, itemsize: int, activation: bool, device: torch.device
 ) -> Tile:
-    """The candidate whose last wave of tiles wastes least, large tiles counting as faster."""
+    """The candidate that keeps the busiest multiprocessor busy shortest."""
     tiles = candidates(architecture(device), itemsize, activation)
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
 @lru_cache(maxsize=4096)
 def _least_cost(tiles: tuple[Tile, ...], rows: int, columns: int, processors: int) -> Tile:
-    return min(tiles, key=lambda tile: _waves_cost(tile, rows, columns, processors))
+    return min(tiles, key=lambda tile: _busiest(tile, rows, columns, processors))
 
 
-def _waves_cost(tile: Tile, rows: int, columns: int, processors: int) -> float:
-    """Time in arbitrary units: waves x what a tile costs, operand traffic included."""
+def _busiest(tile: Tile, rows: int, columns: int, processors: int) -> float:
+    """Time of the busiest multiprocessor, in arbitrary units: its tiles x area and edges of one."""
     tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
     area, edges = tile.block_m * tile.block_n, tile.block_m + tile.block_n
-    resident = max(1, min(4, 128 * 256 // area))  # programs of this size a multiprocessor holds
-    waves = -(-tiles // (processors * resident))
-    return waves * resident * (area + 32 * edges)
+    return -(-tiles // processors) * (area + 32 * edges)
 
 
 @lru_cache(maxsize=4096)
