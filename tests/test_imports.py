@@ -51,6 +51,14 @@ def test_the_compiled_module_says_why_not() -> None:
     assert "the compiled module was not built" in run(code)
 
 
+def test_the_triton_room_opens_and_says_why_not() -> None:
+    code = """
+from fused_lora.kernels.triton import available, border, launch, tiles
+print(available.why_not())
+"""
+    assert run(code) == "triton is not installed"
+
+
 def test_env_works() -> None:
     code = "from fused_lora import cli; print(cli.main(['env']))"
     printed = run(code)

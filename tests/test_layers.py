@@ -24,6 +24,8 @@ SIDE_ROOMS = {"bench", "testing"}  # may import anything; only the cli may impor
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 BACKENDS = {"aten", "triton", "cuda"}
 AT_IMPORT = {"torch"}  # third parties that may be imported by importing a module
+TRITON_ROOM = ["fused_lora", "kernels", "triton"]  # a jitted function finds triton in its module
+WITHOUT_TRITON = {"available", "border", "launch", "tiles"}  # in that room, importable without
 LATE = {"triton", "timm", "transformers", "peft", "safetensors", "torchvision", "numpy"}
 
 
@@ -61,11 +63,21 @@ def complaint(module: str, name: str, at_import: bool) -> str | None:
     party = name.split(".")[0]
     if name.startswith("fused_lora._native") and at_import:
         return "the compiled module is imported inside the function that uses it"
+    if _holds_triton(name) and at_import and not _holds_triton(module):
+        return "kernels in triton are imported inside the function that launches them"
     if party != "fused_lora":
+        if party == "triton" and _holds_triton(module):
+            return None
         if party in LATE and at_import and room_of(module) not in SIDE_ROOMS:
             return f"{party} is imported inside the function that uses it"
         return "plan never sees a tensor" if party == "torch" and _in(module, "plan") else None
     return None if module == "fused_lora" else _room_complaint(module, name)
+
+
+def _holds_triton(name: str) -> bool:
+    """Whether ``name`` lies in a module of the triton room whose import imports triton."""
+    parts = name.split(".")
+    return parts[:3] == TRITON_ROOM and len(parts) > 3 and parts[3] not in WITHOUT_TRITON
 
 
 def _in(module: str, room: str) -> bool:
@@ -121,7 +133,11 @@ def test_imports_go_down(path: Path) -> None:
         ("fused_lora.types", "from fused_lora import env", "does not stand below"),
         ("fused_lora.ops.x", "from fused_lora.testing import truth", "only the cli"),
         ("fused_lora.kernels.aten.x", "from fused_lora.kernels.cuda import native", "ignorant"),
-        ("fused_lora.kernels.triton.x", "import triton.language as tl", "inside the function"),
+        ("fused_lora.kernels.triton", "import triton", "inside the function"),
+        ("fused_lora.kernels.triton.tiles", "import triton.language as tl", "inside the function"),
+        ("fused_lora.kernels.cuda.x", "import triton", "inside the function"),
+        ("fused_lora.ops.x", "from fused_lora.kernels.triton import x", "launches them"),
+        ("fused_lora.kernels.triton.tiles", "import fused_lora.kernels.triton.x", "launches them"),
         ("fused_lora", "import safetensors.torch", "inside the function"),
         ("fused_lora.kernels.cuda.x", "from fused_lora import _native", "inside the function"),
         ("fused_lora.io.x", "try:\n    import peft\nexcept ImportError: pass", "inside the func"),
@@ -141,7 +157,10 @@ def test_violations_are_caught(module: str, source: str, why: str) -> None:
             "import torch\nfrom fused_lora.ops.lora_linear import lora_linear",
         ),
         ("fused_lora.kernels.aten.x", "from fused_lora.kernels.interface import Adapters"),
-        ("fused_lora.kernels.triton.x", "def f():\n    import triton"),
+        ("fused_lora.kernels.triton.x", "import triton.language as tl"),
+        ("fused_lora.kernels.triton.tiles", "def f():\n    import triton"),
+        ("fused_lora.ops.x", "def f():\n    from fused_lora.kernels.triton import x"),
+        ("fused_lora.ops.x", "from fused_lora.kernels.triton import available"),
         ("fused_lora.cli", "from fused_lora.bench import table"),
         ("fused_lora.bench.x", "import timm\nfrom fused_lora.patching import patch"),
         ("fused_lora.patching.x", "if TYPE_CHECKING:\n    import timm"),

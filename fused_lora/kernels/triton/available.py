@@ -1,0 +1,55 @@
+"""Why Triton cannot serve, when it cannot."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+LEAST_CAPABILITY = (8, 0)  # cp.async and bf16 matrix instructions
+LEAST_VERSION = (3, 6)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(
+    device: torch.device | int | None = None, dtype: torch.dtype | None = None
+) -> str | None:
+    """One sentence why Triton cannot serve ``dtype`` on ``device``; None when it can."""
+    return why_not_here() or _why_not_on(device) or _why_not_in(dtype)
+
+
+def why_not_here() -> str | None:
+    """The part of ``why_not`` that no device and no dtype enters."""
+    try:
+        from triton import __version__ as version
+    except ModuleNotFoundError:
+        return "triton is not installed"
+    except ImportError as error:
+        return f"triton does not load: {error}"
+    if tuple(int(part) for part in version.split(".")[:2]) < LEAST_VERSION:
+        least = ".".join(map(str, LEAST_VERSION))
+        return f"triton is {version}, these kernels are written for {least} and later"
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes"):
+        return "TRITON_INTERPRET is set, and the interpreter computes bf16 wrongly"
+    return None
+
+
+def _why_not_on(device: torch.device | int | None) -> str | None:
+    if isinstance(device, torch.device) and device.type != "cuda":
+        return f"the tensors are on {device.type}, Triton's kernels run on CUDA devices"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        least, found = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))
+        return f"the device has compute capability {found}, these kernels need {least}"
+    return None
+
+
+def _why_not_in(dtype: torch.dtype | None) -> str | None:
+    if dtype is None or dtype in DTYPES:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"these kernels compute in float32, bfloat16 and float16, not in {name}"

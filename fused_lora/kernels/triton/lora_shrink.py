@@ -1,0 +1,90 @@
+"""The thin products with a border: h = x aT and dh_g = s_g dy[:, span_g] b_g.
+
+    out[m, r] = s_r sum_c x[m, c] border[r, c]        x [M, C]   border [sum R, C]   out [M, sum R]
+
+All groups in one launch, x read once while sum R <= 64. The border is cast to x's dtype on load,
+sums and the scale are fp32, and each output is rounded once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton.border import Border, of_a, of_b
+from fused_lora.kernels.triton.launch import input_precision, on_device
+from fused_lora.kernels.triton.primitives import column_range, load_border, rank_scales
+from fused_lora.kernels.triton.tiles import ThinTile, thin_tile
+
+
+@triton.jit
+def _shrink(
+    x,  # [M, C]
+    x_row,
+    border,  # [R, C]
+    out,  # [M, R]
+    out_row,
+    rows,
+    ranks,
+    PRECISION: tl.constexpr,  # of fp32 products
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * BLOCK_R
+    r = first + tl.arange(0, BLOCK_R)
+    low, high = column_range(border, first, first + BLOCK_R)
+    x_rows = x + m.to(tl.int64)[:, None] * x_row
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for c0 in range(low, high, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        x_tile = tl.load(
+            x_rows + c[None, :], mask=(m < rows)[:, None] & (c < high)[None, :], other=0.0
+        )
+        border_tile = load_border(border, r[None, :], c[:, None], x.dtype.element_ty)
+        acc = tl.dot(x_tile, border_tile, acc, input_precision=PRECISION)
+    acc *= rank_scales(border, r)[None, :]
+    out_tile = out + m.to(tl.int64)[:, None] * out_row + r[None, :]
+    mask = (m < rows)[:, None] & (r < ranks)[None, :]
+    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=mask)
+
+
+def shrink(
+    x: Tensor,  # [M, K], rows contiguous
+    adapters: Adapters,
+    out: Tensor | None = None,  # [M, sum R], rows contiguous: the right end of [x | h]
+    tile: ThinTile | None = None,
+) -> Tensor:
+    """h = x aT, [M, sum R], in x's dtype."""
+    return _launch(x, of_a(adapters), out, tile)
+
+
+def shrink_grad(
+    dy: Tensor,  # [M, N], rows contiguous
+    adapters: Adapters,
+    out: Tensor | None = None,  # [M, sum R], rows contiguous: the right end of [dy | dh]
+    tile: ThinTile | None = None,
+) -> Tensor:
+    """dh = s dy b, [M, sum R], in dy's dtype."""
+    return _launch(dy, of_b(adapters), out, tile)
+
+
+def _launch(x: Tensor, border: Border, out: Tensor | None, tile: ThinTile | None) -> Tensor:
+    rows, ranks = x.shape[0], border.rank
+    out = x.new_empty(rows, ranks) if out is None else out
+    assert x.stride(1) == 1 and out.stride(1) == 1, (x.stride(), out.stride())
+    assert out.shape == (rows, ranks) and out.dtype is x.dtype, (out.shape, out.dtype)
+    if out.numel() == 0:
+        return out
+    tile = tile or thin_tile(rows, ranks, x.element_size(), x.device)
+    grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(ranks, tile.block_r))
+    with on_device(x.device):
+        _shrink[grid](
+            *(x, x.stride(0), border, out, out.stride(0), rows, ranks),
+            PRECISION=input_precision(x.dtype),
+            **tile.arguments(),
+        )
+    return out

@@ -1,0 +1,68 @@
+"""Philox4x32-10 and the stochastic rounding it drives: the bits of reference/philox.py.
+
+Element e at (seed, step) owns 16 random bits: half e mod 8, low halves first, of
+
+    philox(counter = (e // 8 low, e // 8 high, step low, step high), key = (seed low, seed high))
+
+|x| lies t / 65536 of the way from one number of the type to the next, t rounded down, and goes to
+the next exactly when t + random >= 65536.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _round(x, y, z, w, key_low, key_high):
+    """One of ten."""
+    x_high, z_high = tl.umulhi(x, 0xD2511F53), tl.umulhi(z, 0xCD9E8D57)
+    x_low, z_low = x * 0xD2511F53, z * 0xCD9E8D57
+    return z_high ^ y ^ key_low, z_low, x_high ^ w ^ key_high, x_low
+
+
+@triton.jit
+def random16(element, seed_low, seed_high, step_low, step_high):
+    """The 16 bits of each int64 element index, as uint32; the other words are uint32."""
+    block, half = element >> 3, (element & 7).to(tl.uint32)
+    x, y = block.to(tl.uint32), (block >> 32).to(tl.uint32)
+    z, w = tl.zeros_like(x) + step_low, tl.zeros_like(x) + step_high
+    key_low, key_high = tl.zeros_like(x) + seed_low, tl.zeros_like(x) + seed_high
+    for _ in tl.static_range(10):
+        x, y, z, w = _round(x, y, z, w, key_low, key_high)
+        key_low += 0x9E3779B9
+        key_high += 0xBB67AE85
+    word = tl.where(half < 4, tl.where(half < 2, x, y), tl.where(half < 6, z, w))
+    return (word >> (16 * (half & 1))) & 0xFFFF
+
+
+@triton.jit
+def _to_bfloat16(magnitude, random):
+    """fp32 bit patterns without sign: t is their low half, at every exponent."""
+    return ((magnitude + random) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _to_float16(magnitude, random):
+    """fp32 bit patterns without sign, by the spacing 2^e of float16 at each."""
+    exponent = tl.maximum((magnitude >> 23).to(tl.int32), 127 - 14) - 10  # biased, of the spacing
+    spacing = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    steps = tl.minimum(magnitude.to(tl.float32, bitcast=True) * inverse, 65536.0)
+    lower = tl.floor(steps)
+    t = ((steps - lower) * 65536.0).to(tl.uint32)
+    return (lower + tl.where(t + random >= 65536, 1.0, 0.0)) * spacing
+
+
+@triton.jit
+def stochastic_round(value, random, dtype: tl.constexpr):
+    """fp32 to bfloat16 or float16 by 16 bits given for each element; inf and NaN stay."""
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if dtype == tl.bfloat16:
+        rounded = _to_bfloat16(magnitude, random)
+    else:
+        rounded = _to_float16(magnitude, random)
+    signed = tl.where(bits >> 31 != 0, -rounded, rounded)
+    return tl.where(magnitude < 0x7F800000, signed, value).to(dtype)

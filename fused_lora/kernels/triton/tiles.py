@@ -1,0 +1,160 @@
+"""Which configuration a kernel runs in: a few candidates per architecture, one rule that chooses.
+
+Integers in, a frozen dataclass out. Every candidate is compiled for its architecture by the tests:
+no spilled registers, shared memory within the chip's limit, the chip's matrix instruction present.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+
+from fused_lora.kernels.triton.launch import architecture, multiprocessors
+
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+LEAST_SHARED_KIB = 99  # of any chip from sm_80 on
+CONTRACTED = {"enable_fp_fusion": True}  # a b + c rounds once; the default differs by version
+
+
+def shared_bytes(arch: int) -> int:
+    """What one block may use on sm_``arch``."""
+    return SHARED_KIB.get(arch, LEAST_SHARED_KIB) << 10
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the extended GEMM is cut."""
+
+    block_m: int  # rows of y per program
+    block_n: int  # columns of y per program
+    block_k: int  # columns of x per step
+    stages: int  # steps in flight
+    warps: int
+    group_m: int = 8  # rows of tiles walked together, for L2
+
+    def fits(self, arch: int, itemsize: int, activation: bool = False) -> bool:
+        """Whether a block of sm_``arch`` holds the stages and its threads the accumulator.
+
+        An activation's epilogue takes about as many registers again.
+        """
+        step_bytes = (self.block_m + self.block_n) * self.block_k * itemsize
+        accumulator = self.block_m * self.block_n // (32 * self.warps)  # registers of a thread
+        holds = self.stages * step_bytes <= shared_bytes(arch)
+        return holds and accumulator <= (64 if activation else 128)
+
+    def arguments(self) -> dict[str, int | bool]:
+        """The kernel's constants and Triton's options."""
+        return _arguments(self)
+
+
+@dataclass(frozen=True)
+class ThinTile:
+    """How a product with a border on the right is cut: [M, C] by [C, sum R]."""
+
+    block_m: int  # rows of x per program
+    block_r: int  # ranks per program
+    block_c: int  # columns of x per step
+    stages: int  # steps in flight
+    warps: int
+
+    def arguments(self) -> dict[str, int | bool]:
+        """The kernel's constants and Triton's options."""
+        return _arguments(self)
+
+
+@dataclass(frozen=True)
+class GradTile:
+    """How a product over rows is cut: [M, sum R]T by [M, C]."""
+
+    block_r: int  # ranks per program
+    block_c: int  # columns per program
+    block_m: int  # rows per step
+    stages: int  # steps in flight
+    warps: int
+
+    def arguments(self) -> dict[str, int | bool]:
+        """The kernel's constants and Triton's options."""
+        return _arguments(self)
+
+
+@dataclass(frozen=True)
+class MergeTile:
+    """How w' = w + s b a is cut; fp32 products, so small in ranks."""
+
+    block_n: int = 64  # rows of w per program
+    block_k: int = 64  # columns of w per program
+    block_r: int = 16  # ranks per step
+    stages: int = 2  # steps in flight
+    warps: int = 8
+
+    def arguments(self) -> dict[str, int | bool]:
+        """The kernel's constants and Triton's options."""
+        return _arguments(self)
+
+
+def _arguments(tile: Tile | ThinTile | GradTile | MergeTile) -> dict[str, int | bool]:
+    fields = asdict(tile)
+    options = {"num_stages": fields.pop("stages"), "num_warps": fields.pop("warps")}
+    return {name.upper(): value for name, value in fields.items()} | options | CONTRACTED
+
+
+SAFE = Tile(128, 128, 64, 3, 8)  # compiles without spills on every architecture
+
+_NARROW = (Tile(128, 64, 64, 3, 8), Tile(64, 64, 64, 3, 4))
+_SINGLE = (Tile(64, 64, 32, 3, 4), Tile(32, 32, 32, 3, 4))  # fp32 operands
+_HALF: dict[int, tuple[Tile, ...]] = {
+    80: (SAFE, *_NARROW),
+    90: (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 8), *_NARROW),
+    100: (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 8), *_NARROW),
+    120: (SAFE, *_NARROW),
+}
+
+
+def candidates(arch: int, itemsize: int, activation: bool = False) -> tuple[Tile, ...]:
+    """The extended GEMM's tiles for sm_``arch``, largest first."""
+    family = max((known for known in _HALF if known <= arch), default=80)
+    tiles = _HALF[family] if itemsize == 2 else _SINGLE
+    return tuple(tile for tile in tiles if tile.fits(arch, itemsize, activation))
+
+
+def gemm_tile(
+    rows: int, columns: int, itemsize: int, activation: bool, device: torch.device
+) -> Tile:
+    """The candidate that keeps the busiest multiprocessor busy shortest."""
+    tiles = candidates(architecture(device), itemsize, activation)
+    return _least_cost(tiles, rows, columns, multiprocessors(device))
+
+
+@lru_cache(maxsize=4096)
+def _least_cost(tiles: tuple[Tile, ...], rows: int, columns: int, processors: int) -> Tile:
+    return min(tiles, key=lambda tile: _busiest(tile, rows, columns, processors))
+
+
+def _busiest(tile: Tile, rows: int, columns: int, processors: int) -> float:
+    """Time of the busiest multiprocessor, in arbitrary units: its tiles x area and edges of one."""
+    tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
+    area, edges = tile.block_m * tile.block_n, tile.block_m + tile.block_n
+    return -(-tiles // processors) * (area + 32 * edges)
+
+
+@lru_cache(maxsize=4096)
+def thin_tile(rows: int, ranks: int, itemsize: int, device: torch.device) -> ThinTile:
+    """Short in rows where there are few, so that every multiprocessor has some."""
+    if itemsize == 4:
+        return ThinTile(64, power_of_two(ranks, 16, 32), 32, 3, 8)
+    few = rows < 128 * multiprocessors(device)
+    return ThinTile(64 if few else 128, power_of_two(ranks, 16, 64), 64, 4, 4)
+
+
+def grad_tile(ranks: int, itemsize: int) -> GradTile:
+    """One row block of ranks where they fit, wide in columns so that h is read seldom."""
+    if itemsize == 4:
+        return GradTile(power_of_two(ranks, 16, 32), 64, 32, 4, 4)
+    return GradTile(power_of_two(ranks, 16, 64), 128, 64, 4, 4)
+
+
+def power_of_two(size: int, least: int, most: int) -> int:
+    """The first power of two that holds ``size``, within bounds."""
+    return min(max(1 << (size - 1).bit_length(), least), most)

@@ -1,0 +1,119 @@
+"""What the launchers would run on a GPU that is not here: compiled, measured, not launched.
+
+A stand-in for Triton's driver names an architecture; every launch inside ``compiled`` then compiles
+with exactly the arguments, alignments and constants of that launch, and stops there.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+MATRIX = {"mma.sync": 80, "wgmma.mma_async": 90, "tcgen05.mma": 100}  # each chip's own
+REGISTERS = 65536  # of a multiprocessor
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes."""
+
+    name: str
+    registers: int  # per thread
+    stack_bytes: int  # spilled registers live here
+    shared_bytes: int
+    tensor_columns: int  # of tensor memory
+    warps: int
+    ptx: str
+
+    @property
+    def matrix(self) -> set[str]:
+        """The matrix instructions in it."""
+        return {name for name in MATRIX if name in self.ptx}
+
+    def complaints(self, limit_bytes: int) -> list[str]:
+        """Why a chip with this much shared memory would not run it well."""
+        wrong = []
+        if self.stack_bytes:
+            wrong.append(f"{self.stack_bytes} bytes of spilled registers")
+        if self.shared_bytes > limit_bytes:
+            wrong.append(f"{self.shared_bytes} bytes of shared memory, {limit_bytes} there are")
+        if self.registers * self.warps * 32 > REGISTERS:
+            wrong.append(f"{self.registers} registers")
+        if self.tensor_columns > 512:
+            wrong.append(f"{self.tensor_columns} columns of tensor memory")
+        return [f"{self.name} in {self.warps} warps: {said}" for said in wrong]
+
+
+class _Chip:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # a kernel keeps what it compiled by device
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compiled(arch: int) -> Iterator[list[Resources]]:
+    """Every launch inside is compiled for sm_``arch`` and appended."""
+    found: list[Resources] = []
+    run, seen = JITFunction.run, set()
+
+    def compile_only(self: JITFunction, *args: object, **kwargs: object) -> object:
+        kernel = run(self, *args, **{**kwargs, "warmup": True})
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            found.append(_resources(kernel, kwargs.get("num_warps", 4)))
+        return kernel
+
+    before = driver._active
+    driver.set_active(_Chip(arch))
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+        driver._active = before
+
+
+def _resources(kernel: object, warps: int) -> Resources:
+    metadata, cubin = kernel.metadata, kernel.asm["cubin"]
+    registers, stack, local = _usage(cubin)
+    ptx = kernel.asm["ptx"]
+    columns = getattr(metadata, "tmem_size", 0) or 0
+    return Resources(metadata.name, registers, stack + local, metadata.shared, columns, warps, ptx)
+
+
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, stack and local bytes, as cuobjdump reads them off the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True)
+    match = RESOURCES.search(said.stdout + said.stderr)
+    assert match, said.stdout + said.stderr
+    return tuple(map(int, match.groups()))

@@ -1,0 +1,82 @@
+"""EXTENDED beyond parity: the adapter's signal, activations, operands where they lie."""
+
+import pytest
+import torch
+
+from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton import lora_linear
+from fused_lora.kernels.triton.tiles import Tile
+from fused_lora.reference import lora_linear as reference
+from fused_lora.testing.yardstick import judge
+from fused_lora.types import Span
+from tests.kernels.triton.cases import CASES, DTYPES, TILE, adapters, build
+
+QKV = CASES[3]
+
+
+def test_one_rounding_keeps_the_adapters_signal():
+    m, k, n, r = 128, 256, 256, 16
+    x, w = torch.randn(m, k).bfloat16(), (torch.randn(n, k) / k**0.5).bfloat16()
+    a, b = torch.randn(r, k).bfloat16(), torch.randn(n, r).bfloat16()
+    scale = 1e-3 * float(w.double().norm() / (b.double() @ a.double()).norm())
+    term = scale * (x.double() @ a.double().T) @ b.double().T
+    group = Adapters([a], [b], (scale,), (Span(0, n, r),))
+    y = lora_linear.forward(x, w, None, group, tile=Tile(64, 64, 64, 2, 4)).y
+    difference = y.double() - (x.double() @ w.double().T).bfloat16().double()
+    gain = float((difference * term).sum() / (term * term).sum())
+    assert 0.99 <= gain <= 1.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
+def test_gelu_and_its_input(kind, approximate, dtype):
+    p = build(QKV, dtype, torch.float32)
+    plain = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE)
+    ours = lora_linear.forward(p.x, p.w, p.bias, adapters(p), kind, tile=TILE)
+    assert plain.u is None and torch.equal(ours.u, plain.y)
+    d = p.double()
+    gelu = lambda u: torch.nn.functional.gelu(u, approximate=approximate)  # noqa: E731
+    truth = gelu(reference.forward(d.x, d.w, d.bias, d.a, d.b, d.scales, d.spans))
+    verdict = judge(kind, ours.y, gelu(plain.y), truth, dtype)
+    assert verdict.passed, str(verdict)
+
+
+def test_an_x_and_an_h_inside_one_bordered_buffer_are_read_where_they_are():
+    p = build(QKV, torch.bfloat16, torch.float32)
+    y, h, _ = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE)
+    buffer = torch.full((p.x.shape[0], p.x.shape[1] + h.shape[1]), torch.nan, dtype=h.dtype)
+    x, tail = buffer[:, : p.x.shape[1]], buffer[:, p.x.shape[1] :]
+    x.copy_(p.x)
+    tail.copy_(h)
+    again = lora_linear.forward(x, p.w, p.bias, adapters(p), h=tail, tile=TILE)
+    assert torch.equal(again.y, y) and again.h is tail
+
+
+def test_a_transposed_w_gives_the_same_bits():
+    p = build(QKV, torch.float32, torch.float32)
+    once = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
+    again = lora_linear.forward(p.x, p.w.t().contiguous().t(), p.bias, adapters(p), tile=TILE).y
+    assert torch.equal(once, again)
+
+
+def test_columns_outside_every_span_see_the_base_alone():
+    case = CASES[4]
+    p = build(case, torch.float32, torch.float32)
+    y = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
+    empty = Adapters([torch.zeros_like(t) for t in p.a], p.b, p.scales, p.spans)
+    base = lora_linear.forward(p.x, p.w, p.bias, empty, tile=TILE).y
+    assert torch.equal(y[:, 41:90], base[:, 41:90])
+    assert torch.equal(y[:, :3], base[:, :3])
+
+
+def test_tf32_is_used_where_torch_allows_it():
+    p = build(CASES[0], torch.float32, torch.float32)
+    exact = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        rough = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
+    finally:
+        setting.fp32_precision = before
+    difference = float((rough - exact).norm() / exact.norm())
+    assert 1e-5 < difference < 2e-3

@@ -1,0 +1,67 @@
+"""Triton's interpreter, put right for bf16 and tf32.
+
+As it comes, ``tl.dot`` multiplies the bit patterns of bf16 operands as integers, casts from fp32 to
+bf16 truncate, and tf32 products are exact. Here operands become fp32 first, casts round to nearest
+even, and tf32 operands lose the 13 bits a matrix unit does not read.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_cast = InterpreterBuilder.cast_impl
+_dot = InterpreterBuilder.create_dot
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    """bf16 bit patterns as fp32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrowed(values: np.ndarray) -> np.ndarray:
+    """fp32 as bf16 bit patterns, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def tf32(values: np.ndarray) -> np.ndarray:
+    """fp32 with the ten leading fraction bits."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def cast(builder: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
+    """Any cast, by way of fp32 where bf16 is at either end."""
+    if src.dtype.scalar == tl.bfloat16 and dst_type.scalar != tl.bfloat16:
+        src = TensorHandle(widened(src.data), tl.float32)
+    if dst_type.scalar == tl.bfloat16 and src.dtype.scalar != tl.bfloat16:
+        return TensorHandle(narrowed(src.data.astype(np.float32)), tl.bfloat16)
+    return _cast(builder, src, dst_type)
+
+
+def dot(
+    builder: InterpreterBuilder,
+    a: TensorHandle,
+    b: TensorHandle,
+    d: TensorHandle,
+    input_precision: object,
+    max_num_imprecise_acc: int,
+) -> TensorHandle:
+    """``a b + d`` in fp32."""
+    operands = []
+    for operand in (a, b):
+        values = widened(operand.data) if operand.dtype.scalar == tl.bfloat16 else operand.data
+        truncates = values.dtype == np.float32 and "TF32" in str(input_precision).upper()
+        operands.append(TensorHandle(tf32(values) if truncates else values, tl.float32))
+    return TensorHandle(
+        np.matmul(*(o.data.astype(np.float32) for o in operands)) + d.data, d.dtype.scalar
+    )
+
+
+def install() -> None:
+    """Put it in force in this process."""
+    InterpreterBuilder.cast_impl = cast
+    InterpreterBuilder.create_dot = dot

@@ -1,0 +1,57 @@
+"""Every kernel of one problem against float64, by the yardstick rule, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.triton import lora_grad, lora_linear, lora_shrink
+from fused_lora.reference import lora_linear as reference
+from fused_lora.testing.yardstick import judge
+from fused_lora.types import Needs
+from tests.kernels.triton.cases import GRAD_TILE, THIN_TILE, TILE, adapters, lowered
+from tests.ops.problems import Problem
+
+Named = Iterator[tuple[str, Tensor]]
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    """A group's gradients as one vector: apart, one element would be judged by one rounding."""
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def reference_run(p: Problem) -> Named:
+    """What the equations make of p, in p's dtype."""
+    yield "h", p.x @ torch.cat(p.a).T
+    spans = zip(p.scales, p.spans, p.b, strict=True)
+    yield "dh", torch.cat([s * p.dy[:, c.start : c.stop] @ b for s, c, b in spans], 1)
+    yield "y", reference.forward(p.x, p.w, p.bias, p.a, p.b, p.scales, p.spans)
+    grads = reference.backward(p.dy, p.x, p.w, p.a, p.b, p.scales, p.spans, Needs())
+    yield "dx", grads.x
+    yield "da", flat(grads.a)
+    yield "db", flat(grads.b)
+
+
+def triton_run(p: Problem, small: bool = True) -> Named:
+    """What the kernels make of it; in ``small`` tiles or in those that ship."""
+    thin, gemm, grad = (THIN_TILE, TILE, GRAD_TILE) if small else (None, None, None)
+    group = adapters(p)
+    h = lora_shrink.shrink(p.x, group, tile=thin)
+    dh = lora_shrink.shrink_grad(p.dy, group, tile=thin)
+    yield "h", h
+    yield "dh", dh
+    yield "y", lora_linear.forward(p.x, p.w, p.bias, group, h=h, tile=gemm).y
+    yield "dx", lora_linear.input_grad(p.dy, p.w, group, dh=dh, tile=gemm)[0]
+    yield "da", flat(lora_grad.a_grads(dh, p.x, group, tile=grad))
+    yield "db", flat(lora_grad.b_grads(h, p.dy, group, tile=grad))
+
+
+def check(p: Problem, dtype: torch.dtype, small: bool = True) -> None:
+    """Raise AssertionError where a kernel leaves the yardstick."""
+    runs = (triton_run(p, small), reference_run(lowered(p, dtype)), reference_run(p.double()))
+    for (name, ours), (_, plain), (_, truth) in zip(*runs, strict=True):
+        assert torch.isfinite(ours).all(), name
+        verdict = judge(name, ours, plain, truth, dtype)
+        assert verdict.passed, str(verdict)

@@ -1,0 +1,91 @@
+"""The kernels in the tiles that ship, on a GPU: the yardstick, the signal, the same bits twice."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton import lora_linear
+from fused_lora.kernels.triton.available import why_not
+from fused_lora.kernels.triton.lora_merge import lora_merge
+from fused_lora.kernels.triton.tiles import candidates
+from fused_lora.reference import philox
+from fused_lora.types import Span
+from tests.kernels.triton.cases import CASES, DTYPES, IDS, Case, adapters, build
+from tests.kernels.triton.guards import fenced
+from tests.kernels.triton.parity import check, triton_run
+from tests.ops.problems import draw
+
+pytestmark = pytest.mark.gpu
+
+VIT = [
+    Case("ViT-B output projection", 8 * 197, 768, 768, (Span(0, 768, 16),)),
+    Case("ViT-S fused qkv", 8 * 197, 384, 1152, tuple(
+        Span(384 * g, 384 * g + 384, 64) for g in range(3)
+    )),
+    Case("a rank WeCoLoRA uses", 1024, 768, 3072, (Span(0, 3072, 512),)),
+]  # fmt: skip
+ALL_IDS = [*IDS, *(case.why for case in VIT)]
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """Every tensor of a test is made on the GPU."""
+    if said := why_not():
+        pytest.skip(said)
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("case", [*CASES, *VIT], ids=ALL_IDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity(case, dtype, monkeypatch):
+    with fenced(monkeypatch):
+        check(build(case, dtype, torch.float32), dtype, small=False)
+
+
+@pytest.mark.parametrize("shard", range(4))
+def test_parity_on_random_problems(shard):
+    for seed in range(shard, 100, 4):
+        dtype = DTYPES[seed % 3]
+        check(draw(seed, dtype), dtype, small=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_tile_gives_the_same_product(dtype):
+    p = build(VIT[0], dtype, torch.float32)
+    first, *others = [
+        lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=tile).y
+        for tile in candidates(80, dtype.itemsize)
+    ]
+    for y in others:
+        torch.testing.assert_close(y, first)
+
+
+@pytest.mark.parametrize("case", VIT, ids=ALL_IDS[len(IDS) :])
+def test_same_inputs_same_bits(case):
+    p = build(case, torch.bfloat16, torch.float32)
+    for (name, once), (_, again) in zip(triton_run(p, False), triton_run(p, False), strict=True):
+        assert torch.equal(once, again), name
+
+
+def test_one_rounding_keeps_the_adapters_signal():
+    m, k, n, r = 512, 768, 768, 16
+    x, w = torch.randn(m, k).bfloat16(), (torch.randn(n, k) / k**0.5).bfloat16()
+    a, b = torch.randn(r, k).bfloat16(), torch.randn(n, r).bfloat16()
+    scale = 1e-3 * float(w.double().norm() / (b.double() @ a.double()).norm())
+    term = scale * (x.double() @ a.double().T) @ b.double().T
+    y = lora_linear.forward(x, w, None, Adapters([a], [b], (scale,), (Span(0, n, r),))).y
+    difference = y.double() - (x.double() @ w.double().T).bfloat16().double()
+    assert float((difference * term).sum() / (term * term).sum()) >= 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_merge_has_the_references_bits(dtype):
+    n, k, r, noise = 197, 389, 5, (2**63 + 5, 2**40 + 1)
+    w = torch.randn(n, k).to(dtype)
+    a, b = (torch.randint(-8, 9, shape) / 8 for shape in ((r, k), (n, r)))
+    ours = lora_merge(w, [a], [b], (2.0**-9,), (Span(0, n, r),), noise)
+    merged = w.double() + 2.0**-9 * (b.double() @ a.double())
+    assert torch.equal(ours, philox.stochastic_round(merged.float(), dtype, *noise))

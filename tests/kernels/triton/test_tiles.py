@@ -1,0 +1,42 @@
+"""Which tile is chosen: integers alone, no triton."""
+
+import pytest
+import torch
+
+from fused_lora.kernels.triton import tiles
+
+CPU = torch.device("cpu")
+ARCHS = (80, 86, 89, 90, 100, 103, 120, 121, 130)  # the last is not known yet
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("activation", [False, True])
+def test_every_chip_has_tiles_that_fit(arch, itemsize, activation):
+    found = tiles.candidates(arch, itemsize, activation)
+    assert found
+    assert all(tile.fits(arch, itemsize, activation) for tile in found)
+
+
+def test_an_activation_has_no_tile_that_would_spill():
+    widest = [max(t.block_n for t in tiles.candidates(90, 2, gelu)) for gelu in (False, True)]
+    assert widest == [256, 128]
+
+
+def test_few_rows_take_small_tiles_and_many_take_large_ones(monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
+    small = tiles.gemm_tile(197, 768, 2, False, CPU)
+    large = tiles.gemm_tile(25216, 3072, 2, False, CPU)
+    assert small.block_m * small.block_n < large.block_m * large.block_n
+
+
+@pytest.mark.parametrize("size, power", [(1, 16), (16, 16), (17, 32), (48, 64), (65, 64)])
+def test_rank_blocks_are_powers_of_two_within_bounds(size, power):
+    assert tiles.power_of_two(size, 16, 64) == power
+
+
+def test_arguments_are_constants_and_options():
+    expected = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}
+    options = {"num_stages": 3, "num_warps": 8, "enable_fp_fusion": True}
+    assert tiles.SAFE.arguments() == expected | options
