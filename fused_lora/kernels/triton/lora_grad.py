@@ -132,7 +132,7 @@ def _launch(t: Tensor, z: Tensor, border: Border, add: bool, tile: GradTile | No
     slices, slice_rows = _slices(rows, blocks[0] * blocks[1], tile.block_m, t.device)
     partial = t.new_empty((slices, ranks, columns), dtype=torch.float32)
     with on_device(t.device):
-        _partial_sums[(*blocks, slices)](
+        _partial_sums[(blocks[0], blocks[1], slices)](
             *(t, t.stride(0), z, z.stride(0), border, partial, rows, ranks, columns, slice_rows),
             PRECISION=input_precision(t.dtype),
             **tile.arguments(),
