@@ -18,7 +18,7 @@ from fused_lora.patching.explain import explain
 from fused_lora.patching.patch import patch
 from fused_lora.version import __version__
 
-TRITON = "Triton kernels are not part of this version"
+TRITON = "its kernels are not dispatched yet: no machine can verify them before they serve"
 CUDA = "lora_merge alone, and on request (impl='cuda'): no machine has verified it yet"
 
 
