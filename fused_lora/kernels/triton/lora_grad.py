@@ -130,9 +130,10 @@ def _launch(t: Tensor, z: Tensor, border: Border, add: bool, tile: GradTile | No
     tile = tile or grad_tile(ranks, z.element_size())
     blocks = (triton.cdiv(columns, tile.block_c), triton.cdiv(ranks, tile.block_r))
     slices, slice_rows = _slices(rows, blocks[0] * blocks[1], tile.block_m, t.device)
+    grid = (*blocks, slices)
     partial = t.new_empty((slices, ranks, columns), dtype=torch.float32)
     with on_device(t.device):
-        _partial_sums[(blocks[0], blocks[1], slices)](
+        _partial_sums[grid](
             *(t, t.stride(0), z, z.stride(0), border, partial, rows, ranks, columns, slice_rows),
             PRECISION=input_precision(t.dtype),
             **tile.arguments(),

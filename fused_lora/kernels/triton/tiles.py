@@ -143,7 +143,7 @@ def _busiest(tile: Tile, rows: int, columns: int, processors: int) -> float:
 def thin_tile(rows: int, ranks: int, itemsize: int, device: torch.device) -> ThinTile:
     """Short in rows where there are few, so that every multiprocessor has some."""
     if itemsize == 4:
-        return ThinTile(64, power_of_two(ranks, 16, 32), 32, 3, 8)
+        return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4)
     few = rows < 128 * multiprocessors(device)
     return ThinTile(64 if few else 128, power_of_two(ranks, 16, 64), 64, 4, 4)
 
