@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from fused_lora import cli
+
 BLOCKED = ["triton", "fused_lora._native", "timm", "peft", "safetensors", "transformers"]
 
 # torch itself may try triton and must be let fail; numpy is torch's own affair.
