@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.triton import lora_grad, lora_linear, lora_shrink
+from fused_lora.kernels.triton import lora_extended, lora_grad, lora_shrink
 from fused_lora.reference import lora_linear as reference
 from fused_lora.testing.yardstick import judge
 from fused_lora.types import Needs
@@ -42,8 +42,8 @@ def triton_run(p: Problem, small: bool = True) -> Named:
     dh = lora_shrink.shrink_grad(p.dy, group, tile=thin)
     yield "h", h
     yield "dh", dh
-    yield "y", lora_linear.forward(p.x, p.w, p.bias, group, h=h, tile=gemm).y
-    yield "dx", lora_linear.input_grad(p.dy, p.w, group, dh=dh, tile=gemm)[0]
+    yield "y", lora_extended.forward(p.x, p.w, p.bias, group, h=h, tile=gemm).y
+    yield "dx", lora_extended.input_grad(p.dy, p.w, group, dh=dh, tile=gemm)[0]
     yield "da", flat(lora_grad.a_grads(dh, p.x, group, tile=grad))
     yield "db", flat(lora_grad.b_grads(h, p.dy, group, tile=grad))
 

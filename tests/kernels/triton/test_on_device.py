@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import lora_linear
+from fused_lora.kernels.triton import lora_extended
 from fused_lora.kernels.triton.available import why_not
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.tiles import candidates
@@ -56,7 +56,7 @@ def test_parity_on_random_problems(shard):
 def test_every_tile_gives_the_same_product(dtype):
     p = build(VIT[0], dtype, torch.float32)
     first, *others = [
-        lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=tile).y
+        lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=tile).y
         for tile in candidates(80, dtype.itemsize)
     ]
     for y in others:
@@ -76,7 +76,7 @@ def test_one_rounding_keeps_the_adapters_signal():
     a, b = torch.randn(r, k).bfloat16(), torch.randn(n, r).bfloat16()
     scale = 1e-3 * float(w.double().norm() / (b.double() @ a.double()).norm())
     term = scale * (x.double() @ a.double().T) @ b.double().T
-    y = lora_linear.forward(x, w, None, Adapters([a], [b], (scale,), (Span(0, n, r),))).y
+    y = lora_extended.forward(x, w, None, Adapters([a], [b], (scale,), (Span(0, n, r),))).y
     difference = y.double() - (x.double() @ w.double().T).bfloat16().double()
     assert float((difference * term).sum() / (term * term).sum()) >= 0.99
 

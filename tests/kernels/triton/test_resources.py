@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import lora_grad, lora_linear, lora_shrink
+from fused_lora.kernels.triton import lora_extended, lora_grad, lora_shrink
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.tiles import Tile, candidates, shared_bytes
 from fused_lora.types import Span
@@ -56,10 +56,10 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     one, three = group(1, 16), group(3, 64)
     h, h3 = x.new_zeros(M, 16), x.new_zeros(M, 192)
     for tile in candidates(arch, x.element_size()):
-        yield lambda t=tile: lora_linear.forward(x, w, bias, three, h=h3, tile=t)
-        yield lambda t=tile: lora_linear.input_grad(x, w, one, dh=h, tile=t)
+        yield lambda t=tile: lora_extended.forward(x, w, bias, three, h=h3, tile=t)
+        yield lambda t=tile: lora_extended.input_grad(x, w, one, dh=h, tile=t)
         if tile.fits(arch, x.element_size(), activation=True):
-            yield lambda t=tile: lora_linear.forward(x, w, bias, one, "erf", h, t)
+            yield lambda t=tile: lora_extended.forward(x, w, bias, one, "erf", h, t)
 
 
 @pytest.fixture
@@ -119,6 +119,6 @@ def test_every_configuration_fits(arch, kind, record_property):
 def test_what_does_not_fit_is_seen(tile, why):
     x, w, adapters = torch.zeros(M, K).half(), torch.zeros(N, K).half(), group(1, 16)
     with compiled(89) as kernels:
-        lora_linear.forward(x, w, None, adapters, h=x.new_zeros(M, 16), tile=tile)
+        lora_extended.forward(x, w, None, adapters, h=x.new_zeros(M, 16), tile=tile)
     (kernel,) = kernels
     assert why in "".join(kernel.complaints(64 << 10))

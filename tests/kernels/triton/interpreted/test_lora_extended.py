@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import lora_linear
+from fused_lora.kernels.triton import lora_extended
 from fused_lora.kernels.triton.tiles import Tile
 from fused_lora.reference import lora_linear as reference
 from fused_lora.testing.yardstick import judge
@@ -21,7 +21,7 @@ def test_one_rounding_keeps_the_adapters_signal():
     scale = 1e-3 * float(w.double().norm() / (b.double() @ a.double()).norm())
     term = scale * (x.double() @ a.double().T) @ b.double().T
     group = Adapters([a], [b], (scale,), (Span(0, n, r),))
-    y = lora_linear.forward(x, w, None, group, tile=Tile(64, 64, 64, 2, 4)).y
+    y = lora_extended.forward(x, w, None, group, tile=Tile(64, 64, 64, 2, 4)).y
     difference = y.double() - (x.double() @ w.double().T).bfloat16().double()
     gain = float((difference * term).sum() / (term * term).sum())
     assert 0.99 <= gain <= 1.01
@@ -31,8 +31,8 @@ def test_one_rounding_keeps_the_adapters_signal():
 @pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
 def test_gelu_and_its_input(kind, approximate, dtype):
     p = build(QKV, dtype, torch.float32)
-    plain = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE)
-    ours = lora_linear.forward(p.x, p.w, p.bias, adapters(p), kind, tile=TILE)
+    plain = lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=TILE)
+    ours = lora_extended.forward(p.x, p.w, p.bias, adapters(p), kind, tile=TILE)
     assert plain.u is None and torch.equal(ours.u, plain.y)
     d = p.double()
     gelu = lambda u: torch.nn.functional.gelu(u, approximate=approximate)  # noqa: E731
@@ -43,39 +43,39 @@ def test_gelu_and_its_input(kind, approximate, dtype):
 
 def test_an_x_and_an_h_inside_one_bordered_buffer_are_read_where_they_are():
     p = build(QKV, torch.bfloat16, torch.float32)
-    y, h, _ = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE)
+    y, h, _ = lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=TILE)
     buffer = torch.full((p.x.shape[0], p.x.shape[1] + h.shape[1]), torch.nan, dtype=h.dtype)
     x, tail = buffer[:, : p.x.shape[1]], buffer[:, p.x.shape[1] :]
     x.copy_(p.x)
     tail.copy_(h)
-    again = lora_linear.forward(x, p.w, p.bias, adapters(p), h=tail, tile=TILE)
+    again = lora_extended.forward(x, p.w, p.bias, adapters(p), h=tail, tile=TILE)
     assert torch.equal(again.y, y) and again.h is tail
 
 
 def test_a_transposed_w_gives_the_same_bits():
     p = build(QKV, torch.float32, torch.float32)
-    once = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
-    again = lora_linear.forward(p.x, p.w.t().contiguous().t(), p.bias, adapters(p), tile=TILE).y
+    once = lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
+    again = lora_extended.forward(p.x, p.w.t().contiguous().t(), p.bias, adapters(p), tile=TILE).y
     assert torch.equal(once, again)
 
 
 def test_columns_outside_every_span_see_the_base_alone():
     case = CASES[4]
     p = build(case, torch.float32, torch.float32)
-    y = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
+    y = lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
     empty = Adapters([torch.zeros_like(t) for t in p.a], p.b, p.scales, p.spans)
-    base = lora_linear.forward(p.x, p.w, p.bias, empty, tile=TILE).y
+    base = lora_extended.forward(p.x, p.w, p.bias, empty, tile=TILE).y
     assert torch.equal(y[:, 41:90], base[:, 41:90])
     assert torch.equal(y[:, :3], base[:, :3])
 
 
 def test_tf32_is_used_where_torch_allows_it():
     p = build(CASES[0], torch.float32, torch.float32)
-    exact = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
+    exact = lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
     setting = torch.backends.cuda.matmul
     before, setting.fp32_precision = setting.fp32_precision, "tf32"
     try:
-        rough = lora_linear.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
+        rough = lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=TILE).y
     finally:
         setting.fp32_precision = before
     difference = float((rough - exact).norm() / exact.norm())
