@@ -20,6 +20,7 @@ from fused_lora.io.keys import (
     a_key,
     adapted,
     b_key,
+    bare,
     check_keys,
     module_names,
     unmerged,
@@ -47,6 +48,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = 
         AdapterFileError: no adapters, values that are not finite, a trained parameter for which
             PEFT has no place, or a file where the folder should be.
     """
+    model = bare(model)
     groups = {name: groups_of(module) for name, module in adapted(model).items()}
     others = trained_modules(model) if trainable else []
     tensors = lora_state_dict(model)
@@ -75,7 +77,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         AdapterFileError: files missing, damaged or not of one save, an option that cannot be
             served, or a key, shape or value that does not fit the model; it is left as it was.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), bare(model)
     modules = unmerged(model)
     text, blob = read_pair(folder)
     config = _parsed(text, str(folder / CONFIG))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.nn import AdaptedLinear
@@ -26,6 +27,13 @@ def b_key(module: str) -> str:
 def aside_key(module: str, group: str) -> str:
     """The key of one group's own b; PEFT passes over it."""
     return f"{ASIDE}{module}.{group}"
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside a data-parallel wrapper, which would put ``module.`` before every name."""
+    while isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model.module
+    return model
 
 
 def module_names(model: nn.Module) -> dict[str, nn.Module]:

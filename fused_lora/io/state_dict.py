@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.io.fuse import Group, fuse, groups_of, split, total_rank
-from fused_lora.io.keys import a_key, adapted, aside_key, b_key, check_keys, unmerged
+from fused_lora.io.keys import a_key, adapted, aside_key, b_key, bare, check_keys, unmerged
 from fused_lora.nn import AdaptedLinear
 
 
@@ -24,7 +24,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         AdapterFileError: no adapters, values that are not finite, or no values yet (meta).
     """
     state: dict[str, Tensor] = {}
-    for name, module in adapted(model).items():
+    for name, module in adapted(bare(model)).items():
         for own_a, own_b in module.adapters():
             check_values(own_a, a_key(name))
             check_values(own_b, b_key(name))
@@ -41,7 +41,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         AdapterFileError: not patched, merged, or a key, shape or value that does not fit; the
             model is left as it was.
     """
-    modules = unmerged(model)
+    modules = unmerged(bare(model))
     groups = {name: groups_of(module) for name, module in modules.items()}
     adapter_changes(modules, state, groups, "the state dict").apply()
 

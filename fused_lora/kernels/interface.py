@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,10 @@ class Adapters(NamedTuple):
     def rank(self) -> int:
         """Stacked rank."""
         return sum(span.rank for span in self.spans)
+
+    def widest_a(self) -> torch.dtype:
+        """The dtype that holds every a exactly."""
+        return reduce(torch.promote_types, (a_g.dtype for a_g in self.a))
 
     def stacked_a(self) -> Tensor:
         """All a, [sum R, K]."""

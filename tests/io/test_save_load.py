@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors
 import torch
 
 import fused_lora
@@ -51,6 +52,22 @@ def test_scale_set_by_hand_and_zero_survive(patched, snapshot, same, tmp_path):
     other = patched(noise=0)
     fused_lora.load(other, tmp_path)
     assert same(other, snapshot(model))
+
+
+def test_data_parallel_wrapper_leaves_no_trace(patched, snapshot, same, tmp_path):
+    model, other = patched(), patched(0)
+    fused_lora.save(torch.nn.DataParallel(model), tmp_path)
+    assert not any(".module." in key for key in unpack_keys(tmp_path))
+    fused_lora.load(torch.nn.DataParallel(other), tmp_path)
+    assert same(other, snapshot(model))
+    assert fused_lora.lora_state_dict(torch.nn.DataParallel(model)).keys() == (
+        fused_lora.lora_state_dict(model).keys()
+    )
+
+
+def unpack_keys(folder):
+    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return list(file.keys())
 
 
 def test_state_dict_round_trip(patched, snapshot, same):

@@ -50,6 +50,20 @@ def test_each_subset_of_needed_gradients(trained):
         assert all((t.grad is not None) == bool(trained >> bit & 1) for t in group)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_narrow_adapter_does_not_round_its_neighbour(compiled):
+    torch._dynamo.reset()
+    run = torch.compile(call, backend="aot_eager") if compiled else call
+    x, w, bias, a, b = operands(torch.float32, m=(197,))
+    narrow = a[0].detach().bfloat16().requires_grad_()
+    y = run(w, bias, x, narrow, a[1], *b)
+    got = torch.autograd.grad(y.sum(), [narrow, a[1]])
+    wide = narrow.detach().float().requires_grad_()
+    expected = torch.autograd.grad(call(w, bias, x, wide, a[1], *b).sum(), [wide, a[1]])
+    torch.testing.assert_close(got[0], expected[0].bfloat16())
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-4)  # bfloat16: 4e-3
+
+
 def test_one_frozen_adapter_among_two_gets_no_gradient():
     x, w, bias, a, b = operands()
     a[0].requires_grad_(False)

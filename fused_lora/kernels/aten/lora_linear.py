@@ -187,8 +187,8 @@ class _Backward:
                 dy = columns(self.dy, cols)
                 b[g] = outer(dy, columns(h, ranks), self.low.scales[g], dtype)
         if self.needs.a:
-            da = product(self.dh.t(), self.x, 1.0, self.adapters.a[0].dtype)  # [sum R, K]
-            a = [da[ranks] for _, _, ranks in self.low.ranks()]
+            da = product(self.dh.t(), self.x, 1.0, self.adapters.widest_a())  # [sum R, K]
+            a = [da[ranks].to(self.adapters.a[g].dtype) for g, _, ranks in self.low.ranks()]
         return a, b
 
     def full_grads(self, dw: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
