@@ -34,15 +34,15 @@ class Tile:
     warps: int
     group_m: int = 8  # rows of tiles walked together, for L2
 
-    def fits(self, arch: int, itemsize: int, activation: bool = False) -> bool:
+    def fits(self, arch: int, itemsize: int, heavy: bool = False) -> bool:
         """Whether a block of sm_``arch`` holds the stages and its threads the accumulator.
 
-        An activation's epilogue takes about as many registers again.
+        A heavy epilogue, of more than a bias, takes about as many registers again.
         """
         step_bytes = (self.block_m + self.block_n) * self.block_k * itemsize
         accumulator = self.block_m * self.block_n // (32 * self.warps)  # registers of a thread
         holds = self.stages * step_bytes <= shared_bytes(arch)
-        return holds and accumulator <= (64 if activation else 128)
+        return holds and accumulator <= (64 if heavy else 128)
 
     def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
@@ -94,7 +94,47 @@ class MergeTile:
         return _arguments(self)
 
 
-def _arguments(tile: Tile | ThinTile | GradTile | MergeTile) -> dict[str, int | bool]:
+@dataclass(frozen=True)
+class ElementTile:
+    """How an elementwise pass over [M, N] is cut."""
+
+    block_m: int = 4  # rows per program
+    block_n: int = 512  # columns per program: 16 bytes a thread and row in 16 bits
+    stages: int = 1
+    warps: int = 4
+
+    def arguments(self) -> dict[str, int | bool]:
+        """The kernel's constants and Triton's options."""
+        return _arguments(self)
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """How a pass that needs whole rows is cut."""
+
+    block_m: int  # rows per program
+    block_d: int  # a power of two that holds a row
+    warps: int
+    stages: int = 1
+
+    def arguments(self) -> dict[str, int | bool]:
+        """The kernel's constants and Triton's options."""
+        return _arguments(self)
+
+
+ELEMENTS = ElementTile()
+MOST_WIDTH = 16384  # of a row that registers hold
+
+
+def row_tile(columns: int) -> RowTile:
+    """About 16 elements of each operand per thread."""
+    block = power_of_two(columns, 16, MOST_WIDTH)
+    return RowTile(max(1, 2048 // block), block, 4 if block <= 2048 else min(block // 512, 16))
+
+
+def _arguments(
+    tile: Tile | ThinTile | GradTile | MergeTile | ElementTile | RowTile,
+) -> dict[str, int | bool]:
     fields = asdict(tile)
     options = {"num_stages": fields.pop("stages"), "num_warps": fields.pop("warps")}
     return {name.upper(): value for name, value in fields.items()} | options | CONTRACTED
@@ -117,17 +157,15 @@ def _family(arch: int) -> int:
     return max((known for known in _HALF if known <= arch), default=80)
 
 
-def candidates(arch: int, itemsize: int, activation: bool = False) -> tuple[Tile, ...]:
+def candidates(arch: int, itemsize: int, heavy: bool = False) -> tuple[Tile, ...]:
     """The extended GEMM's tiles for sm_``arch``, largest first."""
     tiles = _HALF[_family(arch)] if itemsize == 2 else _SINGLE
-    return tuple(tile for tile in tiles if tile.fits(arch, itemsize, activation))
+    return tuple(tile for tile in tiles if tile.fits(arch, itemsize, heavy))
 
 
-def gemm_tile(
-    rows: int, columns: int, itemsize: int, activation: bool, device: torch.device
-) -> Tile:
+def gemm_tile(rows: int, columns: int, itemsize: int, heavy: bool, device: torch.device) -> Tile:
     """The candidate that keeps the busiest multiprocessor busy shortest."""
-    tiles = candidates(architecture(device), itemsize, activation)
+    tiles = candidates(architecture(device), itemsize, heavy)
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
