@@ -28,12 +28,7 @@ from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, on_device
 from fused_lora.kernels.triton.lora_shrink import shrink, shrink_grad
-from fused_lora.kernels.triton.primitives import (
-    column_scales,
-    grouped_tile,
-    load_border,
-    rank_range,
-)
+from fused_lora.kernels.triton.primitives import expand, grouped_tile
 from fused_lora.kernels.triton.tiles import Tile, gemm_tile, power_of_two
 
 
@@ -43,21 +38,6 @@ class Output(NamedTuple):
     y: Tensor  # [M, N]
     h: Tensor  # [M, sum R]
     u: Tensor | None  # [M, N], the pre-activation where there is an activation
-
-
-@triton.jit
-def _expand(
-    acc, h_rows, inside_m, border, n, first, last, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """acc + s h border over the ranks that own any of columns n = [first, last)."""
-    dtype: tl.constexpr = h_rows.dtype.element_ty
-    low, high = rank_range(border, first, last)
-    for r0 in tl.range(low, high, BLOCK_R, num_stages=2):
-        r = r0 + tl.arange(0, BLOCK_R)
-        h_tile = tl.load(h_rows + r[None, :], mask=inside_m & (r < high)[None, :], other=0.0)
-        border_tile = load_border(border, r[:, None], n[None, :], dtype)
-        acc = tl.dot(h_tile, border_tile, acc, input_precision=PRECISION)
-    return acc * column_scales(border, n)[None, :]
 
 
 @triton.jit
@@ -96,9 +76,7 @@ def _extended(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     last = tile_n * BLOCK_N + BLOCK_N
-    acc = _expand(
-        acc, h + m64 * h_row, inside_m, border, n, last - BLOCK_N, last, PRECISION, BLOCK_R
-    )
+    acc = expand(acc, h, h_row, border, m, n, rows, last - BLOCK_N, last, PRECISION, BLOCK_R)
 
     x_tile = x + m64 * x_row + k[None, :]
     w_tile = w + n.to(tl.int64)[None, :] * w_row + k.to(tl.int64)[:, None] * w_column

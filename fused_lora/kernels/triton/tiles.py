@@ -34,19 +34,36 @@ class Tile:
     warps: int
     group_m: int = 8  # rows of tiles walked together, for L2
 
+    @property
+    def width(self) -> int:
+        """Columns of y per program."""
+        return self.block_n
+
     def fits(self, arch: int, itemsize: int, heavy: bool = False) -> bool:
         """Whether a block of sm_``arch`` holds the stages and its threads the accumulator.
 
         A heavy epilogue, of more than a bias, takes about as many registers again.
         """
-        step_bytes = (self.block_m + self.block_n) * self.block_k * itemsize
-        accumulator = self.block_m * self.block_n // (32 * self.warps)  # registers of a thread
+        step_bytes = (self.block_m + self.width) * self.block_k * itemsize
+        accumulator = self.block_m * self.width // (32 * self.warps)  # registers of a thread
         holds = self.stages * step_bytes <= shared_bytes(arch)
         return holds and accumulator <= (64 if heavy else 128)
 
     def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
         return _arguments(self)
+
+
+@dataclass(frozen=True)
+class BulkTile(Tile):
+    """How the persistent form is cut; a second accumulator lets tiles be 128 + 64 columns wide."""
+
+    rest_n: int = 0  # columns of the second accumulator
+
+    @property
+    def width(self) -> int:
+        """Columns of y per tile."""
+        return self.block_n + self.rest_n
 
 
 @dataclass(frozen=True)
@@ -199,8 +216,8 @@ def _least_cost(tiles: tuple[Tile, ...], rows: int, columns: int, processors: in
 
 def _busiest(tile: Tile, rows: int, columns: int, processors: int) -> float:
     """Time of the busiest multiprocessor, in arbitrary units: its tiles x area and edges of one."""
-    tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
-    area, edges = tile.block_m * tile.block_n, tile.block_m + tile.block_n
+    tiles = -(-rows // tile.block_m) * -(-columns // tile.width)
+    area, edges = tile.block_m * tile.width, tile.block_m + tile.width
     return -(-tiles // processors) * (area + 32 * edges)
 
 

@@ -1,8 +1,9 @@
 """Every shipped configuration on every architecture: what it takes of the chip, without one.
 
 No register spilled, shared memory within the chip's limit, the chip's matrix instruction in the
-big product, loads asynchronous, stores of 16 bytes. Compiled code is kept in pytest's cache under Triton's own key: the
-sources, the options and the version. bfloat16 stands for float16, which differs in one letter.
+big product, loads asynchronous, stores of 16 bytes. Compiled code is kept in pytest's cache under
+Triton's own key: the sources, the options and the version. bfloat16 stands for float16, which
+differs in one letter.
 """
 
 from __future__ import annotations

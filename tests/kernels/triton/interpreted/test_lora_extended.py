@@ -1,30 +1,16 @@
-"""EXTENDED beyond parity: the adapter's signal, activations, operands where they lie."""
+"""EXTENDED beyond parity: epilogues, operands where they lie."""
 
 import pytest
 import torch
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import lora_extended
-from fused_lora.kernels.triton.tiles import Tile
 from fused_lora.reference import lora_linear as reference
 from fused_lora.testing.yardstick import judge
-from fused_lora.types import Needs, Span
+from fused_lora.types import Needs
 from tests.kernels.triton.cases import CASES, DTYPES, TILE, adapters, build, lowered
 
 QKV = CASES[3]
-
-
-def test_one_rounding_keeps_the_adapters_signal():
-    m, k, n, r = 128, 256, 256, 16
-    x, w = torch.randn(m, k).bfloat16(), (torch.randn(n, k) / k**0.5).bfloat16()
-    a, b = torch.randn(r, k).bfloat16(), torch.randn(n, r).bfloat16()
-    scale = 1e-3 * float(w.double().norm() / (b.double() @ a.double()).norm())
-    term = scale * (x.double() @ a.double().T) @ b.double().T
-    group = Adapters([a], [b], (scale,), (Span(0, n, r),))
-    y = lora_extended.forward(x, w, None, group, tile=Tile(64, 64, 64, 2, 4)).y
-    difference = y.double() - (x.double() @ w.double().T).bfloat16().double()
-    gain = float((difference * term).sum() / (term * term).sum())
-    assert 0.99 <= gain <= 1.01
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
