@@ -24,12 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton import lora_extended_bulk
 from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, on_device
 from fused_lora.kernels.triton.lora_shrink import shrink, shrink_grad
 from fused_lora.kernels.triton.primitives import expand, grouped_tile
-from fused_lora.kernels.triton.tiles import Tile, gemm_tile, power_of_two
+from fused_lora.kernels.triton.tiles import BulkTile, Tile, gemm_tile, power_of_two
 
 
 class Output(NamedTuple):
@@ -153,7 +154,12 @@ def _launch(
     assert activation in ("none", "erf", "tanh"), activation
     if y.numel() == 0:
         return
-    tile = tile or gemm_tile(rows, columns, x.element_size(), ending.heavy, x.device)
+    bulk = lora_extended_bulk.describable(x, w)
+    tile = tile or gemm_tile(rows, columns, x.element_size(), ending.heavy, x.device, bulk)
+    if isinstance(tile, BulkTile):
+        assert bulk, (x.stride(), w.stride())
+        lora_extended_bulk.launch(x, w, h, border, y, ending, activation, slope, tile)
+        return
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     with on_device(x.device):
         _extended[grid](

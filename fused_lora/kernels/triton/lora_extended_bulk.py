@@ -80,11 +80,16 @@ def _extended_bulk(
             finish(rest, epilogue, y, y_row, m, n_rest, rows, columns, ACTIVATION, SLOPE)
 
 
-def describable(matrix: Tensor) -> bool:
-    """Whether a descriptor can be made of it or of its transpose: 16 bytes divide what they must."""
-    size = matrix.element_size()
-    wide = max(matrix.stride()) * size % 16 == 0 and matrix.data_ptr() % 16 == 0
-    return wide and min(matrix.stride()) == 1 and max(matrix.stride()) < 1 << 31
+def describable(*matrices: Tensor) -> bool:
+    """Whether descriptors can be made of them or of their transposes."""
+    return all(_describable(matrix) for matrix in matrices)
+
+
+def _describable(matrix: Tensor) -> bool:
+    """Contiguous one way, and 16 bytes divide where it starts and each row."""
+    least, most = sorted(matrix.stride())
+    aligned = most * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return aligned and least == 1 and matrix.numel() > 0
 
 
 def launch(

@@ -40,14 +40,15 @@ class Tile:
         return self.block_n
 
     def fits(self, arch: int, itemsize: int, heavy: bool = False) -> bool:
-        """Whether a block of sm_``arch`` holds the stages and its threads the accumulator.
+        """Whether a block of sm_``arch`` holds the stages and its threads the accumulators.
 
-        A heavy epilogue, of more than a bias, takes about as many registers again.
+        A heavy epilogue, of more than a bias, takes about as many registers again as the
+        accumulator it ends.
         """
         step_bytes = (self.block_m + self.width) * self.block_k * itemsize
-        accumulator = self.block_m * self.width // (32 * self.warps)  # registers of a thread
+        of_a_thread = [self.block_m * n // (32 * self.warps) for n in (self.width, self.block_n)]
         holds = self.stages * step_bytes <= shared_bytes(arch)
-        return holds and accumulator <= (64 if heavy else 128)
+        return holds and of_a_thread[0] + heavy * of_a_thread[1] <= (160 if heavy else 128)
 
     def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
@@ -160,6 +161,11 @@ def _arguments(
 SAFE = Tile(128, 128, 64, 3, 8)  # compiles without spills on every architecture
 
 _NARROW = (Tile(128, 64, 64, 3, 8), Tile(64, 64, 64, 3, 4))
+_LARGE = (
+    BulkTile(128, 256, 64, 3, 8),
+    BulkTile(128, 128, 64, 3, 8, rest_n=64),
+    BulkTile(128, 128, 64, 4, 8),
+)
 _SINGLE = (Tile(64, 64, 32, 3, 4), Tile(32, 32, 32, 3, 4))  # fp32 operands
 _HALF: dict[int, tuple[Tile, ...]] = {
     80: (SAFE, *_NARROW),
@@ -174,15 +180,38 @@ def _family(arch: int) -> int:
     return max((known for known in _HALF if known <= arch), default=80)
 
 
-def candidates(arch: int, itemsize: int, heavy: bool = False) -> tuple[Tile, ...]:
-    """The extended GEMM's tiles for sm_``arch``, largest first."""
-    tiles = _HALF[_family(arch)] if itemsize == 2 else _SINGLE
-    return tuple(tile for tile in tiles if tile.fits(arch, itemsize, heavy))
+_BULK: dict[int, tuple[BulkTile, ...]] = {
+    80: (),
+    90: _LARGE,
+    100: _LARGE,
+    120: (BulkTile(128, 128, 64, 3, 8),),
+}
+# What the compiler is seen to spill in spite of the rule, a few bytes of it.
+_HEAVY_SPILLS: dict[int, tuple[Tile, ...]] = {100: (_NARROW[0],), 120: (SAFE,)}
 
 
-def gemm_tile(rows: int, columns: int, itemsize: int, heavy: bool, device: torch.device) -> Tile:
+def candidates(
+    arch: int, itemsize: int, heavy: bool = False, bulk: bool = False
+) -> tuple[Tile, ...]:
+    """The extended GEMM's tiles for sm_``arch``, largest first.
+
+    Args:
+        arch: 90 for compute capability 9.0.
+        itemsize: bytes of an element of x.
+        heavy: whether the epilogue does more than add a bias.
+        bulk: whether descriptors can be made of x and w, which the persistent form needs.
+    """
+    family = _family(arch)
+    tiles = (*(_BULK[family] if bulk else ()), *_HALF[family]) if itemsize == 2 else _SINGLE
+    spills = _HEAVY_SPILLS.get(family, ()) if heavy else ()
+    return tuple(t for t in tiles if t.fits(arch, itemsize, heavy) and t not in spills)
+
+
+def gemm_tile(
+    rows: int, columns: int, itemsize: int, heavy: bool, device: torch.device, bulk: bool = False
+) -> Tile:
     """The candidate that keeps the busiest multiprocessor busy shortest."""
-    tiles = candidates(architecture(device), itemsize, heavy)
+    tiles = candidates(architecture(device), itemsize, heavy, bulk)
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
