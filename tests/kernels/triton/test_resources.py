@@ -24,6 +24,7 @@ from fused_lora.kernels.triton import (
     layer_norm,
     lora_extended,
     lora_grad,
+    lora_merge_many,
     lora_one_pass,
     lora_shrink,
 )
@@ -43,7 +44,7 @@ BIG = (
     "_extended",
     "_extended_bulk",
     "_one_pass",
-)  # where the chip's own matrix instruction must be
+)  # in its own matrix instruction
 M, K, N = 512, 768, 768  # a ViT-B projection; sizes that 16 divides, as every model has
 
 Launch = Callable[[], object]
