@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.kernels.triton.launch import on_device
-from fused_lora.kernels.triton.lora_merge import TILE, store_merged, words
+from fused_lora.kernels.triton.launch import on_device, words
+from fused_lora.kernels.triton.lora_merge import TILE, store_merged
 from fused_lora.kernels.triton.tiles import MergeTile
 
 FIELDS = tl.constexpr(16)  # integers per row of the table

@@ -251,12 +251,14 @@ def _busiest(tile: Tile, rows: int, columns: int, processors: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def thin_tile(rows: int, ranks: int, itemsize: int, device: torch.device) -> ThinTile:
+def thin_tile(
+    rows: int, ranks: int, itemsize: int, device: torch.device, dropout: bool = False
+) -> ThinTile:
     """Short in rows where there are few, so that every multiprocessor has some."""
     if itemsize == 4:
         return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4)
     few = rows < 128 * multiprocessors(device)
-    return ThinTile(64 if few else 128, power_of_two(ranks, 16, 64), 64, 4, 4)
+    return ThinTile(64 if few else 128, power_of_two(ranks, 16, 64), 64, 4, 8 if dropout else 4)
 
 
 def grad_tile(ranks: int, itemsize: int) -> GradTile:
