@@ -11,9 +11,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "fused_lora"
 
 FLOORS: list[set[str]] = [
-    {"types", "env", "version"},
+    {"types", "env", "version", "disk"},
     {"reference", "plan"},
     {"kernels"},
+    {"trust"},
     {"ops"},
     {"nn"},
     {"io", "patching"},
