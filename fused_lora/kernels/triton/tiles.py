@@ -112,10 +112,14 @@ _HALF: dict[int, tuple[Tile, ...]] = {
 }
 
 
+def _family(arch: int) -> int:
+    """The last architecture up to ``arch`` that has tiles of its own."""
+    return max((known for known in _HALF if known <= arch), default=80)
+
+
 def candidates(arch: int, itemsize: int, activation: bool = False) -> tuple[Tile, ...]:
     """The extended GEMM's tiles for sm_``arch``, largest first."""
-    family = max((known for known in _HALF if known <= arch), default=80)
-    tiles = _HALF[family] if itemsize == 2 else _SINGLE
+    tiles = _HALF[_family(arch)] if itemsize == 2 else _SINGLE
     return tuple(tile for tile in tiles if tile.fits(arch, itemsize, activation))
 
 
@@ -124,6 +128,29 @@ def gemm_tile(
 ) -> Tile:
     """The candidate that keeps the busiest multiprocessor busy shortest."""
     tiles = candidates(architecture(device), itemsize, activation)
+    return _least_cost(tiles, rows, columns, multiprocessors(device))
+
+
+# A third operand in every step and a second accumulator: smaller than the extended GEMM's.
+_ONE_PASS_SINGLE = (Tile(64, 32, 16, 4, 8), Tile(32, 32, 16, 4, 4))
+_ONE_PASS_HALF = (Tile(128, 64, 64, 3, 8), Tile(64, 64, 64, 3, 8))
+_ONE_PASS: dict[int, tuple[Tile, ...]] = {
+    80: _ONE_PASS_HALF,
+    90: (SAFE, *_ONE_PASS_HALF),
+    100: (SAFE, *_ONE_PASS_HALF),
+    120: _ONE_PASS_HALF,
+}
+
+
+def one_pass_candidates(arch: int, itemsize: int) -> tuple[Tile, ...]:
+    """The one-pass GEMM's tiles for sm_``arch``, largest first."""
+    tiles = _ONE_PASS[_family(arch)] if itemsize == 2 else _ONE_PASS_SINGLE
+    return tuple(tile for tile in tiles if tile.fits(arch, itemsize))
+
+
+def one_pass_tile(rows: int, columns: int, itemsize: int, device: torch.device) -> Tile:
+    """As ``gemm_tile``."""
+    tiles = one_pass_candidates(architecture(device), itemsize)
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 

@@ -17,14 +17,15 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import lora_extended, lora_grad, lora_shrink
+from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.lora_merge import lora_merge
-from fused_lora.kernels.triton.tiles import Tile, candidates, shared_bytes
+from fused_lora.kernels.triton.tiles import Tile, candidates, one_pass_candidates, shared_bytes
 from fused_lora.types import Span
 from tests.kernels.triton.compiler import Resources, compiled
 
 ARCHS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.", 100: "tcgen05.mma", 120: "mma.sync"}
 CLASSES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+BIG = ("_extended", "_one_pass")  # where the chip's own matrix instruction must be
 M, K, N = 512, 768, 768  # a ViT-B projection; sizes that 16 divides, as every model has
 
 Launch = Callable[[], object]
@@ -62,6 +63,14 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
             yield lambda t=tile: lora_extended.forward(x, w, bias, one, "erf", h, t)
 
 
+def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:
+    """The one-pass GEMM in every tile: forward of three groups, and dx at the largest rank."""
+    w, bias = x.new_zeros(N, K), x.new_zeros(N)
+    for tile in one_pass_candidates(arch, x.element_size()):
+        yield lambda t=tile: lora_one_pass.forward(x, w, bias, group(3, 16), t)
+        yield lambda t=tile: lora_one_pass.input_grad(x, w, group(1, 64), t)
+
+
 @pytest.fixture
 def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled code outlives the run, apart from what programs of this machine keep."""
@@ -86,7 +95,7 @@ def complaints(kernel: Resources, arch: int, kind: str) -> list[str]:
         return wrong
     if kind != "fp32" and not kernel.matrix:
         wrong.append(f"{kernel.name}: no matrix instruction")
-    if kind == "bf16" and kernel.name == "_extended" and ARCHS[arch] not in kernel.ptx:
+    if kind == "bf16" and kernel.name in BIG and ARCHS[arch] not in kernel.ptx:
         wrong.append(f"{kernel.name}: {kernel.matrix} is not {ARCHS[arch]}")
     if "cp.async" not in kernel.ptx:
         wrong.append(f"{kernel.name}: loads are not asynchronous")
@@ -100,7 +109,7 @@ def complaints(kernel: Resources, arch: int, kind: str) -> list[str]:
 def test_every_configuration_fits(arch, kind, record_property):
     x = torch.zeros(M, K, dtype=CLASSES[kind])
     with fp32_products("tf32" if kind == "tf32" else "ieee"), compiled(arch) as kernels:
-        for launch in (*thin_launches(x), *gemm_launches(x, arch)):
+        for launch in (*thin_launches(x), *gemm_launches(x, arch), *one_pass_launches(x, arch)):
             launch()
     record_property("kernels", len(kernels))
     assert len(kernels) >= 10

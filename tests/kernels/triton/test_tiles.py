@@ -18,6 +18,13 @@ def test_every_chip_has_tiles_that_fit(arch, itemsize, activation):
     assert all(tile.fits(arch, itemsize, activation) for tile in found)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_chip_has_one_pass_tiles_that_fit(arch, itemsize):
+    found = tiles.one_pass_candidates(arch, itemsize)
+    assert found and all(tile.fits(arch, itemsize) for tile in found)
+
+
 def test_an_activation_has_no_tile_that_would_spill():
     widest = [max(t.block_n for t in tiles.candidates(90, 2, gelu)) for gelu in (False, True)]
     assert widest == [256, 128]
