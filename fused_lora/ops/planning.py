@@ -1,4 +1,4 @@
-"""From the tensors of a call to its plan."""
+"""From the tensors of a call to its plan, made of kernels that this device has checked."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from functools import lru_cache
 
 import torch
 
+from fused_lora.kernels.triton.launches import launches
+from fused_lora.ops import backends
 from fused_lora.ops.ceilings import ceilings, conditions
-from fused_lora.plan.choose import choose
+from fused_lora.plan.choose import Row, ranked
 from fused_lora.plan.problem import Problem
-from fused_lora.types import Keep, Needs, Plan, Span
+from fused_lora.plan.strategies import candidates
+from fused_lora.trust.check import NotNow
+from fused_lora.types import Backend, Impl, Keep, Needs, Plan, Span
 
 
 def problem(
@@ -35,10 +39,20 @@ def plan_for(
     needs: Needs,
     device: torch.device,
     keep: Keep | None = None,
+    impl: Impl = Impl.AUTO,
 ) -> Plan:
-    """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before."""
+    """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before.
+
+    Raises:
+        RuntimeError: ``impl`` names a backend that cannot serve, with the reason.
+    """
     now = conditions(device, dtype)
-    return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, now)
+    try:
+        return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, impl, now)
+    except NotNow as reason:
+        return _unchecked(
+            problem(m, k, n, spans, dtype, bias, needs), dtype, device, keep, impl, reason
+        )
 
 
 @lru_cache(maxsize=4096)
@@ -52,7 +66,67 @@ def _plan_for(
     needs: Needs,
     device: torch.device,
     keep: Keep | None,
+    impl: Impl,
     now: tuple[str, int],  # a change of it asks anew
 ) -> Plan:
     question = problem(m, k, n, spans, dtype, bias, needs)
-    return choose(question, ceilings(device, dtype), keep)
+    return settled(question, dtype, device, keep, impl)[0].plan
+
+
+def settled(
+    question: Problem,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: Keep | None = None,
+    impl: Impl = Impl.AUTO,
+) -> list[Row]:
+    """Every plan of checked kernels, the chosen one first.
+
+    Raises:
+        NotNow: the best plan has a kernel that is not checked, and cannot be at this moment.
+        RuntimeError: none is left of what ``impl`` allows.
+    """
+    limits, key = ceilings(device, dtype), conditions(device, dtype)[0]
+    plans = candidates(question, backends.serving(question, impl, dtype, device))
+    said = ""
+    while rows := ranked(question, limits, keep, plans):
+        wrong = backends.failures(question, rows[0].plan, dtype, key, device)
+        if not wrong:
+            return rows
+        said = "; ".join(f"{launch.kernel}: {verdict}" for launch, verdict in wrong.items())
+        plans = [
+            plan
+            for plan in plans
+            if plan.backend is Backend.ATEN
+            or wrong.keys().isdisjoint(launches(question, plan, dtype, device))
+        ]
+    raise RuntimeError(
+        f"impl={impl.value!r} cannot serve: {said or _why(question, dtype, device, impl)}"
+    )
+
+
+def checked_plans(question: Problem, device: torch.device | str) -> list[Plan]:
+    """Every plan whose kernels ``device`` has found right, the chosen one first; all are checked."""
+    device, dtype = torch.device(device), getattr(torch, question.dtype)
+    key = conditions(device, dtype)[0]
+    plans = [row.plan for row in settled(question, dtype, device)]
+    return [plan for plan in plans if not backends.failures(question, plan, dtype, key, device)]
+
+
+def _why(question: Problem, dtype: torch.dtype, device: torch.device, impl: Impl) -> str:
+    reasons = (backends.why_not(question, b, dtype, device) for b in backends.ASKED[impl])
+    return "; ".join(r for r in reasons if r) or f"it has no plan for {question}"
+
+
+def _unchecked(
+    question: Problem,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: Keep | None,
+    impl: Impl,
+    reason: NotNow,
+) -> Plan:
+    """A plan for this once, of the library's GEMMs alone; nothing of it is remembered."""
+    if impl is not Impl.AUTO:
+        raise RuntimeError(f"impl={impl.value!r} cannot serve: not checked yet, and {reason}")
+    return settled(question, dtype, device, keep, Impl.ATEN)[0].plan

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_lora.kernels.aten.lora_merge import lora_merge
+from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.gemm import (
     accumulate,
     columns,
@@ -26,8 +28,6 @@ from fused_lora.kernels.gemm import (
     product,
     thin_rows,
 )
-from fused_lora.kernels.aten.lora_merge import lora_merge
-from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.types import Forward, Gradient, Keep, Needs, Plan
 

@@ -32,7 +32,9 @@ def sources(*folders: Path) -> str:
 def _driver() -> str:
     if DRIVER.exists():
         return DRIVER.read_text().strip()
-    return f"for CUDA {torch._C._cuda_getDriverVersion()}" if torch.cuda.is_available() else "none"
+    if not torch.cuda.is_available():
+        return "none"
+    return f"for CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
 
 
 def _triton() -> str:

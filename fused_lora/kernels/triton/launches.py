@@ -1,18 +1,18 @@
 """Which kernels a plan launches, each in which tile: what is verified is what runs.
 
-    kernel     rows  columns  depth
-    extended   M     N        K       or M, K, N for dx
-    one_pass   M     N        K       likewise
-    shrink     M     sum R    K       or N for dh
-    grad       sum R K        M       or N for db
-    merge      N     K        sum R
+kernel     rows  columns  depth
+extended   M     N        K       or M, K, N for dx
+one_pass   M     N        K       likewise
+shrink     M     sum R    K       or N for dh
+grad       sum R K        M       or N for db
+merge      N     K        sum R
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,8 +38,8 @@ class Launch(NamedTuple):
 @lru_cache(maxsize=4096)
 def tile_of(
     kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device
-) -> AnyTile:
-    """The tile of one launch: the measured winner of its shape, else by this room's rules."""
+) -> Any:
+    """The tile of one launch, of its kernel's kind: the measured winner of its shape, else by this room's rules."""
     if found := winner(kernel, rows, columns, depth, dtype, device):
         return found
     size = dtype.itemsize

@@ -33,10 +33,10 @@ def forward(
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and what ``plan.keep`` names: h [M, sum R], w' [N, K] or None."""
-    adapters = uniform(adapters)
     if plan.forward is Forward.MERGE:
-        merged = _merged(w, adapters)
-        return F.linear(x, merged, bias), merged if plan.keep is Keep.MERGED else None
+        new = merged(w, adapters)
+        return F.linear(x, new, bias), new if plan.keep is Keep.MERGED else None
+    adapters = uniform(adapters)
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if plan.forward is Forward.ONE_PASS:
         tile = _tile("one_pass", x, w.shape[0], x.shape[1])
@@ -100,14 +100,15 @@ def shrink_grad(dy: Tensor, adapters: Adapters) -> Tensor:
     return lora_shrink.shrink_grad(dy, adapters, tile=tile)
 
 
-def _tile(kernel: str, x: Tensor, columns: int, depth: int):  # noqa: ANN202  of that kernel
+def _tile(kernel: str, x: Tensor, columns: int, depth: int):
     return tile_of(kernel, x.shape[0], columns, depth, x.dtype, x.device)
 
 
-def _merged(w: Tensor, adapters: Adapters) -> Tensor:
+def merged(w: Tensor, adapters: Adapters, noise: tuple[int, int] | None = None) -> Tensor:
+    """w' [N, K], rounded to nearest, or stochastically by ``noise``, a seed and a step."""
     n, k = w.shape
     tile = tile_of("merge", n, k, adapters.rank, w.dtype, w.device)
-    return lora_merge(rows(w), *adapters, tile=tile)
+    return lora_merge(rows(w), *uniform(adapters), noise, tile=tile)
 
 
 def _input_grad(
@@ -119,7 +120,7 @@ def _input_grad(
         return dy @ kept, None
     assert w is not None
     if plan.dx is Forward.MERGE:
-        return dy @ _merged(w, adapters), None
+        return dy @ merged(w, adapters), None
     tile = _tile(plan.dx.value, dy, w.shape[1], dy.shape[1])
     if plan.dx is Forward.ONE_PASS:
         return lora_one_pass.input_grad(dy, w, adapters, tile=tile)
