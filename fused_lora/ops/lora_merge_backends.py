@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.cuda import lora_merge as cuda
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import available
@@ -38,17 +37,6 @@ def why_not(w: Tensor, adapters: Adapters, by: str) -> str | None:
     """One sentence why ``by`` cannot merge these operands; None when it can."""
     reason = _compiled(w, adapters) if by == "cuda" else _triton(w, adapters)
     return reason or untouchable(w) or _distrust(_checked(w, adapters, by), w.device)
-
-
-def compiled(w: Tensor, adapters: Adapters, noise: Noise) -> Tensor:
-    """w' by the compiled kernel."""
-    a, b, scales, spans = adapters
-    merged = w.clone(memory_format=torch.contiguous_format)
-    blocks = [merged[span.start : span.stop] for span in spans]
-    offsets = [span.start * w.shape[1] for span in spans]
-    rounding = "nearest" if noise is None else "stochastic"
-    cuda.lora_merge(blocks, blocks, a, b, scales, rounding, *(noise or (0, 0)), offsets)
-    return merged
 
 
 def triton(w: Tensor, adapters: Adapters, noise: Noise) -> Tensor:

@@ -50,9 +50,8 @@ def plan_for(
     try:
         return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, impl, now)
     except NotNow as reason:
-        return _unchecked(
-            problem(m, k, n, spans, dtype, bias, needs), dtype, device, keep, impl, reason
-        )
+        question = problem(m, k, n, spans, dtype, bias, needs)
+        return _unchecked(question, dtype, device, keep, impl, reason)
 
 
 @lru_cache(maxsize=4096)
@@ -106,7 +105,7 @@ def settled(
 
 
 def checked_plans(question: Problem, device: torch.device | str) -> list[Plan]:
-    """Every plan whose kernels ``device`` has found right, the chosen one first; all are checked."""
+    """Every plan of kernels that ``device`` finds right, the chosen one first; checks them all."""
     device, dtype = torch.device(device), getattr(torch, question.dtype)
     key = conditions(device, dtype)[0]
     plans = [row.plan for row in settled(question, dtype, device)]

@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fused_lora.kernels.cuda.merged import merged as compiled_merge
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.testing.yardstick import Verdict as Comparison
-from fused_lora.trust import cuda_checks, triton_checks
+from fused_lora.trust import triton_checks
 from fused_lora.trust.check import check, compare
 from fused_lora.trust.equations import Named, equations
 from fused_lora.trust.problems import Operands, problems
@@ -61,6 +62,9 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
 
 def of_compiled_merge(dtype: str) -> Checked:
     """The compiled kernel for weights of ``dtype``."""
+
+    def merged(p: Operands, noise: tuple[int, int] | None = None) -> Tensor:
+        return compiled_merge(p.w, p.adapters, noise)
+
     subject = Subject("cuda", "lora_merge", "any", dtype)
-    noisy = partial(cuda_checks.merged, noise=NOISE)
-    return Checked(subject, lambda p: {"w'": cuda_checks.merged(p)}, noisy)
+    return Checked(subject, lambda p: {"w'": merged(p)}, partial(merged, noise=NOISE))

@@ -39,7 +39,7 @@ class Launch(NamedTuple):
 def tile_of(
     kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """The tile of one launch, of its kernel's kind: the measured winner of its shape, else by this room's rules."""
+    """The tile of one launch, of its kernel's kind: a measured winner, else by this room's rule."""
     if found := winner(kernel, rows, columns, depth, dtype, device):
         return found
     size = dtype.itemsize
