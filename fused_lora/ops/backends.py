@@ -9,7 +9,7 @@ import torch
 from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.launches import Launch, launches
 from fused_lora.plan.problem import Problem
-from fused_lora.plan.strategies import why_not_backend
+from fused_lora.plan.strategies import STRATEGIES, why_not_backend, why_not_strategy
 from fused_lora.trust.subjects import of_launch
 from fused_lora.trust.verdict import Verdict
 from fused_lora.trust.verify import verdict
@@ -31,6 +31,19 @@ def why_not(
     if backend is Backend.ATEN:
         return None
     return _triton(device, dtype) or why_not_backend(problem, backend)
+
+
+def refusals(problem: Problem, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """One sentence for every backend, and every strategy of a backend, that cannot serve."""
+    said = {b: why_not(problem, b, dtype, device) for b in Backend}
+    backends = [f"{b.value}: {reason}" for b, reason in said.items() if reason]
+    strategies = [
+        why_not_strategy(problem, b, strategy)
+        for b in Backend
+        if said[b] is None
+        for strategy in STRATEGIES[b]
+    ]
+    return [*backends, *(reason for reason in strategies if reason), f"cuda: {CUDA}"]
 
 
 def serving(

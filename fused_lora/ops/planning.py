@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -51,7 +52,7 @@ def plan_for(
         return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, impl, now)
     except NotNow as reason:
         question = problem(m, k, n, spans, dtype, bias, needs)
-        return _unchecked(question, dtype, device, keep, impl, reason)
+        return _unchecked(question, dtype, device, keep, impl, reason).rows[0].plan
 
 
 @lru_cache(maxsize=4096)
@@ -69,7 +70,14 @@ def _plan_for(
     now: tuple[str, int],  # a change of it asks anew
 ) -> Plan:
     question = problem(m, k, n, spans, dtype, bias, needs)
-    return settled(question, dtype, device, keep, impl)[0].plan
+    return settled(question, dtype, device, keep, impl).rows[0].plan
+
+
+class Settled(NamedTuple):
+    """The plans of checked kernels, and what was dropped on the way to them."""
+
+    rows: list[Row]  # the chosen plan first
+    wrong: list[str]  # one sentence for each kernel that failed its check
 
 
 def settled(
@@ -78,8 +86,8 @@ def settled(
     device: torch.device,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
-) -> list[Row]:
-    """Every plan of checked kernels, the chosen one first.
+) -> Settled:
+    """The plans that ``impl`` allows, ranked; the kernels of the first are checked.
 
     Raises:
         NotNow: the best plan has a kernel that is not checked, and cannot be at this moment.
@@ -87,34 +95,41 @@ def settled(
     """
     limits, key = ceilings(device, dtype), conditions(device, dtype)[0]
     plans = candidates(question, backends.serving(question, impl, dtype, device))
-    said = ""
+    said: list[str] = []
     while rows := ranked(question, limits, keep, plans):
         wrong = backends.failures(question, rows[0].plan, dtype, key, device)
         if not wrong:
-            return rows
-        said = "; ".join(f"{launch.kernel}: {verdict}" for launch, verdict in wrong.items())
+            return Settled(rows, said)
+        said += [f"{launch.kernel}: {verdict}" for launch, verdict in wrong.items()]
         plans = [
             plan
             for plan in plans
             if plan.backend is Backend.ATEN
             or wrong.keys().isdisjoint(launches(question, plan, dtype, device))
         ]
-    raise RuntimeError(
-        f"impl={impl.value!r} cannot serve: {said or _why(question, dtype, device, impl)}"
-    )
+    reasons = said or _reasons(question, dtype, device, impl)
+    raise RuntimeError(f"impl={impl.value!r} cannot serve: {'; '.join(reasons)}")
+
+
+def explained(question: Problem, dtype: torch.dtype, device: torch.device) -> Settled:
+    """As ``settled``, of the library's plans alone where nothing can be checked."""
+    try:
+        return settled(question, dtype, device)
+    except NotNow as reason:
+        return _unchecked(question, dtype, device, None, Impl.AUTO, reason)
 
 
 def checked_plans(question: Problem, device: torch.device | str) -> list[Plan]:
     """Every plan of kernels that ``device`` finds right, the chosen one first; checks them all."""
     device, dtype = torch.device(device), getattr(torch, question.dtype)
     key = conditions(device, dtype)[0]
-    plans = [row.plan for row in settled(question, dtype, device)]
+    plans = [row.plan for row in settled(question, dtype, device).rows]
     return [plan for plan in plans if not backends.failures(question, plan, dtype, key, device)]
 
 
-def _why(question: Problem, dtype: torch.dtype, device: torch.device, impl: Impl) -> str:
-    reasons = (backends.why_not(question, b, dtype, device) for b in backends.ASKED[impl])
-    return "; ".join(r for r in reasons if r) or f"it has no plan for {question}"
+def _reasons(question: Problem, dtype: torch.dtype, device: torch.device, impl: Impl) -> list[str]:
+    asked = (backends.why_not(question, b, dtype, device) for b in backends.ASKED[impl])
+    return [reason for reason in asked if reason] or [f"it has no plan for {question}"]
 
 
 def _unchecked(
@@ -124,8 +139,9 @@ def _unchecked(
     keep: Keep | None,
     impl: Impl,
     reason: NotNow,
-) -> Plan:
-    """A plan for this once, of the library's GEMMs alone; nothing of it is remembered."""
+) -> Settled:
+    """The library's plans, for this once; nothing of it is remembered."""
+    said = f"not checked yet, and {reason}"
     if impl is not Impl.AUTO:
-        raise RuntimeError(f"impl={impl.value!r} cannot serve: not checked yet, and {reason}")
-    return settled(question, dtype, device, keep, Impl.ATEN)[0].plan
+        raise RuntimeError(f"impl={impl.value!r} cannot serve: {said}")
+    return Settled(settled(question, dtype, device, keep, Impl.ATEN).rows, [f"triton: {said}"])

@@ -12,7 +12,7 @@ from fused_lora.plan.step import Step
 from fused_lora.types import Forward, Gradient, Keep, Plan
 
 EFFICIENCY = 0.8  # of Triton's GEMM beside the library's; unmeasured
-LAUNCH_CALLS = 3.0  # host cost of a Triton launch in library calls; unmeasured
+LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
 MERGE_EFFICIENCY = 1 / 16  # of fp32 products beside 16-bit ones; unmeasured
 RANK_BLOCK = 64  # ranks whose thin product reads x once
 TILE_COLUMNS = 128  # of y, for each of which ONE_PASS forms h anew

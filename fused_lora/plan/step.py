@@ -19,7 +19,7 @@ class Step:
     extra_flops: int = 0  # beyond the GEMM's
     extra_elements: int = 0  # likewise, read or written
     efficiency: float = 1.0  # of its products, beside the library's
-    calls: float = 1.0  # its host cost in library calls
+    calls: float = 1.0  # what a launch costs, in library calls
 
     @property
     def flops(self) -> int:

@@ -26,12 +26,17 @@ class Verdict:
     """The worst comparison of a check, or what stopped it."""
 
     passed: bool
-    error: float  # infinite where nothing could be compared
-    budget: float
+    error: float
+    budget: float  # 0 where nothing could be compared
     said: str  # the quantity compared, or the exception
 
+    @property
+    def compared(self) -> bool:
+        """Whether there is an error to speak of."""
+        return self.budget > 0
+
     def __str__(self) -> str:
-        if self.error == float("inf"):
+        if not self.compared:
             return self.said
         word = "within" if self.passed else "over"
         return f"error {self.error:.2e} of {self.said} is {word} the budget {self.budget:.2e}"
