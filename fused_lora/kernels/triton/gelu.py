@@ -1,33 +1,116 @@
-"""GELU on fp32 registers, as an epilogue.
+"""GELU and its slope on fp32 registers: in epilogues, and as kernels where no product is near.
 
 erf   u Phi(u), erf by Abramowitz and Stegun 7.1.26: |error| <= 1.5e-7, and no spilled registers
-tanh  u sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), which is 0.5 u (1 + tanh(...))
+      slope Phi(u) + u phi(u), which share one exponential
+tanh  u g, g = sigmoid(v), v = 2 sqrt(2 / pi) (u + 0.044715 u^3), which is 0.5 u (1 + tanh(v / 2))
+      slope g + u g (1 - g) v'
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fused_lora.kernels.triton.launch import on_device
+from fused_lora.kernels.triton.tiles import ELEMENTS
 
 
 @triton.jit
-def _half_erfc(z):
-    """erfc(z) / 2 for z >= 0."""
+def _normal(u):
+    """Phi(u), and exp(-u^2 / 2)."""
+    z = tl.abs(u) * 0.7071067811865476
     t = 1.0 / (1.0 + 0.3275911 * z)
     p = t * (
         0.127414796
         + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
     )
-    return p * tl.exp(-z * z)
+    bell = tl.exp(-z * z)
+    return tl.where(u >= 0, 1.0 - p * bell, p * bell), bell
+
+
+@triton.jit
+def _gate(u):
+    """g of tanh, and g (1 - g) without the difference."""
+    v = 1.5957691216057308 * (u + 0.044715 * u * u * u)
+    tail = tl.exp(-tl.abs(v))
+    large = 1.0 / (1.0 + tail)
+    return tl.where(v >= 0, large, tail * large), tail * large * large
 
 
 @triton.jit
 def gelu(u, KIND: tl.constexpr):
-    """GELU of an fp32 tile; ``none`` hands it back."""
+    """GELU of an fp32 tile."""
     if KIND == "erf":
-        tail = _half_erfc(tl.abs(u) * 0.7071067811865476)
-        return u * tl.where(u >= 0, 1.0 - tail, tail)
-    elif KIND == "tanh":
-        return u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
+        below, _ = _normal(u)
+        return u * below
     else:
-        return u
+        g, _ = _gate(u)
+        return u * g
+
+
+@triton.jit
+def gelu_slope(u, KIND: tl.constexpr):
+    """Its derivative."""
+    if KIND == "erf":
+        below, bell = _normal(u)
+        return below + 0.3989422804014327 * u * bell
+    else:
+        g, bend = _gate(u)
+        return g + u * bend * (1.5957691216057308 + 0.21406444881780076 * u * u)
+
+
+@triton.jit
+def _gelu_rows(
+    u,  # [M, N]
+    u_row,
+    dy,  # [M, N] or None
+    dy_row,
+    out,  # [M, N]
+    out_row,
+    rows,
+    columns,
+    KIND: tl.constexpr,  # erf or tanh
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m64 = m.to(tl.int64)[:, None]
+    inside = (m < rows)[:, None] & (n < columns)[None, :]
+    value = tl.load(u + m64 * u_row + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    if dy is None:
+        value = gelu(value, KIND)
+    else:
+        grad = tl.load(dy + m64 * dy_row + n[None, :], mask=inside, other=0.0)
+        value = gelu_slope(value, KIND) * grad.to(tl.float32)
+    tl.store(out + m64 * out_row + n[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+def forward(u: Tensor, kind: str = "erf", out: Tensor | None = None) -> Tensor:
+    """GELU(u) [M, N]; ``out`` may be the left of a bordered buffer. Rows are contiguous."""
+    return _launch(u, None, kind, out)
+
+
+def input_grad(dy: Tensor, u: Tensor, kind: str = "erf", out: Tensor | None = None) -> Tensor:
+    """du = GELU'(u) dy [M, N], likewise."""
+    return _launch(u, dy, kind, out)
+
+
+def _launch(u: Tensor, dy: Tensor | None, kind: str, out: Tensor | None) -> Tensor:
+    out = u.new_empty(tuple(u.shape)) if out is None else out
+    for matrix in (u, out, u if dy is None else dy):
+        assert matrix.shape == u.shape and matrix.stride(1) == 1, matrix.stride()
+    assert kind in ("erf", "tanh"), kind
+    if u.numel() == 0:
+        return out
+    (rows, columns), tile = u.shape, ELEMENTS
+    grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(columns, tile.block_n))
+    with on_device(u.device):
+        _gelu_rows[grid](
+            *(u, u.stride(0), dy, 0 if dy is None else dy.stride(0), out, out.stride(0)),
+            *(rows, columns),
+            KIND=kind,
+            **tile.arguments(),
+        )
+    return out

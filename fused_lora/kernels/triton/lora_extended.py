@@ -1,6 +1,7 @@
 """EXTENDED: base and low-rank products in one fp32 accumulator.
 
-    y[m, n] = act( s_n sum_r h[m, r] border[r, n] + sum_k x[m, k] w[n, k] + bias[n] )
+    u[m, n] = s_n sum_r h[m, r] border[r, n] + sum_k x[m, k] w[n, k] + bias[n]
+    y[m, n] = residual[m, n] + factor[n] act(u[m, n])                see epilogue.py
 
     forward   h = x aT, border = bT, each column n by the ranks of its own group only
     dx        h = dh,   border = a,  x = dy, w read through transposed strides: dx = dy w + dh a
@@ -9,31 +10,27 @@
 
 The extension comes first, so that its scale is one fp32 product per column and s b is never
 rounded; the K loop continues in the same accumulator. y is rounded once, and where an activation
-follows so is the pre-activation u, which is stored beside it. The border is cast to x's dtype on
-load.
+follows so is the pre-activation u, which is stored beside it. Where x is act(u) of the layer
+before, dx goes on to du = act'(u) dx in its epilogue: dx itself is never written. The border is
+cast to x's dtype on load.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton import lora_extended_bulk
 from fused_lora.kernels.triton.border import Border, of_a, of_b
-from fused_lora.kernels.triton.gelu import gelu
+from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, on_device
 from fused_lora.kernels.triton.lora_shrink import shrink, shrink_grad
-from fused_lora.kernels.triton.primitives import (
-    column_scales,
-    grouped_tile,
-    load_border,
-    rank_range,
-)
-from fused_lora.kernels.triton.tiles import Tile, gemm_tile, power_of_two
+from fused_lora.kernels.triton.primitives import expand, grouped_tile
+from fused_lora.kernels.triton.tiles import BulkTile, Tile, gemm_tile, power_of_two
 
 
 class Output(NamedTuple):
@@ -45,38 +42,23 @@ class Output(NamedTuple):
 
 
 @triton.jit
-def _expand(
-    acc, h_rows, inside_m, border, n, first, last, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """acc + s h border over the ranks that own any of columns n = [first, last)."""
-    dtype: tl.constexpr = h_rows.dtype.element_ty
-    low, high = rank_range(border, first, last)
-    for r0 in tl.range(low, high, BLOCK_R, num_stages=2):
-        r = r0 + tl.arange(0, BLOCK_R)
-        h_tile = tl.load(h_rows + r[None, :], mask=inside_m & (r < high)[None, :], other=0.0)
-        border_tile = load_border(border, r[:, None], n[None, :], dtype)
-        acc = tl.dot(h_tile, border_tile, acc, input_precision=PRECISION)
-    return acc * column_scales(border, n)[None, :]
-
-
-@triton.jit
 def _extended(
     x,  # [M, K]
     x_row,
     w,  # [N, K]
     w_row,
     w_column,
-    bias,  # [N] or None
     h,  # [M, R]
     h_row,
     border,  # [R, N]
     y,  # [M, N]
     y_row,
-    u,  # [M, N] or None
+    epilogue,
     rows,
     columns,
     depth,
     ACTIVATION: tl.constexpr,  # none, erf or tanh
+    SLOPE: tl.constexpr,  # act'(u) rather than act
     PRECISION: tl.constexpr,  # of fp32 products
     WHOLE_K: tl.constexpr,  # BLOCK_K divides depth
     BLOCK_M: tl.constexpr,
@@ -95,9 +77,7 @@ def _extended(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     last = tile_n * BLOCK_N + BLOCK_N
-    acc = _expand(
-        acc, h + m64 * h_row, inside_m, border, n, last - BLOCK_N, last, PRECISION, BLOCK_R
-    )
+    acc = expand(acc, h, h_row, border, m, n, rows, last - BLOCK_N, last, PRECISION, BLOCK_R)
 
     x_tile = x + m64 * x_row + k[None, :]
     w_tile = w + n.to(tl.int64)[None, :] * w_row + k.to(tl.int64)[:, None] * w_column
@@ -108,14 +88,7 @@ def _extended(
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         x_tile += BLOCK_K
         w_tile += BLOCK_K * w_column
-
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-    inside = inside_m & inside_n
-    at = m64 * y_row + n[None, :]
-    if ACTIVATION != "none":
-        tl.store(u + at, acc.to(u.dtype.element_ty), mask=inside)
-    tl.store(y + at, gelu(acc, ACTIVATION).to(y.dtype.element_ty), mask=inside)
+    finish(acc, epilogue, y, y_row, m, n, rows, columns, ACTIVATION, SLOPE)
 
 
 def forward(
@@ -126,12 +99,17 @@ def forward(
     activation: str = "none",  # or gelu: erf, tanh
     h: Tensor | None = None,  # [M, sum R] where the shrink is done already
     tile: Tile | None = None,
+    *,
+    factor: Tensor | None = None,  # [N], contiguous: LayerScale
+    residual: Tensor | None = None,  # [M, N], rows contiguous
+    out: Tensor | None = None,  # [M, N], rows contiguous: the left of a bordered buffer
 ) -> Output:
-    """y = act(x wT + bias + s h bT), and what a backward pass may keep."""
+    """y = residual + factor act(x wT + bias + s h bT), and what a backward pass may keep."""
     h = shrink(x, adapters) if h is None else h
-    y = x.new_empty(x.shape[0], w.shape[0])
-    u = None if activation == "none" else torch.empty_like(y)
-    _launch(x, w, bias, h, of_b(adapters), y, u, activation, tile)
+    y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
+    u = None if activation == "none" else x.new_empty(x.shape[0], w.shape[0])
+    ending = epilogue(bias, factor, residual, u)
+    _launch(x, w, h, of_b(adapters), y, ending, activation, False, tile)
     return Output(y, h, u)
 
 
@@ -141,40 +119,54 @@ def input_grad(
     adapters: Adapters,
     dh: Tensor | None = None,  # [M, sum R] where it is formed already
     tile: Tile | None = None,
+    *,
+    activation: str = "none",  # what made x of u: x = act(u)
+    u: Tensor | None = None,  # [M, K], rows contiguous, with an activation
+    residual: Tensor | None = None,  # [M, K], rows contiguous: a gradient that joins
+    out: Tensor | None = None,  # [M, K], rows contiguous: the left of a bordered buffer
 ) -> tuple[Tensor, Tensor]:
-    """dx = dy w + dh a [M, K], and dh."""
+    """dx = dy w + dh a [M, K], and dh; with an activation du = act'(u) dx in its place."""
+    assert (u is None) == (activation == "none"), activation
     dh = shrink_grad(dy, adapters) if dh is None else dh
-    dx = dy.new_empty(dy.shape[0], w.shape[1])
-    _launch(dy, w.t(), None, dh, of_a(adapters), dx, None, "none", tile)
+    dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out
+    ending = epilogue(residual=residual, u=u)
+    _launch(dy, w.t(), dh, of_a(adapters), dx, ending, activation, True, tile)
     return dx, dh
 
 
 def _launch(
     x: Tensor,
     w: Tensor,
-    bias: Tensor | None,
     h: Tensor,
     border: Border,
     y: Tensor,
-    u: Tensor | None,
+    ending: Epilogue,
     activation: str,
+    slope: bool,
     tile: Tile | None,
 ) -> None:
     (rows, depth), columns = x.shape, w.shape[0]
     assert w.shape[1] == depth and h.shape == (rows, border.rank), (w.shape, h.shape)
     assert x.dtype is w.dtype is h.dtype, (x.dtype, w.dtype, h.dtype)
-    assert x.stride(1) == 1 and h.stride(1) == 1, (x.stride(), h.stride())
-    assert bias is None or bias.is_contiguous()
+    assert x.stride(1) == h.stride(1) == y.stride(1) == 1, (x.stride(), h.stride(), y.stride())
+    assert y.shape == (rows, columns), y.shape
+    assert all(t is None or t.shape == y.shape for t in (ending.residual, ending.u)), y.shape
     assert activation in ("none", "erf", "tanh"), activation
     if y.numel() == 0:
         return
-    tile = tile or gemm_tile(rows, columns, x.element_size(), activation != "none", x.device)
+    bulk = lora_extended_bulk.describable(x, w)
+    tile = tile or gemm_tile(rows, columns, x.element_size(), ending.heavy, x.device, bulk)
+    if isinstance(tile, BulkTile):
+        assert bulk, (x.stride(), w.stride())
+        lora_extended_bulk.launch(x, w, h, border, y, ending, activation, slope, tile)
+        return
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     with on_device(x.device):
         _extended[grid](
-            *(x, x.stride(0), w, w.stride(0), w.stride(1), bias, h, h.stride(0), border),
-            *(y, y.stride(0), u, rows, columns, depth),
+            *(x, x.stride(0), w, w.stride(0), w.stride(1), h, h.stride(0), border),
+            *(y, y.stride(0), ending, rows, columns, depth),
             ACTIVATION=activation,
+            SLOPE=slope,
             PRECISION=input_precision(x.dtype),
             WHOLE_K=depth % tile.block_k == 0,
             BLOCK_R=power_of_two(border.rank, 16, 64 // x.element_size()),

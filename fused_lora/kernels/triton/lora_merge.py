@@ -19,12 +19,49 @@ from torch import Tensor
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton.border import of_a, of_b
 from fused_lora.kernels.triton.launch import on_device
-from fused_lora.kernels.triton.philox import random16, stochastic_round
+from fused_lora.kernels.triton.philox import random16, random16_of_blocks, stochastic_round
 from fused_lora.kernels.triton.primitives import column_scales, load_border, rank_range
 from fused_lora.kernels.triton.tiles import MergeTile
 from fused_lora.types import Span
 
 TILE = MergeTile()
+
+
+@triton.jit
+def store_merged(
+    w,  # [N, K]
+    w_row,
+    out,  # [N, K]
+    out_row,
+    update,  # fp32 tile of s b a
+    n,  # its rows
+    first_k,  # its first column
+    rows,
+    columns,
+    offset,  # random index of element (0, 0)
+    seed_low,
+    seed_high,
+    step_low,
+    step_high,
+    STOCHASTIC: tl.constexpr,
+    BLOCKS: tl.constexpr,  # offset and columns are multiples of 8
+):
+    """Round w + update once, and store it."""
+    n64, k = n.to(tl.int64)[:, None], first_k + tl.arange(0, update.shape[1])
+    inside = (n < rows)[:, None] & (k < columns)[None, :]
+    merged = tl.load(w + n64 * w_row + k[None, :], mask=inside, other=0.0).to(tl.float32) + update
+    if STOCHASTIC:
+        if BLOCKS:
+            eights = first_k // 8 + tl.arange(0, update.shape[1] // 8)
+            block = offset // 8 + n64 * (columns // 8) + eights[None, :]
+            random = random16_of_blocks(block, seed_low, seed_high, step_low, step_high)
+        else:
+            element = offset + n64 * columns + k[None, :]
+            random = random16(element, seed_low, seed_high, step_low, step_high)
+        rounded = stochastic_round(merged, random, out.dtype.element_ty)
+    else:
+        rounded = merged.to(out.dtype.element_ty)
+    tl.store(out + n64 * out_row + k[None, :], rounded, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step_low", "step_high"])
@@ -42,12 +79,14 @@ def _merge(
     step_low,
     step_high,
     STOCHASTIC: tl.constexpr,
+    BLOCKS: tl.constexpr,  # columns are a multiple of 8
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     first_n = tl.program_id(1) * BLOCK_N
-    n, k = first_n + tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_k = tl.program_id(0) * BLOCK_K
+    n, k = first_n + tl.arange(0, BLOCK_N), first_k + tl.arange(0, BLOCK_K)
     low, high = rank_range(border_b, first_n, first_n + BLOCK_N)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for r0 in range(low, high, BLOCK_R):
@@ -55,17 +94,10 @@ def _merge(
         b = load_border(border_b, r[None, :], n[:, None], tl.float32)
         a = load_border(border_a, r[:, None], k[None, :], tl.float32)
         acc = tl.dot(b, a, acc, input_precision="ieee")
-    inside = (n < rows)[:, None] & (k < columns)[None, :]
-    n64 = n.to(tl.int64)[:, None]
-    base = tl.load(w + n64 * w_row + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    merged = base + column_scales(border_b, n)[:, None] * acc
-    if STOCHASTIC:
-        element = n64 * columns + k[None, :]
-        random = random16(element, seed_low, seed_high, step_low, step_high)
-        rounded = stochastic_round(merged, random, out.dtype.element_ty)
-    else:
-        rounded = merged.to(out.dtype.element_ty)
-    tl.store(out + n64 * out_row + k[None, :], rounded, mask=inside)
+    store_merged(
+        *(w, w_row, out, out_row, column_scales(border_b, n)[:, None] * acc, n, first_k),
+        *(rows, columns, 0, seed_low, seed_high, step_low, step_high, STOCHASTIC, BLOCKS),
+    )
 
 
 def lora_merge(
@@ -85,19 +117,21 @@ def lora_merge(
     if w.numel() == 0:
         return out
     adapters = Adapters(a, b, scales, spans)
-    (rows, columns), words = w.shape, (0, 0, 0, 0) if noise is None else _words(*noise)
+    rows, columns = w.shape
     grid = (triton.cdiv(columns, tile.block_k), triton.cdiv(rows, tile.block_n))
     with on_device(w.device):
         _merge[grid](
             *(w, w.stride(0), out, out.stride(0), of_b(adapters), of_a(adapters)),
-            *(rows, columns, *words),
+            *(rows, columns, *words(noise)),
             STOCHASTIC=noise is not None,
+            BLOCKS=columns % 8 == 0,
             **tile.arguments(),
         )
     return out
 
 
-def _words(seed: int, step: int) -> tuple[int, ...]:
-    """Both as two 32-bit words, low first, signed: an int32 whatever the bits."""
-    words = (seed, seed >> 32, step, step >> 32)
-    return tuple((word + (1 << 31)) % (1 << 32) - (1 << 31) for word in words)
+def words(noise: tuple[int, int] | None) -> tuple[int, ...]:
+    """Seed and step as two 32-bit words each, low first, signed: an int32 whatever the bits."""
+    seed, step = noise or (0, 0)
+    halves = (seed, seed >> 32, step, step >> 32)
+    return tuple((half + (1 << 31)) % (1 << 32) - (1 << 31) for half in halves)

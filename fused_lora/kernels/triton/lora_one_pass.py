@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton.border import Border, of_a, of_b
+from fused_lora.kernels.triton.epilogue import epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, on_device
 from fused_lora.kernels.triton.lora_extended import Output
 from fused_lora.kernels.triton.primitives import grouped_tile, load_border, rank_scales
@@ -38,12 +39,12 @@ def _one_pass(
     w,  # [N, K]
     w_row,
     w_column,
-    bias,  # [N] or None
     shrink,  # [R, K]
     expand,  # [R, N]
     y,  # [M, N]
     y_row,
     h,  # [M, R]
+    epilogue,
     rows,
     columns,
     depth,
@@ -87,9 +88,7 @@ def _one_pass(
     t *= rank_scales(expand, r)[None, :]
     wide = load_border(expand, r[:, None], n[None, :], dtype)
     acc = tl.dot(t.to(dtype), wide, acc, input_precision=PRECISION)
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + m64 * y_row + n[None, :], acc.to(y.dtype.element_ty), mask=inside_m & inside_n)
+    finish(acc, epilogue, y, y_row, m, n, rows, columns, "none", False)
 
 
 def forward(
@@ -119,7 +118,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     (rows, depth), columns, ranks = x.shape, w.shape[0], shrink.rank
     assert w.shape[1] == depth and x.dtype is w.dtype, (x.shape, w.shape, x.dtype, w.dtype)
-    assert x.stride(1) == 1 and (bias is None or bias.is_contiguous()), x.stride()
+    assert x.stride(1) == 1, x.stride()
     assert columns > 0 and ranks <= MOST_RANKS, (columns, ranks)
     y, h = x.new_empty(rows, columns), x.new_empty(rows, ranks)
     if rows == 0:
@@ -128,8 +127,8 @@ def _launch(
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     with on_device(x.device):
         _one_pass[grid](
-            *(x, x.stride(0), w, w.stride(0), w.stride(1), bias, shrink, expand),
-            *(y, y.stride(0), h, rows, columns, depth, ranks),
+            *(x, x.stride(0), w, w.stride(0), w.stride(1), shrink, expand),
+            *(y, y.stride(0), h, epilogue(bias), rows, columns, depth, ranks),
             PRECISION=input_precision(x.dtype),
             WHOLE_K=depth % tile.block_k == 0,
             BLOCK_R=power_of_two(ranks, 16, MOST_RANKS),

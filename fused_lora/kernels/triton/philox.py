@@ -23,9 +23,8 @@ def _round(x, y, z, w, key_low, key_high):
 
 
 @triton.jit
-def random16(element, seed_low, seed_high, step_low, step_high):
-    """The 16 bits of each int64 element index, as uint32; the other words are uint32."""
-    block, half = element >> 3, (element & 7).to(tl.uint32)
+def _words(block, seed_low, seed_high, step_low, step_high):
+    """Four words for each int64 block index; the other arguments are 32 bits each."""
     x, y = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     z, w = tl.zeros_like(x) + step_low, tl.zeros_like(x) + step_high
     key_low, key_high = tl.zeros_like(x) + seed_low, tl.zeros_like(x) + seed_high
@@ -33,8 +32,25 @@ def random16(element, seed_low, seed_high, step_low, step_high):
         x, y, z, w = _round(x, y, z, w, key_low, key_high)
         key_low += 0x9E3779B9
         key_high += 0xBB67AE85
+    return x, y, z, w
+
+
+@triton.jit
+def random16(element, seed_low, seed_high, step_low, step_high):
+    """The 16 bits of each int64 element index, as uint32."""
+    half = (element & 7).to(tl.uint32)
+    x, y, z, w = _words(element >> 3, seed_low, seed_high, step_low, step_high)
     word = tl.where(half < 4, tl.where(half < 2, x, y), tl.where(half < 6, z, w))
     return (word >> (16 * (half & 1))) & 0xFFFF
+
+
+@triton.jit
+def random16_of_blocks(block, seed_low, seed_high, step_low, step_high):
+    """[M, 8 B] of int64 blocks [M, B]: those of elements 8 block to 8 block + 7, side by side."""
+    x, y, z, w = _words(block, seed_low, seed_high, step_low, step_high)
+    words = tl.join(tl.join(x, z), tl.join(y, w))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, [block.shape[0], 8 * block.shape[1]])
 
 
 @triton.jit

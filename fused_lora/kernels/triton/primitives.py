@@ -93,6 +93,32 @@ def column_scales(border, c):
 
 
 @triton.jit
+def expand(
+    acc,
+    h,  # [M, R]
+    h_row,
+    border,  # [R, N]
+    m,
+    n,
+    rows,
+    first,
+    last,
+    PRECISION: tl.constexpr,  # of fp32 products
+    BLOCK_R: tl.constexpr,
+):
+    """acc + s h border over the ranks that own any of columns n = [first, last)."""
+    h_rows = h + m.to(tl.int64)[:, None] * h_row
+    low, high = rank_range(border, first, last)
+    for r0 in tl.range(low, high, BLOCK_R, num_stages=2):
+        r = r0 + tl.arange(0, BLOCK_R)
+        inside = (m < rows)[:, None] & (r < high)[None, :]
+        h_tile = tl.load(h_rows + r[None, :], mask=inside, other=0.0)
+        border_tile = load_border(border, r[:, None], n[None, :], h.dtype.element_ty)
+        acc = tl.dot(h_tile, border_tile, acc, input_precision=PRECISION)
+    return acc * column_scales(border, n)[None, :]
+
+
+@triton.jit
 def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Tile (m, n) of a program: bands of GROUP_M rows of tiles, so that L2 keeps both operands."""
     band = pid // (GROUP_M * tiles_n)

@@ -34,19 +34,37 @@ class Tile:
     warps: int
     group_m: int = 8  # rows of tiles walked together, for L2
 
-    def fits(self, arch: int, itemsize: int, activation: bool = False) -> bool:
-        """Whether a block of sm_``arch`` holds the stages and its threads the accumulator.
+    @property
+    def width(self) -> int:
+        """Columns of y per program."""
+        return self.block_n
 
-        An activation's epilogue takes about as many registers again.
+    def fits(self, arch: int, itemsize: int, heavy: bool = False) -> bool:
+        """Whether a block of sm_``arch`` holds the stages and its threads the accumulators.
+
+        A heavy epilogue, of more than a bias, takes about as many registers again as the
+        accumulator it ends.
         """
-        step_bytes = (self.block_m + self.block_n) * self.block_k * itemsize
-        accumulator = self.block_m * self.block_n // (32 * self.warps)  # registers of a thread
+        step_bytes = (self.block_m + self.width) * self.block_k * itemsize
+        of_a_thread = [self.block_m * n // (32 * self.warps) for n in (self.width, self.block_n)]
         holds = self.stages * step_bytes <= shared_bytes(arch)
-        return holds and accumulator <= (64 if activation else 128)
+        return holds and of_a_thread[0] + heavy * of_a_thread[1] <= (160 if heavy else 128)
 
     def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
         return _arguments(self)
+
+
+@dataclass(frozen=True)
+class BulkTile(Tile):
+    """How the persistent form is cut; a second accumulator lets tiles be 128 + 64 columns wide."""
+
+    rest_n: int = 0  # columns of the second accumulator
+
+    @property
+    def width(self) -> int:
+        """Columns of y per tile."""
+        return self.block_n + self.rest_n
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,47 @@ class MergeTile:
         return _arguments(self)
 
 
-def _arguments(tile: Tile | ThinTile | GradTile | MergeTile) -> dict[str, int | bool]:
+@dataclass(frozen=True)
+class ElementTile:
+    """How an elementwise pass over [M, N] is cut."""
+
+    block_m: int = 4  # rows per program
+    block_n: int = 512  # columns per program: 16 bytes a thread and row in 16 bits
+    stages: int = 1
+    warps: int = 4
+
+    def arguments(self) -> dict[str, int | bool]:
+        """The kernel's constants and Triton's options."""
+        return _arguments(self)
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """How a pass that needs whole rows is cut."""
+
+    block_m: int  # rows per program
+    block_d: int  # a power of two that holds a row
+    warps: int
+    stages: int = 1
+
+    def arguments(self) -> dict[str, int | bool]:
+        """The kernel's constants and Triton's options."""
+        return _arguments(self)
+
+
+ELEMENTS = ElementTile()
+MOST_WIDTH = 16384  # of a row that registers hold
+
+
+def row_tile(columns: int) -> RowTile:
+    """About 16 elements of each operand per thread."""
+    block = power_of_two(columns, 16, MOST_WIDTH)
+    return RowTile(max(1, 2048 // block), block, 4 if block <= 2048 else min(block // 512, 16))
+
+
+def _arguments(
+    tile: Tile | ThinTile | GradTile | MergeTile | ElementTile | RowTile,
+) -> dict[str, int | bool]:
     fields = asdict(tile)
     options = {"num_stages": fields.pop("stages"), "num_warps": fields.pop("warps")}
     return {name.upper(): value for name, value in fields.items()} | options | CONTRACTED
@@ -103,6 +161,11 @@ def _arguments(tile: Tile | ThinTile | GradTile | MergeTile) -> dict[str, int | 
 SAFE = Tile(128, 128, 64, 3, 8)  # compiles without spills on every architecture
 
 _NARROW = (Tile(128, 64, 64, 3, 8), Tile(64, 64, 64, 3, 4))
+_LARGE = (
+    BulkTile(128, 256, 64, 3, 8),
+    BulkTile(128, 128, 64, 3, 8, rest_n=64),
+    BulkTile(128, 128, 64, 4, 8),
+)
 _SINGLE = (Tile(64, 64, 32, 3, 4), Tile(32, 32, 32, 3, 4))  # fp32 operands
 _HALF: dict[int, tuple[Tile, ...]] = {
     80: (SAFE, *_NARROW),
@@ -117,17 +180,38 @@ def _family(arch: int) -> int:
     return max((known for known in _HALF if known <= arch), default=80)
 
 
-def candidates(arch: int, itemsize: int, activation: bool = False) -> tuple[Tile, ...]:
-    """The extended GEMM's tiles for sm_``arch``, largest first."""
-    tiles = _HALF[_family(arch)] if itemsize == 2 else _SINGLE
-    return tuple(tile for tile in tiles if tile.fits(arch, itemsize, activation))
+_BULK: dict[int, tuple[BulkTile, ...]] = {
+    80: (),
+    90: _LARGE,
+    100: _LARGE,
+    120: (BulkTile(128, 128, 64, 3, 8),),
+}
+# What the compiler is seen to spill in spite of the rule, a few bytes of it.
+_HEAVY_SPILLS: dict[int, tuple[Tile, ...]] = {100: (_NARROW[0],), 120: (SAFE,)}
+
+
+def candidates(
+    arch: int, itemsize: int, heavy: bool = False, bulk: bool = False
+) -> tuple[Tile, ...]:
+    """The extended GEMM's tiles for sm_``arch``, largest first.
+
+    Args:
+        arch: 90 for compute capability 9.0.
+        itemsize: bytes of an element of x.
+        heavy: whether the epilogue does more than add a bias.
+        bulk: whether descriptors can be made of x and w, which the persistent form needs.
+    """
+    family = _family(arch)
+    tiles = (*(_BULK[family] if bulk else ()), *_HALF[family]) if itemsize == 2 else _SINGLE
+    spills = _HEAVY_SPILLS.get(family, ()) if heavy else ()
+    return tuple(t for t in tiles if t.fits(arch, itemsize, heavy) and t not in spills)
 
 
 def gemm_tile(
-    rows: int, columns: int, itemsize: int, activation: bool, device: torch.device
+    rows: int, columns: int, itemsize: int, heavy: bool, device: torch.device, bulk: bool = False
 ) -> Tile:
     """The candidate that keeps the busiest multiprocessor busy shortest."""
-    tiles = candidates(architecture(device), itemsize, activation)
+    tiles = candidates(architecture(device), itemsize, heavy, bulk)
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
@@ -161,8 +245,8 @@ def _least_cost(tiles: tuple[Tile, ...], rows: int, columns: int, processors: in
 
 def _busiest(tile: Tile, rows: int, columns: int, processors: int) -> float:
     """Time of the busiest multiprocessor, in arbitrary units: its tiles x area and edges of one."""
-    tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
-    area, edges = tile.block_m * tile.block_n, tile.block_m + tile.block_n
+    tiles = -(-rows // tile.block_m) * -(-columns // tile.width)
+    area, edges = tile.block_m * tile.width, tile.block_m + tile.width
     return -(-tiles // processors) * (area + 32 * edges)
 
 

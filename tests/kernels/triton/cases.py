@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton.tiles import GradTile, ThinTile, Tile
+from fused_lora.kernels.triton.tiles import BulkTile, GradTile, ThinTile, Tile
 from fused_lora.types import Span
 from tests.ops.problems import Problem, strided
 
@@ -42,6 +42,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Smaller than any that ship, so that few elements make many tiles.
 TILE = Tile(32, 32, 32, 2, 4, group_m=2)
+BULK_TILE = BulkTile(32, 32, 32, 2, 4, group_m=2, rest_n=16)
 THIN_TILE = ThinTile(32, 32, 32, 2, 4)
 GRAD_TILE = GradTile(32, 32, 32, 2, 4)
 

@@ -1,12 +1,14 @@
 """Every shipped configuration on every architecture: what it takes of the chip, without one.
 
 No register spilled, shared memory within the chip's limit, the chip's matrix instruction in the
-big product, loads asynchronous. Compiled code is kept in pytest's cache under Triton's own key: the
-sources, the options and the version. bfloat16 stands for float16, which differs in one letter.
+big product, loads asynchronous, stores of 16 bytes. Compiled code is kept in pytest's cache under
+Triton's own key: the sources, the options and the version. bfloat16 stands for float16, which
+differs in one letter.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,15 +19,32 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
+from fused_lora.kernels.triton import (
+    gelu,
+    layer_norm,
+    lora_extended,
+    lora_grad,
+    lora_merge_many,
+    lora_one_pass,
+    lora_shrink,
+)
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.tiles import Tile, candidates, one_pass_candidates, shared_bytes
 from fused_lora.types import Span
 from tests.kernels.triton.compiler import Resources, compiled
 
 ARCHS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.", 100: "tcgen05.mma", 120: "mma.sync"}
+ON = [*(("bf16", arch) for arch in ARCHS), *(("tf32", arch) for arch in (80, 90, 100))]
+ON += [("fp32", arch) for arch in (80, 90, 120)]  # whose code differs little from the others'
 CLASSES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-BIG = ("_extended", "_one_pass")  # where the chip's own matrix instruction must be
+WIDE_STORE = re.compile(r"st\.global(\.\w+)*\.v4\.(b|f|u)32")
+NO_PRODUCTS = ("_add_slices", "_layer_norm", "_layer_norm_grad", "_gelu_rows")
+FP32_PRODUCTS = ("_merge", "_merge_many")
+BIG = (
+    "_extended",
+    "_extended_bulk",
+    "_one_pass",
+)  # in its own matrix instruction
 M, K, N = 512, 768, 768  # a ViT-B projection; sizes that 16 divides, as every model has
 
 Launch = Callable[[], object]
@@ -49,18 +68,37 @@ def thin_launches(x: Tensor) -> Iterator[Launch]:
         yield lambda a=adapters: lora_merge(x.new_zeros(N, K), *a)
         if x.dtype is torch.bfloat16:
             yield lambda a=adapters: lora_merge(x.new_zeros(N, K), *a, noise=(1, 2))
+    w = x.new_zeros(N, K)
+    table = lora_merge_many.pack([lora_merge_many.Merge(w, w, torch.zeros(64, K), w[:, :64])])
+    yield lambda: lora_merge_many.launch(table, None if x.dtype is torch.float32 else (1, 2))
 
 
 def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
-    """The extended GEMM in every tile: forward, forward with GELU, and dx."""
+    """The extended GEMM in every tile: forward, dx, and each of a block's heavy endings."""
     w, bias = x.new_zeros(N, K), x.new_zeros(N)
     one, three = group(1, 16), group(3, 64)
     h, h3 = x.new_zeros(M, 16), x.new_zeros(M, 192)
-    for tile in candidates(arch, x.element_size()):
-        yield lambda t=tile: lora_extended.forward(x, w, bias, three, h=h3, tile=t)
-        yield lambda t=tile: lora_extended.input_grad(x, w, one, dh=h, tile=t)
-        if tile.fits(arch, x.element_size(), activation=True):
-            yield lambda t=tile: lora_extended.forward(x, w, bias, one, "erf", h, t)
+    forward, input_grad = lora_extended.forward, lora_extended.input_grad
+    size = x.element_size()
+    for tile in candidates(arch, size, bulk=True):
+        yield lambda t=tile: forward(x, w, bias, three, h=h3, tile=t)
+        yield lambda t=tile: input_grad(x, w, one, dh=h, tile=t)
+    for tile in candidates(arch, size, heavy=True, bulk=True):
+        yield lambda t=tile: forward(x, w, bias, one, h=h, tile=t, factor=bias, residual=x)
+        if size == 2:
+            yield lambda t=tile: forward(x, w, bias, one, "erf", h, t)
+            yield lambda t=tile: input_grad(x, w, one, h, t, activation="erf", u=x)
+
+
+def row_launches(x: Tensor) -> Iterator[Launch]:
+    """LayerNorm and GELU, forward and backward, at the narrowest and the widest of ViT-S to L."""
+    for width in (384, 4096):
+        z, v, s = x.new_zeros(M, width), torch.zeros(width), torch.zeros(M)
+        yield lambda z=z, v=v: layer_norm.forward(z, v, v, 1e-6)
+        yield lambda z=z, v=v, s=s: layer_norm.rebuild(z, v, v, s, s)
+        yield lambda z=z, v=v, s=s: layer_norm.input_grad(z, z, v, s, s, z)
+    yield lambda: gelu.forward(x)
+    yield lambda: gelu.input_grad(x, x)
 
 
 def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:
@@ -69,6 +107,15 @@ def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     for tile in one_pass_candidates(arch, x.element_size()):
         yield lambda t=tile: lora_one_pass.forward(x, w, bias, group(3, 16), t)
         yield lambda t=tile: lora_one_pass.input_grad(x, w, group(1, 64), t)
+
+
+def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
+    """Every kernel; those whose operands differ in width alone once per width."""
+    yield from thin_launches(x)
+    yield from gemm_launches(x, arch)
+    yield from one_pass_launches(x, arch)
+    if torch.backends.cuda.matmul.fp32_precision == "ieee":
+        yield from row_launches(x)
 
 
 @pytest.fixture
@@ -91,25 +138,27 @@ def fp32_products(precision: str) -> Iterator[None]:
 def complaints(kernel: Resources, arch: int, kind: str) -> list[str]:
     """What is wrong with one kernel of one class."""
     wrong = kernel.complaints(shared_bytes(arch))
-    if kernel.name in ("_add_slices", "_merge"):  # no products, and fp32 products
+    if kernel.name != "_add_slices" and not WIDE_STORE.search(kernel.ptx):
+        wrong.append(f"{kernel.name}: stores are narrower than 16 bytes")
+    if kernel.name in NO_PRODUCTS or kernel.name in FP32_PRODUCTS:
         return wrong
     if kind != "fp32" and not kernel.matrix:
         wrong.append(f"{kernel.name}: no matrix instruction")
     if kind == "bf16" and kernel.name in BIG and ARCHS[arch] not in kernel.ptx:
         wrong.append(f"{kernel.name}: {kernel.matrix} is not {ARCHS[arch]}")
-    if "cp.async" not in kernel.ptx:
+    copies = "cp.async.bulk.tensor" if kernel.name == "_extended_bulk" else "cp.async"
+    if copies not in kernel.ptx:
         wrong.append(f"{kernel.name}: loads are not asynchronous")
     return wrong
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("kept")
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind, arch", ON)
 def test_every_configuration_fits(arch, kind, record_property):
     x = torch.zeros(M, K, dtype=CLASSES[kind])
     with fp32_products("tf32" if kind == "tf32" else "ieee"), compiled(arch) as kernels:
-        for launch in (*thin_launches(x), *gemm_launches(x, arch), *one_pass_launches(x, arch)):
+        for launch in all_launches(x, arch):
             launch()
     record_property("kernels", len(kernels))
     assert len(kernels) >= 10
