@@ -14,12 +14,13 @@ import torch
 
 from fused_lora import env
 from fused_lora.kernels.cuda import native
+from fused_lora.kernels.triton import available
 from fused_lora.patching.explain import explain
 from fused_lora.patching.patch import patch
 from fused_lora.version import __version__
 
-TRITON = "its kernels are not dispatched yet: no machine can verify them before they serve"
-CUDA = "lora_merge alone, and on request (impl='cuda'): no machine has verified it yet"
+TRITON = "serves lora_linear and lora_merge, each kernel after this device has checked it"
+CUDA = "serves lora_merge, after this device has checked it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,7 +133,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 def _backends() -> Iterator[tuple[str, str]]:
     yield "aten", "available"
-    yield "triton", TRITON
+    yield "triton", available.why_not() or TRITON
     yield "cuda", native.why_not() or CUDA
 
 

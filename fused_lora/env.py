@@ -13,13 +13,17 @@ VARIABLES: dict[str, str] = {
     ),
     "FUSED_LORA_DISABLE_NATIVE": "run time: 1 acts as if the compiled module were not installed",
     "FUSED_LORA_CACHE_DIR": (
-        "folder of measured device ceilings; "
+        "folder of measured ceilings, verdicts on kernels and tuned tiles; "
         "default $XDG_CACHE_HOME/fused_lora or ~/.cache/fused_lora"
     ),
     "FUSED_LORA_CALIBRATE": (
         "0 never measures a device: unknown ones get the built-in figures of their kind"
     ),
-    "FUSED_LORA_IMPL": "overrides impl='auto' everywhere: aten or reference",
+    "FUSED_LORA_IMPL": "overrides impl='auto' everywhere: aten, triton or reference",
+    "FUSED_LORA_VERIFY": (
+        "when a kernel is checked on this device before it serves: first (the default; the verdict "
+        "is kept on disk), always (once in every process) or off (never)"
+    ),
 }
 
 
@@ -39,7 +43,7 @@ def text(name: str) -> str | None:
 
 
 def cache_dir() -> Path:
-    """Folder for measured ceilings; not created here."""
+    """Folder for what is measured and checked on this machine; not created here."""
     if chosen := text("FUSED_LORA_CACHE_DIR"):
         return Path(chosen).expanduser()
     if base := os.environ.get("XDG_CACHE_HOME"):

@@ -11,6 +11,8 @@ class Forward(str, Enum):
 
     SEPARATE = "separate"  # base GEMM, then the expand accumulates into its output
     BORDERED = "bordered"  # one GEMM over [x | h] and [w | s b]: one accumulator, one rounding
+    EXTENDED = "extended"  # the same without the copies: a GEMM whose K loop runs on over (h, s b)
+    ONE_PASS = "one_pass"  # each tile shrinks the x it reads, then expands: x is read once
     MERGE = "merge"  # one GEMM over w' = w + s b a, rebuilt each step
 
 
@@ -30,11 +32,19 @@ class Keep(str, Enum):
     MERGED = "merged"  # w', [N, K]
 
 
+class Backend(str, Enum):
+    """Whose kernels a plan runs on; frozen-sized GEMMs are the library's in each of them."""
+
+    ATEN = "aten"
+    TRITON = "triton"
+
+
 class Impl(str, Enum):
     """Who computes an operation; ``auto`` lets the plan choose."""
 
     AUTO = "auto"
     ATEN = "aten"
+    TRITON = "triton"
     REFERENCE = "reference"
 
 
@@ -86,6 +96,8 @@ class Plan:
     gradient: Gradient
     keep: Keep
     time_us: float = 0.0  # the cost model's estimate, forward and backward together
+    backend: Backend = Backend.ATEN
 
     def __str__(self) -> str:
-        return f"{self.forward.value}/{self.dx.value}/{self.gradient.value}/{self.keep.value}"
+        parts = "/".join(p.value for p in (self.forward, self.dx, self.gradient, self.keep))
+        return parts if self.backend is Backend.ATEN else f"{self.backend.value}:{parts}"

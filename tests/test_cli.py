@@ -23,7 +23,7 @@ def test_env_prints_everything(
         assert name in printed and meaning in printed
     assert torch.__version__ in printed
     assert "somewhere" in printed
-    assert cli.TRITON in printed
+    assert "torch sees no CUDA device" in printed or cli.TRITON in printed
 
 
 def test_env_says_why_the_compiled_module_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:

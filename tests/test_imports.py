@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from fused_lora import cli
-
 BLOCKED = ["triton", "fused_lora._native", "timm", "peft", "safetensors", "transformers"]
 
 # torch itself may try triton and must be let fail; numpy is torch's own affair.
@@ -65,7 +63,7 @@ def test_env_works() -> None:
     code = "from fused_lora import cli; print(cli.main(['env']))"
     printed = run(code)
     assert printed.endswith("0")
-    assert cli.TRITON in printed
+    assert "triton is not installed" in printed
 
 
 @pytest.mark.parametrize("impl", ["auto", "aten", "reference"])

@@ -11,21 +11,31 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "fused_lora"
 
 FLOORS: list[set[str]] = [
-    {"types", "env", "version"},
+    {"types", "env", "version", "disk"},
     {"reference", "plan"},
     {"kernels"},
+    {"trust"},
     {"ops"},
     {"nn"},
     {"io", "patching"},
     {"distill"},
     {"cli"},
 ]
-SIDE_ROOMS = {"bench", "testing"}  # may import anything; only the cli may import them
+SIDE_ROOMS = {"bench", "testing"}  # may import anything; only the cli may import them,
+JUDGES = {"trust"}  # and a room that judges at run time may import testing
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 BACKENDS = {"aten", "triton", "cuda"}
 AT_IMPORT = {"torch"}  # third parties that may be imported by importing a module
 TRITON_ROOM = ["fused_lora", "kernels", "triton"]  # a jitted function finds triton in its module
-WITHOUT_TRITON = {"available", "border", "launch", "tiles"}  # in that room, importable without
+WITHOUT_TRITON = {
+    "available",
+    "border",
+    "identity",
+    "launch",
+    "launches",
+    "tiles",
+    "winners",
+}  # in that room, importable without
 LATE = {"triton", "timm", "transformers", "peft", "safetensors", "torchvision", "numpy"}
 
 
@@ -90,6 +100,8 @@ def _room_complaint(module: str, name: str) -> str | None:
         return _backend_complaint(module, name) if mine == "kernels" else None
     if mine in SIDE_ROOMS or name == "fused_lora._native":
         return None
+    if other == "testing" and mine in JUDGES:
+        return None
     if other in SIDE_ROOMS:
         return None if mine == "cli" else f"only the cli may import {other}"
     if other not in FLOOR_OF:
@@ -132,6 +144,8 @@ def test_imports_go_down(path: Path) -> None:
         ("fused_lora.nn.linear", "import fused_lora", "circle"),
         ("fused_lora.types", "from fused_lora import env", "does not stand below"),
         ("fused_lora.ops.x", "from fused_lora.testing import truth", "only the cli"),
+        ("fused_lora.trust.x", "from fused_lora.bench import clock", "only the cli"),
+        ("fused_lora.trust.x", "from fused_lora.ops import planning", "does not stand below"),
         ("fused_lora.kernels.aten.x", "from fused_lora.kernels.cuda import native", "ignorant"),
         ("fused_lora.kernels.triton", "import triton", "inside the function"),
         ("fused_lora.kernels.triton.tiles", "import triton.language as tl", "inside the function"),
@@ -162,6 +176,7 @@ def test_violations_are_caught(module: str, source: str, why: str) -> None:
         ("fused_lora.ops.x", "def f():\n    from fused_lora.kernels.triton import x"),
         ("fused_lora.ops.x", "from fused_lora.kernels.triton import available"),
         ("fused_lora.cli", "from fused_lora.bench import table"),
+        ("fused_lora.trust.x", "from fused_lora.testing.yardstick import judge"),
         ("fused_lora.bench.x", "import timm\nfrom fused_lora.patching import patch"),
         ("fused_lora.patching.x", "if TYPE_CHECKING:\n    import timm"),
     ],

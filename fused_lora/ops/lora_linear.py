@@ -19,9 +19,10 @@ from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.planning import plan_for
-from fused_lora.plan.strategies import keeps_x
+from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.reference import lora_linear as reference
-from fused_lora.types import Impl, Keep, Needs, Plan, Span
+from fused_lora.trust.moment import untouchable
+from fused_lora.types import Backend, Impl, Keep, Needs, Plan, Span
 
 FIXED_INPUTS = 7  # x, w, bias, scales, spans, impl, dtype stand before the adapters
 reshaped = torch.ops.aten._unsafe_view.default  # a view that autograd takes for a tensor of its own
@@ -50,7 +51,7 @@ def lora_linear(
         scales: G numbers, as a sequence or a CPU tensor [G] (a tensor may change under
             ``torch.compile`` without recompiling).
         spans: the columns of y each adapter owns; None for one adapter on all of them.
-        impl: "auto" (the plan's choice), "aten" or "reference".
+        impl: "auto" (the plan's choice), "aten", "triton" or "reference".
 
     Returns:
         y [..., N] in the compute dtype: autocast's if it is on, else x's.
@@ -58,7 +59,8 @@ def lora_linear(
     Raises:
         TypeError: dtypes that do not fit, or devices that differ.
         ValueError: shapes, spans or ``impl`` that do not fit, with the values seen.
-        RuntimeError: on double backward, which is not supported.
+        RuntimeError: ``impl`` names a backend that cannot serve, with the reason; or on double
+            backward, which is not supported.
 
     Source: LoRA (Hu et al. 2021), equation 3; grouped form in DESIGN.md section 1.
     """
@@ -108,7 +110,7 @@ def resolve(impl: Impl | str) -> Impl:
         chosen = Impl(env.text("FUSED_LORA_IMPL") or "auto") if impl is Impl.AUTO else impl
     except ValueError as error:
         raise ValueError(f"impl: {error}; expected one of {[i.value for i in Impl]}") from None
-    return Impl.ATEN if chosen is Impl.AUTO else chosen
+    return chosen
 
 
 class LoRALinear(torch.autograd.Function):
@@ -175,7 +177,7 @@ def compute(
     w = w.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
-    plan = call_plan(rows, w, bias is not None, spans, needs)
+    plan = call_plan(rows, w, bias is not None, spans, needs, impl=impl)
     y, kept = forward(rows, w, bias, adapters, plan, impl)
     y = y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1]))
     return Computed(y, rows, w, kept, plan)
@@ -197,10 +199,17 @@ def call_plan(
     spans: tuple[Span, ...],
     needs: Needs,
     keep: Keep | None = None,
+    impl: Impl = Impl.AUTO,
 ) -> Plan:
     """The plan for one call."""
     n, k = w.shape
-    return plan_for(rows.shape[0], k, n, spans, rows.dtype, bias, needs, rows.device, keep)
+    question = (rows.shape[0], k, n, spans, rows.dtype, bias, needs, rows.device)
+    plan = plan_for(*question, keep, impl)
+    if plan.backend is Backend.ATEN or not (reason := untouchable(rows)):
+        return plan
+    if impl is Impl.AUTO:
+        return by_library(plan)
+    raise RuntimeError(f"impl={impl.value!r} cannot serve: {reason}")
 
 
 def forward(
@@ -209,7 +218,15 @@ def forward(
     """y and what the plan keeps; the reference keeps nothing."""
     if impl is Impl.REFERENCE:
         return reference.forward(rows, w, bias, *adapters.to(rows.dtype)), None
-    return aten.forward(rows, w, bias, adapters, plan)
+    return _backend(plan).forward(rows, w, bias, adapters, plan)
+
+
+def _backend(plan: Plan) -> Any:
+    if plan.backend is Backend.ATEN:
+        return aten
+    from fused_lora.kernels.triton import lora_linear as triton
+
+    return triton
 
 
 def backward(
@@ -226,7 +243,9 @@ def backward(
     if impl is Impl.REFERENCE:
         assert rows is not None and w is not None
         return reference.backward(dy, rows, w, *adapters.to(dy.dtype), needs)
-    return aten.backward(dy, rows, kept, w, adapters, needs, plan)
+    if plan.backend is not Backend.ATEN and untouchable(dy):
+        plan = by_library(plan)
+    return _backend(plan).backward(dy, rows, kept, w, adapters, needs, plan)
 
 
 def _needs(asked: Sequence[bool], groups: int) -> Needs:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters
+from fused_lora.ops import lora_linear as eager
 from fused_lora.ops.lora_linear import refuse_double_backward, without_autocast
 from fused_lora.ops.planning import plan_for, problem
 from fused_lora.plan.choose import traced_keep
@@ -26,11 +26,11 @@ from fused_lora.types import Forward, Gradient, Impl, Keep, Needs, Plan, Span
 LIBRARY = torch.library.Library("fused_lora", "DEF")
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor w, Tensor? bias, Tensor[] a, Tensor[] b, Tensor scales, "
-    "int[] spans, int needs, str keep) -> (Tensor, Tensor)"
+    "int[] spans, int needs, str keep, str impl='auto') -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor w, Tensor kept, Tensor[] a, Tensor[] b, "
-    "Tensor scales, int[] spans, int needs, str keep) -> Tensor[]"
+    "Tensor scales, int[] spans, int needs, str keep, str impl='auto') -> Tensor[]"
 )
 
 
@@ -60,7 +60,7 @@ def traced(
     keep = traced_keep(problem(1, k, n, spans, dtype, bias is not None, needs))
     flat = [number for span in spans for number in (span.start, span.stop, span.rank)]
     y, _ = torch.ops.fused_lora.lora_linear(
-        rows, w, bias, list(a), list(b), scales, flat, _bits(needs), keep.value
+        rows, w, bias, list(a), list(b), scales, flat, _bits(needs), keep.value, impl.value
     )
     return y.reshape(*x.shape[:-1], n)
 
@@ -93,10 +93,10 @@ def _spans(flat: tuple[int, ...]) -> tuple[Span, ...]:
     return tuple(Span(*flat[i : i + 3]) for i in range(0, len(flat), 3))
 
 
-def _plan(m: int, w: Tensor, bias: bool, spans: Sequence[int], needs: int, keep: str) -> Plan:
+def _plan(m: int, w: Tensor, spans: Sequence[int], needs: int, keep: str, impl: str) -> Plan:
     n, k = w.shape
-    question = (m, k, n, _spans(tuple(spans)), w.dtype, bias, _needs(needs), w.device)
-    return plan_for(*question, Keep(keep))
+    question = (m, k, n, _spans(tuple(spans)), w.dtype, True, _needs(needs), w.device)
+    return plan_for(*question, Keep(keep), Impl(impl))
 
 
 def _adapters(a: list[Tensor], b: list[Tensor], scales: Tensor, spans: Sequence[int]) -> Adapters:
@@ -113,10 +113,11 @@ def _forward(
     spans: list[int],
     needs: int,
     keep: str,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    plan = _plan(x.shape[0], w, True, spans, needs, keep)
+    plan = _plan(x.shape[0], w, spans, needs, keep, impl)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y, kept = aten.forward(x, w, bias, _adapters(a, b, scales, spans), plan)
+    y, kept = eager.forward(x, w, bias, _adapters(a, b, scales, spans), plan, Impl(impl))
     return y, x.new_empty(0) if kept is None else kept
 
 
@@ -130,6 +131,7 @@ def _forward_fake(
     spans: list[int],
     needs: int,
     keep: str,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     m = x.shape[0]
     hidden = keep == Keep.HIDDEN.value
@@ -148,13 +150,14 @@ def _backward(
     spans: list[int],
     needs: int,
     keep: str,
+    impl: str = "auto",
 ) -> list[Tensor]:
-    plan = _plan(dy.shape[0], w, True, spans, needs, keep)
+    plan = _plan(dy.shape[0], w, spans, needs, keep, impl)
     dy = dy if dy.stride(-1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
     h = kept if plan.keep is Keep.HIDDEN else None
     adapters = _adapters(a, b, scales, spans)
     with without_autocast(dy.device):
-        grads = aten.backward(dy, x, h, w, adapters, _needs(needs), plan)
+        grads = eager.backward(dy, x, h, w, adapters, _needs(needs), plan, Impl(impl))
     ranks_apart = [grad if grad is None or len(a) == 1 else grad.clone() for grad in grads.a]
     flat = [grads.x, grads.w, grads.bias, *ranks_apart, *grads.b]
     return [grad.contiguous() for grad in flat if grad is not None]
@@ -171,6 +174,7 @@ def _backward_fake(
     spans: list[int],
     needs: int,
     keep: str,
+    impl: str = "auto",
 ) -> list[Tensor]:
     asked = _needs(needs)
     n, k = w.shape
@@ -182,10 +186,10 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w, bias, a, b, scales, spans, needs, keep = inputs
+    x, w, bias, a, b, scales, spans, needs, keep, impl = inputs
     # with keep fixed, whether x is read again does not depend on the strategies
     reads_x = keeps_x(_needs(needs), _any_plan(keep))
-    ctx.meta = (len(a), spans, needs, keep)
+    ctx.meta = (len(a), spans, needs, keep, impl)
     ctx.save_for_backward(x if reads_x else None, w, output[1], scales, *a, *b)
     ctx.set_materialize_grads(False)
 
@@ -197,19 +201,18 @@ def _any_plan(keep: str) -> Plan:
 
 def _autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     refuse_double_backward()
-    groups, spans, needs, keep = ctx.meta
+    groups, *settled = ctx.meta
+    needs = settled[1]
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10
     x, w, kept, scales, *ab = ctx.saved_tensors
     a, b = ab[:groups], ab[groups:]
-    grads = iter(
-        torch.ops.fused_lora.lora_linear_backward(dy, x, w, kept, a, b, scales, spans, needs, keep)
-    )
+    grads = iter(torch.ops.fused_lora.lora_linear_backward(dy, x, w, kept, a, b, scales, *settled))
     asked = _needs(needs)
     dx, dw, dbias = (next(grads) if ask else None for ask in (asked.x, asked.w, asked.bias))
     da = [next(grads) if asked.a else None for _ in a]
     db = [next(grads) if asked.b else None for _ in b]
-    return dx, dw, dbias, da, db, None, None, None, None
+    return dx, dw, dbias, da, db, None, None, None, None, None
 
 
 LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.aten.lora_merge import lora_merge as aten_merge
-from fused_lora.kernels.cuda import lora_merge as cuda
-from fused_lora.kernels.cuda import native
+from fused_lora.kernels.cuda.merged import merged as compiled
+from fused_lora.kernels.interface import Adapters
 from fused_lora.ops.lora_linear import without_autocast
+from fused_lora.ops.lora_merge_backends import server, triton
 from fused_lora.reference.lora_merge import merge as reference_merge
 from fused_lora.types import Span
 
-IMPLS = ("auto", "aten", "reference", "cuda")
+IMPLS = ("auto", "aten", "reference", "triton", "cuda")
 ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -42,12 +43,12 @@ def lora_merge(
             so that the mean is exact (DESIGN.md section 3); for bfloat16 and float16.
         seed: key of the counter-based generator (Philox4x32-10, Salmon et al. 2011).
         step: another draw with the same seed.
-        impl: "auto" and "aten" are library GEMMs. "cuda" asks for the compiled kernel, which never
-            serves unasked: no machine has verified it yet.
+        impl: "auto" takes the first of the compiled kernel ("cuda"), Triton's ("triton") and
+            library GEMMs ("aten") that this device has found right.
 
     Raises:
         ValueError: an unknown ``rounding`` or ``impl``, or stochastic rounding to a wide dtype.
-        RuntimeError: ``impl="cuda"`` where the compiled kernel cannot serve, with the reason.
+        RuntimeError: ``impl`` names a kernel that cannot serve, with the reason.
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
@@ -55,47 +56,20 @@ def lora_merge(
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if rounding == "stochastic" and w.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"stochastic rounding serves bfloat16 and float16 weights, not {w.dtype}")
-    if impl == "cuda":
-        return _compiled(w, a, b, scales, spans, rounding, seed, step)
-    if impl == "reference":
+    adapters = Adapters(a, b, scales, spans)
+    noise = (seed, step) if rounding == "stochastic" else None
+    by = impl if impl in ("aten", "reference") else server(w, adapters, impl)
+    if by == "reference":
         with without_autocast(w.device):
-            return _reference(w, a, b, scales, spans, rounding, seed, step)
-    return aten_merge(w, a, b, scales, spans, (seed, step) if rounding == "stochastic" else None)
+            return _reference(w, adapters, rounding, seed, step)
+    if by == "aten":
+        return aten_merge(w, a, b, scales, spans, noise)
+    return {"cuda": compiled, "triton": triton}[by](w.detach(), adapters, noise)
 
 
-def _compiled(
-    w: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    spans: Sequence[Span],
-    rounding: str,
-    seed: int,
-    step: int,
-) -> Tensor:
-    if reason := native.why_not(w.device if w.is_cuda else None):
-        raise RuntimeError(f"impl='cuda' cannot serve: {reason}")
-    if not w.is_cuda:
-        raise RuntimeError(f"impl='cuda' cannot serve: w is on {w.device}")
-    merged = w.detach().clone(memory_format=torch.contiguous_format)
-    blocks = [merged[span.start : span.stop] for span in spans]
-    offsets = [span.start * w.shape[1] for span in spans]
-    cuda.lora_merge(blocks, blocks, a, b, scales, rounding, seed, step, offsets)
-    return merged
-
-
-def _reference(
-    w: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    spans: Sequence[Span],
-    rounding: str,
-    seed: int,
-    step: int,
-) -> Tensor:
+def _reference(w: Tensor, adapters: Adapters, rounding: str, seed: int, step: int) -> Tensor:
     merged = w.detach().clone()
-    for a_g, b_g, s_g, span in zip(a, b, scales, spans, strict=True):
+    for a_g, b_g, s_g, span in zip(*adapters, strict=True):
         rows = slice(span.start, span.stop)
         offset = span.start * w.shape[1]
         merged[rows] = reference_merge(w[rows], a_g, b_g, s_g, rounding, seed, step, offset=offset)

@@ -1,15 +1,20 @@
-"""From the tensors of a call to its plan."""
+"""From the tensors of a call to its plan, made of kernels that this device has checked."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
+from fused_lora.kernels.triton.launches import launches
+from fused_lora.ops import backends
 from fused_lora.ops.ceilings import ceilings, conditions
-from fused_lora.plan.choose import choose
+from fused_lora.plan.choose import Row, ranked
 from fused_lora.plan.problem import Problem
-from fused_lora.types import Keep, Needs, Plan, Span
+from fused_lora.plan.strategies import candidates
+from fused_lora.trust.check import NotNow
+from fused_lora.types import Backend, Impl, Keep, Needs, Plan, Span
 
 
 def problem(
@@ -35,10 +40,19 @@ def plan_for(
     needs: Needs,
     device: torch.device,
     keep: Keep | None = None,
+    impl: Impl = Impl.AUTO,
 ) -> Plan:
-    """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before."""
+    """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before.
+
+    Raises:
+        RuntimeError: ``impl`` names a backend that cannot serve, with the reason.
+    """
     now = conditions(device, dtype)
-    return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, now)
+    try:
+        return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, impl, now)
+    except NotNow as reason:
+        question = problem(m, k, n, spans, dtype, bias, needs)
+        return _unchecked(question, dtype, device, keep, impl, reason).rows[0].plan
 
 
 @lru_cache(maxsize=4096)
@@ -52,7 +66,82 @@ def _plan_for(
     needs: Needs,
     device: torch.device,
     keep: Keep | None,
+    impl: Impl,
     now: tuple[str, int],  # a change of it asks anew
 ) -> Plan:
     question = problem(m, k, n, spans, dtype, bias, needs)
-    return choose(question, ceilings(device, dtype), keep)
+    return settled(question, dtype, device, keep, impl).rows[0].plan
+
+
+class Settled(NamedTuple):
+    """The plans of checked kernels, and what was dropped on the way to them."""
+
+    rows: list[Row]  # the chosen plan first
+    wrong: list[str]  # one sentence for each kernel that failed its check
+
+
+def settled(
+    question: Problem,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: Keep | None = None,
+    impl: Impl = Impl.AUTO,
+) -> Settled:
+    """The plans that ``impl`` allows, ranked; the kernels of the first are checked.
+
+    Raises:
+        NotNow: the best plan has a kernel that is not checked, and cannot be at this moment.
+        RuntimeError: none is left of what ``impl`` allows.
+    """
+    limits, key = ceilings(device, dtype), conditions(device, dtype)[0]
+    plans = candidates(question, backends.serving(question, impl, dtype, device))
+    said: list[str] = []
+    while rows := ranked(question, limits, keep, plans):
+        wrong = backends.failures(question, rows[0].plan, dtype, key, device)
+        if not wrong:
+            return Settled(rows, said)
+        said += [f"{launch.kernel}: {verdict}" for launch, verdict in wrong.items()]
+        plans = [
+            plan
+            for plan in plans
+            if plan.backend is Backend.ATEN
+            or wrong.keys().isdisjoint(launches(question, plan, dtype, device))
+        ]
+    reasons = said or _reasons(question, dtype, device, impl)
+    raise RuntimeError(f"impl={impl.value!r} cannot serve: {'; '.join(reasons)}")
+
+
+def explained(question: Problem, dtype: torch.dtype, device: torch.device) -> Settled:
+    """As ``settled``, of the library's plans alone where nothing can be checked."""
+    try:
+        return settled(question, dtype, device)
+    except NotNow as reason:
+        return _unchecked(question, dtype, device, None, Impl.AUTO, reason)
+
+
+def checked_plans(question: Problem, device: torch.device | str) -> list[Plan]:
+    """Every plan of kernels that ``device`` finds right, the chosen one first; checks them all."""
+    device, dtype = torch.device(device), getattr(torch, question.dtype)
+    key = conditions(device, dtype)[0]
+    plans = [row.plan for row in settled(question, dtype, device).rows]
+    return [plan for plan in plans if not backends.failures(question, plan, dtype, key, device)]
+
+
+def _reasons(question: Problem, dtype: torch.dtype, device: torch.device, impl: Impl) -> list[str]:
+    asked = (backends.why_not(question, b, dtype, device) for b in backends.ASKED[impl])
+    return [reason for reason in asked if reason] or [f"it has no plan for {question}"]
+
+
+def _unchecked(
+    question: Problem,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: Keep | None,
+    impl: Impl,
+    reason: NotNow,
+) -> Settled:
+    """The library's plans, for this once; nothing of it is remembered."""
+    said = f"not checked yet, and {reason}"
+    if impl is not Impl.AUTO:
+        raise RuntimeError(f"impl={impl.value!r} cannot serve: {said}")
+    return Settled(settled(question, dtype, device, keep, Impl.ATEN).rows, [f"triton: {said}"])

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from fused_lora.nn import AdaptedLinear
+from fused_lora.ops.backends import refusals
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
-from fused_lora.ops.planning import plan_for, problem
-from fused_lora.plan.choose import ranked
+from fused_lora.ops.planning import explained, plan_for, problem
 from fused_lora.plan.problem import Problem
 from fused_lora.types import Needs, Plan
 
@@ -104,7 +104,8 @@ def _paragraph(
 ) -> str:
     target = torch.device(device) if device is not None else module.weight.device
     limits = ceilings(target, dtype or module.weight.dtype)
-    rows = ranked(question, limits)
+    compute = dtype or module.weight.dtype
+    rows, wrong = explained(question, compute, target)
     ranks = "|".join(str(span.rank) for span in question.spans)
     lines = [
         f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
@@ -117,6 +118,8 @@ def _paragraph(
         ratio = row.plan.time_us / rows[0].plan.time_us
         estimate = f"{row.plan!s:38}  {row.plan.time_us:12,.1f} us  {ratio:5.2f}x"
         lines.append(f"  lost    {estimate}  {row.note}".rstrip())
+    refused = [*refusals(question, compute, target), *wrong]
+    lines += [f"  not     {reason}" for reason in refused]
     if module.config.dropout:
         lines.append("  dropout: in training the adapters are composed from plain torch instead")
     return "\n".join(lines)

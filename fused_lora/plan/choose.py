@@ -3,19 +3,20 @@
 In 16 bits the cheapest plan is not simply the best one:
 - MERGE rounds w' and may hide a small adapter from every token alike, so it serves on its own
   account only where every other plan costs ``MERGE_GAIN`` times as much;
-- BORDERED rounds y once where SEPARATE rounds it twice, so it is preferred up to
-  ``SIGNAL_PRICE`` times the cost.
+- BORDERED, EXTENDED and ONE_PASS round y once where SEPARATE rounds it twice, so they are
+  preferred up to ``SIGNAL_PRICE`` times the cost.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fused_lora.plan.cost import time_us
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
-from fused_lora.plan.strategies import candidates
+from fused_lora.plan.strategies import ROUNDS_ONCE, candidates
 from fused_lora.types import Forward, Keep, Plan
 
 MERGE_GAIN = 1.5
@@ -30,17 +31,25 @@ class Row:
     note: str = ""
 
 
-def ranked(problem: Problem, ceilings: Ceilings, keep: Keep | None = None) -> list[Row]:
-    """Every candidate (that keeps ``keep``), the chosen one first, the others by estimated time."""
-    plans = [
+def ranked(
+    problem: Problem,
+    ceilings: Ceilings,
+    keep: Keep | None = None,
+    plans: Sequence[Plan] | None = None,
+) -> list[Row]:
+    """Every plan (of ``plans``, or that a library serves, and that keeps ``keep``), best first.
+
+    The chosen one comes first, the others by estimated time.
+    """
+    timed = [
         replace(plan, time_us=time_us(problem, plan, ceilings))
-        for plan in candidates(problem)
+        for plan in (candidates(problem) if plans is None else plans)
         if keep is None or plan.keep is keep
     ]
-    plans.sort(key=lambda plan: plan.time_us)
+    timed.sort(key=lambda plan: plan.time_us)
     if not problem.low_precision:
-        return [Row(plan) for plan in plans]
-    return _by_precision(plans)
+        return [Row(plan) for plan in timed]
+    return _by_precision(timed)
 
 
 def _merges(plan: Plan) -> bool:
@@ -49,10 +58,11 @@ def _merges(plan: Plan) -> bool:
 
 def _by_precision(plans: list[Plan]) -> list[Row]:
     exact = [plan for plan in plans if not _merges(plan)]
-    if plans[0].time_us * MERGE_GAIN < exact[0].time_us:
+    if not exact or plans[0].time_us * MERGE_GAIN < exact[0].time_us:
         return [Row(plan) for plan in plans]
-    once = [plan for plan in exact if plan.forward is Forward.BORDERED]
-    best = once[0] if once[0].time_us <= exact[0].time_us * SIGNAL_PRICE else exact[0]
+    once = [plan for plan in exact if plan.forward in ROUNDS_ONCE]
+    affordable = once and once[0].time_us <= exact[0].time_us * SIGNAL_PRICE
+    best = once[0] if affordable else exact[0]
     notes = {True: "rounds w' to 16 bits", False: "rounds y twice"}
     rest = [
         Row(plan, notes[_merges(plan)] if plan.time_us < best.time_us else "")

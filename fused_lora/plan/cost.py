@@ -2,46 +2,19 @@
 
 gemm  max(2 m n k / (rate * d / (d + half_rank)), bytes / bandwidth) + call,  d = min(m, n, k)
 move  bytes / bandwidth + call
+
+The steps of this file are a library's; ``fused_lora.plan.cost_triton`` has Triton's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from fused_lora.plan import cost_triton
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
-from fused_lora.types import Forward, Gradient, Keep, Plan
-
-
-@dataclass(frozen=True)
-class Step:
-    """One library call: a GEMM of m x n x k, or, with k = 0, a pass over ``m * n`` elements."""
-
-    name: str
-    m: int
-    n: int
-    k: int = 0
-    accumulates: bool = False  # reads its output as well
-
-    @property
-    def flops(self) -> int:
-        """Multiply-adds, counted as two."""
-        return 2 * self.m * self.n * self.k
-
-    def elements(self) -> int:
-        """Elements read and written."""
-        if not self.k:
-            return 2 * self.m * self.n
-        return self.m * self.k + self.k * self.n + (1 + self.accumulates) * self.m * self.n
-
-    def time_us(self, itemsize: int, ceilings: Ceilings) -> float:
-        """Estimated time."""
-        inner = max(1, min(self.m, self.n, self.k or 1))
-        rate = ceilings.matmul_gflops * inner / (inner + ceilings.half_rank)
-        compute_us = self.flops / rate * 1e-3
-        memory_us = self.elements() * itemsize / ceilings.bandwidth_gbs * 1e-3
-        return max(compute_us, memory_us) + ceilings.call_us
+from fused_lora.plan.step import Step
+from fused_lora.types import Backend, Forward, Gradient, Keep, Plan
 
 
 def merge_steps(p: Problem) -> Iterator[Step]:
@@ -146,6 +119,8 @@ def _rank_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 
 def steps(p: Problem, plan: Plan) -> list[Step]:
     """Every call of the plan, in order."""
+    if plan.backend is Backend.TRITON:
+        return [*cost_triton.forward_steps(p, plan), *cost_triton.backward_steps(p, plan)]
     return [*forward_steps(p, plan), *(backward_steps(p, plan) if p.trains else ())]
 
 

@@ -6,12 +6,12 @@ not peaks. A device that is not in it is measured once and the figures are kept 
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from fused_lora import disk
+
+FILE = "ceilings.json"
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,13 @@ def unmeasured(name: str, dtype: str) -> Ceilings:
 def load(folder: Path, key: str) -> Ceilings | None:
     """The ceilings kept under ``key``; None when absent, torn or of another layout."""
     try:
-        row = json.loads((folder / "ceilings.json").read_text())[key]
-        found = Ceilings(**row)
+        found = Ceilings(**disk.read(folder / FILE)[key])
         rates = (found.matmul_gflops, found.half_rank, found.bandwidth_gbs, found.call_us)
         return found if all(0 < float(rate) < float("inf") for rate in rates) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 
 def store(folder: Path, key: str, ceilings: Ceilings) -> None:
     """Keep ``ceilings`` under ``key``; a folder that cannot be written is passed over."""
-    path = folder / "ceilings.json"
-    try:
-        rows = json.loads(path.read_text())
-        rows = rows if isinstance(rows, dict) else {}
-    except (OSError, ValueError):
-        rows = {}
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".ceilings-")
-        with os.fdopen(handle, "w") as file:
-            json.dump(rows | {key: asdict(ceilings)}, file, indent=1)
-        Path(name).replace(path)
+    disk.merge(folder / FILE, {key: asdict(ceilings)})

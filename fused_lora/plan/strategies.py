@@ -1,19 +1,66 @@
 """The candidates: every consistent way to compute a problem, and a sentence for each that is not.
 
 A plan is consistent when what the forward keeps is used by the backward and is no larger than h
-(DESIGN.md section 4).
+(DESIGN.md section 4), and when its backend has the strategies it names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 from fused_lora.plan.problem import Problem
-from fused_lora.types import Forward, Gradient, Keep, Needs, Plan
+from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
+
+LIBRARY = (Backend.ATEN,)
+STRATEGIES: dict[Backend, tuple[Forward, ...]] = {
+    Backend.ATEN: (Forward.SEPARATE, Forward.BORDERED, Forward.MERGE),
+    Backend.TRITON: (Forward.EXTENDED, Forward.ONE_PASS, Forward.MERGE),
+}
+ROUNDS_ONCE = (Forward.BORDERED, Forward.EXTENDED, Forward.ONE_PASS)
+ONE_PASS_RANKS = 64  # sum R whose h stands in registers beside the accumulator
+INT32 = 1 << 31  # kernels count rows, columns and the elements of a and b in 32 bits
+MOST_SLICES = 64  # of rows, whose fp32 partial sums of a gradient stand side by side
+
+
+def why_not_backend(problem: Problem, backend: Backend) -> str | None:
+    """One sentence why ``backend`` has nothing for ``problem``; None when it has."""
+    if backend is Backend.ATEN:
+        return None
+    if problem.dtype == "float64":
+        return "Triton's kernels compute in float32, bfloat16 and float16, not in float64"
+    if min(problem.k, problem.n) == 0:
+        return f"there is nothing to launch for w [{problem.n}, {problem.k}]"
+    largest = max(problem.m, MOST_SLICES * problem.rank * max(problem.k, problem.n))
+    if largest >= INT32 - 4096:  # a block past the last row is still counted
+        return f"Triton's kernels count in 32 bits, and this problem has {largest:,} of something"
+    return None
 
 
 def why_not(problem: Problem, plan: Plan) -> str | None:
     """One sentence why ``plan`` cannot serve ``problem``; None when it can."""
+    return (
+        why_not_backend(problem, plan.backend)
+        or why_not_strategy(problem, plan.backend, plan.forward)
+        or why_not_strategy(problem, plan.backend, plan.dx)
+        or _inconsistent(problem, plan)
+    )
+
+
+def why_not_strategy(problem: Problem, backend: Backend, strategy: Forward) -> str | None:
+    """One sentence why ``backend`` cannot compute ``problem`` by ``strategy``."""
+    if strategy not in STRATEGIES[backend]:
+        return f"{backend.value} has no kernel of {strategy.value}"
+    if strategy is Forward.ONE_PASS and problem.rank > ONE_PASS_RANKS:
+        return (
+            f"one_pass holds h of a tile in registers, up to rank {ONE_PASS_RANKS} in all, "
+            f"and the ranks sum to {problem.rank}"
+        )
+    return None
+
+
+def _inconsistent(problem: Problem, plan: Plan) -> str | None:
     if (plan.gradient is Gradient.NONE) == problem.trains_adapters:
         return "adapter gradients are computed exactly when an adapter operand needs one"
     if not problem.needs.x and plan.dx is not plan.forward:
@@ -37,10 +84,21 @@ def why_not(problem: Problem, plan: Plan) -> str | None:
     return None
 
 
-def candidates(problem: Problem) -> list[Plan]:
-    """Every plan that can serve ``problem``."""
-    plans = (Plan(*parts) for parts in product(Forward, Forward, Gradient, Keep))
+def candidates(problem: Problem, backends: Sequence[Backend] = LIBRARY) -> list[Plan]:
+    """Every plan that can serve ``problem`` on one of ``backends``."""
+    plans = (
+        Plan(*parts, backend=backend)
+        for backend in backends
+        for parts in product(STRATEGIES[backend], STRATEGIES[backend], Gradient, Keep)
+    )
     return [plan for plan in plans if why_not(problem, plan) is None]
+
+
+def by_library(plan: Plan) -> Plan:
+    """``plan`` where no kernel of its backend may run: as precise, and it keeps the same."""
+    here = STRATEGIES[Backend.ATEN]
+    forward, dx = (p if p in here else Forward.BORDERED for p in (plan.forward, plan.dx))
+    return replace(plan, forward=forward, dx=dx, backend=Backend.ATEN)
 
 
 def keeps_x(needs: Needs, plan: Plan) -> bool:

@@ -45,8 +45,18 @@ def error(value: Tensor, truth: Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(truth.double()).clamp_min(1e-300))
 
 
-def judge(name: str, ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> Verdict:
-    """The verdict on ``ours``, computed in ``dtype``, beside ``plain``, computed likewise."""
+def judge(
+    name: str,
+    ours: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    dtype: torch.dtype,
+    band: float | None = None,
+) -> Verdict:
+    """The verdict on ``ours``, computed in ``dtype``, beside ``plain``, computed likewise.
+
+    ``band`` stands for the dtype's epsilon where products round more than the dtype does.
+    """
     theirs = error(plain, truth)
-    budget = FACTOR * theirs + torch.finfo(dtype).eps
+    budget = FACTOR * theirs + (torch.finfo(dtype).eps if band is None else band)
     return Verdict(name, error(ours, truth), theirs, budget)

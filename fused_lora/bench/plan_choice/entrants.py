@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fused_lora.plan.problem import Problem
+from fused_lora.plan.strategies import ROUNDS_ONCE
 from fused_lora.types import Forward, Plan
 
 NEAR = 1.5  # estimates up to so many times the chosen one's are measured
@@ -35,7 +36,7 @@ def may_win(question: Problem, chosen: Plan, plan: Plan) -> bool:
     """Whether ``plan`` could have been chosen: in 16 bits, precision goes before speed."""
     if not question.low_precision or _merges(chosen):
         return True
-    return not _merges(plan) and plan.forward in (chosen.forward, Forward.BORDERED)
+    return not _merges(plan) and plan.forward in (chosen.forward, *ROUNDS_ONCE)
 
 
 def _merges(plan: Plan) -> bool:

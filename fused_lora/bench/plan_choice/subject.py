@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.aten import lora_linear
 from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.ops.lora_linear import backward, forward
 from fused_lora.plan.problem import Problem
 from fused_lora.reference import lora_linear as reference
 from fused_lora.testing.yardstick import Verdict, judge
-from fused_lora.types import Keep, Plan
+from fused_lora.types import Impl, Keep, Plan
 
 Outcome = Mapping[str, Tensor]  # y, dx, and da, db of all adapters end to end
 
@@ -48,10 +48,10 @@ class Subject:
 
     def run(self, plan: Plan) -> tuple[Tensor, Grads]:
         """Forward and backward by ``plan``; what the clock sees."""
-        y, kept = lora_linear.forward(self.x, self.w, self.bias, self.adapters, plan)
+        y, kept = forward(self.x, self.w, self.bias, self.adapters, plan, Impl.AUTO)
         w = None if plan.keep is Keep.MERGED else self.w
         needs = self.question.needs
-        return y, lora_linear.backward(self.dy, self.x, kept, w, self.adapters, needs, plan)
+        return y, backward(self.dy, self.x, kept, w, self.adapters, needs, plan, Impl.AUTO)
 
     def run_frozen(self) -> tuple[Tensor, Tensor]:
         """The frozen layer's y and dx: the floor."""

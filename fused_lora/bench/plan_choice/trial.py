@@ -13,7 +13,7 @@ from fused_lora.bench.plan_choice.entrants import entrants, may_win
 from fused_lora.bench.plan_choice.rows import Candidate, PlanCase, PlanRow
 from fused_lora.bench.plan_choice.subject import Subject
 from fused_lora.bench.provenance import Provenance
-from fused_lora.plan.choose import ranked
+from fused_lora.ops.planning import checked_plans
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
 from fused_lora.types import Plan
@@ -31,7 +31,7 @@ class Trial:
     @cached_property
     def plans(self) -> list[Plan]:
         """The plans to measure, the chosen one first."""
-        return entrants([row.plan for row in ranked(self.question, self.ceilings)])
+        return entrants(checked_plans(self.question, self.device))
 
     @property
     def chosen(self) -> Plan:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.kernels.aten.gemm import (
+from fused_lora.kernels.aten.lora_merge import lora_merge
+from fused_lora.kernels.full_grads import full_grads
+from fused_lora.kernels.gemm import (
     accumulate,
     columns,
     dense,
@@ -26,7 +28,6 @@ from fused_lora.kernels.aten.gemm import (
     product,
     thin_rows,
 )
-from fused_lora.kernels.aten.lora_merge import lora_merge
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.types import Forward, Gradient, Keep, Needs, Plan
 
@@ -102,7 +103,10 @@ def backward(
     g = _Backward(dy, x, kept, w, adapters, adapters.to(dy.dtype), needs, plan)
     dx = g.dx() if needs.x else None
     dw = dy.t() @ g.x if needs.w else None
-    a, b = g.rank_grads() if plan.gradient is Gradient.RANK else g.full_grads(dw)
+    if plan.gradient is Gradient.FULL:
+        a, b = full_grads(dy, x, dw, adapters, g.low, needs)
+    else:
+        a, b = g.rank_grads()
     return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b)
 
 
@@ -176,7 +180,7 @@ class _Backward:
         return dx
 
     def rank_grads(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """da = dhT x, db = s dyT h."""
+        """da = dhT x, db = s dyT h; None throughout where no adapter trains."""
         a: list[Tensor | None] = [None] * len(self.low.spans)
         b: list[Tensor | None] = [None] * len(self.low.spans)
         if self.needs.b:
@@ -189,17 +193,4 @@ class _Backward:
         if self.needs.a:
             da = product(self.dh.t(), self.x, 1.0, self.adapters.widest_a())  # [sum R, K]
             a = [da[ranks].to(self.adapters.a[g].dtype) for g, _, ranks in self.low.ranks()]
-        return a, b
-
-    def full_grads(self, dw: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """da = s bT dw, db = s dw aT, with dw formed here unless it is given."""
-        a: list[Tensor | None] = [None] * len(self.low.spans)
-        b: list[Tensor | None] = [None] * len(self.low.spans)
-        for g, cols, _ in self.low.ranks() if self.plan.gradient is Gradient.FULL else ():
-            dw_g = dense(columns(self.dy, cols).t()) @ self.x if dw is None else dw[cols]
-            s = self.low.scales[g]
-            if self.needs.b:
-                b[g] = product(dw_g, self.low.a[g].t(), s, self.adapters.b[g].dtype)
-            if self.needs.a:
-                a[g] = product(self.low.b[g].t(), dw_g, s, self.adapters.a[g].dtype)
         return a, b

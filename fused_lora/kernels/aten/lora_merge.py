@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.aten.gemm import accumulate
+from fused_lora.kernels.gemm import accumulate
 from fused_lora.reference.philox import stochastic_round
 from fused_lora.types import Span
 

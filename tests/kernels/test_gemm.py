@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fused_lora.kernels.aten.gemm import accumulate, dense, outer, product, thin_rows
+from fused_lora.kernels.gemm import accumulate, dense, outer, product, thin_rows
 from fused_lora.testing.yardstick import error
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

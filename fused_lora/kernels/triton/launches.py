@@ -1,0 +1,87 @@
+"""Which kernels a plan launches, each in which tile: what is verified is what runs.
+
+kernel     rows  columns  depth
+extended   M     N        K       or M, K, N for dx
+one_pass   M     N        K       likewise
+shrink     M     sum R    K       or N for dh
+grad       sum R K        M       or N for db
+merge      N     K        sum R
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_lora.kernels.triton import tiles
+from fused_lora.kernels.triton.winners import AnyTile, winner
+from fused_lora.plan.problem import Problem
+from fused_lora.types import Forward, Gradient, Keep, Plan
+
+
+class Launch(NamedTuple):
+    """A kernel in one tile."""
+
+    kernel: str
+    tile: AnyTile
+
+    @property
+    def configuration(self) -> str:
+        """The tile in a few words, as tables show it."""
+        sizes = "x".join(str(v) for k, v in vars(self.tile).items() if k.startswith("block"))
+        return f"{sizes} {self.tile.stages} stages {self.tile.warps} warps"
+
+
+@lru_cache(maxsize=4096)
+def tile_of(
+    kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The tile of one launch, of its kernel's kind: a measured winner, else by this room's rule."""
+    if found := winner(kernel, rows, columns, depth, dtype, device):
+        return found
+    size = dtype.itemsize
+    if kernel == "extended":
+        return tiles.gemm_tile(rows, columns, size, False, device)
+    if kernel == "one_pass":
+        return tiles.one_pass_tile(rows, columns, size, device)
+    if kernel == "shrink":
+        return tiles.thin_tile(rows, columns, size, device)
+    return tiles.grad_tile(rows, size) if kernel == "grad" else tiles.MergeTile()
+
+
+def launches(
+    problem: Problem, plan: Plan, dtype: torch.dtype, device: torch.device
+) -> frozenset[Launch]:
+    """What ``plan`` launches for ``problem``, forward and backward."""
+    shapes = set(_shapes(problem, plan))
+    return frozenset(Launch(s[0], tile_of(*s, dtype, device)) for s in shapes)
+
+
+def _shapes(p: Problem, plan: Plan) -> Iterator[tuple[str, int, int, int]]:
+    yield from _product(p, plan.forward, p.k, p.n)
+    if p.needs.x and plan.keep is not Keep.MERGED:
+        yield from _product(p, plan.dx, p.n, p.k)
+    if plan.gradient is not Gradient.RANK:
+        return
+    if p.needs.b:
+        if plan.keep is not Keep.HIDDEN:
+            yield "shrink", p.m, p.rank, p.k
+        yield "grad", p.rank, p.n, p.m
+    if p.needs.a:
+        if plan.dx is Forward.MERGE or not p.needs.x:
+            yield "shrink", p.m, p.rank, p.n
+        yield "grad", p.rank, p.k, p.m
+
+
+def _product(
+    p: Problem, strategy: Forward, depth: int, columns: int
+) -> Iterator[tuple[str, int, int, int]]:
+    if strategy is Forward.MERGE:
+        yield "merge", p.n, p.k, p.rank
+        return
+    if strategy is Forward.EXTENDED:
+        yield "shrink", p.m, p.rank, depth
+    yield strategy.value, p.m, columns, depth

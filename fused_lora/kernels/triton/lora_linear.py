@@ -1,0 +1,155 @@
+"""Grouped LoRA linear from this room's kernels, and library GEMMs where they are frozen-sized.
+
+    forward   EXTENDED  h = x aT; y = act(x wT + bias + s h bT) in one accumulator
+              ONE_PASS  the same, h formed from the tiles of x that the product reads
+              MERGE     w' = w + s b a in one pass over w; y = x w'T + bias by the library
+    dx        the same three, on dy, dh and a
+    gradients RANK  db = s dyT h, da = dhT x     FULL  from dw = dyT x, by the library
+
+The face and its meaning are those of ``fused_lora.kernels.aten.lora_linear``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_lora.kernels.full_grads import full_grads
+from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
+from fused_lora.kernels.triton.available import DTYPES
+from fused_lora.kernels.triton.launches import tile_of
+from fused_lora.kernels.triton.lora_merge import lora_merge
+from fused_lora.types import Forward, Gradient, Keep, Needs, Plan
+
+
+def forward(
+    x: Tensor,  # [M, K]
+    w: Tensor,  # [N, K], x's dtype
+    bias: Tensor | None,  # [N], x's dtype
+    adapters: Adapters,
+    plan: Plan,
+    bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N], and what ``plan.keep`` names: h [M, sum R], w' [N, K] or None."""
+    if plan.forward is Forward.MERGE:
+        new = merged(w, adapters)
+        return F.linear(x, new, bias), new if plan.keep is Keep.MERGED else None
+    adapters = uniform(adapters)
+    x, bias = rows(x), None if bias is None else bias.contiguous()
+    if plan.forward is Forward.ONE_PASS:
+        tile = _tile("one_pass", x, w.shape[0], x.shape[1])
+        y, h, _ = lora_one_pass.forward(x, w, bias, adapters, tile=tile)
+    else:
+        tile = _tile("extended", x, w.shape[0], x.shape[1])
+        tail = None if bordered is None else bordered[:, x.shape[1] :]
+        h = shrink(x, adapters, tail)
+        y = lora_extended.forward(x, w, bias, adapters, h=h, tile=tile).y
+    return y, h.contiguous() if plan.keep is Keep.HIDDEN else None
+
+
+def backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor | None,  # [M, K]; None where no gradient reads it
+    kept: Tensor | None,  # what forward kept
+    w: Tensor | None,  # [N, K]; None where dx reads a kept w', or is not asked for
+    adapters: Adapters,
+    needs: Needs,
+    plan: Plan,
+) -> Grads:
+    """The gradients named by ``needs``."""
+    dy, x, own = rows(dy), None if x is None else rows(x), uniform(adapters)
+    dx, dh = _input_grad(dy, kept, w, own, plan) if needs.x else (None, None)
+    dw = None
+    if needs.w:
+        assert x is not None
+        dw = dy.t() @ x
+    if plan.gradient is Gradient.FULL:
+        a, b = full_grads(dy, x, dw, adapters, adapters.to(dy.dtype), needs)
+    else:
+        h = kept if plan.keep is Keep.HIDDEN else None
+        a = _a_grads(dy, dh, x, own, adapters) if needs.a else _none(adapters)
+        b = _b_grads(dy, h, x, own, adapters) if needs.b else _none(adapters)
+    return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b)
+
+
+def rows(t: Tensor) -> Tensor:
+    """``t``, copied unless its rows are contiguous; of a single column, torch calls any so."""
+    return t if t.stride(1) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
+def uniform(adapters: Adapters) -> Adapters:
+    """The same adapters, in fp32 unless every a is of one dtype the kernels read, and every b."""
+    for halves in (adapters.a, adapters.b):
+        dtype = halves[0].dtype
+        if dtype not in DTYPES or any(half.dtype is not dtype for half in halves):
+            return adapters.to(torch.float32)
+    return adapters
+
+
+def shrink(x: Tensor, adapters: Adapters, out: Tensor | None = None) -> Tensor:
+    """h = x aT, [M, sum R]."""
+    tile = _tile("shrink", x, adapters.rank, x.shape[1])
+    return lora_shrink.shrink(x, adapters, out, tile=tile)
+
+
+def shrink_grad(dy: Tensor, adapters: Adapters) -> Tensor:
+    """dh = s dy b, [M, sum R]."""
+    tile = _tile("shrink", dy, adapters.rank, dy.shape[1])
+    return lora_shrink.shrink_grad(dy, adapters, tile=tile)
+
+
+def _tile(kernel: str, x: Tensor, columns: int, depth: int):
+    return tile_of(kernel, x.shape[0], columns, depth, x.dtype, x.device)
+
+
+def merged(w: Tensor, adapters: Adapters, noise: tuple[int, int] | None = None) -> Tensor:
+    """w' [N, K], rounded to nearest, or stochastically by ``noise``, a seed and a step."""
+    n, k = w.shape
+    tile = tile_of("merge", n, k, adapters.rank, w.dtype, w.device)
+    return lora_merge(rows(w), *uniform(adapters), noise, tile=tile)
+
+
+def _input_grad(
+    dy: Tensor, kept: Tensor | None, w: Tensor | None, adapters: Adapters, plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """dx = dy w + dh a [M, K], and dh where it was formed on the way."""
+    if plan.keep is Keep.MERGED:
+        assert kept is not None
+        return dy @ kept, None
+    assert w is not None
+    if plan.dx is Forward.MERGE:
+        return dy @ merged(w, adapters), None
+    tile = _tile(plan.dx.value, dy, w.shape[1], dy.shape[1])
+    if plan.dx is Forward.ONE_PASS:
+        return lora_one_pass.input_grad(dy, w, adapters, tile=tile)
+    dh = shrink_grad(dy, adapters)
+    return lora_extended.input_grad(dy, w, adapters, dh=dh, tile=tile)
+
+
+def _a_grads(
+    dy: Tensor, dh: Tensor | None, x: Tensor | None, own: Adapters, asked: Adapters
+) -> list[Tensor | None]:
+    """da = dhT x, each in its own dtype."""
+    assert x is not None
+    dh = shrink_grad(dy, own) if dh is None else dh
+    tile = tile_of("grad", own.rank, x.shape[1], x.shape[0], x.dtype, x.device)
+    grads = lora_grad.a_grads(dh, x, own, tile=tile)
+    return [grad.to(a.dtype) for grad, a in zip(grads, asked.a, strict=True)]
+
+
+def _b_grads(
+    dy: Tensor, h: Tensor | None, x: Tensor | None, own: Adapters, asked: Adapters
+) -> list[Tensor | None]:
+    """db = s dyT h, each in its own dtype."""
+    if h is None:
+        assert x is not None
+        h = shrink(x, own)
+    tile = tile_of("grad", own.rank, dy.shape[1], dy.shape[0], dy.dtype, dy.device)
+    grads = lora_grad.b_grads(h, dy, own, tile=tile)
+    return [grad.to(b.dtype) for grad, b in zip(grads, asked.b, strict=True)]
+
+
+def _none(adapters: Adapters) -> list[Tensor | None]:
+    return [None] * len(adapters.spans)

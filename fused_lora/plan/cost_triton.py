@@ -1,0 +1,100 @@
+"""What a Triton plan costs: its launches, and the library GEMMs among them.
+
+The efficiencies and calls below are guesses: no time has been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fused_lora.plan.problem import Problem
+from fused_lora.plan.step import Step
+from fused_lora.types import Forward, Gradient, Keep, Plan
+
+EFFICIENCY = 0.8  # of Triton's GEMM beside the library's; unmeasured
+LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
+MERGE_EFFICIENCY = 1 / 16  # of fp32 products beside 16-bit ones; unmeasured
+RANK_BLOCK = 64  # ranks whose thin product reads x once
+TILE_COLUMNS = 128  # of y, for each of which ONE_PASS forms h anew
+PARTIAL_SUMS = 16  # slices of rows whose fp32 sums a gradient writes and reads; about
+
+
+def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+    """The launches of the forward pass."""
+    yield from _product(p, plan.forward, "", p.k, p.n, reuse=False)
+
+
+def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+    """The launches of the backward pass, none where nothing is asked for."""
+    rank_gradient = plan.gradient is Gradient.RANK
+    if p.needs.x:
+        yield from _product(p, plan.dx, "dx ", p.n, p.k, plan.keep is Keep.MERGED)
+    if rank_gradient and p.needs.b:
+        if plan.keep is not Keep.HIDDEN:
+            yield _thin(p, "shrink", p.k)
+        yield from _gradient(p, "db", p.n)
+    if rank_gradient and p.needs.a:
+        if not (p.needs.x and plan.dx is not Forward.MERGE):
+            yield _thin(p, "dy shrink", p.n)
+        yield from _gradient(p, "da", p.k)
+    yield from _full(p, plan)
+
+
+def _product(
+    p: Problem, strategy: Forward, name: str, depth: int, columns: int, reuse: bool
+) -> Iterator[Step]:
+    """y [M, columns] of x [M, depth], or likewise dx; ``reuse`` finds w' merged already."""
+    if strategy is Forward.MERGE:
+        if not reuse:
+            yield _merge(p)
+        yield Step(f"{name}base", p.m, columns, depth)
+        return
+    width = sum(span.rank * span.width for span in p.spans) // p.n  # ranks of a column of y
+    ranks = width if columns == p.n else p.rank
+    if strategy is Forward.EXTENDED:
+        yield _thin(p, f"{name}shrink", depth)
+        yield _launch(f"{name}extended", p.m, columns, depth + ranks)
+    else:
+        shrunk, expanded = p.rank * depth * -(-columns // TILE_COLUMNS), ranks * columns
+        flops, hidden = 2 * p.m * (shrunk + expanded), p.m * p.rank
+        yield _launch(f"{name}one_pass", p.m, columns, depth, flops, hidden)
+
+
+def _launch(name: str, m: int, n: int, k: int, flops: int = 0, elements: int = 0) -> Step:
+    return Step(name, m, n, k, False, flops, elements, EFFICIENCY, LAUNCH_CALLS)
+
+
+def _thin(p: Problem, name: str, depth: int) -> Step:
+    """h or dh of every group in one launch, x read once per block of ranks."""
+    again = (-(-p.rank // RANK_BLOCK) - 1) * p.m * depth
+    return _launch(name, p.m, p.rank, depth, elements=again)
+
+
+def _gradient(p: Problem, name: str, columns: int) -> Iterator[Step]:
+    """Partial sums over slices of rows, then their sum in a fixed order."""
+    fp32 = 4 // min(4, p.itemsize)  # in elements of the compute dtype
+    sums = PARTIAL_SUMS * p.rank * columns * fp32
+    again = (-(-p.rank // RANK_BLOCK) - 1) * p.m * columns
+    yield _launch(name, p.rank, columns, p.m, elements=sums + again)
+    yield Step(f"{name} sums", p.rank, columns, extra_elements=sums, calls=LAUNCH_CALLS)
+
+
+def _merge(p: Problem) -> Step:
+    """w' in one pass over w; products are fp32 whatever the dtype."""
+    efficiency = MERGE_EFFICIENCY if p.low_precision else EFFICIENCY
+    rank = max(span.rank for span in p.spans)
+    return Step("merge", p.n, p.k, rank, True, efficiency=efficiency, calls=LAUNCH_CALLS)
+
+
+def _full(p: Problem, plan: Plan) -> Iterator[Step]:
+    """dw and the small products with it, by the library."""
+    full = plan.gradient is Gradient.FULL
+    if p.needs.w:
+        yield Step("dw", p.n, p.k, p.m)
+    for span in p.spans if full else ():
+        if not p.needs.w:
+            yield Step("dw", span.width, p.k, p.m)
+        if p.needs.b:
+            yield Step("db", span.width, span.rank, p.k)
+        if p.needs.a:
+            yield Step("da", span.rank, p.k, span.width)

@@ -1,0 +1,112 @@
+"""A check: one kernel on small problems against float64, by the yardstick rule, twice.
+
+It runs in a thread and on a stream of its own, where no autocast, mode or capture of the caller's
+reaches, and draws from no random state but its own. Running out of memory is nobody's verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fused_lora.testing.yardstick import Verdict as Comparison
+from fused_lora.testing.yardstick import judge
+from fused_lora.trust.verdict import Verdict, broken, worst
+
+ELEMENT_FACTOR, ELEMENT_BANDS = 4.0, 8.0  # extremes scatter more than norms
+
+
+class NotNow(Exception):
+    """Nothing can be checked at this moment; asked again later, it may be."""
+
+
+def check(
+    cases: Callable[[torch.dtype, torch.device], Iterator[Comparison | str]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Verdict:
+    """The verdict on what ``cases`` yields: comparisons, or a sentence that fails the kernel.
+
+    Raises:
+        NotNow: the device's memory is full.
+    """
+    with ThreadPoolExecutor(1, "fused_lora check") as own:
+        return own.submit(_check, cases, dtype, device).result()
+
+
+def _check(
+    cases: Callable[[torch.dtype, torch.device], Iterator[Comparison | str]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Verdict:
+    try:
+        with torch.inference_mode(), own_stream(device):
+            found = list(cases(dtype, device))
+    except torch.OutOfMemoryError as error:
+        raise NotNow(f"no memory is left to check a kernel in: {error}") from None
+    except Exception as error:  # of a compiler, a launch or the device: the kernel does not serve
+        if _out_of_memory(error):
+            raise NotNow(f"no memory is left to check a kernel in: {error}") from None
+        return broken(f"{type(error).__name__}: {_first_line(error)}")
+    compared = [c for c in found if isinstance(c, Comparison)]
+    said = [line for line in found if isinstance(line, str)]
+    return broken(said[0]) if said and all(c.passed for c in compared) else worst(compared)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether ``error``, or what it came from, is a full memory by its own words."""
+    words = str(error).lower()
+    cause = error.__cause__ or error.__context__
+    full = isinstance(error, MemoryError) or "out of memory" in words
+    return full or (cause is not None and _out_of_memory(cause))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no message"
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Inside, work goes to a fresh stream of ``device``, finished at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+
+def compare(
+    run: Callable[[], Mapping[str, Tensor]],
+    plain: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    band: float | None,
+) -> Iterator[Comparison | str]:
+    """``run`` against ``truth``, beside ``plain``; and against itself, bit by bit."""
+    once, again = run(), run()
+    for name, ours in once.items():
+        if not torch.equal(ours, again[name]):
+            yield f"two runs gave different bits of {name}"
+        yield judge(name, ours, plain[name], truth[name], dtype, band)
+        yield _worst_element(name, ours, plain[name], truth[name], band or torch.finfo(dtype).eps)
+
+
+def _worst_element(
+    name: str, ours: Tensor, plain: Tensor, truth: Tensor, band: float
+) -> Comparison:
+    """The largest error of any element, in units of the root mean square of the truth.
+
+    In 16 bits one wrong element among thousands is within the budget of the norm.
+    """
+    size = truth.square().mean().sqrt().clamp_min(1e-300)
+    mine, theirs = (float((t.double() - truth).abs().max() / size) for t in (ours, plain))
+    budget = ELEMENT_FACTOR * theirs + ELEMENT_BANDS * band
+    return Comparison(f"the worst element of {name}", mine, theirs, budget)

@@ -1,0 +1,72 @@
+"""Small problems that a check runs: odd sizes, several groups, operands inside larger tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.interface import Adapters
+from fused_lora.types import Span
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One problem, and what it may show."""
+
+    m: int
+    k: int
+    n: int
+    spans: tuple[Span, ...]
+    bias: bool
+    wide: bool  # fp32 adapters, cast on load; else in the compute dtype
+    inside: int  # columns of the tensor that x and dy lie in beyond their own
+
+
+SHAPES = (  # sizes that no block divides; whole blocks, with borders of groups inside a tile
+    Shape(197, 71, 93, (Span(0, 93, 5),), bias=True, wide=False, inside=3),
+    Shape(256, 256, 384, tuple(Span(128 * g, 128 * g + 128, 16) for g in range(3)), False, True, 0),
+)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Tensors of one problem in one dtype."""
+
+    x: Tensor  # [M, K]
+    w: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+    dy: Tensor  # [M, N]
+    adapters: Adapters
+
+    def to(self, dtype: torch.dtype, adapters: bool = True) -> Operands:
+        """The same numbers in ``dtype``."""
+        x, w, dy = (t.to(dtype) for t in (self.x, self.w, self.dy))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Operands(x, w, bias, dy, self.adapters.to(dtype) if adapters else self.adapters)
+
+
+def problems(dtype: torch.dtype, device: torch.device) -> Iterator[Operands]:
+    """The operands of every shape; no random state but their own is touched."""
+    generator = torch.Generator().manual_seed(20)
+    for shape in SHAPES:
+        yield _operands(shape, dtype, device, generator)
+
+
+def _operands(
+    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Operands:
+    def draw(rows: int, columns: int, std: float, to: torch.dtype, inside: int = 0) -> Tensor:
+        whole = torch.randn(rows, columns + inside, generator=generator) * std
+        return whole.to(device, to)[:, :columns]
+
+    m, k, n, inside = shape.m, shape.k, shape.n, shape.inside
+    low = torch.float32 if shape.wide else dtype
+    a = [draw(s.rank, k, k**-0.5, low) for s in shape.spans]
+    b = [draw(s.rank, s.width, s.rank**-0.5, low).t() for s in shape.spans]
+    scales = [(1.0, 0.5, 2.0)[g % 3] for g in range(len(a))]
+    bias = draw(1, n, 1.0, dtype)[0] if shape.bias else None
+    x, dy = draw(m, k, 1.0, dtype, inside), draw(m, n, 1.0, dtype, inside)
+    return Operands(x, draw(n, k, k**-0.5, dtype), bias, dy, Adapters(a, b, scales, shape.spans))

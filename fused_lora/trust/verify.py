@@ -1,0 +1,102 @@
+"""Verdicts: asked for once in a process, kept on disk, told to the user where one is bad."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from fused_lora import disk, env
+from fused_lora.kernels.cuda import native
+from fused_lora.kernels.triton.identity import identity, sources
+from fused_lora.trust.check import NotNow
+from fused_lora.trust.moment import why_not_now
+from fused_lora.trust.subjects import Checked
+from fused_lora.trust.verdict import Subject, Verdict
+
+MODES = ("off", "first", "always")
+UNCHECKED = Verdict(True, 0.0, 0.0, "nothing: FUSED_LORA_VERIFY is off")
+
+_known: dict[tuple[Subject, torch.device], Verdict] = {}
+_one_at_a_time = threading.Lock()
+
+
+def verdict(checked: Checked, device: torch.device) -> Verdict:
+    """Whether ``checked`` may serve on ``device``; the first to ask may wait for the check.
+
+    Raises:
+        NotNow: it has no verdict, and none can be found at this moment.
+        ValueError: FUSED_LORA_VERIFY is none of its values.
+    """
+    how = mode()
+    if how == "off":
+        return UNCHECKED
+    if found := _known.get((checked.subject, device)):
+        return found
+    if how == "first" and (kept := load(checked.subject, device)):
+        return _remember(checked.subject, device, kept)
+    if reason := why_not_now(device):
+        raise NotNow(reason)
+    with _one_at_a_time:
+        return _known.get((checked.subject, device)) or _check(checked, device)
+
+
+def mode() -> str:
+    """The value of FUSED_LORA_VERIFY."""
+    said = env.text("FUSED_LORA_VERIFY") or "first"
+    if said not in MODES:
+        raise ValueError(f"FUSED_LORA_VERIFY must be one of {MODES}, got {said!r}")
+    return said
+
+
+def path() -> Path:
+    """The file of verdicts."""
+    return env.cache_dir() / "verdicts.json"
+
+
+def load(subject: Subject, device: torch.device) -> Verdict | None:
+    """The verdict kept for this device, these versions and these sources."""
+    return Verdict.of_row(disk.read(path()).get(_key(subject, device)))
+
+
+def forget() -> None:
+    """Drop what this process remembers; the disk is left alone."""
+    _known.clear()
+
+
+def _check(checked: Checked, device: torch.device) -> Verdict:
+    found = checked.check(device)
+    disk.merge(path(), {_key(checked.subject, device): found.row()})
+    return _remember(checked.subject, device, found)
+
+
+def _remember(subject: Subject, device: torch.device, found: Verdict) -> Verdict:
+    _known[subject, device] = found
+    if not found.passed:
+        warnings.warn(
+            f"fused_lora does not use {subject} on {device}: {found}. The next backend serves; "
+            "`fused-lora selftest` shows every kernel.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _key(subject: Subject, device: torch.device) -> str:
+    of = _compiled() if subject.backend == "cuda" else ""
+    return f"{subject}|{identity(device)}|checks {_checks()}{of}"
+
+
+@lru_cache(maxsize=1)
+def _checks() -> str:
+    return sources(Path(__file__).parent)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> str:
+    """The compiled module by its build: another file is another kernel."""
+    built = Path(str(native.load().__file__)).stat()
+    return f"|module {built.st_size} {built.st_mtime_ns}"

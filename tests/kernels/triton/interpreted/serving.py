@@ -1,0 +1,45 @@
+"""Triton serves a CPU here, unchecked: what it would refuse outside an interpreter is let pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fused_lora.kernels.triton import available, launches, lora_linear
+from fused_lora.kernels.triton.tiles import MergeTile
+from fused_lora.ops import backends, planning
+from fused_lora.trust import verify
+from tests.kernels.triton.cases import GRAD_TILE, THIN_TILE, TILE
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[pytest.MonkeyPatch]:
+    """Fresh plans, no verdicts, a cache folder of the test's own."""
+    monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)
+    monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
+    monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
+    again()
+    yield monkeypatch
+    again()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that few elements fill."""
+
+    def small(kernel: str, *shape: object) -> object:
+        return {"shrink": THIN_TILE, "grad": GRAD_TILE, "merge": MergeTile(32, 32)}.get(
+            kernel, TILE
+        )
+
+    for module in (launches, lora_linear):
+        monkeypatch.setattr(module, "tile_of", small)
+
+
+def again() -> None:
+    """As a new process would begin."""
+    planning._plan_for.cache_clear()
+    backends._triton.cache_clear()
+    verify.forget()

@@ -1,0 +1,69 @@
+"""The check of first use on the kernels themselves, and on one that is broken."""
+
+import pytest
+import torch
+
+from fused_lora.kernels.triton import lora_extended, lora_one_pass
+from fused_lora.kernels.triton.launches import Launch
+from fused_lora.kernels.triton.tiles import SAFE, GradTile, MergeTile, ThinTile
+from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.testing.yardstick import judge
+from fused_lora.trust import problems, verify
+from fused_lora.trust.problems import Shape
+from fused_lora.trust.subjects import of_launch
+from fused_lora.types import Span
+from tests.kernels.triton.cases import CASES, build, lowered
+from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
+
+CPU = torch.device("cpu")
+LAUNCHES = [
+    Launch("extended", SAFE),
+    Launch("one_pass", SAFE),
+    Launch("shrink", ThinTile(64, 16, 64, 4, 4)),
+    Launch("grad", GradTile(16, 128, 64, 4, 4)),
+    Launch("merge", MergeTile()),
+]
+
+
+@pytest.fixture
+def checking(serving):  # noqa: F811
+    """First use is checked, on fewer elements than on a GPU."""
+    small = Shape(
+        64, 64, 96, tuple(Span(32 * g, 32 * g + 32, 16) for g in range(3)), False, True, 0
+    )
+    serving.setattr(problems, "SHAPES", (problems.SHAPES[0], small))  # an interpreter is slow
+    serving.setenv("FUSED_LORA_VERIFY", "first")
+    return serving
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.kernel)
+def test_the_kernels_pass(checking, launch):
+    found = verify.verdict(of_launch(launch, "bfloat16"), CPU)
+    assert found.passed, str(found)
+
+
+def corrupt(monkeypatch, module):
+    """Every GEMM of ``module`` leaves one element of its last row unwritten."""
+    launch = module._launch
+
+    def broken(*args):
+        found = launch(*args)
+        y = found[0] if found else args[5]
+        y[-1, -1] = 0.0
+        return found
+
+    monkeypatch.setattr(module, "_launch", broken)
+
+
+def test_a_broken_kernel_is_caught_and_another_serves(checking):
+    checking.setattr("fused_lora.plan.cost_triton.EFFICIENCY", 1e6)  # auto would take it
+    checking.setattr("fused_lora.plan.cost_triton.LAUNCH_CALLS", 0.0)
+    for module in (lora_extended, lora_one_pass):
+        corrupt(checking, module)
+    p = build(CASES[3], torch.bfloat16, torch.float32)
+    call = lambda q, impl: lora_linear(q.x, q.w, q.bias, q.a, q.b, q.scales, q.spans, impl=impl)  # noqa: E731
+    with pytest.warns(RuntimeWarning, match=r"does not use triton \w+ .*error .* over the budget"):
+        ours = call(p, "auto")
+    low = lowered(p, torch.bfloat16)
+    verdict = judge("y", ours, call(low, "reference"), call(p.double(), "reference"), p.x.dtype)
+    assert verdict.passed, str(verdict)

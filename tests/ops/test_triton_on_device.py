@@ -1,0 +1,141 @@
+"""lora_linear and lora_merge by Triton on a GPU, end to end: checked first, then right."""
+
+import warnings
+
+import pytest
+import torch
+
+from fused_lora.kernels.triton import available
+from fused_lora.ops import planning
+from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops.lora_merge import lora_merge
+from fused_lora.testing.yardstick import error, judge
+from fused_lora.trust import verify
+from fused_lora.types import Backend, Needs, Span
+
+pytestmark = pytest.mark.gpu
+QKV = tuple(Span(384 * g, 384 * g + 384, 16) for g in range(3))
+
+
+@pytest.fixture(autouse=True)
+def on_device(monkeypatch, tmp_path):
+    """Tensors on the GPU, verdicts of the test's own, and no warning about a kernel."""
+    if said := available.why_not():
+        pytest.skip(said)
+    monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
+    planning._plan_for.cache_clear()
+    verify.forget()
+    with torch.device("cuda"), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        yield
+    planning._plan_for.cache_clear()
+    verify.forget()
+
+
+def operands(dtype, m=(4, 197)):
+    x = torch.randn(*m, 384).to(dtype).requires_grad_()
+    w, bias = (torch.randn(1152, 384) / 20).to(dtype), torch.randn(1152).to(dtype)
+    a = [(torch.randn(16, 384) / 20).requires_grad_() for _ in QKV]
+    b = [(torch.randn(384, 16) / 4).requires_grad_() for _ in QKV]
+    return x, w, bias, a, b
+
+
+def run(impl, x, w, bias, a, b, scales=(1.0, 0.5, 2.0)):
+    leaves = [x, *a, *b]
+    y = lora_linear(x, w, bias, a, b, scales, QKV, impl=impl)
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y) / 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_values_and_gradients(dtype, impl):
+    x, w, bias, a, b = operands(dtype)
+    cast = lambda kind: [  # noqa: E731
+        x.detach().to(kind).requires_grad_(), w.to(kind), bias.to(kind),
+        *([t.detach().to(kind).requires_grad_() for t in half] for half in (a, b)),
+    ]  # fmt: skip
+    runs = run(impl, x, w, bias, a, b), run("reference", *cast(dtype))
+    truth = run("reference", *cast(torch.float64))
+    for i, (ours, plain, true) in enumerate(zip(*runs, truth, strict=True)):
+        verdict = judge(f"{impl} {i}", ours, plain, true, dtype)
+        assert verdict.passed, str(verdict)
+
+
+def test_same_inputs_same_bits():
+    x, w, bias, a, b = operands(torch.bfloat16)
+    once, again = (run("triton", x, w, bias, a, b) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+
+
+def test_autocast():
+    x, w, bias, a, b = operands(torch.float32)
+    with torch.autocast("cuda", torch.bfloat16):
+        ours = run("triton", x, w, bias, a, b)
+    assert [t.dtype for t in ours] == [torch.bfloat16, *[torch.float32] * 7]
+
+
+def test_compiled():
+    x, w, bias, a, b = operands(torch.bfloat16)
+    y = torch.compile(lora_linear, fullgraph=True)(x, w, bias, a, b, (1.0, 0.5, 2.0), QKV)
+    torch.testing.assert_close(y, lora_linear(x, w, bias, a, b, (1.0, 0.5, 2.0), QKV))
+
+
+def test_a_capture_of_what_was_not_checked_takes_the_library():
+    x, w, bias, a, b = operands(torch.bfloat16)
+    call = lambda: lora_linear(x, w, bias, a, b, (1.0, 0.5, 2.0), QKV)  # noqa: E731
+    with torch.no_grad():
+        run("aten", x, w, bias, a, b)  # the library's own warm-up
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        assert not verify.path().exists()
+        graph.replay()
+        eager = call()
+    assert error(captured, eager.double()) < 1e-2
+
+
+def test_a_capture_of_what_was_checked_replays_it():
+    x, w, bias, a, b = operands(torch.bfloat16)
+    call = lambda: lora_linear(x, w, bias, a, b, (1.0, 0.5, 2.0), QKV, impl="triton")  # noqa: E731
+    with torch.no_grad():
+        eager = call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        captured.zero_()
+        graph.replay()
+    assert torch.equal(captured, eager)
+
+
+def test_the_check_leaves_the_callers_state_alone():
+    before, stream = torch.cuda.get_rng_state(), torch.cuda.current_stream()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        x, w, bias, a, b = operands(torch.bfloat16)
+        state = torch.cuda.get_rng_state()
+        run("triton", x, w, bias, a, b)
+        assert torch.cuda.current_stream() == side
+    assert torch.equal(torch.cuda.get_rng_state(), state) and before.shape == state.shape
+    assert torch.cuda.current_stream() == stream
+
+
+def test_another_process_finds_the_verdicts():
+    plan = lambda: planning.plan_for(  # noqa: E731
+        25216, 768, 768, (Span(0, 768, 16),), torch.bfloat16, True, Needs(), torch.device("cuda", 0)
+    )
+    first = plan()
+    kept = verify.path().read_text() if first.backend is Backend.TRITON else ""
+    planning._plan_for.cache_clear()
+    verify.forget()
+    assert plan() == first
+    assert kept == (verify.path().read_text() if kept else "")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_merge(dtype, impl):
+    _, w, _, a, b = operands(dtype)
+    merged = lora_merge(w, a, b, (1.0, 0.5, 2.0), QKV, impl=impl).detach()
+    double = [[t.detach().double() for t in half] for half in (a, b)]
+    truth = lora_merge(w.double(), *double, (1.0, 0.5, 2.0), QKV, impl="reference")
+    assert error(merged, truth) <= torch.finfo(dtype).eps

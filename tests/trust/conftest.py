@@ -1,0 +1,66 @@
+"""A CPU that Triton's room believes to be served, with kernels made of plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fused_lora.kernels.triton import available
+from fused_lora.ops import backends, planning
+from fused_lora.trust import triton_checks, verify
+from fused_lora.trust.equations import equations
+
+RESULTS = {
+    "shrink": ("h", "dh"),
+    "extended": ("y", "dx"),
+    "one_pass": ("h", "dh", "y", "dx"),
+    "grad": ("da", "db"),
+    "merge": ("w'",),
+}
+
+
+class Kernels:
+    """What stands in for Triton's kernels: right unless told otherwise, and counted."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, int] = dict.fromkeys(RESULTS, 0)
+        self.faults: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+
+    def run(self, name: str, p, tile) -> dict[str, torch.Tensor]:
+        self.runs[name] += 1
+        right = equations(p.to(p.x.dtype))
+        fault = self.faults.get(name, lambda t: t)
+        return {key: fault(right[key].clone()) for key in RESULTS[name]}
+
+
+def forget() -> None:
+    """As a new process would begin."""
+    planning._plan_for.cache_clear()
+    backends._triton.cache_clear()
+    verify.forget()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Kernels]:
+    made = Kernels()
+    monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
+    monkeypatch.delenv("FUSED_LORA_VERIFY", raising=False)
+    monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)
+    monkeypatch.setattr("fused_lora.plan.cost_triton.EFFICIENCY", 1e6)  # auto prefers Triton
+    monkeypatch.setattr("fused_lora.plan.cost_triton.LAUNCH_CALLS", 0.0)
+    for name in RESULTS:
+        run = lambda p, tile, name=name: made.run(name, p, tile)  # noqa: E731
+        monkeypatch.setitem(triton_checks.RUNS, name, run)
+    monkeypatch.setattr(triton_checks, "merged", _stochastic)
+    forget()
+    yield made
+    forget()
+
+
+def _stochastic(p, tile=None, noise=None) -> torch.Tensor:
+    from fused_lora.kernels.aten.lora_merge import lora_merge
+
+    return lora_merge(p.w, *p.adapters, noise)
