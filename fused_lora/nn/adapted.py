@@ -111,9 +111,7 @@ class AdaptedLinear(nn.Linear):
         if rank is not None:
             check_rank(rank, "active_rank")
             if rank > top:
-                raise ValueError(
-                    f"active_rank must be at most the adapter's rank {top}, got {rank}"
-                )
+                raise ValueError(f"active_rank must be at most the rank {top}, got {rank}")
         self._used = tuple(replace(s, rank=min(rank or top, s.rank)) for s in self._spans)
         self._narrowed = self._used != self._spans
 

@@ -10,9 +10,12 @@ from fused_lora.nn.aside import _passes
 from tests.patching.models import build, wake
 
 
-def teacher(rank=4, dtype=torch.float64, options=None, **model) -> nn.Module:
-    """Four blocks of width 48."""
-    made = build(**{"depth": 4} | model).to(dtype)
+def teacher(rank=4, dtype=torch.float64, options=None, separate=False, **model) -> nn.Module:
+    """Four blocks of width 48; ``separate`` takes their q, k and v apart."""
+    made = build(**{"depth": 4} | model)
+    for block in made.blocks if separate else ():
+        block.attn = Separate(block.attn)
+    made = made.to(dtype)
     fused_lora.patch(made, rank=rank, adapter_dtype=dtype, **options or {})
     return wake(made)
 
@@ -45,3 +48,18 @@ def same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     assert mine.keys() == theirs.keys()
     assert all(value is not None for value in (*mine.values(), *theirs.values()))
     return all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+class Separate(nn.Module):
+    """A timm attention with q, k and v apart."""
+
+    def __init__(self, fused):
+        super().__init__()
+        dim, self.heads, self.proj = fused.proj.in_features, fused.num_heads, fused.proj
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, x, **_):
+        heads = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
+        q, k, v = map(heads, (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))

@@ -366,6 +366,21 @@ def test_gated_mlps(layer, monkeypatch):
     assert same(mine, grads(big))
 
 
+def test_separate_projections_serve_a_fused_qkv(monkeypatch):
+    big, small = teacher(separate=True), student()
+    fused_lora.share_adapters(big, small)
+    loans = small.blocks[1].attn.qkv.loans
+    owners = [getattr(big.blocks[2].attn, f"{part}_proj") for part in "qkv"]
+    assert [loan.owner for loan in loans.values()] == owners
+    assert all(loan.first == 0 for loan in loans.values())
+    x = images()
+    loss(big, small, x=x).backward()
+    mine = grads(big)
+    plain_slicing(monkeypatch)
+    loss(big, small, x=x).backward()
+    assert same(mine, grads(big))
+
+
 def test_nothing_is_left_of_a_step_that_failed():
     big, small = pair()
     x = images()
