@@ -97,6 +97,15 @@ def unshare_adapters(student: nn.Module) -> None:
         module.own()
 
 
+def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
+    """The teacher's parameters that train and that ``student`` computes with parts of, each once."""
+    shared = [m for m in student.modules() if isinstance(m, SharedLoRALinear)]
+    loans = [loan for module in shared for loan in module.loans.values()]
+    halves = [half for loan in loans for half in loan.owner.adapter(loan.group)]
+    found = {id(half): half for half in halves if half.requires_grad}
+    return list(found.values())  # type: ignore[arg-type]
+
+
 def _check_models(teacher: nn.Module, student: nn.Module) -> None:
     for name, module in adapted(teacher):
         if module.merged:
