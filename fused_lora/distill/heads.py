@@ -67,7 +67,7 @@ def grid_of(patches: int, size: tuple[int, int]) -> tuple[int, int]:
     height, width = size
     rows = round(math.sqrt(patches * height / width))
     columns = patches // rows if rows else 0
-    if rows * columns != patches or rows * width != columns * height:
+    if not patches or rows * columns != patches or rows * width != columns * height:
         raise ValueError(f"{patches} patch tokens are no grid of squares in an image of {size}")
     return rows, columns
 
