@@ -38,7 +38,7 @@ def borrow(owners: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:
                 f"a {type(owner).__name__} {tuple(owner.shape)} is sharded over "
                 f"{owner.device_mesh}: parts of it cannot be shared; keep adapters unsharded"
             )
-    lent = [i for i, owner in enumerate(owners) if _is_lent(owner)]
+    lent = [i for i, owner in enumerate(owners) if lends(owner)]
     views = [None if i in lent else box.of(owners[i]) for i, box in enumerate(boxes)]
     if lent:
         parts = _Borrow.apply([boxes[i] for i in lent], *(owners[i] for i in lent))
@@ -47,7 +47,8 @@ def borrow(owners: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:
     return views  # type: ignore[return-value]
 
 
-def _is_lent(owner: Tensor) -> bool:
+def lends(owner: Tensor) -> bool:
+    """Whether a part of ``owner`` is to be borrowed; otherwise it is autograd's slice."""
     trains = owner.requires_grad and owner.is_leaf and torch.is_grad_enabled()
     return trains and not torch.compiler.is_compiling()
 

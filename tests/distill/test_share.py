@@ -26,7 +26,7 @@ def pair(mapping="even", rank=4, options=None, share=None, **model):
 
 def plain_slicing(monkeypatch):
     """From here on parts are autograd's own slices."""
-    monkeypatch.setattr(borrow, "_is_lent", lambda owner: False)
+    monkeypatch.setattr(borrow, "lends", lambda owner: False)
 
 
 def loss(*models, x):

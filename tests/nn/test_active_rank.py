@@ -73,7 +73,7 @@ def test_autograds_slicing_to_the_bit(monkeypatch):
         return found
 
     mine = steps()
-    monkeypatch.setattr(borrow, "_is_lent", lambda owner: False)
+    monkeypatch.setattr(borrow, "lends", lambda owner: False)
     assert all(map(torch.equal, mine, steps()))
 
 
