@@ -52,10 +52,12 @@ CPU_GRIDS = {
     "six_projections": Grid(_SMALL_BASE, _RANKS, (8,), ("fp32",), _SIX, (), 120),
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (1, 8), ("fp32",), (), (), 240),
     "saved_bytes": _COUNTED,
+    "sharing": Grid(_SMALL_BASE, (16,), (2,), ("fp32",), (), (), 60),
     "train_step": Grid(_SMALL_BASE, (16, 128, 512), (2,), ("fp32",), _STEP, _SMALL_BASE[1:], 115),
 }
 CUDA_GRIDS = {
     "saved_bytes": _COUNTED,
+    "sharing": Grid(_SMALL_BASE, (16, 128), (32,), ("bf16", "fp32"), (), (), 120),
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (8, 128), ("bf16",), (), (), 240),
     "six_projections": Grid(
         (*_SMALL_BASE, "vit_large_patch16_224"),

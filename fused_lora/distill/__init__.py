@@ -1,0 +1,1 @@
+"""Teacher and student: what the one hands to the other."""
