@@ -1,0 +1,114 @@
+"""lora_linear as a stage: one or several frozen matrices, each with its adapters, on the same x."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.interface import Adapters
+from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage, Tensors
+from fused_lora.ops.lora_linear import as_rows, backward, compute, lora_linear
+from fused_lora.plan.strategies import keeps_x
+from fused_lora.types import Impl, Keep, Needs, Plan, Span
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is known of one adapted matrix beside its tensors (w, bias, every a, every b)."""
+
+    scales: tuple[float, ...]
+    spans: tuple[Span, ...]
+    impl: Impl
+
+    @property
+    def operands(self) -> int:
+        """w, bias, a and b."""
+        return 2 + 2 * len(self.spans)
+
+    def needs(self, x: bool, own: tuple[bool, ...]) -> Needs:
+        """The gradients asked for."""
+        groups = len(self.spans)
+        return Needs(x, own[0], own[1], any(own[2 : 2 + groups]), any(own[2 + groups :]))
+
+
+@dataclass(frozen=True)
+class LoRALinear(Stage):
+    """Owns the operands of each frame in turn; extra is, for each, (kept, w as it was cast)."""
+
+    frames: tuple[Frame, ...]
+    dtype: torch.dtype
+
+    @property
+    def operands(self) -> int:  # type: ignore[override]
+        """Those of all frames."""
+        return sum(frame.operands for frame in self.frames)
+
+    def _each(self, own: Optional, asked: Asked) -> Iterator[tuple[Frame, Optional, Needs]]:
+        first = 0
+        for frame in self.frames:
+            part = slice(first, first + frame.operands)
+            yield frame, own[part], frame.needs(asked.x, asked.own[part])
+            first = part.stop
+
+    def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
+        """y [M, N] of x [M, K], for each frame."""
+        out, extra, plans = [], [], []
+        for frame, (w, bias, *ab), needs in self._each(own, asked):
+            y, _, cast, kept, plan = compute(
+                x[0], w, bias, frame.scales, frame.spans, frame.impl, self.dtype, tuple(ab), needs  # type: ignore[arg-type]
+            )
+            reads_w = frame.impl is Impl.REFERENCE or plan.keep is not Keep.MERGED
+            out.append(y)
+            extra += [kept, cast if needs.x and reads_w and cast is not w else None]
+            plans.append(plan)
+        return Run(tuple(out), tuple(extra), tuple(plans))
+
+    def backward(
+        self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
+    ) -> tuple[Tensors | None, Optional]:
+        """dx [M, K], the sum over frames, and the gradients of the operands."""
+        rows = None if x is None else as_rows(x[0], self.dtype)
+        dx: Tensor | None = None
+        down: list[Tensor | None] = []
+        for i, (frame, (w, _, *ab), needs) in enumerate(self._each(own, asked)):
+            kept, cast = run.extra[2 * i : 2 * i + 2]
+            groups, plan = len(frame.spans), run.note[i]
+            adapters = Adapters(ab[:groups], ab[groups:], frame.scales, frame.spans)  # type: ignore[arg-type]
+            w = cast if cast is not None else w.to(self.dtype)  # type: ignore[union-attr]
+            dy_i = as_rows(dy[i], self.dtype)
+            grads = backward(dy_i, rows, kept, w, adapters, needs, plan, frame.impl)
+            down += [grads.w, grads.bias, *grads.a, *grads.b]
+            dx = grads.x if dx is None or grads.x is None else dx.add_(grads.x)
+        return None if dx is None else (dx,), tuple(down)
+
+    def compose(self, x: Tensors, own: Optional) -> Tensors:
+        """One lora_linear for each frame."""
+        out = []
+        for frame, (w, bias, *ab), _ in self._each(own, Asked(False, (False,) * len(own))):
+            assert w is not None
+            a, b = ab[: len(frame.spans)], ab[len(frame.spans) :]
+            out.append(
+                lora_linear(x[0], w, bias, a, b, frame.scales, frame.spans, impl=frame.impl)  # type: ignore[arg-type]
+            )
+        return tuple(out)
+
+    def reads_input(self, run: Run, asked: Asked) -> bool:
+        """Whether some frame's gradients read x."""
+        frames = zip(self._each((None,) * self.operands, asked), run.note, strict=True)
+        return any(_reads_x(frame, needs, plan) for (frame, _, needs), plan in frames)
+
+    def slim(self, run: Run, asked: Asked) -> Run:
+        """Without h, w' and casts of w, wherever x is there to make them again."""
+        extra, plans = list(run.extra), list(run.note)
+        for i, (frame, _, needs) in enumerate(self._each((None,) * self.operands, asked)):
+            extra[2 * i + 1] = None
+            if _reads_x(frame, needs, plans[i]):
+                extra[2 * i], plans[i] = None, replace(plans[i], keep=Keep.NOTHING)
+        return Run((), tuple(extra), tuple(plans))
+
+
+def _reads_x(frame: Frame, needs: Needs, plan: Plan) -> bool:
+    return frame.impl is Impl.REFERENCE or keeps_x(needs, plan)
