@@ -81,7 +81,7 @@ def attend(attn: nn.Module, qkv: Tensor, masked: dict[str, Any]) -> Tensor:
 
 def why_not_block(block: nn.Module) -> str | None:
     """Why neither half of ``block`` can be fused over; None where one can."""
-    if parts.plain_kind(block) not in parts.BLOCKS:
+    if parts.kind(block) not in parts.BLOCKS:
         return f"{type(block).__name__} is no block whose forward is known"
     first, second = why_not_attention_half(block), why_not_mlp_half(block)
     return f"{first}; {second}" if first and second else None

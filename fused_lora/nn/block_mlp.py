@@ -33,13 +33,13 @@ def why_not_input_or(mlp: nn.Module, x: Tensor) -> str | None:
 
 def linears(mlp: nn.Module) -> Iterator[nn.Module]:
     """Its projections, fc2 last."""
-    for name in ("fc1_g", "fc1_x", "fc2") if parts.plain_kind(mlp) == APART else ("fc1", "fc2"):
+    for name in ("fc1_g", "fc1_x", "fc2") if parts.kind(mlp) == APART else ("fc1", "fc2"):
         yield getattr(mlp, name)
 
 
 def why_not_mlp(mlp: nn.Module) -> str | None:
     """Why ``mlp`` cannot be fused over, in one sentence; None where it can."""
-    if parts.plain_kind(mlp) not in parts.MLPS:
+    if parts.kind(mlp) not in parts.MLPS:
         return f"MLP of type {type(mlp).__name__}"
     children = [*linears(mlp), mlp.act, mlp.drop1, mlp.norm, mlp.drop2]
     if why := next(filter(None, map(parts.why_not_linear, linears(mlp))), None):  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ def mlp_options(mlp: nn.Module) -> dict[str, Any]:
     *firsts, fc2 = (parts.operands(linear) for linear in linears(mlp))  # type: ignore[arg-type]
     fc1: Adapted | tuple[Adapted, ...] = firsts[0] if len(firsts) == 1 else tuple(firsts)
     gated = None
-    if parts.plain_kind(mlp) == PACKED:
+    if parts.kind(mlp) == PACKED:
         gated = "last" if mlp.gate_last else "first"
     act = parts.ACTIVATIONS[parts.kind(mlp.act)]  # type: ignore[arg-type]
     if act == "gelu" and getattr(mlp.act, "approximate", "none") == "tanh":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.nn.adapted import AdaptedLinear
-from fused_lora.nn.block_swap import Fused, kind
+from fused_lora.nn.block_swap import kind
 from fused_lora.ops.operand import Adapted, Norm
 
 BLOCKS = {"timm.models.vision_transformer.Block"}
@@ -30,13 +30,6 @@ ACTIVATIONS = {
     "torch.nn.modules.activation.SiLU": "silu",
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
 }
-
-
-def plain_kind(module: nn.Module) -> str:
-    """The class of ``module``, or the one it had before it was fused."""
-    if not isinstance(module, Fused):
-        return kind(module)
-    return f"{module.plain.__module__}.{module.plain.__qualname__}"
 
 
 def why_not_linear(linear: nn.Module) -> str | None:

@@ -11,7 +11,6 @@ from torch.nn.modules import module as torch_module
 from fused_lora.ops.operand import RECOMPUTE, check_recompute
 
 F = TypeVar("F", bound="Fused")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Fused(nn.Module):
@@ -71,14 +70,24 @@ def _blank(root: type[Fused], plain: type[nn.Module]) -> nn.Module:
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether calling any of them does more than its class says: hooks, or a forward of its own."""
-    if torch_module._has_any_global_hook():
-        return True
-    return any(
-        "forward" in module.__dict__ or any(module.__dict__[name] for name in HOOKS)
-        for module in modules
-    )
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            return True
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+    return bool(torch_module._has_any_global_hook())
 
 
 def kind(module: nn.Module) -> str:
-    """``timm.layers.mlp.Mlp``: a class by where it is defined, without importing it."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    """``timm.layers.mlp.Mlp``: a class by where it is defined, without importing it.
+
+    Of a fused module it is the class that it had.
+    """
+    return _place(type(module))
+
+
+@lru_cache(maxsize=1024)
+def _place(cls: type[nn.Module]) -> str:
+    cls = cls.plain if issubclass(cls, Fused) else cls
+    return f"{cls.__module__}.{cls.__qualname__}"

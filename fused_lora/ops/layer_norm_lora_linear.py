@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import LoRALinear
+from fused_lora.ops.chain.linear import Frame, LoRALinear
 from fused_lora.ops.chain.norm import LayerNorm
 from fused_lora.ops.chain.recipe import Recipe
 from fused_lora.ops.operand import Adapted, Norm, check_recompute, compute_dtype
-
-KEEP = {"none": frozenset({1}), "elementwise": frozenset[int](), "gemm": frozenset[int]()}
 
 
 def layer_norm_lora_linear(
@@ -33,7 +34,12 @@ def layer_norm_lora_linear(
     check_recompute(recompute)
     norm.check(x)
     linear.check(x)
-    dtype = compute_dtype(x)
-    stages = (LayerNorm(norm.eps, dtype), LoRALinear((linear.frame,), dtype))
-    recipe = Recipe(stages, KEEP[recompute], recompute == "gemm")
+    recipe = _recipe(norm.eps, linear.frame, compute_dtype(x), recompute)
     return chain(recipe, x, (norm.gamma, norm.beta, *linear.tensors))
+
+
+@lru_cache(maxsize=256)
+def _recipe(eps: float, frame: Frame, dtype: torch.dtype, recompute: str) -> Recipe:
+    keep = frozenset({1} if recompute == "none" else ())
+    stages = (LayerNorm(eps, dtype), LoRALinear((frame,), dtype))
+    return Recipe(stages, keep, recompute == "gemm")

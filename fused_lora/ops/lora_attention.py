@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.attention import Attention
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import LoRALinear
+from fused_lora.ops.chain.linear import Frame, LoRALinear
 from fused_lora.ops.chain.norm import LayerNorm
 from fused_lora.ops.chain.recipe import Recipe
 from fused_lora.ops.operand import Adapted, Norm, check_frozen, compute_dtype
@@ -52,13 +55,15 @@ def lora_attention(
     if proj.w.shape[0] != x.shape[2]:
         raise ValueError(f"lora_attention: proj has {proj.w.shape[0]} columns, x {x.shape[2]}")
     check_frozen(gamma=gamma, mask=mask)
-    dtype = compute_dtype(x)
-    stages = (
-        LayerNorm(norm.eps, dtype),
-        LoRALinear((qkv.frame,), dtype),
-        Attention(heads, x.shape[1]),
-        LoRALinear((proj.frame,), dtype),
-    )
-    recipe = Recipe(stages, frozenset({OUT}), lean=True, around=True)
+    recipe = _recipe(norm.eps, qkv.frame, Attention(heads, x.shape[1]), proj.frame, compute_dtype(x))
     operands = (norm.gamma, norm.beta, *qkv.tensors, *proj.tensors)
     return chain(recipe, x, operands, None, gamma, mask)
+
+
+@lru_cache(maxsize=256)
+def _recipe(
+    eps: float, qkv: Frame, attention: Attention, proj: Frame, dtype: torch.dtype
+) -> Recipe:
+    first, last = LoRALinear((qkv,), dtype), LoRALinear((proj,), dtype)
+    stages = (LayerNorm(eps, dtype), first, attention, last)
+    return Recipe(stages, frozenset({OUT}), lean=True, around=True)

@@ -7,11 +7,14 @@ residual around it, the whole second half of a transformer block.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.activation import ACTIVATIONS, Activation, Gated
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import LoRALinear
+from fused_lora.ops.chain.linear import Frame, LoRALinear
 from fused_lora.ops.chain.norm import LayerNorm
 from fused_lora.ops.chain.recipe import Recipe
 from fused_lora.ops.chain.stage import Stage
@@ -68,15 +71,31 @@ def lora_mlp(
     act: Stage = Activation(activation)
     if gated or len(firsts) == 2:
         act = Gated(activation, gated == "last")
-    stages: list[Stage] = [LayerNorm(norm.eps, dtype)] if norm else []
-    stages += [LoRALinear(tuple(first.frame for first in firsts), dtype), act]
-    stages.append(LoRALinear((fc2.frame,), dtype))
+    frames = tuple([first.frame for first in firsts])
+    eps = norm.eps if norm else None
+    recipe = _recipe(eps, frames, act, fc2.frame, dtype, recompute, around)
+    operands = list(norm[:2]) if norm else []
+    for linear in (*firsts, fc2):
+        operands += linear.tensors
+    source = x if norm or around else x.to(dtype)
+    return chain(recipe, source, operands, None, gamma, mask)
+
+
+@lru_cache(maxsize=256)
+def _recipe(
+    eps: float | None,
+    firsts: tuple[Frame, ...],
+    act: Stage,
+    fc2: Frame,
+    dtype: torch.dtype,
+    recompute: str,
+    around: bool,
+) -> Recipe:
+    stages: list[Stage] = [] if eps is None else [LayerNorm(eps, dtype)]
+    stages += [LoRALinear(firsts, dtype), act, LoRALinear((fc2,), dtype)]
     u = len(stages) - 2  # the boundary behind fc1
     keep = {"none": range(1, len(stages)), "elementwise": (u,), "gemm": ()}[recompute]
-    recipe = Recipe(tuple(stages), frozenset(keep), recompute == "gemm", around)
-    operands = [*(norm[:2] if norm else ()), *(t for first in firsts for t in first.tensors)]
-    source = x if norm or around else x.to(dtype)
-    return chain(recipe, source, (*operands, *fc2.tensors), None, gamma, mask)
+    return Recipe(tuple(stages), frozenset(keep), recompute == "gemm", around)
 
 
 def _check(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import LoRALinear
+from fused_lora.ops.chain.linear import Frame, LoRALinear
 from fused_lora.ops.chain.recipe import Recipe
 from fused_lora.ops.operand import Adapted, check_frozen, compute_dtype
 
@@ -40,5 +43,10 @@ def lora_residual(
     if residual.shape != expected:
         raise ValueError(f"residual must be {expected}, got shape {tuple(residual.shape)}")
     dtype = compute_dtype(x)
-    recipe = Recipe((LoRALinear((linear.frame,), dtype),), lean=lean)
+    recipe = _recipe(linear.frame, dtype, lean)
     return chain(recipe, x.to(dtype), linear.tensors, residual, gamma, mask)
+
+
+@lru_cache(maxsize=256)
+def _recipe(frame: Frame, dtype: torch.dtype, lean: bool) -> Recipe:
+    return Recipe((LoRALinear((frame,), dtype),), lean=lean)

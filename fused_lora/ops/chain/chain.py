@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.ops.chain.recipe import Recipe, combined, finish, saved
+from fused_lora.ops.chain.recipe import Recipe, combined, finish, stored
 from fused_lora.ops.chain.stage import Asked, Optional, Run, Tensors
 from fused_lora.ops.lora_linear import refuse_double_backward, reshaped, without_autocast
 
@@ -47,8 +47,8 @@ def composed(
 ) -> Tensor:
     """The same from operations that autograd knows, each keeping what it wants."""
     values: Tensors = (source.reshape(-1, source.shape[-1]),)
-    for stage, own in zip(recipe.stages, recipe.slices(operands), strict=True):
-        values = stage.compose(values, own)
+    for stage, part in zip(recipe.stages, recipe.parts, strict=True):
+        values = stage.compose(values, tuple(operands[part]))
     z = values[0].reshape(*source.shape[:-1], values[0].shape[1])
     for factor in (gamma, mask):
         z = z if factor is None else z * factor
@@ -70,42 +70,37 @@ class Chain(torch.autograd.Function):
         *operands: Tensor | None,
     ) -> Tensor:
         """y [..., N]."""
-        own = list(recipe.slices(operands))
-        asked = recipe.asked(ctx.needs_input_grad[4], ctx.needs_input_grad[FIXED:])
+        asked = recipe.asked(ctx.needs_input_grad[FIXED - 1 :])
         values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
         runs: list[Run] = []
         with without_autocast(source.device):
             for i, stage in enumerate(recipe.stages):
-                run = stage.forward(values[i], own[i], asked[i])
+                run = stage.forward(values[i], operands[recipe.parts[i]], asked[i])
                 if i and i not in recipe.keep:
                     del values[i]
                 values[i + 1] = run.out
-                runs.append(run._replace(out=()))
+                runs.append(Run((), run.extra, run.note))
             (z,) = values.pop(len(runs))
             z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
-            y = finish(z, source if recipe.around else residual, (gamma, mask))
-        _save(ctx, recipe, values, runs, asked, operands, (gamma, mask))
-        ctx.dtypes = (None if residual is None else residual.dtype, source.shape)
+            y = finish(z, source if recipe.around else residual, combined((gamma, mask)))
+        _save(ctx, recipe, values, runs, asked, (gamma, mask, *operands))
+        ctx.shape, ctx.dtype = source.shape, None if residual is None else residual.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Gradients of residual, source and operands, where asked for."""
         refuse_double_backward()
-        recipe, asked = ctx.meta[0], ctx.asked
-        residual, shape = ctx.dtypes
-        values, runs, own, factors = _load(ctx)
+        needed = ctx.needs_input_grad
         with without_autocast(dy.device):
-            factor = combined(factors)
+            walk, factor = _load(ctx)
             dz = dy if factor is None else dy * factor
-            walk = _Backward(recipe, values, runs, own, asked)
             dx, down = walk.through(dz.reshape(-1, dz.shape[-1]))
-            dx = dx if dx is None else dx.view(shape)
-            if recipe.around and ctx.needs_input_grad[4]:
+            dx = dx if dx is None else dx.view(ctx.shape)
+            if walk.recipe.around and dx is not None:
                 dx = dx.add_(dy)
-        down = [grad if need else None for grad, need in zip(down, ctx.needs_input_grad[FIXED:])]
-        beside = dy.to(residual) if ctx.needs_input_grad[1] else None
-        return None, beside, None, None, dx, *down
+        down = [grad if need else None for grad, need in zip(down, needed[FIXED:], strict=True)]
+        return None, dy.to(ctx.dtype) if needed[1] else None, None, None, dx, *down
 
 
 class _Backward:
@@ -116,29 +111,29 @@ class _Backward:
         recipe: Recipe,
         values: dict[int, Tensors],
         runs: list[Run | None],  # None where the stage has to run again
-        own: list[Optional],
-        asked: list[Asked],
+        operands: Optional,
+        asked: Sequence[Asked],
     ) -> None:
-        self.stages, self.values, self.runs = recipe.stages, values, runs
-        self.own, self.asked = own, asked
+        self.recipe, self.values, self.runs, self.asked = recipe, values, runs, asked
+        self.own = [operands[part] for part in recipe.parts]
 
     def value(self, i: int) -> Tensors:
         """Boundary i, kept or made again."""
         if i not in self.values:
-            run = self.stages[i - 1].forward(self.value(i - 1), self.own[i - 1], self.asked[i - 1])
-            self.values[i], self.runs[i - 1] = run.out, run._replace(out=())
+            before, last = self.value(i - 1), i - 1
+            run = self.recipe.stages[last].forward(before, self.own[last], self.asked[last])
+            self.values[i], self.runs[last] = run.out, Run((), run.extra, run.note)
         return self.values[i]
 
     def through(self, dz: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """From the gradient of the last stage's output to those of the source and the operands."""
         grads: Tensors | None = (dz,)
         down: list[Optional] = []
-        for i in reversed(range(len(self.stages))):
-            if not self.asked[i]:
-                down.append((None,) * len(self.own[i]))
-                continue
-            assert grads is not None
-            grads, mine = self._stage(i, grads)
+        for i in reversed(range(len(self.asked))):
+            mine: Optional = (None,) * len(self.own[i])
+            if self.asked[i].any:
+                assert grads is not None
+                grads, mine = self._stage(i, grads)
             down.append(mine)
         dx = grads[0] if grads is not None and self.asked[0].x else None
         return dx, [grad for mine in reversed(down) for grad in mine]
@@ -146,7 +141,7 @@ class _Backward:
     def _stage(self, i: int, grads: Tensors) -> tuple[Tensors | None, Optional]:
         if self.runs[i] is None:
             self.value(i + 1)
-        run, stage, asked = self.runs[i], self.stages[i], self.asked[i]
+        run, stage, asked = self.runs[i], self.recipe.stages[i], self.asked[i]
         assert run is not None
         x = self.value(i) if stage.reads_input(run, asked) else None
         self.values.pop(i + 1, None)
@@ -158,36 +153,32 @@ def _save(
     recipe: Recipe,
     values: dict[int, Tensors],
     runs: list[Run],
-    asked: list[Asked],
-    operands: Sequence[Tensor | None],
-    factors: Optional,
+    asked: Sequence[Asked],
+    given: Optional,  # gamma, mask and the operands
 ) -> None:
     if recipe.lean:
-        pairs = zip(recipe.stages, runs, asked, strict=True)
-        runs = [stage.slim(run, mine) for stage, run, mine in pairs]
-    stored, again = saved(recipe, runs, asked)
-    kept = [(i, values[i]) for i in sorted(stored)]
-    extras = [() if redo else run.extra for run, redo in zip(runs, again, strict=True)]
-    notes = [None if redo else run for run, redo in zip(runs, again, strict=True)]
-    flat = [t for _, tensors in kept for t in tensors] + [t for extra in extras for t in extra]
-    ctx.meta = (
-        recipe,
-        [(i, len(tensors)) for i, tensors in kept],
-        [None if run is None else (len(run.extra), run.note) for run in notes],
-    )
-    ctx.asked = asked
-    ctx.save_for_backward(*factors, *operands, *flat)
+        runs = [s.slim(run, own) for s, run, own in zip(recipe.stages, runs, asked, strict=True)]
+    kept, again = stored(recipe, runs, asked)
+    flat = list(given)
+    for i in kept:
+        flat += values[i]
+    for i, run in enumerate(runs):
+        flat += () if again >> i & 1 else run.extra
+    notes = [None if again >> i & 1 else (len(r.extra), r.note) for i, r in enumerate(runs)]
+    ctx.meta = (recipe, asked, [(i, len(values[i])) for i in kept], notes)
+    ctx.save_for_backward(*flat)
 
 
-def _load(ctx: Any) -> tuple[dict[int, Tensors], list[Run | None], list[Optional], Optional]:
-    recipe, kept, notes = ctx.meta
-    tensors = iter(ctx.saved_tensors)
-    factors = (next(tensors), next(tensors))
-    count = sum(stage.operands for stage in recipe.stages)
-    own = list(recipe.slices([next(tensors) for _ in range(count)]))
-    values = {i: tuple(next(tensors) for _ in range(length)) for i, length in kept}
-    runs = [
-        None if note is None else Run((), tuple(next(tensors) for _ in range(note[0])), note[1])
-        for note in notes
-    ]
-    return values, runs, own, factors
+def _load(ctx: Any) -> tuple[_Backward, Tensor | None]:
+    recipe, asked, kept, notes = ctx.meta
+    tensors = ctx.saved_tensors
+    first = 2 + recipe.parts[-1].stop
+    given, values, runs = tensors[:first], {}, []
+    for i, length in kept:
+        values[i] = tensors[first : first + length]
+        first += length
+    for note in notes:
+        length = note[0] if note else 0
+        runs.append(Run((), tensors[first : first + length], note[1]) if note else None)
+        first += length
+    return _Backward(recipe, values, runs, given[2:], asked), combined(given[:2])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,29 +41,36 @@ class LoRALinear(Stage):
     frames: tuple[Frame, ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def operands(self) -> int:  # type: ignore[override]
         """Those of all frames."""
         return sum(frame.operands for frame in self.frames)
 
-    def _each(self, own: Optional, asked: Asked) -> Iterator[tuple[Frame, Optional, Needs]]:
-        first = 0
+    @cached_property
+    def parts(self) -> tuple[tuple[Frame, slice], ...]:
+        """Each frame and its part of the operands."""
+        found, first = [], 0
         for frame in self.frames:
-            part = slice(first, first + frame.operands)
-            yield frame, own[part], frame.needs(asked.x, asked.own[part])
-            first = part.stop
+            found.append((frame, slice(first, first + frame.operands)))
+            first += frame.operands
+        return tuple(found)
+
+    def asked(self, x: bool, own: tuple[bool, ...]) -> tuple[Needs, ...]:
+        """The gradients each frame is asked for."""
+        return tuple(frame.needs(x, own[part]) for frame, part in self.parts)
 
     def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
         """y [M, N] of x [M, K], for each frame."""
         out, extra, plans = [], [], []
-        for frame, (w, bias, *ab), needs in self._each(own, asked):
-            y, _, cast, kept, plan = compute(
-                x[0], w, bias, frame.scales, frame.spans, frame.impl, self.dtype, tuple(ab), needs  # type: ignore[arg-type]
-            )
-            reads_w = frame.impl is Impl.REFERENCE or plan.keep is not Keep.MERGED
-            out.append(y)
-            extra += [kept, cast if needs.x and reads_w and cast is not w else None]
-            plans.append(plan)
+        for (frame, part), needs in zip(self.parts, asked.note, strict=True):
+            w, bias, *ab = own[part]
+            assert w is not None
+            scales, spans, impl = frame.scales, frame.spans, frame.impl
+            done = compute(x[0], w, bias, scales, spans, impl, self.dtype, tuple(ab), needs)  # type: ignore[arg-type]
+            reads_w = impl is Impl.REFERENCE or done.plan.keep is not Keep.MERGED
+            out.append(done.y)
+            extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
+            plans.append(done.plan)
         return Run(tuple(out), tuple(extra), tuple(plans))
 
     def backward(
@@ -73,13 +80,14 @@ class LoRALinear(Stage):
         rows = None if x is None else as_rows(x[0], self.dtype)
         dx: Tensor | None = None
         down: list[Tensor | None] = []
-        for i, (frame, (w, _, *ab), needs) in enumerate(self._each(own, asked)):
+        for i, ((frame, part), needs) in enumerate(zip(self.parts, asked.note, strict=True)):
             kept, cast = run.extra[2 * i : 2 * i + 2]
-            groups, plan = len(frame.spans), run.note[i]
+            w, _, *ab = own[part]
+            assert w is not None
+            w = w.to(self.dtype) if cast is None else cast
+            groups, dy_i = len(frame.spans), as_rows(dy[i], self.dtype)
             adapters = Adapters(ab[:groups], ab[groups:], frame.scales, frame.spans)  # type: ignore[arg-type]
-            w = cast if cast is not None else w.to(self.dtype)  # type: ignore[union-attr]
-            dy_i = as_rows(dy[i], self.dtype)
-            grads = backward(dy_i, rows, kept, w, adapters, needs, plan, frame.impl)
+            grads = backward(dy_i, rows, kept, w, adapters, needs, run.note[i], frame.impl)
             down += [grads.w, grads.bias, *grads.a, *grads.b]
             dx = grads.x if dx is None or grads.x is None else dx.add_(grads.x)
         return None if dx is None else (dx,), tuple(down)
@@ -87,23 +95,22 @@ class LoRALinear(Stage):
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """One lora_linear for each frame."""
         out = []
-        for frame, (w, bias, *ab), _ in self._each(own, Asked(False, (False,) * len(own))):
+        for frame, part in self.parts:
+            w, bias, *ab = own[part]
             assert w is not None
             a, b = ab[: len(frame.spans)], ab[len(frame.spans) :]
-            out.append(
-                lora_linear(x[0], w, bias, a, b, frame.scales, frame.spans, impl=frame.impl)  # type: ignore[arg-type]
-            )
+            scales, spans, impl = frame.scales, frame.spans, frame.impl
+            out.append(lora_linear(x[0], w, bias, a, b, scales, spans, impl=impl))  # type: ignore[arg-type]
         return tuple(out)
 
     def reads_input(self, run: Run, asked: Asked) -> bool:
         """Whether some frame's gradients read x."""
-        frames = zip(self._each((None,) * self.operands, asked), run.note, strict=True)
-        return any(_reads_x(frame, needs, plan) for (frame, _, needs), plan in frames)
+        return any(map(_reads_x, self.frames, asked.note, run.note))
 
     def slim(self, run: Run, asked: Asked) -> Run:
         """Without h, w' and casts of w, wherever x is there to make them again."""
         extra, plans = list(run.extra), list(run.note)
-        for i, (frame, _, needs) in enumerate(self._each((None,) * self.operands, asked)):
+        for i, (frame, needs) in enumerate(zip(self.frames, asked.note, strict=True)):
             extra[2 * i + 1] = None
             if _reads_x(frame, needs, plans[i]):
                 extra[2 * i], plans[i] = None, replace(plans[i], keep=Keep.NOTHING)

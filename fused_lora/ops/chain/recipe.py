@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,43 +21,50 @@ class Recipe:
     lean: bool = False  # keep neither h nor casts of weights
     around: bool = False  # the source itself is the residual
 
-    def slices(self, operands: Sequence[T]) -> Iterator[tuple[T, ...]]:
-        """Each stage's part of a sequence that holds something for every operand."""
-        first = 0
+    @cached_property
+    def parts(self) -> tuple[slice, ...]:
+        """Each stage's part of the operands."""
+        found, first = [], 0
         for stage in self.stages:
-            yield tuple(operands[first : first + stage.operands])
+            found.append(slice(first, first + stage.operands))
             first += stage.operands
+        return tuple(found)
 
-    def asked(self, x: bool, operands: Sequence[bool]) -> list[Asked]:
-        """The gradients each stage is asked for: those behind it need the one of its input."""
-        found: list[Asked] = []
-        for own in self.slices(operands):
-            found.append(Asked(x, own))
-            x = bool(found[-1])
-        return found
+    @cached_property
+    def _asked(self) -> dict[tuple[bool, ...], tuple[Asked, ...]]:
+        return {}
+
+    def asked(self, flags: tuple[bool, ...]) -> tuple[Asked, ...]:
+        """The gradients each stage is asked for, of those of the source and every operand.
+
+        Stages behind one that is asked for anything need the gradient of their input.
+        """
+        if flags not in self._asked:
+            found: list[Asked] = []
+            x, operands = flags[0], flags[1:]
+            for stage, part in zip(self.stages, self.parts, strict=True):
+                own = operands[part]
+                found.append(Asked(x, own, x or any(own), stage.asked(x, own)))
+                x = found[-1].any
+            self._asked[flags] = tuple(found)
+        return self._asked[flags]
 
 
-def saved(recipe: Recipe, runs: list[Run], asked: list[Asked]) -> tuple[set[int], list[bool]]:
-    """The boundaries that backward reads from memory, and the stages that it runs again."""
-    stored: set[int] = set()
-    again = [False] * len(runs)
-
-    def require(i: int) -> None:
-        if i == 0 or i in recipe.keep:
-            stored.add(i)
-        elif not again[i - 1]:
-            again[i - 1] = True
-            require(i - 1)
-
+def stored(recipe: Recipe, runs: Sequence[Run], asked: Sequence[Asked]) -> tuple[set[int], int]:
+    """The boundaries that backward reads from memory, and a bit for each stage it runs again."""
+    found: set[int] = set()
+    again = 0
     for i, stage in enumerate(recipe.stages):
-        if asked[i] and stage.reads_input(runs[i], asked[i]):
-            require(i)
-    return stored, again
+        if asked[i].any and stage.reads_input(runs[i], asked[i]):
+            while i and i not in recipe.keep:
+                i -= 1
+                again |= 1 << i
+            found.add(i)
+    return found, again
 
 
-def finish(z: Tensor, residual: Tensor | None, factors: Optional) -> Tensor:
-    """residual + gamma mask z, each where given; z may be overwritten."""
-    factor = combined(factors)
+def finish(z: Tensor, residual: Tensor | None, factor: Tensor | None) -> Tensor:
+    """residual + factor z, each where given; z may be overwritten."""
     if residual is None:
         return z if factor is None else z * factor
     if factor is not None:

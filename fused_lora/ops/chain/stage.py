@@ -20,9 +20,8 @@ class Asked(NamedTuple):
 
     x: bool  # of what goes in
     own: tuple[bool, ...]  # of its operands
-
-    def __bool__(self) -> bool:
-        return self.x or any(self.own)
+    any: bool  # of either
+    note: Any  # the same in the stage's own words
 
 
 class Run(NamedTuple):
@@ -51,6 +50,10 @@ class Stage:
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """The same from operations that autograd and the compiler know."""
         raise NotImplementedError(type(self).__name__)
+
+    def asked(self, x: bool, own: tuple[bool, ...]) -> Any:
+        """The note of ``Asked``."""
+        return None
 
     def reads_input(self, run: Run, asked: Asked) -> bool:
         """Whether backward reads what went in."""
