@@ -21,14 +21,9 @@ class FusedLoRAMlp(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
-        if why_not_input_or(self, x):
+        if parts.why_not_input(x, self.fc2.weight) or why_not_mlp(self):  # type: ignore[union-attr,arg-type]
             return super().forward(x)
         return lora_mlp(x, **mlp_options(self), recompute=self.recompute)
-
-
-def why_not_input_or(mlp: nn.Module, x: Tensor) -> str | None:
-    """Why this call goes through the children of ``mlp``."""
-    return why_not_mlp(mlp) or parts.why_not_input(x, mlp.fc2.weight)  # type: ignore[arg-type,union-attr]
 
 
 def linears(mlp: nn.Module) -> Iterator[nn.Module]:

@@ -35,7 +35,7 @@ def patch(
     batch_size: int = 32,
     seed: int | None = None,
     allow_large_rank: bool = False,
-    level: str = "linear",
+    level: str = "block",
     recompute: str | Mapping[str, str] | None = None,
     memory_budget_gb: float | None = None,
     **options: Any,
