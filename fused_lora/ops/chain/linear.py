@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage, Tensors
+from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage, Tensors, consecutive
 from fused_lora.ops.lora_linear import as_rows, backward, compute, lora_linear
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.types import Impl, Keep, Needs, Plan, Span
@@ -41,19 +40,13 @@ class LoRALinear(Stage):
     frames: tuple[Frame, ...]
     dtype: torch.dtype
 
-    @cached_property
-    def operands(self) -> int:  # type: ignore[override]
-        """Those of all frames."""
-        return sum(frame.operands for frame in self.frames)
+    operands: int = field(init=False, compare=False)  # those of all frames
+    parts: tuple[tuple[Frame, slice], ...] = field(init=False, compare=False)  # each one's own
 
-    @cached_property
-    def parts(self) -> tuple[tuple[Frame, slice], ...]:
-        """Each frame and its part of the operands."""
-        found, first = [], 0
-        for frame in self.frames:
-            found.append((frame, slice(first, first + frame.operands)))
-            first += frame.operands
-        return tuple(found)
+    def __post_init__(self) -> None:
+        slices = consecutive([frame.operands for frame in self.frames])
+        object.__setattr__(self, "operands", slices[-1].stop)
+        object.__setattr__(self, "parts", tuple(zip(self.frames, slices, strict=True)))
 
     def asked(self, x: bool, own: tuple[bool, ...]) -> tuple[Needs, ...]:
         """The gradients each frame is asked for."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage
+from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage, consecutive
 
 
 @dataclass(frozen=True)
@@ -21,18 +20,13 @@ class Recipe:
     lean: bool = False  # keep neither h nor casts of weights
     around: bool = False  # the source itself is the residual
 
-    @cached_property
-    def parts(self) -> tuple[slice, ...]:
-        """Each stage's part of the operands."""
-        found, first = [], 0
-        for stage in self.stages:
-            found.append(slice(first, first + stage.operands))
-            first += stage.operands
-        return tuple(found)
+    parts: tuple[slice, ...] = field(init=False, compare=False)  # each stage's operands
+    _asked: dict[tuple[bool, ...], tuple[Asked, ...]] = field(init=False, compare=False)
 
-    @cached_property
-    def _asked(self) -> dict[tuple[bool, ...], tuple[Asked, ...]]:
-        return {}
+    def __post_init__(self) -> None:
+        slices = consecutive([stage.operands for stage in self.stages])
+        object.__setattr__(self, "parts", slices)
+        object.__setattr__(self, "_asked", {})
 
     def asked(self, flags: tuple[bool, ...]) -> tuple[Asked, ...]:
         """The gradients each stage is asked for, of those of the source and every operand.

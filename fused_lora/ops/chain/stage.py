@@ -7,6 +7,7 @@ or made again.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,6 +31,15 @@ class Run(NamedTuple):
     out: Tensors
     extra: Optional = ()  # tensors that its backward reads beside its input and its operands
     note: Any = None  # what else its backward must know, no tensor in it
+
+
+def consecutive(lengths: Iterable[int]) -> tuple[slice, ...]:
+    """Slices one behind another."""
+    found, first = [], 0
+    for length in lengths:
+        found.append(slice(first, first + length))
+        first += length
+    return tuple(found)
 
 
 class Stage:
