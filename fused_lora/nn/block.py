@@ -27,6 +27,8 @@ from fused_lora.ops.operand import compute_dtype
 class FusedLoRABlock(Fused):
     """A pre-norm block (timm's, with or without LayerScale, drop path and qk-norm)."""
 
+    known = parts.BLOCKS
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the plain class has it."""
         if parts.why_not_input(x, self.attn.qkv.weight):  # type: ignore[union-attr,arg-type]

@@ -19,6 +19,8 @@ APART = "timm.layers.mlp.SwiGLU"
 class FusedLoRAMlp(Fused):
     """An MLP (timm's Mlp, GluMlp or SwiGLU) whose activations are made again in backward."""
 
+    known = parts.MLPS
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
         if parts.why_not_input(x, self.fc2.weight) or why_not_mlp(self):  # type: ignore[union-attr,arg-type]

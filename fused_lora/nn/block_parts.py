@@ -13,15 +13,14 @@ from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.block_swap import kind
 from fused_lora.ops.operand import Adapted, Norm
 
-BLOCKS = {"timm.models.vision_transformer.Block"}
-ATTENTIONS = {"timm.layers.attention.Attention", "timm.models.vision_transformer.Attention"}
-MLPS = {"timm.layers.mlp.Mlp", "timm.layers.mlp.GluMlp", "timm.layers.mlp.SwiGLU"}
-NORMS = {"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"}
-LAYER_SCALES = {
-    "timm.layers.layer_scale.LayerScale",
-    "timm.models.vision_transformer.LayerScale",
-}
-DROP_PATHS = {"timm.layers.drop.DropPath"}
+BLOCKS = frozenset({"timm.models.vision_transformer.Block"})
+ATTENTIONS = frozenset({"timm.layers.attention.Attention", "timm.models.vision_transformer.Attention"})
+MLPS = frozenset({"timm.layers.mlp.Mlp", "timm.layers.mlp.GluMlp", "timm.layers.mlp.SwiGLU"})
+NORMS = frozenset({"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"})
+LAYER_SCALES = frozenset(
+    {"timm.layers.layer_scale.LayerScale", "timm.models.vision_transformer.LayerScale"}
+)
+DROP_PATHS = frozenset({"timm.layers.drop.DropPath"})
 IDENTITY = "torch.nn.modules.linear.Identity"
 ACTIVATIONS = {
     "torch.nn.modules.activation.GELU": "gelu",

@@ -20,6 +20,7 @@ class Fused(nn.Module):
     """
 
     plain: type[nn.Module]  # the class it had
+    known: frozenset[str]  # classes whose forward it computes, by where they are defined
 
     @property
     def recompute(self) -> str:
@@ -37,6 +38,8 @@ class Fused(nn.Module):
         check_recompute(recompute)
         if isinstance(module, Fused):
             raise TypeError(f"{type(module).__name__} is fused already")
+        if kind(module) not in cls.known:
+            raise TypeError(f"{kind(module)} is not one of {sorted(cls.known)}")
         module.__class__ = fused_class(cls, type(module))
         module.recompute = recompute
         return module  # type: ignore[return-value]
