@@ -182,3 +182,17 @@ def _load(ctx: Any) -> tuple[_Backward, Tensor | None]:
         runs.append(Run((), tensors[first : first + length], note[1]) if note else None)
         first += length
     return _Backward(recipe, values, runs, given[2:], asked), combined(given[:2])
+
+
+def labels(ctx: Any) -> list[str]:
+    """A name for each of a chain's saved tensors, for those who count them."""
+    recipe, _, kept, notes = ctx.meta
+    names = [f"{type(stage).__name__} {i}" for i, stage in enumerate(recipe.stages)]
+    found = ["gamma", "mask"]
+    for name, part in zip(names, recipe.parts, strict=True):
+        found += [f"{name} operand"] * (part.stop - part.start)
+    for i, length in kept:
+        found += [f"{names[i]} input"] * length
+    for name, note in zip(names, notes, strict=True):
+        found += [f"{name} beside"] * (note[0] if note else 0)
+    return found
