@@ -76,9 +76,17 @@ def attend(attn: nn.Module, qkv: Tensor, masked: dict[str, Any]) -> Tensor:
     """out [B, T, H D] of qkv [B, T, 3 H D]; torch's attention keeps what it needs by itself."""
     q, k, v = Split.apply(qkv, attn.num_heads)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    q, k = attn.q_norm(q), attn.k_norm(k)  # type: ignore[operator]
+    q, k = _head_norm(attn.q_norm, q), _head_norm(attn.k_norm, k)  # type: ignore[arg-type]
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **masked)
     return out.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+
+
+def _head_norm(norm: nn.Module, q: Tensor) -> Tensor:
+    """``norm(q)``, laid out token by token as q is: so is then the attention's output, of which the
+    projection would otherwise keep a copy."""
+    if parts.kind(norm) == parts.IDENTITY:
+        return q
+    return norm(q.transpose(1, 2)).transpose(1, 2) if parts.kind(norm) in parts.NORMS else norm(q)
 
 
 def why_not_block(block: nn.Module) -> str | None:
