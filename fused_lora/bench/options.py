@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", type=_listed("dtype", DTYPES), metavar="NAMES", help="fp32, bf16, amp")
     add("--contenders", type=_listed("contender", list(CONTENDERS)), metavar="NAMES")
     add("--budget-seconds", type=_seconds, metavar="S", help="in all; rounds are at least 3")
+    add("--ledger", action="store_true", help="saved_bytes: also which operation keeps what")
     add("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("report.html"), help="the report (report.html)")
     add("--verbose", action="store_true", help="where the time of each case goes")

@@ -46,14 +46,19 @@ _RANKS = (4, 16, 64, 128, 256, 512)
 _SIX = ("frozen", "naive", "naive_joint", "peft", "addmm", "fused", "fused_joint")
 _STEP = ("frozen", "naive", "peft", "fused", "fused_joint")
 
-_COUNTED = Grid(_SMALL_BASE[:1], (16,), (2,), DTYPES, (*_STEP[:3], "peft_bf16", *_STEP[3:]), (), 1)
+_BLOCK = ("fused_block", "fused_block_gemm", "peft_checkpoint")
+_KEPT = (*_STEP[:3], "peft_bf16", "peft_checkpoint", *_STEP[3:])
+_KEPT = (*_KEPT, "fused_block_none", *_BLOCK[:2])
+_COUNTED = Grid(_SMALL_BASE, (16, 256), (2,), DTYPES, _KEPT, (), 1)
 
 CPU_GRIDS = {
     "six_projections": Grid(_SMALL_BASE, _RANKS, (8,), ("fp32",), _SIX, (), 120),
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (1, 8), ("fp32",), (), (), 240),
     "saved_bytes": _COUNTED,
     "sharing": Grid(_SMALL_BASE, (16,), (2,), ("fp32",), (), (), 60),
-    "train_step": Grid(_SMALL_BASE, (16, 128, 512), (2,), ("fp32",), _STEP, _SMALL_BASE[1:], 115),
+    "train_step": Grid(
+        _SMALL_BASE, (16, 128, 512), (2,), ("fp32",), (*_STEP, *_BLOCK), _SMALL_BASE[1:], 150
+    ),
 }
 CUDA_GRIDS = {
     "saved_bytes": _COUNTED,
@@ -73,7 +78,7 @@ CUDA_GRIDS = {
         (16, 64, 128, 256, 512),
         (32, 128),
         ("amp", "fp32"),
-        (*_STEP[:3], "peft_bf16", "addmm", *_STEP[3:]),
+        (*_STEP[:3], "peft_bf16", "addmm", *_STEP[3:], *_BLOCK),
         (),
         600,
     ),

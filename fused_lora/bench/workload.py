@@ -23,6 +23,13 @@ def share(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, kept)
 
 
+def precision(dtype: str, device: str) -> AbstractContextManager:
+    """Autocast when the dtype asks for it."""
+    if dtype != "amp":
+        return nullcontext()
+    return torch.autocast(device.partition(":")[0], torch.bfloat16)
+
+
 class Workload:
     """One shape in one dtype on one device; suites fill in the passes.
 
@@ -45,9 +52,7 @@ class Workload:
 
     def precision(self) -> AbstractContextManager:
         """Autocast when the dtype asks for it."""
-        if self.dtype != "amp":
-            return nullcontext()
-        return torch.autocast(self.device.partition(":")[0], torch.bfloat16)
+        return precision(self.dtype, self.device)
 
     def forward(self, model: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The outputs of one pass."""

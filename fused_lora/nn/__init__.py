@@ -1,7 +1,16 @@
 """Modules that are an ``nn.Linear`` with adapters on it."""
 
 from fused_lora.nn.adapted import AdaptedLinear
+from fused_lora.nn.block import FusedLoRABlock
+from fused_lora.nn.block_mlp import FusedLoRAMlp
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.linear import FusedLoRAGroupedLinear, FusedLoRALinear
 
-__all__ = ["AdaptedLinear", "AdapterConfig", "FusedLoRAGroupedLinear", "FusedLoRALinear"]
+__all__ = [
+    "AdaptedLinear",
+    "AdapterConfig",
+    "FusedLoRABlock",
+    "FusedLoRAGroupedLinear",
+    "FusedLoRALinear",
+    "FusedLoRAMlp",
+]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fused_lora.nn import AdaptedLinear, AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
+from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
 from fused_lora.patching.options import Choice, roles_of
@@ -34,6 +35,9 @@ def patch(
     batch_size: int = 32,
     seed: int | None = None,
     allow_large_rank: bool = False,
+    level: str = "block",
+    recompute: str | Mapping[str, str] | None = None,
+    memory_budget_gb: float | None = None,
     **options: Any,
 ) -> PatchReport:
     """Put LoRA on the projections of every transformer block, in place, and freeze the rest.
@@ -48,10 +52,19 @@ def patch(
         alpha_pattern: likewise, to alpha.
         trainable: regular expressions of parameter names that go on training, such as "^head".
         example_input: what the trial forward is called with; None for one image.
-        batch_size: what the report's plans are made for.
+        batch_size: what the report's plans are made for, and ``memory_budget_gb``.
         seed: of the adapters' initial values; None draws from torch's global generator.
         allow_large_rank: accept ranks above min(in_features, columns), which cost more than they
             can express; otherwise they are an error.
+        level: "linear" adapts each linear by itself; "block" also stands in for the forward of
+            blocks and MLPs that are known, so that norms and activations are not kept but made
+            again in backward, and leaves others to their modules, with the reason in the report.
+        recompute: of fused blocks: "none", "elementwise" (the default) or "gemm", which makes qkv
+            and fc1's output again as well; or a mapping from regular expression on a block's name
+            to one of them.
+        memory_budget_gb: in its place, choose for each block what lets a step of ``batch_size``
+            images fit: weights, gradients, Adam's moments and what blocks keep. What autocast
+            saves, and what lies outside the blocks, is not counted.
         **options: fields of ``fused_lora.nn.AdapterConfig`` (alpha, scale, dropout, init, ...).
 
     Returns:
@@ -72,6 +85,7 @@ def patch(
         alpha_pattern or {},
         allow_large_rank,
     )
+    blocks = BlockChoice(level, recompute, memory_budget_gb)
     trained = _compiled(trainable)
     check_batch_size(batch_size)
     _refuse_patched(model)
@@ -90,7 +104,9 @@ def patch(
     froze = _freeze(model, trained)
     try:
         report = _report(model, chosen, rows, froze, batch_size)
+        report.blocks = fuse(model, blocks, rows, batch_size)
     except BaseException:
+        unfuse(model)
         for _, module in adapted(model):
             module.release()
         _thaw(model, froze)
@@ -125,6 +141,7 @@ def unpatch(model: nn.Module, merge: bool = False) -> None:
         if not merge and module.merged:
             module.unmerge()
         module.release()
+    unfuse(model)
     for holder in model.modules():
         if report := holder.__dict__.pop(RECORD, None):
             _thaw(holder, report.froze)

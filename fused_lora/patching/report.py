@@ -19,6 +19,25 @@ class Row:
     plan: str  # what computes it at the report's batch size
 
 
+@dataclass(frozen=True)
+class BlockRow:
+    """One block, or one MLP by itself: fused over or left to its modules."""
+
+    name: str  # dotted
+    level: str  # "block" | "mlp" | "linear"
+    recompute: str = ""  # what backward makes again; empty at the level of linears
+    reason: str = ""  # why it was left to its modules
+    kept_bytes: int = 0  # of activations, for backward, at the report's batch size
+
+    @property
+    def words(self) -> str:
+        """What holds for this row and others like it."""
+        if self.level == "linear":
+            return f"left to its modules: {self.reason}"
+        kept = f", keeps {self.kept_bytes / 1e6:,.1f} MB" if self.kept_bytes else ""
+        return f"fused, recompute {self.recompute}{kept}"
+
+
 @dataclass
 class PatchReport:
     """The adapted linears of one model; prints as a table."""
@@ -31,6 +50,7 @@ class PatchReport:
     total: int  # parameters in all
     froze: list[str] = field(default_factory=list, repr=False)  # names that trained before
     rows_per_image: dict[str, int] = field(default_factory=dict, repr=False)  # x rows per module
+    blocks: list[BlockRow] = field(default_factory=list)  # empty at the level of linears
 
     def __str__(self) -> str:
         header = ("module", "role", "[N, K]", "rank", "parameters", "plan")
@@ -52,8 +72,20 @@ class PatchReport:
                 f"{self.model}: {len(self.rows)} linears adapted, {self.trainable:,} of "
                 f"{self.total:,} parameters train ({share:.2%}); plans (forward/dx/gradient/kept) "
                 f"are for batch {self.batch_size} on {self.device}",
+                *grouped(self.blocks),
             ]
         )
+
+
+def grouped(blocks: Sequence[BlockRow]) -> list[str]:
+    """A line for all rows that say the same."""
+    names: dict[str, list[str]] = {}
+    for row in blocks:
+        names.setdefault(row.words, []).append(row.name or "the model itself")
+    return [
+        found[0] + (f" and {len(found) - 1} more" if len(found) > 1 else "") + f": {words}"
+        for words, found in names.items()
+    ]
 
 
 def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> str:

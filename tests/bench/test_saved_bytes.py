@@ -16,6 +16,7 @@ def test_fused_keeps_no_fp32_copy_and_no_more_than_frozen_and_h(
 ) -> None:
     pytest.importorskip("timm")
     argv = ["--suite", "saved_bytes", "--dtype", "amp", "--batch", "1", "--device", "cpu"]
+    argv += ["--models", "vit_small_patch16_224", "--ranks", "16"]
     assert main([*argv, "--contenders", "frozen,naive,fused", "--rows", str(tmp_path)]) == 0
     found = {row.contender: row for row in rows.read(tmp_path)}
     assert all(row.fp32_copies_per_block == 0 for row in found.values())

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from fused_lora.bench.registry import Contender, register
 
 
-def _let_gradient_in(module: nn.Module, args: tuple, tokens: Tensor) -> None:
+def let_gradient_in(module: nn.Module, args: tuple, tokens: Tensor) -> None:
+    """A forward hook of the embedding: its output asks for a gradient."""
     tokens.requires_grad_()
 
 
@@ -24,7 +25,7 @@ class Frozen(Contender):
     def install(self, model: nn.Module, rank: int) -> nn.Module:
         """Only open the way for the gradient; ``rank`` is not used."""
         if isinstance(embed := getattr(model, "patch_embed", None), nn.Module):
-            embed.register_forward_hook(_let_gradient_in)
+            embed.register_forward_hook(let_gradient_in)
         return model
 
 

@@ -15,6 +15,7 @@ class Fused(Contender):
     """``fused_lora.patch`` on a model; on a bare layer set, its modules one by one."""
 
     name, title = "fused", "fused_lora"
+    level: dict[str, str] = {"level": "linear"}  # the choices of ``patch`` that tell these apart
 
     def why_not(self, dtype: str) -> str | None:
         """The patcher is a room of its own."""
@@ -26,7 +27,8 @@ class Fused(Contender):
         if hasattr(model, "blocks"):
             import fused_lora
 
-            fused_lora.patch(model, rank=rank, qkv=self.form, scale=1.0, allow_large_rank=True)
+            options = {"qkv": self.form, "scale": 1.0, "allow_large_rank": True}
+            fused_lora.patch(model, rank=rank, **options, **self.level)
         else:
             self._adopt(model, rank)
         return model
@@ -46,3 +48,27 @@ class FusedJoint(Fused):
     """The same with one adapter on a fused qkv, as PEFT has it."""
 
     name, title, form = "fused_joint", "fused_lora (joint)", "joint"
+
+
+@register
+class FusedBlock(Fused):
+    """Whole blocks, which make norms and activations again in backward."""
+
+    name, title = "fused_block", "fused_lora (block)"
+    level = {"level": "block", "recompute": "elementwise"}
+
+
+@register
+class FusedBlockNone(Fused):
+    """Whole blocks that keep everything."""
+
+    name, title = "fused_block_none", "fused_lora (block, keeps all)"
+    level = {"level": "block", "recompute": "none"}
+
+
+@register
+class FusedBlockGemm(Fused):
+    """Whole blocks, which make qkv and the output of fc1 again as well."""
+
+    name, title = "fused_block_gemm", "fused_lora (block, GEMMs again)"
+    level = {"level": "block", "recompute": "gemm"}

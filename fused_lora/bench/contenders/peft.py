@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fused_lora.bench.adapters import projections
+from fused_lora.bench.contenders.frozen import let_gradient_in
+from fused_lora.bench.depth import blocks
 from fused_lora.bench.registry import Contender, register
 
 
@@ -49,4 +53,20 @@ class PeftBf16(Peft):
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
+        return wrapped
+
+
+@register
+class PeftCheckpoint(Peft):
+    """PEFT with every block inside ``torch.utils.checkpoint``, which keeps the block's input."""
+
+    name, title = "peft_checkpoint", "PEFT, checkpointed"
+
+    def install(self, model: nn.Module, rank: int) -> nn.Module:
+        """Wrap ``model``, then the forward of its blocks; the embedding lets the gradient in."""
+        wrapped = super().install(model, rank)
+        if isinstance(embed := getattr(model, "patch_embed", None), nn.Module):
+            embed.register_forward_hook(let_gradient_in)
+        for block in blocks(wrapped):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=True)
         return wrapped

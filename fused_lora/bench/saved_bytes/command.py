@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 
+import torch
+
 from fused_lora.bench import gate
 from fused_lora.bench.clock import clock_for
-from fused_lora.bench.depth import shallow
+from fused_lora.bench.depth import blocks, shallow
 from fused_lora.bench.judge import Judge
 from fused_lora.bench.measure import able
 from fused_lora.bench.phases import Phases
@@ -19,7 +21,10 @@ from fused_lora.bench.registry import SUITES, job
 from fused_lora.bench.rows import append
 from fused_lora.bench.saved_bytes.rows import SUITE, SavedCase, SavedRow
 from fused_lora.bench.saved_bytes.table import text
+from fused_lora.bench.saved_ledger import ledger
+from fused_lora.bench.saved_ledger import text as text_of_ledger
 from fused_lora.bench.shapes import SHAPES, Grid
+from fused_lora.bench.workload import STORED, precision
 
 BLOCKS = 3  # of each network; the middle one has a neighbour on both sides
 
@@ -36,6 +41,8 @@ def run(options: argparse.Namespace, grid: Grid) -> int:
                 print(f"refused: {entrant.contender.name} ({case}): {complaints}", file=sys.stderr)
             else:
                 rows.append(record(case, entrant, origin))
+                if options.ledger:
+                    print(ledger_text(case, entrant, options.device))
         print(text(case, rows))
         if options.rows:
             append(rows, options.rows)
@@ -62,6 +69,17 @@ def entrants(
             yield entrant, gate.complaints(entrant.errors, entrant.yardstick, case.dtype)
 
 
+def ledger_text(case: SavedCase, entrant: Entrant, device: str) -> str:
+    """What each operation of the middle block keeps, run by itself."""
+    block = blocks(entrant.model)[case.blocks // 2]
+    shape = (case.batch, case.tokens, case.width)
+    x = torch.randn(shape, device=device, dtype=STORED[case.dtype], requires_grad=True)
+    with precision(case.dtype, device):
+        entries = ledger(block(x), model=entrant.model)
+    title = f"{entrant.contender.name}, one block ({case})"
+    return f"{title}\n{text_of_ledger(entries, case.batch * case.tokens)}\n"
+
+
 def record(case: SavedCase, entrant: Entrant, origin: Provenance) -> SavedRow:
     """The row of one method."""
     kept = entrant.saved_bytes_per_block or 0
@@ -76,4 +94,5 @@ def record(case: SavedCase, entrant: Entrant, origin: Provenance) -> SavedRow:
         units_per_block=(kept - weights) / case.unit,
         fp32_copies_per_block=entrant.wide_copies / case.blocks,
         provenance=origin,
+        bytes_in_all=entrant.saved_bytes,
     )

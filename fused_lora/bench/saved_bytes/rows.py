@@ -48,6 +48,7 @@ class SavedRow:
     units_per_block: float  # the rest, activations, in [M, d] tensors of the matmuls' precision
     fp32_copies_per_block: float  # 16-bit activations that the forward pass copied to fp32
     provenance: Provenance
+    bytes_in_all: int = 0  # that the network's blocks and all around them keep; 0: not recorded
 
     def to_json(self) -> str:
         """One line."""

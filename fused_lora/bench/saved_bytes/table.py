@@ -10,13 +10,24 @@ from fused_lora.bench.table import aligned, title
 
 HEADS = (
     *("method", "KB per block", "of it casts of weights", "[M, d] tensors", "of them fp32"),
-    "fp32 copies of x",
+    *("fp32 copies of x", "KB in all", "over frozen: block", "in all"),
 )
 
 
 def text(case: SavedCase, rows: Sequence[SavedRow]) -> str:
     """One aligned table."""
-    return "\n".join([f"{case.suite}: {case}", *aligned([HEADS, *map(_cells, rows)]), ""])
+    floor = next((row for row in rows if row.contender == "frozen"), None)
+    body = [(*_cells(row), *_over(row, floor)) for row in rows]
+    return "\n".join([f"{case.suite}: {case}", *aligned([HEADS, *body]), ""])
+
+
+def _over(row: SavedRow, floor: SavedRow | None) -> tuple[str, str]:
+    if floor is None or not floor.bytes_in_all:
+        return "-", "-"
+    return (
+        f"{row.bytes_per_block / floor.bytes_per_block:.3f}",
+        f"{row.bytes_in_all / floor.bytes_in_all:.3f}",
+    )
 
 
 def _cells(row: SavedRow) -> tuple[str, ...]:
@@ -27,6 +38,7 @@ def _cells(row: SavedRow) -> tuple[str, ...]:
         f"{row.units_per_block:.2f}",
         f"{row.fp32_bytes_per_block / row.case.unit:.2f}",
         f"{row.fp32_copies_per_block:.1f}",
+        f"{row.bytes_in_all / 1e3:.0f}",
     )
 
 

@@ -1,0 +1,106 @@
+"""What the modules of a block are, and in one sentence why one of them cannot be fused over.
+
+Classes are known by where they are defined: a forward that is stood in for must be one that was
+read. Everything is asked again at every call, since dropout, hooks and merged weights come and go.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.nn.adapted import AdaptedLinear
+from fused_lora.nn.block_swap import kind
+from fused_lora.ops.operand import Adapted, Norm
+
+BLOCKS = frozenset({"timm.models.vision_transformer.Block"})
+ATTENTIONS = frozenset({"timm.layers.attention.Attention", "timm.models.vision_transformer.Attention"})
+MLPS = frozenset({"timm.layers.mlp.Mlp", "timm.layers.mlp.GluMlp", "timm.layers.mlp.SwiGLU"})
+NORMS = frozenset({"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"})
+LAYER_SCALES = frozenset(
+    {"timm.layers.layer_scale.LayerScale", "timm.models.vision_transformer.LayerScale"}
+)
+DROP_PATHS = frozenset({"timm.layers.drop.DropPath"})
+IDENTITY = "torch.nn.modules.linear.Identity"
+ACTIVATIONS = {
+    "torch.nn.modules.activation.GELU": "gelu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+}
+
+
+def why_not_linear(linear: nn.Module) -> str | None:
+    """Why an adapted linear has to be called as a module."""
+    if not isinstance(linear, AdaptedLinear):
+        return f"{type(linear).__name__} without adapters"
+    if linear.merged or not linear.adapter_enabled:
+        return "merged or disabled adapters"
+    if linear.training and linear.config.dropout:
+        return "adapters with dropout"
+    ours = type(linear).forward is AdaptedLinear.forward
+    return None if ours else f"{type(linear).__name__}, whose forward is its own"
+
+
+def why_not_norm(norm: nn.Module) -> str | None:
+    """Why a norm is no LayerNorm over the last dimension."""
+    if kind(norm) not in NORMS or len(norm.normalized_shape) != 1:  # type: ignore[arg-type]
+        return f"norm of type {type(norm).__name__}"
+    return "timm's fast norm" if getattr(norm, "_fast_norm", False) else None
+
+
+def why_not_branch(scale: nn.Module, drop: nn.Module) -> str | None:
+    """Why LayerScale and drop path are not the factors they should be."""
+    if kind(scale) not in LAYER_SCALES | {IDENTITY}:
+        return f"layer scale of type {type(scale).__name__}"
+    if kind(scale) != IDENTITY and scale.gamma.requires_grad:  # type: ignore[union-attr]
+        return "a LayerScale that trains"
+    if kind(drop) not in DROP_PATHS | {IDENTITY}:
+        return f"drop path of type {type(drop).__name__}"
+    return None
+
+
+def active_dropout(*drops: nn.Module) -> bool:
+    """Whether any of these drops something now; what is no ``nn.Dropout`` might."""
+    return any(
+        type(drop) is not nn.Dropout or (drop.training and drop.p > 0)
+        for drop in drops
+        if kind(drop) != IDENTITY
+    )
+
+
+def operands(linear: AdaptedLinear) -> Adapted:
+    """What the operations take of an adapted linear."""
+    a, b = linear._pairs()
+    spans, impl = linear._spans, linear.config.impl
+    return Adapted(linear.weight, linear.bias, a, b, linear.scales, spans, impl)
+
+
+def norm_of(norm: nn.LayerNorm) -> Norm:
+    """What the operations take of a LayerNorm."""
+    return Norm(norm.weight, norm.bias, norm.eps)
+
+
+def gamma_of(scale: nn.Module) -> Tensor | None:
+    """LayerScale's factor, if there is one."""
+    return None if kind(scale) == IDENTITY else scale.gamma  # type: ignore[return-value]
+
+
+def mask_of(drop: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Drop path's factor per sample, drawn by the module itself; None where it draws nothing."""
+    if kind(drop) == IDENTITY or not drop.training or not drop.drop_prob:
+        return None
+    return drop(torch.ones((x.shape[0],) + (1,) * (x.dim() - 1), dtype=dtype, device=x.device))
+
+
+def why_not_input(x: Tensor, weight: Tensor) -> str | None:
+    """Why x has to go through the modules one by one."""
+    if torch.compiler.is_compiling():
+        return "the compiler fuses for itself"
+    if not torch.is_grad_enabled():
+        return "nothing is kept without gradients"
+    if x.is_meta or x.numel() == 0:
+        return "nothing to compute"
+    casts = torch.is_autocast_enabled(x.device.type)
+    return None if casts or x.dtype is weight.dtype else f"x in {x.dtype} and weights that are not"

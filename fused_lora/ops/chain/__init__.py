@@ -1,0 +1,1 @@
+"""Stages run one after another under one autograd node that rebuilds what it does not keep."""

@@ -1,0 +1,108 @@
+"""Self-attention of packed q|k|v as a stage, so that a chain can let go of q, k and v.
+
+out = softmax(q kT scale) v per head. Where the forward's own output and log-sum-exp can be handed
+to the backward kernel they are; elsewhere backward runs scaled_dot_product_attention once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+
+from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage, Tensors
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Attention(Stage):
+    """out [M, H D] of qkv [M, 3 H D]; every sample has ``tokens`` rows."""
+
+    heads: int  # H
+    tokens: int  # T, rows of one sample
+
+    def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
+        """One pass; extra is (out, log-sum-exp) where backward takes them."""
+        q, k, v = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
+        if not _serves(q, k, v):
+            return Run((_rows(F.scaled_dot_product_attention(q, k, v)),))
+        out, lse = flash(q, k, v)
+        return Run((_rows(out),), (out, lse))
+
+    def backward(
+        self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
+    ) -> tuple[Tensors | None, Optional]:
+        """The gradient of qkv, packed as qkv is."""
+        assert x is not None
+        qkv = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
+        dout = dy[0].view(-1, self.tokens, self.heads, qkv[0].shape[-1]).transpose(1, 2)
+        if run.extra:
+            dqkv = flash_backward(dout, *qkv, *run.extra, 0.0, False)
+        else:
+            dqkv = _again(qkv, dout)
+        return (packed(dqkv).flatten(0, 1),), ()
+
+    def compose(self, x: Tensors, own: Optional) -> Tensors:
+        """As torch has it."""
+        q, k, v = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
+        return (_rows(F.scaled_dot_product_attention(q, k, v)),)
+
+
+def split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [B, H, T, D], views of qkv [B, T, 3 H D]."""
+    batch, tokens, width = qkv.shape
+    parts = qkv.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+    return parts[0], parts[1], parts[2]
+
+
+def packed(parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """[B, T, 3 H D] of three [B, H, T, D]: a view where they are slices of one, else one copy."""
+    q, k, v = parts
+    batch, heads, tokens, depth = q.shape
+    step = heads * depth
+    strides = (tokens * 3 * step, depth, 3 * step, 1)
+    origin, address = q.untyped_storage().data_ptr(), q.storage_offset()
+    if all(
+        part.stride() == strides
+        and part.untyped_storage().data_ptr() == origin
+        and part.storage_offset() == address + i * step
+        for i, part in enumerate(parts)
+    ):
+        return q.as_strided((batch, tokens, 3 * step), (3 * step * tokens, 3 * step, 1))
+    return torch.cat([part.transpose(1, 2) for part in (q, k, v)], 2).view(batch, tokens, 3 * step)
+
+
+class Split(torch.autograd.Function):
+    """``split`` whose backward is ``packed``: one copy of dq, dk and dv at most, often none."""
+
+    @staticmethod
+    def forward(ctx: object, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v."""
+        return split(qkv, heads)
+
+    @staticmethod
+    def backward(ctx: object, *parts: Tensor) -> tuple[Tensor, None]:
+        """The gradient of qkv."""
+        return packed(parts), None  # type: ignore[arg-type]
+
+
+def _rows(out: Tensor) -> Tensor:
+    batch, heads, tokens, depth = out.shape
+    return out.transpose(1, 2).reshape(batch * tokens, heads * depth)
+
+
+def _serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether SDPA would take the CPU's flash kernel."""
+    return q.is_cpu and torch._fused_sdp_choice(q, k, v) == SDPBackend.FLASH_ATTENTION.value
+
+
+def _again(qkv: Tensors, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        leaves = [part.detach().requires_grad_() for part in qkv]
+        out = F.scaled_dot_product_attention(*leaves)
+    return torch.autograd.grad(out, leaves, dout)  # type: ignore[return-value]

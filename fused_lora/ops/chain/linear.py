@@ -1,0 +1,114 @@
+"""lora_linear as a stage: one or several frozen matrices, each with its adapters, on the same x."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.interface import Adapters
+from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage, Tensors, consecutive
+from fused_lora.ops.lora_linear import as_rows, backward, compute, lora_linear
+from fused_lora.plan.strategies import keeps_x
+from fused_lora.types import Impl, Keep, Needs, Plan, Span
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is known of one adapted matrix beside its tensors (w, bias, every a, every b)."""
+
+    scales: tuple[float, ...]
+    spans: tuple[Span, ...]
+    impl: Impl
+
+    @property
+    def operands(self) -> int:
+        """w, bias, a and b."""
+        return 2 + 2 * len(self.spans)
+
+    def needs(self, x: bool, own: tuple[bool, ...]) -> Needs:
+        """The gradients asked for."""
+        groups = len(self.spans)
+        return Needs(x, own[0], own[1], any(own[2 : 2 + groups]), any(own[2 + groups :]))
+
+
+@dataclass(frozen=True)
+class LoRALinear(Stage):
+    """Owns the operands of each frame in turn; extra is, for each, (kept, w as it was cast)."""
+
+    frames: tuple[Frame, ...]
+    dtype: torch.dtype
+
+    operands: int = field(init=False, compare=False)  # those of all frames
+    parts: tuple[tuple[Frame, slice], ...] = field(init=False, compare=False)  # each one's own
+
+    def __post_init__(self) -> None:
+        slices = consecutive([frame.operands for frame in self.frames])
+        object.__setattr__(self, "operands", slices[-1].stop)
+        object.__setattr__(self, "parts", tuple(zip(self.frames, slices, strict=True)))
+
+    def asked(self, x: bool, own: tuple[bool, ...]) -> tuple[Needs, ...]:
+        """The gradients each frame is asked for."""
+        return tuple(frame.needs(x, own[part]) for frame, part in self.parts)
+
+    def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
+        """y [M, N] of x [M, K], for each frame."""
+        out, extra, plans = [], [], []
+        for (frame, part), needs in zip(self.parts, asked.note, strict=True):
+            w, bias, *ab = own[part]
+            assert w is not None
+            scales, spans, impl = frame.scales, frame.spans, frame.impl
+            done = compute(x[0], w, bias, scales, spans, impl, self.dtype, tuple(ab), needs)  # type: ignore[arg-type]
+            reads_w = impl is Impl.REFERENCE or done.plan.keep is not Keep.MERGED
+            out.append(done.y)
+            extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
+            plans.append(done.plan)
+        return Run(tuple(out), tuple(extra), tuple(plans))
+
+    def backward(
+        self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
+    ) -> tuple[Tensors | None, Optional]:
+        """dx [M, K], the sum over frames, and the gradients of the operands."""
+        rows = None if x is None else as_rows(x[0], self.dtype)
+        dx: Tensor | None = None
+        down: list[Tensor | None] = []
+        for i, ((frame, part), needs) in enumerate(zip(self.parts, asked.note, strict=True)):
+            kept, cast = run.extra[2 * i : 2 * i + 2]
+            w, _, *ab = own[part]
+            assert w is not None
+            w = w.to(self.dtype) if cast is None else cast
+            groups, dy_i = len(frame.spans), as_rows(dy[i], self.dtype)
+            adapters = Adapters(ab[:groups], ab[groups:], frame.scales, frame.spans)  # type: ignore[arg-type]
+            grads = backward(dy_i, rows, kept, w, adapters, needs, run.note[i], frame.impl)
+            down += [grads.w, grads.bias, *grads.a, *grads.b]
+            dx = grads.x if dx is None or grads.x is None else dx.add_(grads.x)
+        return None if dx is None else (dx,), tuple(down)
+
+    def compose(self, x: Tensors, own: Optional) -> Tensors:
+        """One lora_linear for each frame."""
+        out = []
+        for frame, part in self.parts:
+            w, bias, *ab = own[part]
+            assert w is not None
+            a, b = ab[: len(frame.spans)], ab[len(frame.spans) :]
+            scales, spans, impl = frame.scales, frame.spans, frame.impl
+            out.append(lora_linear(x[0], w, bias, a, b, scales, spans, impl=impl))  # type: ignore[arg-type]
+        return tuple(out)
+
+    def reads_input(self, run: Run, asked: Asked) -> bool:
+        """Whether some frame's gradients read x."""
+        return any(map(_reads_x, self.frames, asked.note, run.note))
+
+    def slim(self, run: Run, asked: Asked) -> Run:
+        """Without h, w' and casts of w, wherever x is there to make them again."""
+        extra, plans = list(run.extra), list(run.note)
+        for i, (frame, needs) in enumerate(zip(self.frames, asked.note, strict=True)):
+            extra[2 * i + 1] = None
+            if _reads_x(frame, needs, plans[i]):
+                extra[2 * i], plans[i] = None, replace(plans[i], keep=Keep.NOTHING)
+        return Run((), tuple(extra), tuple(plans))
+
+
+def _reads_x(frame: Frame, needs: Needs, plan: Plan) -> bool:
+    return frame.impl is Impl.REFERENCE or keeps_x(needs, plan)

@@ -1,0 +1,74 @@
+"""A stage: one step of a chain whose backward is written out.
+
+The tensors between stages are boundaries: boundary i goes into stage i, boundary i + 1 comes out
+of it. A stage says whether its backward reads what went in; the chain decides whether that is kept
+or made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+Optional = tuple[Tensor | None, ...]
+
+
+class Asked(NamedTuple):
+    """Which gradients a stage is asked for."""
+
+    x: bool  # of what goes in
+    own: tuple[bool, ...]  # of its operands
+    any: bool  # of either
+    note: Any  # the same in the stage's own words
+
+
+class Run(NamedTuple):
+    """What one forward of a stage gave."""
+
+    out: Tensors
+    extra: Optional = ()  # tensors that its backward reads beside its input and its operands
+    note: Any = None  # what else its backward must know, no tensor in it
+
+
+def consecutive(lengths: Iterable[int]) -> tuple[slice, ...]:
+    """Slices one behind another."""
+    found, first = [], 0
+    for length in lengths:
+        found.append(slice(first, first + length))
+        first += length
+    return tuple(found)
+
+
+class Stage:
+    """The base of all stages; they are frozen dataclasses that hold no tensor."""
+
+    operands = 0  # how many tensors it owns: weights and adapters
+
+    def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
+        """One pass."""
+        raise NotImplementedError(type(self).__name__)
+
+    def backward(
+        self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
+    ) -> tuple[Tensors | None, Optional]:
+        """Gradients of what went in and of the operands; ``run`` comes without its ``out``."""
+        raise NotImplementedError(type(self).__name__)
+
+    def compose(self, x: Tensors, own: Optional) -> Tensors:
+        """The same from operations that autograd and the compiler know."""
+        raise NotImplementedError(type(self).__name__)
+
+    def asked(self, x: bool, own: tuple[bool, ...]) -> Any:
+        """The note of ``Asked``."""
+        return None
+
+    def reads_input(self, run: Run, asked: Asked) -> bool:
+        """Whether backward reads what went in."""
+        return True
+
+    def slim(self, run: Run, asked: Asked) -> Run:
+        """The same run with what can be made again cheaply left out."""
+        return run

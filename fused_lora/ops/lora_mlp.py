@@ -1,0 +1,122 @@
+"""lora_mlp: fc1, activation and fc2, plain or gated, keeping x and u; with a norm before and a
+residual around it, the whole second half of a transformer block.
+
+    u = lora_linear(n),  g = act(u) or act(u_gate) u_value,  z = lora_linear(g)
+    y = z, or x + gamma mask z;  n = x, or LayerNorm(x)
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fused_lora.ops.chain.activation import ACTIVATIONS, Activation, Gated
+from fused_lora.ops.chain.chain import chain
+from fused_lora.ops.chain.linear import Frame, LoRALinear
+from fused_lora.ops.chain.norm import LayerNorm
+from fused_lora.ops.chain.recipe import Recipe
+from fused_lora.ops.chain.stage import Stage
+from fused_lora.ops.operand import (
+    Adapted,
+    Norm,
+    check_frozen,
+    check_recompute,
+    compute_dtype,
+)
+
+
+def lora_mlp(
+    x: Tensor,
+    fc1: Adapted | tuple[Adapted, Adapted],
+    fc2: Adapted,
+    activation: str = "gelu",
+    *,
+    gated: str | None = None,
+    norm: Norm | None = None,
+    around: bool = False,
+    gamma: Tensor | None = None,
+    mask: Tensor | None = None,
+    recompute: str = "elementwise",
+) -> Tensor:
+    """An MLP whose activations are made again in backward.
+
+    Args:
+        x: [..., K], kept for backward.
+        fc1: the first projection, or the two (gate, value) of a gated MLP that has them apart.
+        fc2: the second.
+        activation: "gelu", "gelu_tanh", "silu" or "sigmoid".
+        gated: which half of a single fc1's output is the gate, "first" or "last"; None for a
+            plain MLP. With two fc1, leave it None.
+        norm: a LayerNorm before fc1.
+        around: add x itself to the result.
+        gamma: LayerScale's frozen factor [N] on the result before x is added.
+        mask: drop path's factor per sample, likewise.
+        recompute: what backward makes again: "none"; "elementwise", the norm's output and g;
+            "gemm", u as well.
+
+    Returns:
+        y [..., N].
+
+    Raises:
+        TypeError, ValueError: operands or options that do not fit, with the values seen.
+    """
+    firsts = (fc1,) if isinstance(fc1, Adapted) else tuple(fc1)
+    _check(x, firsts, fc2, activation, gated, norm, recompute)
+    if around and fc2.w.shape[0] != x.shape[-1]:
+        raise ValueError(f"fc2 has {fc2.w.shape[0]} columns, the x around it {x.shape[-1]}")
+    check_frozen(gamma=gamma, mask=mask)
+    dtype = compute_dtype(x)
+    act: Stage = Activation(activation)
+    if gated or len(firsts) == 2:
+        act = Gated(activation, gated == "last")
+    frames = tuple([first.frame for first in firsts])
+    eps = norm.eps if norm else None
+    recipe = _recipe(eps, frames, act, fc2.frame, dtype, recompute, around)
+    operands = list(norm[:2]) if norm else []
+    for linear in (*firsts, fc2):
+        operands += linear.tensors
+    source = x if norm or around else x.to(dtype)
+    return chain(recipe, source, operands, None, gamma, mask)
+
+
+@lru_cache(maxsize=256)
+def _recipe(
+    eps: float | None,
+    firsts: tuple[Frame, ...],
+    act: Stage,
+    fc2: Frame,
+    dtype: torch.dtype,
+    recompute: str,
+    around: bool,
+) -> Recipe:
+    stages: list[Stage] = [] if eps is None else [LayerNorm(eps, dtype)]
+    stages += [LoRALinear(firsts, dtype), act, LoRALinear((fc2,), dtype)]
+    u = len(stages) - 2  # the boundary behind fc1
+    keep = {"none": range(1, len(stages)), "elementwise": (u,), "gemm": ()}[recompute]
+    return Recipe(tuple(stages), frozenset(keep), recompute == "gemm", around)
+
+
+def _check(
+    x: Tensor,
+    firsts: tuple[Adapted, ...],
+    fc2: Adapted,
+    activation: str,
+    gated: str | None,
+    norm: Norm | None,
+    recompute: str,
+) -> None:
+    check_recompute(recompute)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    if gated not in (None, "first", "last") or (gated and len(firsts) == 2):
+        raise ValueError(f"gated must be None, 'first' or 'last' of one fc1, got {gated!r}")
+    if norm:
+        norm.check(x)
+    for first in firsts:
+        first.check(x)
+    widths = {first.w.shape[0] for first in firsts}
+    if len(firsts) not in (1, 2) or len(widths) != 1 or (gated and min(widths) % 2):
+        raise ValueError(f"fc1 has {len(firsts)} projections of {sorted(widths)} columns")
+    fc2.check_behind(x, widths.pop() // (2 if gated else 1))

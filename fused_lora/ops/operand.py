@@ -1,0 +1,90 @@
+"""One adapted matrix as the block operations take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_lora.ops.chain.linear import Frame
+from fused_lora.ops.chain.stage import Optional
+from fused_lora.ops.lora_linear import autocasts, resolve
+from fused_lora.ops.lora_linear_checks import check
+from fused_lora.types import Impl, Span
+
+
+class Adapted(NamedTuple):
+    """The operands of ``lora_linear`` without x."""
+
+    w: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+    a: Sequence[Tensor]  # G of [R_g, K]
+    b: Sequence[Tensor]  # G of [N_g, R_g]
+    scales: Sequence[float]  # G
+    spans: tuple[Span, ...] | None = None  # None for one adapter on all columns
+    impl: Impl | str = Impl.AUTO
+
+    @property
+    def columns(self) -> tuple[Span, ...]:
+        """The spans, spelled out."""
+        if self.spans is not None:
+            return tuple(self.spans)
+        return (Span(0, self.w.shape[0], self.a[0].shape[0]),)
+
+    @property
+    def frame(self) -> Frame:
+        """What of it is no tensor."""
+        return Frame(tuple(self.scales), self.columns, resolve(self.impl))
+
+    @property
+    def tensors(self) -> Optional:
+        """What of it is."""
+        return (self.w, self.bias, *self.a, *self.b)
+
+    def check(self, x: Tensor) -> None:
+        """Raises TypeError or ValueError where it does not fit x or is inconsistent in itself."""
+        w, bias, a, b, scales, _, _ = self
+        check(x, w, bias, a, b, tuple(scales), self.columns, autocasts(x))
+
+    def check_behind(self, x: Tensor, width: int) -> None:
+        """As ``check``, where what goes in is [..., width], computed from x."""
+        self.check(x.new_empty(0, width))
+
+
+class Norm(NamedTuple):
+    """A LayerNorm over the last dimension."""
+
+    gamma: Tensor | None  # [K]
+    beta: Tensor | None  # [K]
+    eps: float
+
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError where it does not fit x."""
+        for name, half in (("gamma", self.gamma), ("beta", self.beta)):
+            if half is not None and half.shape != x.shape[-1:]:
+                raise ValueError(
+                    f"LayerNorm {name} must be [{x.shape[-1]}], got shape {tuple(half.shape)}"
+                )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a GEMM on x computes in: autocast's dtype if it is on, else x's."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def check_frozen(**factors: Tensor | None) -> None:
+    """Raises ValueError for a factor that asks for a gradient, which is not computed."""
+    for name, factor in factors.items():
+        if factor is not None and factor.requires_grad:
+            raise ValueError(f"{name} has requires_grad, but no gradient of it is computed")
+
+
+def check_recompute(recompute: str) -> None:
+    """Raises ValueError unless ``recompute`` is one of the three."""
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
+
+
+RECOMPUTE = ("none", "elementwise", "gemm")  # in the order of what is made again in backward
