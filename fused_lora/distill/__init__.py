@@ -1,0 +1,5 @@
+"""Teacher and student: what the one hands to the other."""
+
+from fused_lora.distill.wecolora import copy_layers
+
+__all__ = ["copy_layers"]
