@@ -9,18 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fused_lora.distill.data.scans import ScanView
 from fused_lora.distill.data.sets import DataError, ImageSet
 
 View = Callable[[Any], Tensor]
-SHIFT = 1 / 8  # of the side, at most
 
 
-def view_of(model: nn.Module, size: int, augment: str) -> View:
+def view_of(model: nn.Module, source: str, size: int, augment: str) -> View:
     """The view that ``model`` expects, in timm's figures where it has any."""
-    from torchvision.transforms import v2
-
     config, channels = _expected(model)
     side = size or config["input_size"][-1]
+    if source == "digits":
+        return ScanView(side, channels, augment)
+    return photo_view(side, channels, augment, config)
+
+
+def photo_view(side: int, channels: int, augment: str, config: dict[str, Any]) -> View:
+    """Of PIL images and uint8 tensors, by torchvision."""
+    from torchvision.transforms import v2
+
+    if augment == "shift":
+        raise ValueError("data.augment = 'shift' is for scans; photographs take 'flip' or 'crop'")
     mean, std = (list(config[key])[:channels] for key in ("mean", "std"))
     mode = v2.InterpolationMode(config["interpolation"])
     return v2.Compose(
@@ -50,15 +59,8 @@ def _geometry(augment: str, side: int, crop: float, mode: Any) -> list[Any]:
 
     if augment == "crop":
         return [v2.RandomResizedCrop(side, interpolation=mode), v2.RandomHorizontalFlip()]
-    small = side < 64  # cropping the border off a scan of 8 pixels takes a stroke with it
-    whole = [v2.Resize((side, side) if small else int(side / crop), interpolation=mode)]
-    straight = whole if small else [*whole, v2.CenterCrop(side)]
-    extra: dict[str, list[Any]] = {
-        "none": [],
-        "flip": [v2.RandomHorizontalFlip()],
-        "shift": [v2.RandomAffine(10, translate=(SHIFT, SHIFT), scale=(0.9, 1.1))],
-    }
-    return straight + extra[augment]
+    straight = [v2.Resize(int(side / crop), interpolation=mode), v2.CenterCrop(side)]
+    return [*straight, v2.RandomHorizontalFlip()] if augment == "flip" else straight
 
 
 class Viewed(Dataset):
