@@ -88,9 +88,7 @@ def sgd(
 PROBES = {"logistic": logistic, "sgd": sgd}
 
 
-def neighbours(
-    seen: Tensor, known: Tensor, features: Tensor, labels: Tensor, count: int
-) -> float:
+def neighbours(seen: Tensor, known: Tensor, features: Tensor, labels: Tensor, count: int) -> float:
     """Accuracy of the ``count`` nearest training images by cosine, weighted by closeness."""
     from sklearn.neighbors import KNeighborsClassifier
 

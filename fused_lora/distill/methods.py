@@ -21,15 +21,14 @@ class Method:
     student: Callable[[nn.Module, Recipe], nn.Module]
     learns: bool = True  # else it is used as it is made
     distills: bool = True  # else it is the teacher itself
+    everything: bool = False  # all weights train that the loss reaches
 
 
 def copied_with_adapters(teacher: nn.Module, recipe: Recipe) -> nn.Module:
     """WeCoLoRA: the copied layers frozen and shared, adapters on them."""
     about = recipe.student
     alone = recipe.train.parallel == "fsdp"  # a sharded parameter can be nobody else's
-    student = wecolora.copy_layers(
-        teacher, about.reduction, share=not alone, own=about.trainable
-    )
+    student = wecolora.copy_layers(teacher, about.reduction, share=not alone, own=about.trainable)
     patch(
         student,
         about.rank,
@@ -46,8 +45,7 @@ def copied_with_adapters(teacher: nn.Module, recipe: Recipe) -> nn.Module:
 def copied(teacher: nn.Module, recipe: Recipe) -> nn.Module:
     """WeCo+KD: the copied layers, all of them trained."""
     student = wecolora.copy_layers(teacher, recipe.student.reduction, share=False)
-    student.requires_grad_(True)
-    return student if recipe.loss.labels else _freeze_beyond(student, teacher, recipe)
+    return student.requires_grad_(True)
 
 
 def itself(teacher: nn.Module, recipe: Recipe) -> nn.Module:
@@ -57,9 +55,9 @@ def itself(teacher: nn.Module, recipe: Recipe) -> nn.Module:
 
 METHODS = {
     "wecolora": Method(copied_with_adapters),
-    "weco_kd": Method(copied),
+    "weco_kd": Method(copied, everything=True),
     "weco": Method(copied, learns=False),
-    "finetune": Method(itself, distills=False),
+    "finetune": Method(itself, distills=False, everything=True),
 }
 
 
@@ -85,12 +83,3 @@ def finish(student: nn.Module, recipe: Recipe) -> nn.Module:
     if recipe.method == "wecolora" and adapted(student):
         unpatch(student, merge=True)
     return student.eval()
-
-
-def _freeze_beyond(student: nn.Module, teacher: nn.Module, recipe: Recipe) -> nn.Module:
-    """Freeze what comes after the last compared block: no gradient ever gets there."""
-    last = pairs_of(teacher, recipe.student.reduction)[-1].student.rpartition(".")[0]
-    behind = [name for name, _ in student.named_children()]
-    for name in behind[behind.index(last.partition(".")[0]) + 1 :]:
-        student.get_submodule(name).requires_grad_(False)
-    return student

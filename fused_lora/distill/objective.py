@@ -1,6 +1,6 @@
 """What a student is asked for: its teacher's tokens, the labels, or both.
 
-    loss = c_t mean |T - S| + c_l cross_entropy(logits, labels)
+loss = c_t mean |T - S| + c_l cross_entropy(logits, labels)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_lora.distill.data.batches import Batch
 from fused_lora.distill.taps import tokens_of
 from fused_lora.distill.wecolora import token_loss
 
@@ -41,3 +42,13 @@ class Objective(nn.Module):
         factors = {"tokens": self.tokens, "labels": self.labels}
         terms["loss"] = sum((factors[k] * v for k, v in terms.items()), torch.zeros(()).to(images))
         return terms
+
+
+def unreached(objective: nn.Module, batch: Batch, wanted: Sequence[Tensor]) -> list[str]:
+    """The parameters that train and get no gradient from the loss."""
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    training = objective.training
+    loss = objective.eval()(batch.images, batch.labels, wanted)["loss"]
+    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    objective.train(training)
+    return [name for name, grad in zip(trained, grads, strict=True) if grad is None]

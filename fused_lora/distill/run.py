@@ -19,6 +19,7 @@ from fused_lora.distill.data.sets import SOURCES, TEST, TRAIN, DataError, ImageS
 from fused_lora.distill.data.subset import balanced, spread
 from fused_lora.distill.data.views import View, Viewed, view_of
 from fused_lora.distill.methods import METHODS, finish, objective_of, wanted_of
+from fused_lora.distill.objective import Objective, unreached
 from fused_lora.distill.recipe.checked import RecipeError
 from fused_lora.distill.recipe.read import plain, read
 from fused_lora.distill.recipe.tables import Recipe
@@ -136,8 +137,8 @@ class Run:
     def _fit(self, student: nn.Module, chosen: Sequence[int]) -> Fit:
         recipe, train = self.recipe, self.recipe.train
         objective = objective_of(student, self.teacher, recipe)
-        size = train.batch_size
-        order = Order(chosen, size, train.accumulate, self.world.size, train.seed)
+        self._check_reach(objective)
+        order = Order(chosen, train.batch_size, train.accumulate, self.world.size, train.seed)
         header = {k: v for k, v in plain(recipe).items() if k != "evaluate"}
         view = self._view(recipe.data.augment)
         return Fit(
@@ -152,6 +153,22 @@ class Run:
             json.loads(json.dumps(header)),
             recipe.data.workers,
         )
+
+    def _check_reach(self, objective: Objective) -> None:
+        """What the loss never reaches does not train: an error where it was asked for by name."""
+        batch = next(self._pass(self.images, [0]))
+        live = features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
+        wanted = live(batch)
+        with self.precision.autocast():
+            lost = unreached(objective, batch, wanted)
+        if lost and not self.method.everything:
+            labels = self.recipe.loss.labels
+            raise RecipeError(
+                f"{lost[:3]} cannot train: loss.labels is {labels:g}, and the loss "
+                "on tokens does not reach them"
+            )
+        for name in lost:
+            objective.get_parameter(name).requires_grad_(False)
 
     def _wanted(self, chosen: Sequence[int]) -> features.Wanted:
         live = features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)

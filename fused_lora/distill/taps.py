@@ -64,7 +64,9 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
             each.remove()
 
 
-def tokens_of(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+def tokens_of(
+    model: nn.Module, images: Tensor, names: Sequence[str]
+) -> tuple[Tensor, list[Tensor]]:
     """The model's output on ``images``, and what its blocks ``names`` returned on the way."""
     with tapped(model, names) as seen:
         output = model(images)

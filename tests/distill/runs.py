@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fused_lora.distill.data.batches import Order
-from fused_lora.distill.data.sets import digits
 from fused_lora.distill.data.scans import ScanView
+from fused_lora.distill.data.sets import digits
 from fused_lora.distill.data.views import Viewed
 from fused_lora.distill.features import Live
 from fused_lora.distill.objective import Objective

@@ -84,9 +84,7 @@ def test_two_processes_see_what_one_sees(count: int, batch: int, accumulate: int
 
 def test_an_epoch_holds_every_image_once_and_each_has_its_own_order() -> None:
     order = Order(range(10, 47), 8)
-    epochs = [
-        [keys for s in range(5) for keys, _ in order.step(e * 5 + s, 0)] for e in range(2)
-    ]
+    epochs = [[keys for s in range(5) for keys, _ in order.step(e * 5 + s, 0)] for e in range(2)]
     flat = [[i for keys in epoch for i, _ in keys] for epoch in epochs]
     assert sorted(flat[0]) == sorted(flat[1]) == list(range(10, 47)) and flat[0] != flat[1]
 

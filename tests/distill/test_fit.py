@@ -62,7 +62,9 @@ def test_fused_learns_what_naive_learns_step_for_step(teacher: nn.Module, precis
     assert truth[-1] < 0.9 * truth[0]  # it learns
     dtype = torch.float64 if precision == "fp64" else torch.float32
     for step in range(len(truth)):
-        verdict = judge(f"loss {step}", ours[: step + 1], plain[: step + 1], truth[: step + 1], dtype)
+        verdict = judge(
+            f"loss {step}", ours[: step + 1], plain[: step + 1], truth[: step + 1], dtype
+        )
         assert verdict.passed, verdict
 
 
@@ -131,7 +133,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
         return [each * torch.nan if len(calls) == 6 else each for each in tokens]
 
     fit.wanted = wanted  # type: ignore[assignment]
-    with pytest.raises(Diverged, match=r"loss of step 6 is nan at lr .*last.safetensors, of step 4"):
+    with pytest.raises(
+        Diverged, match=r"loss of step 6 is nan at lr .*last.safetensors, of step 4"
+    ):
         fit.run()
     assert checkpoint.header_of(tmp_path / LAST)["step"] == 4
     fit_of(teacher, student_of(teacher), steps=9, folder=tmp_path, save_every=2, log_every=3).run()

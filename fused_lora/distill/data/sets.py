@@ -36,7 +36,9 @@ def digits(split: str) -> ImageSet:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError("the digits come with scikit-learn: pip install fused_lora[distill]") from None
+        raise DataError(
+            "the digits come with scikit-learn: pip install fused_lora[distill]"
+        ) from None
     bunch = load_digits()
     images = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)  # [n, 8, 8]
     labels, seen, chosen = bunch.target.tolist(), [0] * 10, []

@@ -90,7 +90,9 @@ class Viewed(Dataset):
         except (OSError, ValueError, SyntaxError) as error:
             if self.bad_images == "skip":
                 return None
-            where = self.images.files[i] if self.images.files else f"image {i} of {self.images.name}"
+            where = (
+                self.images.files[i] if self.images.files else f"image {i} of {self.images.name}"
+            )
             raise DataError(
                 f"{where} does not decode ({type(error).__name__}: {error}); data.bad_images = "
                 "'skip' passes over such images and counts them"

@@ -59,7 +59,9 @@ def header_of(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of a run: format {metadata.get('format')!r}")
+        raise CheckpointError(
+            f"{path} is no checkpoint of a run: format {metadata.get('format')!r}"
+        )
     return json.loads(metadata["run"])
 
 

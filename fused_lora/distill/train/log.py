@@ -81,9 +81,7 @@ def bar(steps: int, done: int, title: str, speaks: bool) -> Any:
     """A progress bar, on a terminal only."""
     from tqdm import tqdm
 
-    return tqdm(
-        total=steps, initial=done, desc=title, disable=not (speaks and sys.stderr.isatty())
-    )
+    return tqdm(total=steps, initial=done, desc=title, disable=not (speaks and sys.stderr.isatty()))
 
 
 def _step_of(line: str) -> float:
