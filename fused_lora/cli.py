@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-lora", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_env, _add_explain, _add_bench):
+    for add in (_add_env, _add_explain, _add_distill, _add_bench):
         add(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and args.run is not _run_bench:
@@ -79,6 +79,27 @@ def _run_explain(args: argparse.Namespace) -> int:
         model = timm.create_model(args.model, pretrained=False)
     patch(model, args.rank, qkv=args.qkv)
     print(explain(model, args.batch_size, dtype=dtype, device=args.device))
+    return 0
+
+
+def _add_distill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("distill", help="train a student from a recipe")
+    command.add_argument("recipe", help="a TOML file, such as recipes/digits_wecolora.toml")
+    command.add_argument("set", nargs="*", help="table.key=value, in place of the recipe's")
+    command.add_argument("--out", type=Path, help="the run's folder (runs/<recipe>)")
+    command.add_argument("--fresh", action="store_true", help="begin anew; else go on or be done")
+    command.set_defaults(run=_run_distill)
+
+
+def _run_distill(args: argparse.Namespace) -> int:
+    from fused_lora.distill.recipe import read
+    from fused_lora.distill.run import distill
+    from fused_lora.distill.table import text
+
+    folder = args.out or Path("runs") / Path(args.recipe).stem
+    said = distill(read(args.recipe, args.set), folder, args.fresh)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{text(said)}\nrun: {folder}")
     return 0
 
 

@@ -1,0 +1,122 @@
+"""Sets of labelled images, each read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TRAIN, TEST = "train", "test"
+TEST_SHARE = 5  # every fifth digit of a class is for testing
+
+
+class DataError(ValueError):
+    """Data that cannot be used, with the folder, class or file."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images, not yet decoded."""
+
+    name: str  # tells it from other sets, for caches
+    labels: list[int]
+    classes: list[str]
+    load: Callable[[int], Any]  # image i: PIL, or a uint8 tensor [C, H, W]
+    files: Sequence[str] = ()  # image i's file, where it has one
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def digits(split: str) -> ImageSet:
+    """1797 scans of handwritten digits, 8 x 8, which come with scikit-learn."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError(
+            "the digits come with scikit-learn: pip install fused_lora[distill]"
+        ) from None
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)  # [n, 8, 8]
+    labels, seen, chosen = bunch.target.tolist(), [0] * 10, []
+    for i, label in enumerate(labels):
+        if (seen[label] % TEST_SHARE == TEST_SHARE - 1) == (split == TEST):
+            chosen.append(i)
+        seen[label] += 1
+    names = [str(digit) for digit in range(10)]
+    mine = images[chosen].unsqueeze(1)  # [n, 1, 8, 8]
+    return ImageSet(f"digits {split}", [labels[i] for i in chosen], names, mine.__getitem__)
+
+
+def folder(path: str | Path, split: str) -> ImageSet:
+    """``path/train`` and ``path/val`` (or ``test``), with a folder of images per class in each."""
+    root = _split_folder(Path(path), split)
+    from torchvision.datasets import ImageFolder
+
+    empty = [c.name for c in sorted(root.iterdir()) if c.is_dir() and not any(c.rglob("*.*"))]
+    if empty:
+        raise DataError(f"{root}: no images of the class {', '.join(empty)}")
+    try:
+        found = ImageFolder(str(root))
+    except FileNotFoundError as error:
+        raise DataError(f"{root}: {error}") from None
+    files = [file for file, _ in found.samples]
+    return ImageSet(
+        f"{root} {len(files)}",
+        [label for _, label in found.samples],
+        found.classes,
+        lambda i: found.loader(files[i]),
+        files,
+    )
+
+
+def huggingface(path: str | Path, split: str) -> ImageSet:
+    """A folder that ``datasets.save_to_disk`` wrote, or that ``datasets.load_dataset`` reads."""
+    if not Path(path).is_dir():
+        raise DataError(f"data.path: no folder {str(path)!r}")
+    try:
+        import datasets
+    except ImportError:
+        raise DataError("the source huggingface needs the datasets package") from None
+    saved = any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    whole = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+    names = [name for name in _names(split) if name in whole]
+    if not names:
+        raise DataError(f"{path}: no split {_names(split)}; it has {list(whole)}")
+    rows = whole[names[0]]
+    image = _column(rows, "Image", path)
+    label = _column(rows, "ClassLabel", path)
+    labels = [int(value) for value in rows[label]]
+    classes = list(rows.features[label].names)
+    return ImageSet(f"{path} {names[0]} {len(labels)}", labels, classes, lambda i: rows[i][image])
+
+
+def _column(rows: Any, kind: str, path: str | Path) -> str:
+    for name, feature in rows.features.items():
+        if type(feature).__name__ == kind:
+            return name
+    raise DataError(f"{path}: no column of type {kind}; its columns are {dict(rows.features)}")
+
+
+def _names(split: str) -> list[str]:
+    return ["train"] if split == TRAIN else ["validation", "val", "test"]
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    if not path.is_dir():
+        raise DataError(f"data.path: no folder {str(path)!r}")
+    for name in _names(split):
+        if (path / name).is_dir():
+            return path / name
+    inside = sorted(child.name for child in path.iterdir() if child.is_dir())
+    raise DataError(f"{path}: no folder {' or '.join(_names(split))} in it; there are {inside}")
+
+
+SOURCES: dict[str, Callable[[str, str], ImageSet]] = {
+    "digits": lambda path, split: digits(split),
+    "folder": folder,
+    "huggingface": huggingface,
+}

@@ -1,0 +1,105 @@
+"""From an image to what a model takes: resized, augmented, normalised, the same for a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fused_lora.distill.data.scans import ScanView
+from fused_lora.distill.data.sets import DataError, ImageSet
+
+View = Callable[[Any], Tensor]
+
+
+def view_of(model: nn.Module, source: str, size: int, augment: str) -> View:
+    """The view that ``model`` expects, in timm's figures where it has any."""
+    config, channels = _expected(model)
+    side = size or config["input_size"][-1]
+    if source == "digits":
+        return ScanView(side, channels, augment)
+    return photo_view(side, channels, augment, config)
+
+
+def photo_view(side: int, channels: int, augment: str, config: dict[str, Any]) -> View:
+    """Of PIL images and uint8 tensors, by torchvision."""
+    from torchvision.transforms import v2
+
+    if augment == "shift":
+        raise ValueError("data.augment = 'shift' is for scans; photographs take 'flip' or 'crop'")
+    mean, std = (list(config[key])[:channels] for key in ("mean", "std"))
+    mode = v2.InterpolationMode(config["interpolation"])
+    return v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RGB() if channels == 3 else v2.Grayscale(channels),
+            *_geometry(augment, side, config["crop_pct"], mode),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean, std),
+        ]
+    )
+
+
+def _expected(model: nn.Module) -> tuple[dict[str, Any], int]:
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config(model=model, use_test_size=True)
+    embed = getattr(model, "patch_embed", None)
+    channels = getattr(getattr(embed, "proj", None), "in_channels", config["input_size"][0])
+    if own := getattr(embed, "img_size", None):
+        config["input_size"] = (channels, *own)
+    return config, channels
+
+
+def _geometry(augment: str, side: int, crop: float, mode: Any) -> list[Any]:
+    from torchvision.transforms import v2
+
+    if augment == "crop":
+        return [v2.RandomResizedCrop(side, interpolation=mode), v2.RandomHorizontalFlip()]
+    straight = [v2.Resize(int(side / crop), interpolation=mode), v2.CenterCrop(side)]
+    return [*straight, v2.RandomHorizontalFlip()] if augment == "flip" else straight
+
+
+class Viewed(Dataset):
+    """Chosen images of a set, as tensors; image i of epoch e looks the same in every run."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        view: View,
+        seed: int = 0,
+        bad_images: str = "raise",
+        keep: bool = False,
+    ) -> None:
+        self.images, self.view, self.seed, self.bad_images = images, view, seed, bad_images
+        self.kept: dict[int, Tensor] | None = {} if keep else None  # views that never change
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | None:
+        """(image [C, H, W], label, i) of (i, epoch); None for one that does not decode."""
+        i, epoch = key
+        if self.kept is not None and i in self.kept:
+            return self.kept[i], self.images.labels[i], i
+        try:
+            image = self.images.load(i)
+        except (OSError, ValueError, SyntaxError) as error:
+            if self.bad_images == "skip":
+                return None
+            where = (
+                self.images.files[i] if self.images.files else f"image {i} of {self.images.name}"
+            )
+            raise DataError(
+                f"{where} does not decode ({type(error).__name__}: {error}); data.bad_images = "
+                "'skip' passes over such images and counts them"
+            ) from None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_000_007 + i)
+            seen = self.view(image)
+        if self.kept is not None:
+            self.kept[i] = seen
+        return seen, self.images.labels[i], i

@@ -1,0 +1,85 @@
+"""The methods: from a teacher and a recipe to a student with what trains in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+import fused_lora.distill.wecolora as wecolora
+from fused_lora.distill.objective import Objective
+from fused_lora.distill.recipe.tables import Recipe
+from fused_lora.distill.taps import pairs_of
+from fused_lora.patching.patch import adapted, patch, unpatch
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a student is made, and how it ends."""
+
+    student: Callable[[nn.Module, Recipe], nn.Module]
+    learns: bool = True  # else it is used as it is made
+    distills: bool = True  # else it is the teacher itself
+    everything: bool = False  # all weights train that the loss reaches
+
+
+def copied_with_adapters(teacher: nn.Module, recipe: Recipe) -> nn.Module:
+    """WeCoLoRA: the copied layers frozen and shared, adapters on them."""
+    about = recipe.student
+    alone = recipe.train.parallel == "fsdp"  # a sharded parameter can be nobody else's
+    student = wecolora.copy_layers(teacher, about.reduction, share=not alone, own=about.trainable)
+    patch(
+        student,
+        about.rank,
+        targets=about.targets or None,
+        qkv=about.qkv,
+        trainable=about.trainable,
+        seed=recipe.train.seed,
+        allow_large_rank=about.allow_large_rank,
+        dropout=about.dropout,
+    )
+    return student
+
+
+def copied(teacher: nn.Module, recipe: Recipe) -> nn.Module:
+    """WeCo+KD: the copied layers, all of them trained."""
+    student = wecolora.copy_layers(teacher, recipe.student.reduction, share=False)
+    return student.requires_grad_(True)
+
+
+def itself(teacher: nn.Module, recipe: Recipe) -> nn.Module:
+    """The teacher, trained on labels in full."""
+    return teacher.requires_grad_(True)
+
+
+METHODS = {
+    "wecolora": Method(copied_with_adapters),
+    "weco_kd": Method(copied, everything=True),
+    "weco": Method(copied, learns=False),
+    "finetune": Method(itself, distills=False, everything=True),
+}
+
+
+def objective_of(student: nn.Module, teacher: nn.Module, recipe: Recipe) -> Objective:
+    """The loss of the recipe on ``student``."""
+    if not METHODS[recipe.method].distills:
+        return Objective(student, [], tokens=0.0, labels=1.0)
+    pairs = pairs_of(teacher, recipe.student.reduction, recipe.loss.blocks == "every")
+    names = [pair.student for pair in pairs]
+    return Objective(student, names, recipe.loss.tokens, recipe.loss.labels)
+
+
+def wanted_of(teacher: nn.Module, recipe: Recipe) -> list[str]:
+    """The teacher's blocks that the loss compares; none where it looks at labels alone."""
+    if not METHODS[recipe.method].distills or not recipe.loss.tokens:
+        return []
+    pairs = pairs_of(teacher, recipe.student.reduction, recipe.loss.blocks == "every")
+    return [pair.teacher for pair in pairs]
+
+
+def finish(student: nn.Module, recipe: Recipe) -> nn.Module:
+    """The student as it is to be used: adapters merged, in eval mode."""
+    if recipe.method == "wecolora" and adapted(student):
+        unpatch(student, merge=True)
+    return student.eval()

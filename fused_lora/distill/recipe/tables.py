@@ -1,0 +1,160 @@
+"""The tables of a recipe and their defaults, which are the paper's where it has any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from fused_lora.distill.recipe.checked import RecipeError, Table, names, number, word
+
+METHODS = ("wecolora", "weco_kd", "weco", "finetune")
+
+
+@dataclass(frozen=True)
+class Teacher(Table):
+    """Where the teacher comes from: exactly one of weights that exist, or a recipe for them."""
+
+    TITLE: ClassVar[str] = "teacher"
+
+    model: str = ""  # timm's name
+    options: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
+    pretrained: bool = False  # timm's own weights
+    checkpoint: str = ""  # a file of weights: .safetensors, or torch's
+    recipe: str = ""  # a finetune recipe, run first where its weights do not lie there yet
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.options, dict):
+            raise RecipeError(f"teacher.options must be a table, got {self.options!r}")
+        given = [n for n in ("pretrained", "checkpoint", "recipe") if getattr(self, n)]
+        if len(given) > 1:
+            raise RecipeError(f"teacher takes its weights from one place, got {given}")
+        if bool(self.model) == bool(self.recipe):
+            raise RecipeError(
+                f"give teacher.model, or teacher.recipe in its place: got {self.model!r} and "
+                f"{self.recipe!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Student(Table):
+    """How many of the teacher's blocks stay, and what trains."""
+
+    TITLE: ClassVar[str] = "student"
+
+    reduction: int = number(2, 2, 64)  # keep block i where i % reduction == 0
+    rank: int = number(128, 1, 4096)  # of every adapter
+    allow_large_rank: bool = False  # above min(in_features, columns)
+    targets: tuple[str, ...] = names()  # roles that carry adapters; none for all six
+    qkv: str = word("separate", "separate", "joint")
+    dropout: float = number(0.0, 0, 0.99)
+    trainable: tuple[str, ...] = names()  # patterns of further parameters to train: "^head"
+
+
+@dataclass(frozen=True)
+class Data(Table):
+    """The images, and which of them the student sees."""
+
+    TITLE: ClassVar[str] = "data"
+
+    source: str = word("digits", "digits", "folder", "huggingface")
+    path: str = ""  # folder: holds train/ and val/, a folder per class in each
+    image_size: int = number(0, 0, 4096)  # 0: what the model expects
+    augment: str = word("none", "none", "flip", "crop", "shift")
+    fraction: float = number(1.0, 0, 1)  # of the training images, as many of each class
+    choice: str = word("balanced", "balanced", "kmeans++")
+    seed: int = number(0, 0)  # of the choice
+    bad_images: str = word("raise", "raise", "skip")  # those that do not decode
+    workers: int = number(0, 0, 256)  # processes that load
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fraction == 0:
+            raise RecipeError("data.fraction must be above 0, got 0.0")
+        if (self.source == "digits") == bool(self.path):
+            raise RecipeError(
+                f"data.path is for the sources folder and huggingface, which need it: got source "
+                f"{self.source!r} and path {self.path!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Loss(Table):
+    """tokens x mean |T - S| + labels x cross-entropy."""
+
+    TITLE: ClassVar[str] = "loss"
+
+    tokens: float = number(1.0, 0)
+    labels: float = number(0.0, 0)  # the supervised variant; wants student.trainable = ["^head"]
+    blocks: str = word("last", "last", "every")  # whose outputs T and S are
+    cache: str = word("off", "off", "memory", "disk")  # keep T: the teacher runs once
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tokens and not self.labels:
+            raise RecipeError("loss.tokens and loss.labels are both 0: there is nothing to learn")
+
+
+@dataclass(frozen=True)
+class Train(Table):
+    """AdamW, warm-up, cosine."""
+
+    TITLE: ClassVar[str] = "train"
+
+    epochs: int = number(100, 0, 1_000_000)
+    steps: int = number(0, 0)  # in place of epochs where above 0
+    batch_size: int = number(128, 1)  # images per process and micro-step
+    accumulate: int = number(1, 1)  # micro-steps per step
+    blr: float = number(1e-3, 0)  # lr = blr x effective batch / 256
+    warmup: float = number(0.1, 0, 1)  # share of the steps
+    weight_decay: float = number(0.05, 0)
+    beta1: float = number(0.9, 0, 0.9999)
+    beta2: float = number(0.95, 0, 0.99999)
+    precision: str = word("fp32", "fp32", "bf16", "fp16", "fp64")  # 16 bits by autocast
+    device: str = "auto"
+    parallel: str = word("ddp", "ddp", "fsdp")  # under torchrun
+    seed: int = number(0, 0)
+    log: str = word("jsonl", "jsonl", "tensorboard")
+    log_every: int = number(10, 1)  # steps; the loss is looked at then, and NaN stops the run
+    save_every: int = number(200, 1)  # steps between checkpoints
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.epochs and not self.steps:
+            raise RecipeError("train.epochs and train.steps are both 0: give one")
+
+
+@dataclass(frozen=True)
+class Evaluate(Table):
+    """What is measured of the student at the end, merged."""
+
+    TITLE: ClassVar[str] = "evaluate"
+
+    head: bool = True  # accuracy through the classification head copied from the teacher
+    probe: str = word("none", "none", "logistic", "sgd")  # a linear probe on all training labels
+    knn: int = number(0, 0, 1000)  # neighbours; 0: none
+    cosine: bool = False  # student's blocks against those of the teacher they stand for
+    teacher: bool = False  # the same figures of the teacher, beside
+
+
+@dataclass(frozen=True)
+class Recipe(Table):
+    """One run."""
+
+    method: str = word("wecolora", *METHODS)
+    teacher: Teacher = Teacher(model="vit_base_patch16_224")
+    student: Student = Student()
+    data: Data = Data()
+    loss: Loss = Loss()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss.cache != "off" and self.data.augment != "none":
+            raise RecipeError(
+                f"loss.cache = {self.loss.cache!r} keeps one view of each image, and data.augment "
+                f"= {self.data.augment!r} makes a new one each time: use one of the two"
+            )
+        if self.method == "finetune" and self.teacher.recipe:
+            raise RecipeError("a finetune recipe trains the teacher itself: give teacher.model")

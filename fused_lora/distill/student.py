@@ -1,0 +1,55 @@
+"""A student on disk: merged weights, and how to build the model that they fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.distill.recipe.tables import Teacher
+from fused_lora.distill.train.checkpoint import write
+from fused_lora.distill.wecolora import copy_layers
+from fused_lora.distill.weights import WeightsError, build, load, read
+
+WEIGHTS = "student.safetensors"
+ABOUT = "student.json"
+
+
+def save_student(student: nn.Module, folder: Path, about: dict[str, Any]) -> None:
+    """Write the weights, and ``about``: timm's model, options, reduction (1: not a student)."""
+    tensors = {name: value.detach().cpu() for name, value in student.state_dict().items()}
+    once: dict[int, str] = {}
+    for name, value in tensors.items():
+        if once.setdefault(value.data_ptr(), name) != name and value.numel():
+            tensors[name] = value.clone()  # safetensors refuses two names for one storage
+    described = {"format": "fused_lora.student 1", **about}
+    write(folder / WEIGHTS, {k: v.contiguous() for k, v in tensors.items()}, {})
+    (folder / ABOUT).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+def load_student(folder: str | Path) -> nn.Module:
+    """The model of a finished run, an ordinary timm model of fewer blocks, in eval mode.
+
+    Raises:
+        WeightsError: the folder holds no finished run, or the weights do not fit.
+    """
+    folder = Path(folder)
+    if not (folder / ABOUT).is_file():
+        raise WeightsError(f"{folder} holds no finished run: no {ABOUT} in it")
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        model = build(Teacher(model=about["model"], options=about["options"]))
+        if about["reduction"] > 1:
+            model = copy_layers(model, about["reduction"], share=False)
+    dtypes: set[torch.dtype] = {t.dtype for t in read(folder / WEIGHTS).values() if _float(t)}
+    model = model.to_empty(device="cpu")
+    model = model.to(dtypes.pop()) if len(dtypes) == 1 else model
+    load(model, folder / WEIGHTS)
+    return model.eval()
+
+
+def _float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()

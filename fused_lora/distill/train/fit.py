@@ -1,0 +1,193 @@
+"""The loop of a run: steps, looks at the loss, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.distill.data.batches import Batch, Order, loaded
+from fused_lora.distill.data.views import Viewed
+from fused_lora.distill.features import Wanted
+from fused_lora.distill.recipe.tables import Train
+from fused_lora.distill.train import checkpoint
+from fused_lora.distill.train.log import Log, bar, log_of
+from fused_lora.distill.train.precision import Precision
+from fused_lora.distill.train.schedule import Cosine
+from fused_lora.distill.train.world import World, spread, unsynced
+
+LAST = "last.safetensors"
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more."""
+
+
+@dataclass
+class Fit:
+    """Everything one run needs; ``run`` does it.
+
+    Attributes:
+        objective: on its device; called with (images, labels, wanted), returns its terms.
+        wanted: the teacher's part of each batch.
+        data: the images.
+        order: which of them when.
+        train: the recipe's table.
+        folder: of checkpoints and log; None keeps nothing.
+        header: the recipe as plain dicts; a checkpoint of another is refused.
+    """
+
+    objective: nn.Module
+    wanted: Wanted
+    data: Viewed
+    order: Order
+    train: Train
+    precision: Precision
+    world: World = World()
+    folder: Path | None = None
+    header: dict[str, Any] = field(default_factory=dict)
+    workers: int = 0
+    losses: list[float] = field(default_factory=list)  # of every step that was run here
+    skipped: int = 0  # images that did not decode
+
+    def __post_init__(self) -> None:
+        train = self.train
+        self.steps = train.steps or train.epochs * self.order.steps_per_epoch
+        self.schedule = Cosine(train.blr, self.order.effective, self.steps, train.warmup)
+        self.optimizer = adamw(self.objective, train)
+        self.scaler = self.precision.scaler()
+        self.module = spread(self.objective, self.world, self.precision.device)
+        self._unseen: list[dict[str, Tensor]] = []  # terms since the last look
+
+    def run(self) -> int:
+        """Train to the end, from the last checkpoint where there is one; the steps run here."""
+        begun = done = self._resume()
+        log = self._log(done)
+        progress = bar(self.steps, done, "distill", self.world.first)
+        ahead = range(done, self.steps)
+        batches = loaded(self.data, self.order, ahead, self.world.rank, self.workers)
+        self.module.train()
+        try:
+            for micro in batches:
+                self._step(done, micro)
+                done += 1
+                progress.update()
+                self._after(done, log, progress)
+        finally:
+            progress.close()
+            log.close()
+        return done - begun
+
+    def _step(self, step: int, micro: list[Batch]) -> None:
+        torch.manual_seed((self.train.seed * 1_000_003 + step) * 1009 + self.world.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.at(step)
+        total: dict[str, Tensor] = {}
+        for i, batch in enumerate(micro):
+            terms = self._micro_step(batch, last=i == len(micro) - 1)
+            for name, value in terms.items():
+                total[name] = total.get(name, 0) + value.detach() * batch.weight
+            self.skipped += batch.skipped
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._unseen.append(total)
+
+    def _micro_step(self, batch: Batch, last: bool) -> dict[str, Tensor]:
+        batch = batch.to(self.precision.device, self.precision.stored)
+        wanted = self.wanted(batch)
+        with unsynced(self.module, last):
+            with self.precision.autocast():
+                terms = self.module(batch.images, batch.labels, wanted)
+            self.scaler.scale(terms["loss"] * batch.weight).backward()
+        return terms
+
+    def _after(self, done: int, log: Log, progress: Any) -> None:
+        ends = done == self.steps
+        saves = done % self.train.save_every == 0 or ends
+        if done % self.train.log_every == 0 or saves:
+            figures = self._look(done)
+            progress.set_postfix(loss=f"{figures['loss']:.4g}")
+            log.write(done, figures)
+        if saves:
+            self._save(done)
+
+    def _look(self, done: int) -> dict[str, float]:
+        """The mean terms since the last look; raises Diverged where the loss is not finite."""
+        names = list(self._unseen[0])
+        table = torch.stack([torch.stack([terms[n] for n in names]) for terms in self._unseen])
+        table = self.world.mean(table.float() if table.dtype.itemsize < 4 else table)  # [steps, n]
+        rows = table.tolist()
+        losses = [row[names.index("loss")] for row in rows]
+        first = done - len(rows)
+        self._unseen.clear()
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise Diverged(self._last_words(first + i + 1, loss))
+        self.losses += losses
+        means = table.mean(0).tolist()
+        rate = {"lr": self.schedule.at(done - 1)}
+        lost = {"skipped": float(self.skipped)} if self.skipped else {}
+        return dict(zip(names, means, strict=True)) | rate | lost
+
+    def _last_words(self, step: int, loss: float) -> str:
+        path = self.folder / LAST if self.folder else None
+        good = (
+            f"the last good checkpoint is {path}, of step {checkpoint.header_of(path)['step']}"
+            if path and path.is_file()
+            else "there is no checkpoint yet"
+        )
+        return f"the loss of step {step} is {loss} at lr {self.schedule.at(step - 1):.3g}; {good}"
+
+    def _log(self, done: int) -> Log:
+        speaks = self.world.first and self.folder is not None
+        return log_of(self.train.log, self.folder or Path(), done, speaks)
+
+    def _save(self, done: int) -> None:
+        if self.folder and self.world.first:
+            scaler = self.scaler.state_dict()
+            header = {"step": done, "scaler": scaler, "recipe": self.header}
+            checkpoint.save(self.folder / LAST, self.objective, self.optimizer, header)
+        self.world.wait()
+
+    def _resume(self) -> int:
+        path = self.folder / LAST if self.folder else None
+        if path is None or not self.world.agree(path.is_file()):
+            return 0
+        header = checkpoint.header_of(path)
+        if odd := differences(header["recipe"], self.header):
+            raise checkpoint.CheckpointError(
+                f"{path} is of another recipe ({'; '.join(odd)}): give another folder, or --fresh"
+            )
+        checkpoint.load(path, self.objective, self.optimizer)
+        if header["scaler"]:
+            self.scaler.load_state_dict(header["scaler"])
+        return int(header["step"])
+
+
+def adamw(module: nn.Module, train: Train) -> torch.optim.AdamW:
+    """AdamW on what trains; biases and norms do not decay."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter of the student trains")
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    betas = (train.beta1, train.beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.blr, betas=betas)
+
+
+def differences(theirs: Any, mine: Any, where: str = "") -> list[str]:
+    """What two plain recipes disagree on."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        return [
+            said
+            for key in sorted({*theirs, *mine})
+            for said in differences(theirs.get(key), mine.get(key), f"{where}.{key}".strip("."))
+        ]
+    return [] if theirs == mine else [f"{where} was {theirs!r} and is {mine!r}"]

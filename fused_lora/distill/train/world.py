@@ -1,0 +1,82 @@
+"""The processes of a run, as torchrun starts them; one where nobody did."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """How many processes there are, and which one this is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        distributed.all_reduce(total)
+        return total / self.size
+
+    def agree(self, value: Any) -> Any:
+        """What the first process says."""
+        said = [value]
+        if self.size > 1:
+            distributed.broadcast_object_list(said)
+        return said[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+@contextmanager
+def world(device: torch.device | None = None) -> Iterator[World]:
+    """This run's processes; joined here, unless the caller already did, and left at the end."""
+    if distributed.is_available() and distributed.is_initialized():
+        yield World(distributed.get_rank(), distributed.get_world_size(), _local_rank())
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield World(distributed.get_rank(), distributed.get_world_size(), _local_rank())
+    finally:
+        distributed.destroy_process_group()
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def spread(module: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """``module`` whose gradients are averaged over the processes."""
+    if world.size == 1:
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+
+
+def unsynced(module: nn.Module, last: bool) -> AbstractContextManager:
+    """Gradients stay at home in all micro-steps but the last."""
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
+        return module.no_sync()
+    return nullcontext()

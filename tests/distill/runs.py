@@ -1,0 +1,84 @@
+"""Recipes small enough for tests, and the teacher that they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_lora.distill.data.batches import Order
+from fused_lora.distill.data.scans import ScanView
+from fused_lora.distill.data.sets import digits
+from fused_lora.distill.data.views import Viewed
+from fused_lora.distill.features import Live
+from fused_lora.distill.objective import Objective
+from fused_lora.distill.recipe import Recipe
+from fused_lora.distill.recipe.read import of
+from fused_lora.distill.recipe.tables import Train
+from fused_lora.distill.taps import pairs_of
+from fused_lora.distill.train.fit import Fit
+from fused_lora.distill.train.precision import Precision
+from fused_lora.distill.train.world import World
+from fused_lora.distill.weights import build
+
+OPTIONS = {
+    "img_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "embed_dim": 16,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 10,
+}
+MODEL = {"model": "vit_tiny_patch16_224", "options": OPTIONS}
+
+
+def recipe(**tables: Any) -> Recipe:
+    """WeCoLoRA for a few steps on a few digits; ``tables`` change single keys."""
+    given: dict[str, Any] = {
+        "teacher": dict(MODEL),
+        "student": {"reduction": 2, "rank": 2},
+        "data": {"fraction": 0.05},
+        "train": {"steps": 6, "batch_size": 16, "log_every": 2, "save_every": 3, "blr": 0.1},
+        "evaluate": {"head": True},
+    }
+    for name, table in tables.items():
+        given[name] = given.get(name, {}) | table if isinstance(table, dict) else table
+    return of(given)
+
+
+def checkpoint(folder: Path) -> str:
+    """The file of a teacher with seeded weights, none of them zero."""
+    from safetensors.torch import save_file
+
+    path = folder / "teacher.safetensors"
+    if not path.is_file():
+        torch.manual_seed(3)
+        model = build(recipe().teacher)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
+        save_file(dict(model.state_dict()), str(path))
+    return str(path)
+
+
+def fit_of(
+    teacher: nn.Module,
+    student: nn.Module,
+    precision: str = "fp64",
+    steps: int = 5,
+    world: World = World(),
+    folder: Path | None = None,
+    **train: Any,
+) -> Fit:
+    """A run on 40 digits, without the recipe around it."""
+    (pair,) = pairs_of(teacher, 2)
+    computes = Precision(precision, torch.device("cpu"))
+    table = {"steps": steps, "batch_size": 8, "blr": 0.3, "log_every": 1, "precision": precision}
+    table = Train(**table | train)
+    order = Order(range(40), table.batch_size, table.accumulate, world.size, table.seed)
+    data = Viewed(digits("train"), ScanView(8, 1, "none"))
+    objective = Objective(student.to(computes.stored), [pair.student])
+    live = Live(teacher.to(computes.stored), [pair.teacher], computes)
+    return Fit(objective, live, data, order, table, computes, world, folder)

@@ -1,0 +1,214 @@
+"""A recipe from end to end: every method, caches, the figures, the folder it leaves."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fused_lora import cli
+from fused_lora.distill import load_student
+from fused_lora.distill.data.batches import Batch
+from fused_lora.distill.evaluate import likeness, neighbours, sgd
+from fused_lora.distill.recipe import Recipe, RecipeError
+from fused_lora.distill.run import Run, distill
+from fused_lora.distill.taps import tokens_of
+from fused_lora.distill.train.world import World
+from fused_lora.distill.weights import WeightsError, build, read
+from tests.distill.runs import MODEL, checkpoint, recipe
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> dict:
+    return {"checkpoint": checkpoint(tmp_path)}
+
+
+def images(recipe: Recipe, folder: Path) -> Batch:
+    return next(Run(recipe, folder, World())._pass(Run(recipe, folder, World()).test))
+
+
+def test_wecolora_leaves_an_ordinary_smaller_model(tmp_path: Path, teacher: dict) -> None:
+    asked = recipe(teacher=teacher, evaluate={"probe": "logistic", "knn": 5, "cosine": True})
+    said = distill(asked, tmp_path / "run")
+    figures = said["figures"]
+    assert figures["steps"] == 6 and figures["images"] == 70
+    assert all(0 <= figures[name] <= 1 for name in ("head", "probe", "knn"))
+    assert list(figures["cosine"]) == ["blocks.0", "blocks.1"]
+    student = load_student(tmp_path / "run")
+    assert len(student.blocks) == 2 and type(student.blocks[0].attn.qkv) is torch.nn.Linear
+    untrained = load_student_of(asked, tmp_path)
+    x = images(asked, tmp_path).images
+    assert not torch.allclose(student(x), untrained(x))
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == said
+
+
+def load_student_of(asked: Recipe, folder: Path) -> torch.nn.Module:
+    """The copied layers as they were before training."""
+    from fused_lora.distill import copy_layers
+
+    return copy_layers(build(asked.teacher), 2).eval()
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, teacher: dict) -> None:
+    asked = recipe(teacher=teacher)
+    first = distill(asked, tmp_path / "run")
+    stamp = (tmp_path / "run" / "last.safetensors").stat().st_mtime_ns
+    assert distill(asked, tmp_path / "run") == first
+    assert (tmp_path / "run" / "last.safetensors").stat().st_mtime_ns == stamp
+    more = distill(recipe(teacher=teacher, evaluate={"knn": 3}), tmp_path / "run")
+    assert "knn" in more["figures"] and more["figures"]["head"] == first["figures"]["head"]
+    distill(asked, tmp_path / "run", fresh=True)
+    assert (tmp_path / "run" / "last.safetensors").stat().st_mtime_ns != stamp
+
+
+@pytest.mark.parametrize(
+    ("method", "tables"),
+    [
+        ("weco", {}),
+        ("weco_kd", {}),
+        ("weco_kd", {"loss": {"labels": 1.0}}),
+        ("wecolora", {"loss": {"blocks": "every"}}),
+        ("wecolora", {"loss": {"labels": 1.0}, "student": {"trainable": ["^head"]}}),
+        ("wecolora", {"loss": {"tokens": 0.0, "labels": 1.0}, "student": {"targets": ["q", "v"]}}),
+        ("wecolora", {"data": {"choice": "kmeans++"}}),
+        ("wecolora", {"data": {"augment": "shift"}, "train": {"accumulate": 2}}),
+        ("wecolora", {"train": {"precision": "bf16"}}),
+        ("wecolora", {"train": {"precision": "fp64"}, "student": {"qkv": "joint"}}),
+    ],
+)
+def test_methods(tmp_path: Path, teacher: dict, method: str, tables: dict) -> None:
+    asked = recipe(method=method, **{"teacher": teacher, **tables})
+    distill(asked, tmp_path / "run")
+    student, before = load_student(tmp_path / "run"), load_student_of(asked, tmp_path)
+    moved = [
+        name
+        for (name, one), (_, other) in zip(
+            student.named_parameters(), before.named_parameters(), strict=True
+        )
+        if not torch.equal(one.float(), other)
+    ]
+    if method == "weco":
+        assert not moved
+    elif method == "weco_kd":
+        assert "patch_embed.proj.weight" in moved
+        assert ("norm.weight" in moved) == ("labels" in tables.get("loss", {}))
+    else:
+        assert "blocks.1.attn.qkv.weight" in moved and "pos_embed" not in moved
+        assert ("head.weight" in moved) == ("trainable" in tables.get("student", {}))
+
+
+@pytest.mark.parametrize("blocks", ["last", "every"])
+def test_a_cached_teacher_is_the_teacher(tmp_path: Path, teacher: dict, blocks: str) -> None:
+    finals = []
+    for cache in ("off", "memory", "disk", "disk"):
+        asked = recipe(
+            teacher=teacher,
+            loss={"cache": cache, "blocks": blocks},
+            train={"precision": "fp64", "steps": 9},
+        )
+        distill(asked, tmp_path / cache, fresh=True)
+        finals.append(read(tmp_path / cache / "student.safetensors"))
+    assert len(list((tmp_path / "disk" / "features").glob("*.json"))) == 1
+    for other in finals[1:]:
+        assert all(torch.allclose(finals[0][k], other[k], rtol=1e-9) for k in finals[0])
+    assert all(torch.equal(finals[2][k], finals[3][k]) for k in finals[2])
+
+
+def test_a_teacher_recipe_is_run_first(tmp_path: Path) -> None:
+    (tmp_path / "t.toml").write_text(
+        'method = "finetune"\n[teacher]\nmodel = "vit_tiny_patch16_224"\n[teacher.options]\n'
+        + "\n".join(f"{key} = {value}" for key, value in MODEL["options"].items())
+        + '\n[data]\naugment = "shift"\n[train]\nsteps = 4\nblr = 0.1\n'
+    )
+    (tmp_path / "s.toml").write_text(
+        '[teacher]\nrecipe = "t.toml"\n[student]\nrank = 2\n[train]\nsteps = 3\nbatch_size = 8\n'
+    )
+    command = ["distill", str(tmp_path / "s.toml"), "--out", str(tmp_path / "runs" / "s")]
+    assert cli.main([*command, "data.fraction=0.02"]) == 0
+    assert len(load_student(tmp_path / "runs" / "t").blocks) == 4
+    assert len(load_student(tmp_path / "runs" / "s").blocks) == 2
+    stamp = (tmp_path / "runs" / "t" / "result.json").stat().st_mtime_ns
+    assert cli.main([*command, "data.fraction=0.03", "--fresh"]) == 0
+    assert (tmp_path / "runs" / "t" / "result.json").stat().st_mtime_ns == stamp
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "s.toml").write_text('[teacher]\nmodel = "vit_tiny_patch16_224"\n')
+    assert cli.main(["distill", str(tmp_path / "none.toml")]) == 2
+    assert "no recipe" in capsys.readouterr().err
+    command = ["distill", str(tmp_path / "s.toml"), "--out", str(tmp_path / "s")]
+    for override, message in [
+        ("student.rank=0", "student.rank must lie in [1, 4096], got 0"),
+        ("train.steps=3", "the teacher 'vit_tiny_patch16_224' has no weights"),
+        ("teacher.checkpoint=none.pth", "no weights"),
+        ("teacher.model=vit_tony", "teacher.model = 'vit_tony'"),
+        ("train.device=tpu9", "train.device = 'tpu9'"),
+    ]:
+        assert cli.main([*command, override]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_likeness_is_the_cosine_of_tokens(tmp_path: Path, teacher: dict) -> None:
+    asked = recipe(teacher=teacher)
+    model = build(asked.teacher).eval()
+    batch = images(asked, tmp_path)
+    student = load_student_of(asked, tmp_path)
+    table = likeness(student, model, iter([batch]), 2)
+    assert table["blocks.0"]["blocks.0"] == pytest.approx(1.0)
+    _, (mine,) = tokens_of(student, batch.images, ["blocks.1"])
+    _, (theirs,) = tokens_of(model, batch.images, ["blocks.3"])
+    wanted = F.cosine_similarity(mine.double(), theirs.double(), dim=-1).mean().item()
+    assert table["blocks.1"]["blocks.3"] == pytest.approx(wanted)
+    assert list(table["blocks.1"]) == ["blocks.2", "blocks.3"]
+
+
+def test_probes_read_what_is_there() -> None:
+    labels = torch.arange(200) % 4
+    features = F.one_hot(labels, 4).float() + 0.1 * torch.randn(200, 4)
+    half = (features[:100], labels[:100], features[100:], labels[100:])
+    assert sgd(*half) == 1.0 and neighbours(*half, count=500) == 1.0
+    assert sgd(torch.randn(100, 4), *half[1:]) < 0.6
+
+
+def test_weights_that_do_not_fit(tmp_path: Path, teacher: dict) -> None:
+    from safetensors.torch import save_file
+
+    asked = recipe(teacher=teacher)
+    good = read(Path(asked.teacher.checkpoint))
+    path = tmp_path / "w.safetensors"
+
+    def refused(tensors: dict, message: str) -> None:
+        save_file(tensors, str(path))
+        with pytest.raises(WeightsError, match=message):
+            build(recipe(teacher={"checkpoint": str(path)}).teacher)
+
+    refused({k: v for k, v in good.items() if k != "norm.bias"}, r"missing \['norm.bias'\]")
+    refused(good | {"norm.bias": torch.zeros(3)}, r"norm.bias is \(3,\), the model's \(16,\)")
+    refused(good | {"norm.bias": torch.full((16,), torch.nan)}, "norm.bias holds non-finite")
+    torch.save({"model": {f"module.{k}": v for k, v in good.items()}}, tmp_path / "w.pth")
+    wrapped = build(recipe(teacher={"checkpoint": str(tmp_path / "w.pth")}).teacher)
+    assert torch.equal(wrapped.norm.bias, good["norm.bias"])
+    (tmp_path / "bad.pth").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"bad.pth: "):
+        build(recipe(teacher={"checkpoint": str(tmp_path / "bad.pth")}).teacher)
+    with pytest.raises(WeightsError, match="holds no finished run"):
+        load_student(tmp_path)
+
+
+def test_a_head_that_cannot_learn_is_refused(tmp_path: Path, teacher: dict) -> None:
+    asked = recipe(teacher=teacher, student={"trainable": ["^head"]})
+    with pytest.raises(RecipeError, match=r"head.weight.* loss.labels is 0"):
+        distill(asked, tmp_path / "run")
+
+
+def test_two_results_are_the_same(tmp_path: Path, teacher: dict) -> None:
+    asked = recipe(teacher=teacher)
+    ends = []
+    for name in "ab":
+        distill(copy.deepcopy(asked), tmp_path / name)
+        ends.append(read(tmp_path / name / "student.safetensors"))
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
