@@ -3,5 +3,13 @@
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.linear import FusedLoRAGroupedLinear, FusedLoRALinear
+from fused_lora.nn.read import FusedLoRAChild, FusedLoRARead
 
-__all__ = ["AdaptedLinear", "AdapterConfig", "FusedLoRAGroupedLinear", "FusedLoRALinear"]
+__all__ = [
+    "AdaptedLinear",
+    "AdapterConfig",
+    "FusedLoRAChild",
+    "FusedLoRAGroupedLinear",
+    "FusedLoRALinear",
+    "FusedLoRARead",
+]

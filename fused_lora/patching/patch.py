@@ -9,15 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_lora.nn import AdaptedLinear, AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
+from fused_lora.nn import (
+    AdaptedLinear,
+    AdapterConfig,
+    FusedLoRAChild,
+    FusedLoRAGroupedLinear,
+    FusedLoRALinear,
+    FusedLoRARead,
+)
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
 from fused_lora.patching.options import Choice, roles_of
 from fused_lora.patching.report import PatchReport, Row
-from fused_lora.patching.targets import Target, choose_targets
-from fused_lora.patching.trace import rows_per_call
+from fused_lora.patching.targets import Target, choose_targets, find_wanted
+from fused_lora.patching.trace import observe
 from fused_lora.types import Role
 
+READ = "in the weight, at every read"  # the plan of a weight that is read, not called
 RECORD = "_fused_lora_report"  # attribute of the patched model that remembers how to go back
 
 
@@ -75,16 +83,11 @@ def patch(
     trained = _compiled(trainable)
     check_batch_size(batch_size)
     _refuse_patched(model)
-    chosen = choose_targets(model, choice)
+    found = find_wanted(model, choice)
     _check_trainable(model, trained)
-    watched = [(target.found.name, target.found.module) for target in chosen]
-    rows = rows_per_call(model, watched, example_input)
-    for name, _ in watched:
-        if name not in rows:
-            raise PatchError(
-                f"{name} is never called by the model's forward, which must read its weight "
-                "directly: an adapter there would silently do nothing"
-            )
+    sights = observe(model, found, example_input)
+    chosen = choose_targets(model, found, sights, choice)
+    rows = {name: sight.rows for name, sight in sights.items()}
     generator = None if seed is None else _generator(model, seed)
     _adopt(chosen, generator)
     froze = _freeze(model, trained)
@@ -196,18 +199,23 @@ def _adopt(targets: list[Target], generator: torch.Generator | None) -> None:
     done: list[AdaptedLinear] = []
     try:
         for target in targets:
-            linear = target.linear
-            options = vars(target.config) | {"generator": generator}
-            if "" in target.spans:
-                done.append(FusedLoRALinear.adopt(linear, target.ranks[""], **options))
-            else:
-                done.append(
-                    FusedLoRAGroupedLinear.adopt(linear, target.spans, target.ranks, **options)
-                )
+            done.append(_adopt_one(target, vars(target.config) | {"generator": generator}))
     except BaseException:
         for module in done:
             module.release()
         raise
+
+
+def _adopt_one(target: Target, options: dict[str, Any]) -> AdaptedLinear:
+    module, tensor, spans, ranks = target.found.module, target.found.tensor, target.spans, target.ranks
+    if tensor != "weight":
+        return FusedLoRAChild.attach(module, tensor, spans, ranks, **options)
+    assert isinstance(module, nn.Linear)
+    if target.read:
+        return FusedLoRARead.adopt(module, spans, ranks, **options)
+    if "" in spans:
+        return FusedLoRALinear.adopt(module, ranks[""], **options)
+    return FusedLoRAGroupedLinear.adopt(module, spans, ranks, **options)
 
 
 def _freeze(model: nn.Module, trained: list[re.Pattern[str]]) -> list[str]:
@@ -231,8 +239,9 @@ def _report(
 ) -> PatchReport:
     rows = []
     for target in targets:
-        module = target.found.module
+        module = model.get_submodule(target.found.name)
         assert isinstance(module, AdaptedLinear)
+        m = rows_per_image[target.found.name] * batch_size
         rows.append(
             Row(
                 target.found.name,
@@ -241,7 +250,7 @@ def _report(
                 module.out_features,
                 tuple(target.ranks.values()),
                 sum(p.numel() for half in module.adapters() for p in half),
-                str(plan_of(module, rows_per_image[target.found.name] * batch_size)),
+                READ if target.read else str(plan_of(module, m)),
             )
         )
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
