@@ -68,6 +68,9 @@ class FusedLoRARead(AdaptedLinear):
         scales = self._scales if torch.compiler.is_compiling() else self.scales
         return read_weight(self.base, a, b, scales, self._spans)
 
+    def _put_base(self, weight: Tensor) -> None:
+        self._parameters["weight"] = cast(nn.Parameter, weight)  # setting it would read it
+
     def release(self) -> nn.Linear:
         """As ``AdaptedLinear.release``, back to the class it was."""
         was = self.__dict__.pop("_was")

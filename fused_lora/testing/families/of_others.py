@@ -143,5 +143,5 @@ def build(name: str) -> nn.Module:
 
 
 def example(name: str) -> tuple[Tensor]:
-    """One image's tokens."""
-    return (torch.randn(1, TOKENS, WIDTH),)
+    """Two images' tokens."""
+    return (torch.randn(2, TOKENS, WIDTH),)

@@ -126,6 +126,6 @@ def _names_classes(value: object) -> bool:
 
 
 def example(name: str) -> dict[str, Any]:
-    """One image for it, as keyword arguments."""
+    """Two images for it, as keyword arguments."""
     side = MODELS[name][2]
-    return {"x": torch.randn(1, 3, side, side)}
+    return {"x": torch.randn(2, 3, side, side)}

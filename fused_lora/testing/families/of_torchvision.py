@@ -40,6 +40,6 @@ def _of_v2(home: Any) -> dict[str, Any]:
 
 
 def example(name: str) -> dict[str, Any]:
-    """One image for it."""
+    """Two images for it."""
     side = 64 if name == "MaxViT" else 32
-    return {"x": torch.randn(1, 3, side, side)}
+    return {"x": torch.randn(2, 3, side, side)}

@@ -103,7 +103,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] =
         "Cvt",
         "CvtModel",
         {"embed_dim": [16, 16, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]},
-        {"pixel_values": (1, 3, 64, 64)},
+        {"pixel_values": (2, 3, 64, 64)},
     ),
     "LeViT": (
         "Levit",
@@ -154,7 +154,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] =
     "SegGPT": ("SegGpt", "SegGptModel", PAIR | {"merge_index": 0, "intermediate_hidden_state_indices": [1], "pretrain_image_size": 32}, {"pixel_values": (1, 3, 16, 32), "prompt_pixel_values": (1, 3, 16, 32), "prompt_masks": (1, 3, 16, 32)}),
     "AST (audio)": ("AST", "ASTModel", {"num_mel_bins": 32, "max_length": 32, "frequency_stride": 8, "time_stride": 8}, {"input_values": (1, 32, 32)}),
     "SwiftFormer": ("SwiftFormer", "SwiftFormerModel", {"image_size": 64}, {}),
-    "ConvNeXt": ("ConvNext", "ConvNextModel", {"hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1]}, {"pixel_values": (1, 3, 64, 64)}),
+    "ConvNeXt": ("ConvNext", "ConvNextModel", {"hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1]}, {"pixel_values": (2, 3, 64, 64)}),
     "VideoMAE": ("VideoMAE", "VideoMAEModel", {"num_frames": 4}, {}),
 }
 

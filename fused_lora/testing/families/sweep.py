@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ LIBRARIES: dict[str, ModuleType] = {
     "others": of_others,
 }
 RANK = 2
+EXACT = 1e-7  # in float64; some models compute positions in fp32 all the same
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,15 @@ class Outcome:
     linears: int = 0
     read: int = 0  # of them, weights that are read without a call
     refusal: str = ""
-    verdicts: tuple[Verdict, ...] = ()  # of the output, then of every adapter gradient
+    verdicts: tuple[Verdict, ...] = ()  # fp32: of y, and of all adapter gradients together
+    worst: float = 0.0  # float64: relative error of the worst adapter gradient
+    unreached: int = 0  # adapter parameters whose gradient is zero, where naive LoRA's is not
+
+    @property
+    def passed(self) -> bool:
+        """Whether it computes what naive LoRA does, or said why not."""
+        exact = self.worst <= EXACT and not self.unreached
+        return bool(self.refusal) or (exact and all(each.passed for each in self.verdicts))
 
 
 def families() -> Iterator[tuple[str, str]]:
@@ -51,11 +61,12 @@ def families() -> Iterator[tuple[str, str]]:
             yield library, family
 
 
+@functools.cache
 def outcome(library: str, family: str) -> Outcome:
     """Served with separate adapters on q, k and v; else with a joint one; else refused."""
     home = LIBRARIES[library]
     torch.manual_seed(0)
-    model, example = home.build(family), home.example(family)
+    model, example = _off_its_zeros(home.build(family)), home.example(family)
     try:
         return _served(library, family, model, example, "separate")
     except PatchError as error:
@@ -69,6 +80,7 @@ def _served(library: str, family: str, model: nn.Module, example: Any, qkv: str)
     report = patch(patched, RANK, example_input=example, qkv=qkv, seed=0, scale=0.5)
     _wake(patched)
     roles = sorted({role for row in report.rows for role in row.role.split("|")})
+    verdicts, worst, unreached = _compare(model, patched, _inputs(model, example))
     return Outcome(
         library,
         family,
@@ -77,8 +89,20 @@ def _served(library: str, family: str, model: nn.Module, example: Any, qkv: str)
         tuple(roles),
         len(report.rows),
         sum(isinstance(module, FusedLoRARead) for _, module in adapted(patched)),
-        verdicts=tuple(_verdicts(model, patched, _inputs(model, example))),
+        "",
+        verdicts,
+        worst,
+        unreached,
     )
+
+
+def _off_its_zeros(model: nn.Module) -> nn.Module:
+    """Layers that start at zero would keep every gradient behind them there."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
 
 
 def _wake(model: nn.Module) -> None:
@@ -88,20 +112,46 @@ def _wake(model: nn.Module) -> None:
 
 
 def _inputs(model: nn.Module, example: Any) -> Any:
-    """Random values of the example's shape; a batch of one, as some inputs are no batch."""
-    return torch.randn(example_for(model).shape) if example is None else example
+    """Random values of the example's shape, two images where it says nothing."""
+    return torch.randn(2, *example_for(model).shape[1:]) if example is None else example
 
 
-def _verdicts(model: nn.Module, patched: nn.Module, inputs: Any) -> Iterator[Verdict]:
+def _compare(
+    model: nn.Module, patched: nn.Module, inputs: Any
+) -> tuple[tuple[Verdict, ...], float, int]:
     adapters = list(_adapters(patched))
-    leaves = [half for each in adapters for half in (each.a, each.b)]
-    truth, true_leaves = install(model, adapters, torch.float64, by_weight=True)
-    plain, plain_leaves = install(model, adapters, torch.float32, by_weight=False)
-    ours = _gradients(patched, leaves, inputs)
-    theirs = _gradients(plain, plain_leaves, inputs)
-    right = _gradients(truth, true_leaves, inputs)
-    for i, each in enumerate(zip(ours, theirs, right, strict=True)):
-        yield judge("y" if i == 0 else f"gradient {i}", *each, torch.float32)
+    truth = _gradients(*install(model, adapters, torch.float64, by_weight=True), inputs)
+    plain = _gradients(*install(model, adapters, torch.float32, by_weight=False), inputs)
+    ours = _gradients(patched, _halves(adapters), inputs)
+    wide = _to(copy.deepcopy(patched), torch.float64)
+    exact = _gradients(wide, _halves(_adapters(wide)), inputs)
+    stacked = [torch.cat([g.flatten() for g in each[1:]]) for each in (ours, plain, truth)]
+    verdicts = (
+        judge("y", ours[0], plain[0], truth[0], torch.float32),
+        judge("adapter gradients", *stacked, torch.float32),
+    )
+    return verdicts, _worst(exact[1:], truth[1:]), _unreached(exact[1:], truth[1:])
+
+
+def _worst(ours: list[Tensor], truth: list[Tensor]) -> float:
+    """Relative to each gradient; to all of them, for one that is nothing beside the rest."""
+    floor = 1e-8 * max(float(each.norm()) for each in truth)
+    pairs = zip(ours, truth, strict=True)
+    return max(float((mine - true).norm()) / max(float(true.norm()), floor) for mine, true in pairs)
+
+
+def _unreached(ours: list[Tensor], truth: list[Tensor]) -> int:
+    pairs = zip(ours, truth, strict=True)
+    return sum(bool(true.any()) and not bool(mine.any()) for mine, true in pairs)
+
+
+def _halves(adapters: Iterable[Adapter]) -> list[Tensor]:
+    return [half for each in adapters for half in (each.a, each.b)]
+
+
+def _to(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``model`` itself in ``dtype``; its complex buffers, which have no such dtype, stay."""
+    return model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 def _adapters(patched: nn.Module) -> Iterator[Adapter]:
@@ -135,6 +185,6 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 def _flat(output: Any) -> Tensor:
     """Every floating result in one row."""
-    values = output.values() if hasattr(output, "values") else [output]
+    values = output.values() if isinstance(output, Mapping) else [output]
     tensors = [t for value in values for t in tree_leaves(value) if isinstance(t, Tensor)]
     return torch.cat([t.flatten() for t in tensors if t.is_floating_point()])

@@ -48,7 +48,8 @@ def install(
     model: nn.Module, adapters: Iterable[Adapter], dtype: torch.dtype, by_weight: bool
 ) -> tuple[nn.Module, list[Tensor]]:
     """A copy of ``model`` in ``dtype`` with naive LoRA, and every a and b, in order."""
-    model = copy.deepcopy(model).to(dtype).requires_grad_(False)
+    model = copy.deepcopy(model).requires_grad_(False)
+    model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)  # complex ones stay so
     leaves = []
     for each in adapters:
         a, b = (t.detach().to(dtype).clone().requires_grad_() for t in (each.a, each.b))
