@@ -80,7 +80,7 @@ def explain(
         _paragraph(question, names, where[question], dtype, device)
         for question, names in shapes.items()
     ]
-    return "\n\n".join(paragraphs + [_of_read(read)] * bool(read))
+    return "\n\n".join(paragraphs + ([_of_read(read)] if read else []))
 
 
 def _of_read(names: list[str]) -> str:

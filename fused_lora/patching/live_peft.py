@@ -22,7 +22,7 @@ READ = "in the weight, at every read"
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
     """PEFT's layers by dotted name; none where PEFT was never imported."""
-    if "peft" not in sys.modules:
+    if "peft" not in sys.modules or not isinstance(model, nn.Module):
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 

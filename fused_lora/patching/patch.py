@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,11 +19,16 @@ from fused_lora.nn import (
 )
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
+from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
+from fused_lora.patching.lora_config import is_lora_config, options_of
 from fused_lora.patching.options import Choice, roles_of
 from fused_lora.patching.report import PatchReport, Row
 from fused_lora.patching.targets import Target, choose_targets, find_wanted
 from fused_lora.patching.trace import observe
 from fused_lora.types import Role
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 READ = "in the weight, at every read"  # the plan of a weight that is read, not called
 RECORD = "_fused_lora_report"  # attribute of the patched model that remembers how to go back
@@ -31,10 +36,10 @@ RECORD = "_fused_lora_report"  # attribute of the patched model that remembers h
 
 def patch(
     model: nn.Module,
-    rank: int = 16,
+    rank: int | LoraConfig | None = None,
     *,
     targets: Iterable[Role | str] | str | None = None,
-    qkv: str = "separate",
+    qkv: str | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     trainable: Iterable[str] = (),
@@ -46,12 +51,17 @@ def patch(
 ) -> PatchReport:
     """Put LoRA on the projections of every transformer block, in place, and freeze the rest.
 
+    Where the model carries PEFT's LoRA already, its layers compute fused passes instead: the same
+    parameters, and PEFT's own methods go on working. Layers that cannot be fused are left to PEFT
+    and named in the report.
+
     Args:
         model: a vision transformer; its linears keep their identity, weights and keys.
-        rank: R of every adapter not named in ``rank_pattern``.
+        rank: R of every adapter not named in ``rank_pattern``; None for 16. Or a
+            ``peft.LoraConfig``, which says all of it.
         targets: which of the roles q, k, v, out, fc1, fc2; None for all six.
         qkv: on a fused qkv, "separate" adapters for q, k and v (WeCoLoRA), or one "joint"
-            adapter over all three (as PEFT).
+            adapter over all three (as PEFT). None for "separate", or "joint" with a LoraConfig.
         rank_pattern: role or regular expression on the dotted name, to rank; names go first.
         alpha_pattern: likewise, to alpha.
         trainable: regular expressions of parameter names that go on training, such as "^head".
@@ -71,17 +81,16 @@ def patch(
             message names the module and the model is left as it was.
         ValueError: an option out of range.
     """
-    choice = Choice(
-        AdapterConfig(**options),
-        rank,
-        roles_of(targets),
-        qkv,
-        rank_pattern or {},
-        alpha_pattern or {},
-        allow_large_rank,
-    )
-    trained = _compiled(trainable)
     check_batch_size(batch_size)
+    given = _given(rank, targets, qkv, rank_pattern, alpha_pattern, trainable, seed) | options
+    if layers_of(model):
+        model.__dict__[RECORD] = patch_live(model, given, example_input, batch_size)
+        return model.__dict__[RECORD]
+    config = given.pop("rank") if is_lora_config(rank) else None
+    asked = given if config is None else _merged(options_of(config, given), given)
+    trained = _compiled(asked.pop("trainable", ()))
+    asked.pop("seed", None)
+    choice = _choice(asked, allow_large_rank, config)
     _refuse_patched(model)
     found = find_wanted(model, choice)
     _check_trainable(model, trained)
@@ -116,6 +125,11 @@ def unpatch(model: nn.Module, merge: bool = False) -> None:
         PatchError: the model carries no adapters, or one that cannot be taken off; the model is
             left as it was.
     """
+    if fused_layers(model):
+        if merge:
+            raise PatchError("merge=True: PEFT holds these adapters; call its merge_and_unload()")
+        release_live(model)
+        return _forget(model)
     modules = adapted(model)
     for name, module in modules:
         try:
@@ -128,6 +142,11 @@ def unpatch(model: nn.Module, merge: bool = False) -> None:
         if not merge and module.merged:
             module.unmerge()
         module.release()
+    _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    """Drop the report, and let train what it froze."""
     for holder in model.modules():
         if report := holder.__dict__.pop(RECORD, None):
             _thaw(holder, report.froze)
@@ -160,9 +179,37 @@ def merge_all(
 def adapted(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
     """The adapted linears of a patched model, by dotted name; raises PatchError if it has none."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
+    if not found and layers_of(model):
+        raise PatchError(
+            f"{type(model).__name__} carries PEFT's adapters: call PEFT's own methods "
+            "(merge_adapter, disable_adapter, save_pretrained, ...), which patch keeps working"
+        )
     if not found:
         raise PatchError(f"{type(model).__name__} carries no fused_lora adapters: patch it first")
     return found
+
+
+def _given(*values: Any) -> dict[str, Any]:
+    """The options that the caller set."""
+    names = ("rank", "targets", "qkv", "rank_pattern", "alpha_pattern", "trainable", "seed")
+    return {n: v for n, v in zip(names, values, strict=True) if v is not None and v != ()}
+
+
+def _merged(of_config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A LoraConfig's options and the caller's own; a head may be named by both."""
+    for name in ("targets", "rank_pattern", "alpha_pattern"):
+        if name in given:
+            raise PatchError(f"{name}={given[name]!r}: the LoraConfig says that already")
+    own = given.get("trainable", ())
+    trainable = (*of_config["trainable"], *((own,) if isinstance(own, str) else own))
+    return {"qkv": "joint"} | of_config | given | {"trainable": trainable}
+
+
+def _choice(asked: dict[str, Any], allow_large_rank: bool, config: Any) -> Choice:
+    rank, qkv = asked.pop("rank", 16), asked.pop("qkv", "separate")
+    roles = roles_of(asked.pop("targets", None))
+    patterns = asked.pop("rank_pattern", {}), asked.pop("alpha_pattern", {})
+    return Choice(AdapterConfig(**asked), rank, roles, qkv, *patterns, allow_large_rank, config)
 
 
 def _refuse_patched(model: nn.Module) -> None:

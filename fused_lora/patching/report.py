@@ -31,6 +31,7 @@ class PatchReport:
     total: int  # parameters in all
     froze: list[str] = field(default_factory=list, repr=False)  # names that trained before
     rows_per_image: dict[str, int] = field(default_factory=dict, repr=False)  # x rows per module
+    left_alone: dict[str, str] = field(default_factory=dict)  # name: why it was not adapted
 
     def __str__(self) -> str:
         header = ("module", "role", "[N, K]", "rank", "parameters", "plan")
@@ -52,6 +53,7 @@ class PatchReport:
                 f"{self.model}: {len(self.rows)} linears adapted, {self.trainable:,} of "
                 f"{self.total:,} parameters train ({share:.2%}); plans (forward/dx/gradient/kept) "
                 f"are for batch {self.batch_size} on {self.device}",
+                *(f"left alone: {name}: {why}" for name, why in self.left_alone.items()),
             ]
         )
 

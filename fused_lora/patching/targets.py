@@ -14,6 +14,7 @@ from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.nn.read import READABLE
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.errors import PatchError
+from fused_lora.patching.lora_config import names_of
 from fused_lora.patching.options import QKV_MODES, Choice, check_patterns, value_for
 from fused_lora.patching.rule import Found, find
 from fused_lora.patching.trace import alike
@@ -45,6 +46,9 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
     if not found:
         raise PatchError(_nothing_found(model, choice))
     names = [each.name for each in found]
+    if choice.only is not None:
+        names = names_of(choice.only, model, names)
+        found = [each for each in found if each.name in names]
     check_patterns(choice.rank_pattern, "rank_pattern", names)
     check_patterns(choice.alpha_pattern, "alpha_pattern", names)
     once: dict[tuple[nn.Module, str], Found] = {}  # a linear of two attentions is adapted once

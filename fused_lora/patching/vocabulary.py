@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from torch import Tensor, nn
+from torch import nn
 
 from fused_lora.types import Role
 
@@ -51,8 +51,11 @@ def projection(module: nn.Module, path: str) -> Projection | None:
     """What lies at ``path``; None for anything that projects nothing."""
     owner: object = module
     for part in path.split("."):
-        owner = getattr(owner, part, None) if isinstance(owner, nn.Module) else None
-    if isinstance(owner, Tensor):
+        if not isinstance(owner, nn.Module):
+            return None
+        own = owner._parameters.get(part)
+        owner = getattr(owner, part, None) if own is None else own
+    if isinstance(owner, nn.Parameter):
         return Projection(tuple(owner.shape)) if owner.dim() == 2 else None  # type: ignore[arg-type]
     n, k = (getattr(owner, name, None) for name in ("out_features", "in_features"))
     known = isinstance(owner, nn.Module) and isinstance(n, int) and isinstance(k, int)
