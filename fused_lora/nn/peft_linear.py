@@ -38,16 +38,17 @@ def classes() -> tuple[type[nn.Module], type[nn.Module]]:
     class FusedPeftLinear(Linear):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             names = () if args or _says(kwargs) else usable(self, x)
-            if not names or self.training and any(_drops(self, name) for name in names):
+            if not names or (self.training and any(_drops(self, name) for name in names)):
                 return super().forward(x, *args, **kwargs)
-            base = self.base_layer
+            base: Any = self.base_layer
             a, b, s = _stacked(self, names)
             return lora_linear(x, base.weight, base.bias, [a], [b], [s])
 
     class FusedPeftRead(FusedPeftLinear):
         @property
         def weight(self) -> Tensor:
-            w = self.base_layer.weight
+            base: Any = self.base_layer
+            w = base.weight
             names = usable(self, None)
             if not names:
                 return w

@@ -56,8 +56,8 @@ class FusedLoRARead(AdaptedLinear):
         read.__dict__["_was"] = was
         return read
 
-    @property  # type: ignore[override]
-    def weight(self) -> Tensor:  # [N, K]
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # [N, K]
         """w', or the frozen weight where adapters are disabled."""
         if not self.adapter_enabled:
             return self._base[0] if self._base else self.base
@@ -101,6 +101,7 @@ class FusedLoRAChild(FusedLoRARead):
         child = cls.__new__(cls)
         nn.Module.__init__(child)
         child.__dict__["_home"] = (owner, tensor)  # a tuple: no submodule, no cycle of modules
+        child.training = owner.training
         child.out_features, child.in_features = child.base.shape
         child.register_parameter("bias", None)
         child._attach(spans, rank, config, generator)
@@ -169,11 +170,13 @@ def child_name(tensor: str) -> str:
     return tensor.removesuffix("_weight")
 
 
-@functools.cache
 def reading(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
     """``plain``, but a read of ``tensors`` gives w'; ``plain`` itself for none."""
-    if not tensors:
-        return plain
+    return _made(plain, tensors) if tensors else plain
+
+
+@functools.cache
+def _made(plain: Any, tensors: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {name: property(_reader(name)) for name in tensors}
     members |= {"_fused_lora_reads": tensors, "__reduce_ex__": _reduce, "__module__": __name__}
     return type(f"FusedLoRA{plain.__name__}", (plain,), members)

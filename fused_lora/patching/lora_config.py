@@ -12,12 +12,35 @@ from torch import nn
 from fused_lora.patching.errors import PatchError
 
 SERVED = frozenset(
-    "r lora_alpha use_rslora lora_dropout target_modules exclude_modules layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern modules_to_save init_lora_weights".split()
+    [
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "init_lora_weights",
+    ]
 )
 MEANINGLESS = frozenset(  # here, or before training
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision "
-    "inference_mode runtime_config megatron_core megatron_config ensure_weight_tying".split()
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "runtime_config",
+        "megatron_core",
+        "megatron_config",
+        "ensure_weight_tying",
+    ]
 )
 INITS = {True: "kaiming", "gaussian": "gaussian"}
 SAYS = ("alpha", "scale", "rank_stabilized", "dropout", "init")  # options of patch that it fixes

@@ -254,7 +254,12 @@ def _adopt(targets: list[Target], generator: torch.Generator | None) -> None:
 
 
 def _adopt_one(target: Target, options: dict[str, Any]) -> AdaptedLinear:
-    module, tensor, spans, ranks = target.found.module, target.found.tensor, target.spans, target.ranks
+    module, tensor, spans, ranks = (
+        target.found.module,
+        target.found.tensor,
+        target.spans,
+        target.ranks,
+    )
     if tensor != "weight":
         return FusedLoRAChild.attach(module, tensor, spans, ranks, **options)
     assert isinstance(module, nn.Linear)

@@ -66,9 +66,7 @@ def choose_targets(
     for each in found:
         if columns := sights[each.name].columns:
             apart[alike(each)] = columns
-    return [
-        _target(model, each, sights[each.name], apart[alike(each)], choice) for each in found
-    ]
+    return [_target(model, each, sights[each.name], apart[alike(each)], choice) for each in found]
 
 
 def _nothing_found(model: nn.Module, choice: Choice) -> str:

@@ -95,7 +95,9 @@ def _standins(model: nn.Module, on_meta: bool) -> dict[str, Tensor]:
         dot = prefix and prefix + "."
         for name, tensor in module._parameters.items():
             if tensor is not None:
-                standins[dot + name] = torch.empty_like(tensor, device="meta") if on_meta else tensor
+                standins[dot + name] = (
+                    torch.empty_like(tensor, device="meta") if on_meta else tensor
+                )
         for name, tensor in module._buffers.items():
             if tensor is not None:
                 new = torch.empty_like(tensor, device="meta") if on_meta else tensor.clone()

@@ -53,8 +53,9 @@ def projection(module: nn.Module, path: str) -> Projection | None:
     for part in path.split("."):
         if not isinstance(owner, nn.Module):
             return None
-        own = owner._parameters.get(part)
-        owner = getattr(owner, part, None) if own is None else own
+        inside = getattr(owner, part, None)
+        own = inside if isinstance(inside, nn.Module) else None
+        owner = owner._parameters.get(part) if own is None else own  # no wrapper's property
     if isinstance(owner, nn.Parameter):
         return Projection(tuple(owner.shape)) if owner.dim() == 2 else None  # type: ignore[arg-type]
     n, k = (getattr(owner, name, None) for name in ("out_features", "in_features"))
@@ -104,7 +105,9 @@ def _gated(gate: Shape, value: Shape, fc2: Shape) -> bool:
     return gate == value and gate[0] == fc2[1] and gate[1] == fc2[0]
 
 
-def _with(inputs: tuple[tuple[str, ...], ...], outs: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def _with(
+    inputs: tuple[tuple[str, ...], ...], outs: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
     return tuple((*names, out) for names, out in product(inputs, outs))
 
 
@@ -114,7 +117,16 @@ def _nested(names: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, ...]]:
         yield (*(f"{inner}.{name}" for name in each), "output.dense")
 
 
-OUTS = ("proj", "out_proj", "o_proj", "projection", "projection_layer", "proj.ln", "to_out.0", "out")
+OUTS = (
+    "proj",
+    "out_proj",
+    "o_proj",
+    "projection",
+    "projection_layer",
+    "proj.ln",
+    "to_out.0",
+    "out",
+)
 QKV = (("qkv",), ("to_qkv",), ("in_proj",), ("Wqkv",), ("qkv_proj",))
 SEPARATE = (
     ("q_proj", "k_proj", "v_proj"),

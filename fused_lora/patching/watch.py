@@ -18,9 +18,32 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 VIEWS = frozenset(
-    "reshape view permute transpose swapaxes swapdims movedim moveaxis unbind chunk split "
-    "tensor_split split_with_sizes unsafe_chunk unsafe_split unflatten flatten __getitem__ select "
-    "narrow squeeze unsqueeze contiguous clone".split()
+    [
+        "reshape",
+        "view",
+        "permute",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "unbind",
+        "chunk",
+        "split",
+        "tensor_split",
+        "split_with_sizes",
+        "unsafe_chunk",
+        "unsafe_split",
+        "unflatten",
+        "flatten",
+        "__getitem__",
+        "select",
+        "narrow",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "clone",
+    ]
 )
 Columns = tuple[tuple[int, int], ...]  # ranges [start, stop) of y
 

@@ -6,10 +6,10 @@ pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-from fused_lora.testing.families import table  # noqa: E402
-from fused_lora.testing.families.sweep import families, outcome  # noqa: E402
+from fused_lora.testing.families import table
+from fused_lora.testing.families.sweep import families, outcome
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 REFUSED = {  # convolutions, no attention, or q, k and v by another name

@@ -148,7 +148,9 @@ def test_what_cannot_be_adopted_is_left_as_it_was():
 def test_a_compiled_read_follows_the_adapters():
     torch._dynamo.reset()
     made, x = linear().eval(), torch.randn(3, 7)
-    compiled = torch.compile(lambda x: F.linear(x, made.weight), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: F.linear(x, made.weight), fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(x), F.linear(x, made.weight))
     [nn.init.normal_(b) for _, b in made.adapters()]
     torch.testing.assert_close(compiled(x), F.linear(x, made.weight))

@@ -46,7 +46,10 @@ def refuse(model, message, kind=PatchError, **options):
         ({"qkv": "fused"}, r"qkv must be one of \('separate', 'joint'\), got 'fused'"),
         ({"trainable": ["^heads"]}, r"trainable: '\^heads' matches no parameter"),
         ({"trainable": ["["]}, r"trainable: '\[' is no regular expression"),
-        ({"example_input": torch.randn(1, 3, 40, 32)}, "trial forward failed .AssertionError: Input height"),
+        (
+            {"example_input": torch.randn(1, 3, 40, 32)},
+            "trial forward failed .AssertionError: Input height",
+        ),
     ],
 )
 def test_options(options, message):
@@ -109,7 +112,11 @@ def test_a_projection_that_is_neither_called_nor_read():
 @pytest.mark.parametrize("family", ["TinyViT", "LeViT", "EfficientFormer"])
 def test_columns_that_every_head_has_its_own_of(family):
     image = of_timm.example(family)
-    refuse(of_timm.build(family), r'seen to come apart into q\|k\|v .* qkv="joint"', example_input=image)
+    refuse(
+        of_timm.build(family),
+        r'seen to come apart into q\|k\|v .* qkv="joint"',
+        example_input=image,
+    )
 
 
 def test_dropout_before_a_weight_that_is_read():

@@ -10,7 +10,7 @@ from torch import nn
 import fused_lora
 from fused_lora import PatchError
 from fused_lora.testing.yardstick import judge
-from tests.patching.models import build, images
+from tests.patching.models import build
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import fused_lora
-from fused_lora import PatchError
 from fused_lora.nn import AdaptedLinear
 from tests.patching.models import build
 from tests.patching.test_bad_input import refuse
@@ -82,7 +81,11 @@ def test_separate_adapters_and_a_head_on_request():
         ({"bias": "all"}, {}, "LoraConfig.bias is 'all', which is not served"),
         ({"lora_bias": True}, {}, "LoraConfig.lora_bias is True"),
         ({"fan_in_fan_out": True}, {}, "LoraConfig.fan_in_fan_out is True"),
-        ({"init_lora_weights": "pissa"}, {}, "init_lora_weights is 'pissa'; .True, 'gaussian'. are"),
+        (
+            {"init_lora_weights": "pissa"},
+            {},
+            "init_lora_weights is 'pissa'; .True, 'gaussian'. are",
+        ),
         ({"init_lora_weights": False}, {}, "init_lora_weights is False"),
         ({"target_modules": ["head"]}, {}, "names 'head', which is no projection of a block"),
         ({"target_modules": ["qkv", "c_fc"]}, {}, "names 'c_fc', which is no projection"),
@@ -93,7 +96,11 @@ def test_separate_adapters_and_a_head_on_request():
         ({}, {"alpha": 3}, "alpha=3: the LoraConfig says that already"),
         ({}, {"targets": "q"}, "targets='q': the LoraConfig says that already"),
         ({}, {"rank_pattern": {"q": 2}}, "rank_pattern=.*: the LoraConfig says that already"),
-        ({"modules_to_save": ["classifier"]}, {}, r"trainable: .*classifier.* matches no parameter"),
+        (
+            {"modules_to_save": ["classifier"]},
+            {},
+            r"trainable: .*classifier.* matches no parameter",
+        ),
     ],
 )
 def test_refusals(config, options, message):

@@ -38,7 +38,7 @@ STAGES = {
 }
 PVT = {"patch_sizes": [4, 2], "sequence_reduction_ratios": [2, 1]}
 PAIR = {"image_size": [32, 32]}
-SEQUENCE = {"pixel_values": (1, 16, 192)}  # patches already unfolded
+SEQUENCE: dict[str, tuple[int, ...]] = {"pixel_values": (1, 16, 192)}  # patches already unfolded
 
 # name: (the config's class without "Config", the model's class, options, shapes of other inputs)
 MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
@@ -132,7 +132,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] =
     "OWLv2 vision": ("Owlv2Vision", "Owlv2VisionModel", {}, {}),
     "Chinese CLIP vision": ("ChineseCLIPVision", "ChineseCLIPVisionModel", {}, {}),
     "AltCLIP vision": ("AltCLIPVision", "AltCLIPVisionModel", {}, {}),
-    "X-CLIP vision": ("XCLIPVision", "XCLIPVisionModel", {"num_frames": 2}, {"pixel_values": (2, 3, 32, 32)}),
+    "X-CLIP vision": (
+        "XCLIPVision",
+        "XCLIPVisionModel",
+        {"num_frames": 2},
+        {"pixel_values": (2, 3, 32, 32)},
+    ),
     "CLIPSeg vision": ("CLIPSegVision", "CLIPSegVisionModel", {}, {}),
     "MetaCLIP 2 vision": ("MetaClip2Vision", "MetaClip2VisionModel", {}, {}),
     "MLCD vision": ("MLCDVision", "MLCDVisionModel", {}, {}),
@@ -147,14 +152,44 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] =
     "Pixtral vision": ("PixtralVision", "PixtralVisionModel", {"head_dim": 16}, {}),
     "Idefics 2 vision": ("Idefics2Vision", "Idefics2VisionTransformer", {}, {}),
     "Kosmos-2 vision": ("Kosmos2Vision", "Kosmos2VisionModel", {}, {}),
-    "Llama 4 vision": ("Llama4Vision", "Llama4VisionModel", {"intermediate_size": 128, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}, {}),
+    "Llama 4 vision": (
+        "Llama4Vision",
+        "Llama4VisionModel",
+        {
+            "intermediate_size": 128,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+        {},
+    ),
     "Pixio": ("Pixio", "PixioModel", {}, {}),
     "RADIO": ("Radio", "RadioModel", {}, {}),
     "Sapiens 2": ("Sapiens2", "Sapiens2Model", {}, {}),
-    "SegGPT": ("SegGpt", "SegGptModel", PAIR | {"merge_index": 0, "intermediate_hidden_state_indices": [1], "pretrain_image_size": 32}, {"pixel_values": (1, 3, 16, 32), "prompt_pixel_values": (1, 3, 16, 32), "prompt_masks": (1, 3, 16, 32)}),
-    "AST (audio)": ("AST", "ASTModel", {"num_mel_bins": 32, "max_length": 32, "frequency_stride": 8, "time_stride": 8}, {"input_values": (1, 32, 32)}),
+    "SegGPT": (
+        "SegGpt",
+        "SegGptModel",
+        PAIR
+        | {"merge_index": 0, "intermediate_hidden_state_indices": [1], "pretrain_image_size": 32},
+        {
+            "pixel_values": (1, 3, 16, 32),
+            "prompt_pixel_values": (1, 3, 16, 32),
+            "prompt_masks": (1, 3, 16, 32),
+        },
+    ),
+    "AST (audio)": (
+        "AST",
+        "ASTModel",
+        {"num_mel_bins": 32, "max_length": 32, "frequency_stride": 8, "time_stride": 8},
+        {"input_values": (1, 32, 32)},
+    ),
     "SwiftFormer": ("SwiftFormer", "SwiftFormerModel", {"image_size": 64}, {}),
-    "ConvNeXt": ("ConvNext", "ConvNextModel", {"hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1]}, {"pixel_values": (2, 3, 64, 64)}),
+    "ConvNeXt": (
+        "ConvNext",
+        "ConvNextModel",
+        {"hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1]},
+        {"pixel_values": (2, 3, 64, 64)},
+    ),
     "VideoMAE": ("VideoMAE", "VideoMAEModel", {"num_frames": 4}, {}),
 }
 

@@ -125,12 +125,16 @@ def _compare(
     ours = _gradients(patched, _halves(adapters), inputs)
     wide = _to(copy.deepcopy(patched), torch.float64)
     exact = _gradients(wide, _halves(_adapters(wide)), inputs)
-    stacked = [torch.cat([g.flatten() for g in each[1:]]) for each in (ours, plain, truth)]
+    mine, other, right = (_row(each[1:]) for each in (ours, plain, truth))
     verdicts = (
         judge("y", ours[0], plain[0], truth[0], torch.float32),
-        judge("adapter gradients", *stacked, torch.float32),
+        judge("adapter gradients", mine, other, right, torch.float32),
     )
     return verdicts, _worst(exact[1:], truth[1:]), _unreached(exact[1:], truth[1:])
+
+
+def _row(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([each.flatten() for each in gradients])
 
 
 def _worst(ours: list[Tensor], truth: list[Tensor]) -> float:
