@@ -172,7 +172,7 @@ def child_name(tensor: str) -> str:
 
 def reading(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
     """``plain``, but a read of ``tensors`` gives w'; ``plain`` itself for none."""
-    return _made(plain, tensors) if tensors else plain
+    return _made(plain, tensors) if tensors else plain  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -11,37 +11,16 @@ from torch import nn
 
 from fused_lora.patching.errors import PatchError
 
-SERVED = frozenset(
-    [
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "init_lora_weights",
-    ]
-)
-MEANINGLESS = frozenset(  # here, or before training
-    [
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "runtime_config",
-        "megatron_core",
-        "megatron_config",
-        "ensure_weight_tying",
-    ]
-)
+SERVED = frozenset({
+    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "init_lora_weights",
+})  # fmt: skip
+MEANINGLESS = frozenset({  # here, or before training
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode", "runtime_config", "megatron_core", "megatron_config",
+    "ensure_weight_tying",
+})  # fmt: skip
 INITS = {True: "kaiming", "gaussian": "gaussian"}
 SAYS = ("alpha", "scale", "rank_stabilized", "dropout", "init")  # options of patch that it fixes
 
@@ -101,6 +80,21 @@ def names_of(config: Any, model: nn.Module, found: Iterable[str]) -> list[str]:
     if not named:
         raise PatchError(f"LoraConfig.target_modules {targets!r} matches none of {found[:6]}")
     return named
+
+
+def passed_over(config: Any, model: nn.Module, served: Iterable[str]) -> dict[str, str]:
+    """What else PEFT would adapt, and why it stays as it is here."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if config.target_modules is None or config.target_modules == "all-linear":
+        return {}
+    served = set(served)
+    return {
+        name: "named by the LoraConfig, but no projection of a block"
+        for name, module in model.named_modules()
+        if name and name not in served and getattr(module, "weight", None) is not None
+        if check_target_module_exists(config, name)
+    }
 
 
 def _check_served(config: Any) -> None:

@@ -20,10 +20,10 @@ from fused_lora.nn import (
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
-from fused_lora.patching.lora_config import is_lora_config, options_of
+from fused_lora.patching.lora_config import is_lora_config, options_of, passed_over
 from fused_lora.patching.options import Choice, roles_of
 from fused_lora.patching.report import PatchReport, Row
-from fused_lora.patching.targets import Target, choose_targets, find_wanted
+from fused_lora.patching.targets import Target, choose_targets, find_wanted, missing_roles
 from fused_lora.patching.trace import observe
 from fused_lora.types import Role
 
@@ -97,11 +97,14 @@ def patch(
     sights = observe(model, found, example_input)
     chosen = choose_targets(model, found, sights, choice)
     rows = {name: sight.rows for name, sight in sights.items()}
+    left = missing_roles(found, choice)
+    if config is not None:
+        left |= passed_over(config, model, rows)
     generator = None if seed is None else _generator(model, seed)
     _adopt(chosen, generator)
     froze = _freeze(model, trained)
     try:
-        report = _report(model, chosen, rows, froze, batch_size)
+        report = _report(model, chosen, rows, froze, batch_size, left)
     except BaseException:
         for _, module in adapted(model):
             module.release()
@@ -288,6 +291,7 @@ def _report(
     rows_per_image: dict[str, int],
     froze: list[str],
     batch_size: int,
+    left: dict[str, str],
 ) -> PatchReport:
     rows = []
     for target in targets:
@@ -315,4 +319,5 @@ def _report(
         sum(count for count, _ in counts),
         froze,
         rows_per_image,
+        left,
     )

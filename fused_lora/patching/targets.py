@@ -19,7 +19,7 @@ from fused_lora.patching.options import QKV_MODES, Choice, check_patterns, value
 from fused_lora.patching.rule import Found, find
 from fused_lora.patching.trace import alike
 from fused_lora.patching.watch import Columns, Sight
-from fused_lora.types import Role
+from fused_lora.types import ALL_ROLES, Role
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,13 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
     found = [each for each in find(model) if set(each.roles) & set(choice.roles)]
     if not found:
         raise PatchError(_nothing_found(model, choice))
+    missing = missing_roles(found, choice)
+    if missing and choice.roles != ALL_ROLES:
+        has = sorted({role.value for each in find(model) for role in each.roles})
+        raise PatchError(
+            f"targets: {type(model).__name__} has no projection with role {', '.join(missing)}; it "
+            f"has {has}"
+        )
     names = [each.name for each in found]
     if choice.only is not None:
         names = names_of(choice.only, model, names)
@@ -56,6 +63,12 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
         once.setdefault((each.module, each.tensor), each)
         _check_adoptable(model, each)
     return list(once.values())
+
+
+def missing_roles(found: Sequence[Found], choice: Choice) -> dict[str, str]:
+    """The roles asked for that no projection has."""
+    there = {role for each in found for role in each.roles}
+    return {r.value: "no projection has this role" for r in choice.roles if r not in there}
 
 
 def choose_targets(

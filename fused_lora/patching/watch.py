@@ -17,34 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-VIEWS = frozenset(
-    [
-        "reshape",
-        "view",
-        "permute",
-        "transpose",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "unbind",
-        "chunk",
-        "split",
-        "tensor_split",
-        "split_with_sizes",
-        "unsafe_chunk",
-        "unsafe_split",
-        "unflatten",
-        "flatten",
-        "__getitem__",
-        "select",
-        "narrow",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "clone",
-    ]
-)
+VIEWS = frozenset({
+    "reshape", "view", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis",
+    "unbind", "chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk",
+    "unsafe_split", "unflatten", "flatten", "__getitem__", "select", "narrow", "squeeze",
+    "unsqueeze", "contiguous", "clone",
+})  # fmt: skip
 Columns = tuple[tuple[int, int], ...]  # ranges [start, stop) of y
 
 

@@ -119,6 +119,14 @@ def test_columns_that_every_head_has_its_own_of(family):
     )
 
 
+def test_a_role_that_the_model_does_not_have():
+    model = of_timm.build("FastViT")  # its MLPs are convolutions
+    message = r"targets: FastVit has no projection with role fc1; it has \['k', 'out', 'q', 'v'\]"
+    refuse(model, message, targets=["q", "fc1"])
+    report = fused_lora.patch(model, rank=2, example_input=torch.randn(2, 3, 64, 64))
+    assert "left alone: fc1: no projection has this role" in str(report)
+
+
 def test_dropout_before_a_weight_that_is_read():
     model = timm.create_model("beit_base_patch16_224", depth=1)
     message = r"blocks.0.attn.qkv: dropout 0.1 cannot be served, since the model reads"

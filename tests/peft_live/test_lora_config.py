@@ -57,6 +57,8 @@ def test_the_patch_embedding_that_shares_a_name_stays_as_it_is():
     report = fused_lora.patch(model, peft.LoraConfig(r=4, target_modules=TIMM, lora_dropout=0.1))
     assert type(model.patch_embed.proj) is nn.Conv2d
     assert len(report.rows) == 8
+    assert list(report.left_alone) == ["patch_embed.proj"]
+    assert "left alone: patch_embed.proj: named by the LoraConfig, but no" in str(report)
     assert model.blocks[0].attn.qkv.config.dropout == 0.1
     assert list(model.blocks[0].attn.qkv.groups) == [""]
 

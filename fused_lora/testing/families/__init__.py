@@ -1,1 +1,1 @@
-"""Every family of vision transformers that can be built offline, small, and whether it is served."""
+"""Every family of vision transformers that can be built offline, small; and who is served."""
