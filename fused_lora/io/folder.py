@@ -25,7 +25,7 @@ from fused_lora.io.keys import (
     module_names,
     unmerged,
 )
-from fused_lora.io.names import translation
+from fused_lora.io.names import old_names, renamed
 from fused_lora.io.pair import CONFIG, TENSORS, read_pair, write_pair
 from fused_lora.io.peft import BLOCKS, Settings, settings_of
 from fused_lora.io.state_dict import Changes, adapter_changes, check_values, lora_state_dict
@@ -135,8 +135,8 @@ def _changes(
     for key, tensor in content.tensors.items():
         kind = adapters if key in own or ".lora_" in key or key.startswith(ASIDE) else others
         kind[key] = tensor
-    old = _old_names(modules, adapters)
-    adapters = {_renamed(key, old): tensor for key, tensor in adapters.items()}
+    old = old_names(modules, adapters)
+    adapters = {renamed(key, old): tensor for key, tensor in adapters.items()}
     former = {new: name for name, new in old.items()}
     groups = {
         name: _groups(
@@ -155,28 +155,6 @@ def _changes(
     for key, tensor in others.items():
         changes.add(expected[key], tensor, f"{where}: {key}")
     return changes, sorted(key.removeprefix(PREFIX) for key in others)
-
-
-def _old_names(
-    modules: Mapping[str, AdaptedLinear], adapters: Mapping[str, Tensor]
-) -> dict[str, str]:
-    """The model's names of the file's, where the file has those of another release."""
-    tails = [a_key("").removeprefix(PREFIX), b_key("").removeprefix(PREFIX)]
-    found = {
-        key.removeprefix(PREFIX).removesuffix(tail)
-        for key in adapters
-        for tail in tails
-        if key.startswith(PREFIX) and key.endswith(tail)
-    }
-    return {} if found <= set(modules) else translation(found, modules)
-
-
-def _renamed(key: str, names: Mapping[str, str]) -> str:
-    for make in (a_key, b_key):
-        for old, new in names.items():
-            if key == make(old):
-                return make(new)
-    return key
 
 
 def _groups(

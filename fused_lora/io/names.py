@@ -8,7 +8,9 @@ and the role at the end. Where that finds exactly one name for each, it is a tra
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from fused_lora.io.keys import PREFIX, a_key, b_key
 
 ENDINGS = (  # the first that matches decides
     (r"(q_proj|query|to_q|wq)$", "q"),
@@ -23,6 +25,27 @@ ENDINGS = (  # the first that matches decides
     (r"up_proj$", "up"),
     (r"down_proj$", "down"),
 )
+
+
+def old_names(modules: Iterable[str], adapters: Iterable[str]) -> dict[str, str]:
+    """The model's names of the file's, where the file has those of another release."""
+    tails = [a_key("").removeprefix(PREFIX), b_key("").removeprefix(PREFIX)]
+    found = {
+        key.removeprefix(PREFIX).removesuffix(tail)
+        for key in adapters
+        for tail in tails
+        if key.startswith(PREFIX) and key.endswith(tail)
+    }
+    return {} if found <= set(modules) else translation(found, modules)
+
+
+def renamed(key: str, names: Mapping[str, str]) -> str:
+    """``key`` of an adapter under the model's name."""
+    for make in (a_key, b_key):
+        for old, new in names.items():
+            if key == make(old):
+                return make(new)
+    return key
 
 
 def translation(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:

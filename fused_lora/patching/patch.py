@@ -11,17 +11,16 @@ from torch import nn
 
 from fused_lora.nn import (
     AdaptedLinear,
-    AdapterConfig,
     FusedLoRAChild,
     FusedLoRAGroupedLinear,
     FusedLoRALinear,
     FusedLoRARead,
 )
+from fused_lora.patching.asked import choice_of, options_given
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
-from fused_lora.patching.lora_config import is_lora_config, options_of, passed_over
-from fused_lora.patching.options import Choice, roles_of
+from fused_lora.patching.lora_config import passed_over
 from fused_lora.patching.report import PatchReport, Row
 from fused_lora.patching.targets import Target, choose_targets, find_wanted, missing_roles
 from fused_lora.patching.trace import observe
@@ -82,15 +81,13 @@ def patch(
         ValueError: an option out of range.
     """
     check_batch_size(batch_size)
-    given = _given(rank, targets, qkv, rank_pattern, alpha_pattern, trainable, seed) | options
+    given = (
+        options_given(rank, targets, qkv, rank_pattern, alpha_pattern, trainable, seed) | options
+    )
     if layers_of(model):
         model.__dict__[RECORD] = patch_live(model, given, example_input, batch_size)
         return model.__dict__[RECORD]
-    config = given.pop("rank") if is_lora_config(rank) else None
-    asked = given if config is None else _merged(options_of(config, given), given)
-    trained = _compiled(asked.pop("trainable", ()))
-    asked.pop("seed", None)
-    choice = _choice(asked, allow_large_rank, config)
+    choice, trained = choice_of(given, allow_large_rank)
     _refuse_patched(model)
     found = find_wanted(model, choice)
     _check_trainable(model, trained)
@@ -98,8 +95,8 @@ def patch(
     chosen = choose_targets(model, found, sights, choice)
     rows = {name: sight.rows for name, sight in sights.items()}
     left = missing_roles(found, choice)
-    if config is not None:
-        left |= passed_over(config, model, rows)
+    if choice.only is not None:
+        left |= passed_over(choice.only, model, rows)
     generator = None if seed is None else _generator(model, seed)
     _adopt(chosen, generator)
     froze = _freeze(model, trained)
@@ -192,46 +189,12 @@ def adapted(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
     return found
 
 
-def _given(*values: Any) -> dict[str, Any]:
-    """The options that the caller set."""
-    names = ("rank", "targets", "qkv", "rank_pattern", "alpha_pattern", "trainable", "seed")
-    return {n: v for n, v in zip(names, values, strict=True) if v is not None and v != ()}
-
-
-def _merged(of_config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """A LoraConfig's options and the caller's own; a head may be named by both."""
-    for name in ("targets", "rank_pattern", "alpha_pattern"):
-        if name in given:
-            raise PatchError(f"{name}={given[name]!r}: the LoraConfig says that already")
-    own = given.get("trainable", ())
-    trainable = (*of_config["trainable"], *((own,) if isinstance(own, str) else own))
-    return {"qkv": "joint"} | of_config | given | {"trainable": trainable}
-
-
-def _choice(asked: dict[str, Any], allow_large_rank: bool, config: Any) -> Choice:
-    rank, qkv = asked.pop("rank", 16), asked.pop("qkv", "separate")
-    roles = roles_of(asked.pop("targets", None))
-    patterns = asked.pop("rank_pattern", {}), asked.pop("alpha_pattern", {})
-    return Choice(AdapterConfig(**asked), rank, roles, qkv, *patterns, allow_large_rank, config)
-
-
 def _refuse_patched(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise PatchError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             raise PatchError(f"already patched: {name or 'the model'} carries adapters; unpatch it")
-
-
-def _compiled(trainable: Iterable[str]) -> list[re.Pattern[str]]:
-    if isinstance(trainable, str):
-        trainable = [trainable]
-    try:
-        return [re.compile(pattern) for pattern in trainable]
-    except re.error as error:
-        raise PatchError(
-            f"trainable: {error.pattern!r} is no regular expression: {error}"
-        ) from None
 
 
 def _check_trainable(model: nn.Module, trained: list[re.Pattern[str]]) -> None:
