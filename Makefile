@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_support/*.py csrc/*.* csrc/*/*.*)
 CPP := $(wildcard csrc/*.* csrc/*/*.*) $(shell find tests -name "*.cpp")
 
-.PHONY: venv install bench test lint format wheel clean
+.PHONY: venv install bench families test lint format wheel clean
 
 venv: $(BIN)/python
 
@@ -32,6 +32,9 @@ $(VENV)/.installed-%: $(SOURCES) | $(BIN)/python
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/fused-lora bench $(BENCH_ARGS)
+
+families: $(VENV)/.installed-test
+	$(BIN)/python -m fused_lora.testing.families.table docs/families.md
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

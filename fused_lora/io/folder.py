@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_lora.io.blocks import LAYOUTS, dense, in_blocks
 from fused_lora.io.describe import config_for
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.io.fuse import Group, groups_of, outer_scale, total_rank
@@ -25,14 +26,21 @@ from fused_lora.io.keys import (
     module_names,
     unmerged,
 )
+from fused_lora.io.names import old_names, renamed
 from fused_lora.io.pair import CONFIG, TENSORS, read_pair, write_pair
-from fused_lora.io.peft import Settings, settings_of
+from fused_lora.io.peft import BLOCKS, Settings, settings_of
 from fused_lora.io.state_dict import Changes, adapter_changes, check_values, lora_state_dict
 from fused_lora.io.trained import trained_modules, whole_state
 from fused_lora.nn import AdaptedLinear
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = True) -> None:
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    trainable: bool = True,
+    layout: str = "dense",
+) -> None:
     """Write the adapters of a patched model as PEFT does; ``PeftModel.from_pretrained`` reads them.
 
     Separate adapters on a fused qkv are written as the one adapter of rank sum R that they are
@@ -43,19 +51,26 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = 
         folder: made if need be; an adapter already there is replaced, both files or neither.
         trainable: also write, whole, the modules that own parameters training beside the
             adapters (a head), as PEFT's ``modules_to_save``; False leaves them out.
+        layout: of separate adapters on one linear: "dense", which every release of PEFT reads, or
+            "blocks", PEFT's BdLora: a third of the bytes of b on a fused qkv, and PEFT trains on
+            with the three apart. ``load`` reads both.
 
     Raises:
         AdapterFileError: no adapters, values that are not finite, a trained parameter for which
             PEFT has no place, or a file where the folder should be.
     """
     model = bare(model)
+    if layout not in LAYOUTS:
+        raise AdapterFileError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     groups = {name: groups_of(module) for name, module in adapted(model).items()}
     others = trained_modules(model) if trainable else []
-    tensors = lora_state_dict(model)
+    tensors, blocks = lora_state_dict(model), {}
+    if layout == "blocks":
+        tensors, blocks[BLOCKS] = in_blocks(tensors, groups)
     for key, tensor in whole_state(model, others).items():
         check_values(tensor, key)
         tensors[key] = tensor
-    config = _config(model, groups, others)
+    config = _config(model, groups, others) | blocks
     text = json.dumps(config, indent=2) + "\n"
     write_pair(Path(folder), text.encode(), pack(tensors, groups, config))
 
@@ -122,10 +137,20 @@ def _changes(
     for key, tensor in content.tensors.items():
         kind = adapters if key in own or ".lora_" in key or key.startswith(ASIDE) else others
         kind[key] = tensor
+    old = old_names(modules, adapters)
+    adapters = {renamed(key, old): tensor for key, tensor in adapters.items()}
+    former = {new: name for name, new in old.items()}
     groups = {
-        name: _groups(name, module, adapters.get(a_key(name)), settings, content, where)
+        name: _groups(
+            former.get(name, name), module, adapters.get(a_key(name)), settings, content, where
+        )
         for name, module in modules.items()
     }
+    if settings.blocks is not None:
+        for name in modules:
+            if settings.blocks.holds(former.get(name, name)) and b_key(name) in adapters:
+                at = f"{where}: {b_key(name)}"
+                adapters[b_key(name)] = dense(adapters[b_key(name)], settings.blocks, at)
     changes = adapter_changes(modules, adapters, groups, where)
     expected = whole_state(model, settings.modules_to_save)
     check_keys(f"{where}, beside the adapters", expected, others)

@@ -53,6 +53,11 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
         raise AdapterFileError(f"expected a torch.nn.Module, got {type(model).__name__}")
     names = module_names(model)
     found = {name: m for name, m in names.items() if isinstance(m, AdaptedLinear)}
+    if not found and any(name.endswith(".lora_A") for name in names):
+        raise AdapterFileError(
+            f"{type(model).__name__} carries PEFT's adapters: call its save_pretrained, "
+            "load_adapter or PeftModel.from_pretrained"
+        )
     if not found:
         raise AdapterFileError(
             f"{type(model).__name__} carries no adapters: call fused_lora.patch on it first"

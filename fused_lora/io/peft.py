@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fused_lora.io.blocks import Blocks, blocks_of
 from fused_lora.io.errors import AdapterFileError
 
 # What changes the computation, with the values at which it does not.
@@ -53,6 +54,7 @@ HARMLESS = frozenset(
         "ensure_weight_tying",
     ]
 )
+BLOCKS = "use_bdlora"
 READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
 
 
@@ -66,6 +68,7 @@ class Settings:
     alpha_pattern: Mapping[str, float]
     rank_stabilized: bool = False
     modules_to_save: tuple[str, ...] = ()
+    blocks: Blocks | None = None  # where lora_B holds its diagonal blocks alone
 
     def rank_of(self, name: str) -> int:
         """The rank R of the module ``name``."""
@@ -97,7 +100,7 @@ def settings_of(config: Any, where: str) -> Settings:
             raise AdapterFileError(
                 f"{where}: {key} is {value!r}; only {NEUTRAL[key][0]!r} can be loaded"
             )
-        if value and key not in HARMLESS and key not in NEUTRAL and key not in READ:
+        if value and key not in HARMLESS and key not in NEUTRAL and key not in (*READ, BLOCKS):
             raise AdapterFileError(f"{where}: {key} is {value!r}, an option unknown here")
     return Settings(
         int(_number(config, "r", where, whole=True)),
@@ -106,6 +109,7 @@ def settings_of(config: Any, where: str) -> Settings:
         _pattern(config, "alpha_pattern", where),
         bool(config.get("use_rslora")),
         tuple(_names(config, "modules_to_save", where)),
+        blocks_of(config.get("use_bdlora"), where),
     )
 
 

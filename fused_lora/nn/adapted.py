@@ -80,8 +80,16 @@ class AdaptedLinear(nn.Linear):
         self._scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
         self._base: tuple[Tensor, ...] = ()  # the frozen weight, while merged
 
+    @property
+    def base(self) -> Tensor:
+        """The frozen weight; while merged, w' stands in its place."""
+        return cast(Tensor, self._parameters["weight"])
+
+    def _put_base(self, weight: Tensor) -> None:
+        self.weight = cast(nn.Parameter, weight)
+
     def _empty(self, rows: int, columns: int) -> nn.Parameter:
-        device, dtype = self.weight.device, self.config.adapter_dtype
+        device, dtype = self.base.device, self.config.adapter_dtype
         return nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
 
     @property
@@ -175,18 +183,18 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features]."""
         if not self.adapter_enabled:
-            return F.linear(x, self._base[0] if self._base else self.weight, self.bias)
+            return F.linear(x, self._base[0] if self._base else self.base, self.bias)
         if self._base:
             self._refuse_training_merged()
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.base, self.bias)
         if self.training and self.config.dropout:
             return self._forward_with_dropout(x)
         a, b = self._pairs()
         spans, impl = self._used, self.config.impl
-        return lora_linear(x, self.weight, self.bias, a, b, self._scales, spans, impl=impl)
+        return lora_linear(x, self.base, self.bias, a, b, self._scales, spans, impl=impl)
 
     def _forward_with_dropout(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.base, self.bias)
         dropped = F.dropout(x, self.config.dropout)
         scales = self._scales if torch.compiler.is_compiling() else self.scales
         for a, b, s, span in zip(*self._pairs(), scales, self._used, strict=True):
@@ -216,26 +224,26 @@ class AdaptedLinear(nn.Linear):
         """
         if self.merged:
             raise RuntimeError("merge: already merged")
-        base = self.weight
+        base = self.base
         with torch.no_grad():
             merged = lora_merge(
                 base, *self._pairs(), self.scales, self._used, rounding, seed, impl=impl
             )
         self._base = (base,)
-        self.weight = nn.Parameter(merged, requires_grad=False)
+        self._put_base(nn.Parameter(merged, requires_grad=False))
 
     def unmerge(self) -> None:
         """Put the frozen weight back: the same parameter, the same bits."""
         if not self.merged:
             raise RuntimeError("unmerge: not merged")
-        self.weight = self._base[0]
+        self._put_base(self._base[0])
         self._base = ()
 
     def release(self) -> nn.Linear:
         """Become a plain ``nn.Linear`` again, dropping the adapters; keeps w' if merged."""
         self.check_releasable()
         if self.merged:
-            self.weight.requires_grad_(self._base[0].requires_grad)
+            self.base.requires_grad_(self._base[0].requires_grad)
         for name in self._groups:
             for half in ("lora_A", "lora_B"):
                 self._parameters.pop(key_of(half, name), None)

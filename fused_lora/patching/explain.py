@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fused_lora.nn import AdaptedLinear
+from fused_lora.nn import AdaptedLinear, FusedLoRARead
 from fused_lora.ops.backends import refusals
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
@@ -67,15 +67,31 @@ def explain(
     rows_per_image = _rows_per_image(model, RECORD)
     shapes: dict[Problem, list[str]] = {}
     where: dict[Problem, AdaptedLinear] = {}
+    read: list[str] = []  # weights that others read: no plan is asked for
     for name, module in adapted(model):
+        if isinstance(module, FusedLoRARead):
+            read.append(name)
+            continue
         rows = rows_per_image.get(module, 1) * batch_size
         question = problem_of(module, rows, dtype)
         shapes.setdefault(question, []).append(name)
         where[question] = module
-    return "\n\n".join(
+    paragraphs = [
         _paragraph(question, names, where[question], dtype, device)
         for question, names in shapes.items()
+    ]
+    return "\n\n".join(paragraphs + ([_of_read(read)] if read else []))
+
+
+def _of_read(names: list[str]) -> str:
+    return (
+        _first(names) + "\n  the model reads these weights without calling their modules: "
+        "w' = w + s b a is rebuilt at every read"
     )
+
+
+def _first(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -108,7 +124,7 @@ def _paragraph(
     rows, wrong = explained(question, compute, target)
     ranks = "|".join(str(span.rank) for span in question.spans)
     lines = [
-        f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+        _first(names),
         f"  M {question.m}  K {question.k}  N {question.n}  rank {ranks}  {question.dtype} on "
         f"{limits.name} ({limits.matmul_gflops:,.0f} GFLOP/s, {limits.bandwidth_gbs:,.0f} GB/s, "
         f"{'measured' if limits.measured else 'from the table'})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fused_lora.nn import AdapterConfig
 from fused_lora.patching.errors import PatchError
@@ -26,6 +26,7 @@ class Choice:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     allow_large_rank: bool
+    only: Any = None  # a LoraConfig that names modules
 
 
 def roles_of(targets: Iterable[Role | str] | str | None) -> tuple[Role, ...]:

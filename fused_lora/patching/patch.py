@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fused_lora.nn import AdaptedLinear, AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
+from fused_lora.nn import (
+    AdaptedLinear,
+    FusedLoRAChild,
+    FusedLoRAGroupedLinear,
+    FusedLoRALinear,
+    FusedLoRARead,
+)
+from fused_lora.patching.asked import choice_of, options_given
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
-from fused_lora.patching.options import Choice, roles_of
+from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
+from fused_lora.patching.lora_config import passed_over
 from fused_lora.patching.report import PatchReport, Row
-from fused_lora.patching.targets import Target, choose_targets
-from fused_lora.patching.trace import rows_per_call
+from fused_lora.patching.targets import Target, choose_targets, find_wanted, missing_roles
+from fused_lora.patching.trace import observe
 from fused_lora.types import Role
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+READ = "in the weight, at every read"  # the plan of a weight that is read, not called
 RECORD = "_fused_lora_report"  # attribute of the patched model that remembers how to go back
 
 
 def patch(
     model: nn.Module,
-    rank: int = 16,
+    rank: int | LoraConfig | None = None,
     *,
     targets: Iterable[Role | str] | str | None = None,
-    qkv: str = "separate",
+    qkv: str | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     trainable: Iterable[str] = (),
@@ -42,12 +54,17 @@ def patch(
 ) -> PatchReport:
     """Put LoRA on the projections of every transformer block, in place, and freeze the rest.
 
+    Where the model carries PEFT's LoRA already, its layers compute fused passes instead: the same
+    parameters, and PEFT's own methods go on working. Layers that cannot be fused are left to PEFT
+    and named in the report.
+
     Args:
         model: a vision transformer; its linears keep their identity, weights and keys.
-        rank: R of every adapter not named in ``rank_pattern``.
+        rank: R of every adapter not named in ``rank_pattern``; None for 16. Or a
+            ``peft.LoraConfig``, which says all of it.
         targets: which of the roles q, k, v, out, fc1, fc2; None for all six.
         qkv: on a fused qkv, "separate" adapters for q, k and v (WeCoLoRA), or one "joint"
-            adapter over all three (as PEFT).
+            adapter over all three (as PEFT). None for "separate", or "joint" with a LoraConfig.
         rank_pattern: role or regular expression on the dotted name, to rank; names go first.
         alpha_pattern: likewise, to alpha.
         trainable: regular expressions of parameter names that go on training, such as "^head".
@@ -76,34 +93,34 @@ def patch(
             message names the module and the model is left as it was.
         ValueError: an option out of range.
     """
-    choice = Choice(
-        AdapterConfig(**options),
-        rank,
-        roles_of(targets),
-        qkv,
-        rank_pattern or {},
-        alpha_pattern or {},
-        allow_large_rank,
-    )
     blocks = BlockChoice(level, recompute, memory_budget_gb)
-    trained = _compiled(trainable)
     check_batch_size(batch_size)
-    _refuse_patched(model)
-    chosen = choose_targets(model, choice)
-    _check_trainable(model, trained)
-    watched = [(target.found.name, target.found.module) for target in chosen]
-    rows = rows_per_call(model, watched, example_input)
-    for name, _ in watched:
-        if name not in rows:
+    given = (
+        options_given(rank, targets, qkv, rank_pattern, alpha_pattern, trainable, seed) | options
+    )
+    if layers_of(model):
+        if blocks != BlockChoice():
             raise PatchError(
-                f"{name} is never called by the model's forward, which must read its weight "
-                "directly: an adapter there would silently do nothing"
+                f"level={level!r}, recompute={recompute!r}, memory_budget_gb={memory_budget_gb!r}: "
+                "a live PEFT model is fused layer by layer; unload it and patch the plain model"
             )
+        model.__dict__[RECORD] = patch_live(model, given, example_input, batch_size)
+        return model.__dict__[RECORD]
+    choice, trained = choice_of(given, allow_large_rank)
+    _refuse_patched(model)
+    found = find_wanted(model, choice)
+    _check_trainable(model, trained)
+    sights = observe(model, found, example_input)
+    chosen = choose_targets(model, found, sights, choice)
+    rows = {name: sight.rows for name, sight in sights.items()}
+    left = missing_roles(found, choice)
+    if choice.only is not None:
+        left |= passed_over(choice.only, model, rows)
     generator = None if seed is None else _generator(model, seed)
     _adopt(chosen, generator)
     froze = _freeze(model, trained)
     try:
-        report = _report(model, chosen, rows, froze, batch_size)
+        report = _report(model, chosen, rows, froze, batch_size, left)
         report.blocks = fuse(model, blocks, rows, batch_size)
     except BaseException:
         unfuse(model)
@@ -129,6 +146,11 @@ def unpatch(model: nn.Module, merge: bool = False) -> None:
         PatchError: the model carries no adapters, or one that cannot be taken off; the model is
             left as it was.
     """
+    if fused_layers(model):
+        if merge:
+            raise PatchError("merge=True: PEFT holds these adapters; call its merge_and_unload()")
+        release_live(model)
+        return _forget(model)
     modules = adapted(model)
     for name, module in modules:
         try:
@@ -142,6 +164,11 @@ def unpatch(model: nn.Module, merge: bool = False) -> None:
             module.unmerge()
         module.release()
     unfuse(model)
+    _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    """Drop the report, and let train what it froze."""
     for holder in model.modules():
         if report := holder.__dict__.pop(RECORD, None):
             _thaw(holder, report.froze)
@@ -174,6 +201,11 @@ def merge_all(
 def adapted(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
     """The adapted linears of a patched model, by dotted name; raises PatchError if it has none."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
+    if not found and layers_of(model):
+        raise PatchError(
+            f"{type(model).__name__} carries PEFT's adapters: call PEFT's own methods "
+            "(merge_adapter, disable_adapter, save_pretrained, ...), which patch keeps working"
+        )
     if not found:
         raise PatchError(f"{type(model).__name__} carries no fused_lora adapters: patch it first")
     return found
@@ -185,17 +217,6 @@ def _refuse_patched(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             raise PatchError(f"already patched: {name or 'the model'} carries adapters; unpatch it")
-
-
-def _compiled(trainable: Iterable[str]) -> list[re.Pattern[str]]:
-    if isinstance(trainable, str):
-        trainable = [trainable]
-    try:
-        return [re.compile(pattern) for pattern in trainable]
-    except re.error as error:
-        raise PatchError(
-            f"trainable: {error.pattern!r} is no regular expression: {error}"
-        ) from None
 
 
 def _check_trainable(model: nn.Module, trained: list[re.Pattern[str]]) -> None:
@@ -213,18 +234,28 @@ def _adopt(targets: list[Target], generator: torch.Generator | None) -> None:
     done: list[AdaptedLinear] = []
     try:
         for target in targets:
-            linear = target.linear
-            options = vars(target.config) | {"generator": generator}
-            if "" in target.spans:
-                done.append(FusedLoRALinear.adopt(linear, target.ranks[""], **options))
-            else:
-                done.append(
-                    FusedLoRAGroupedLinear.adopt(linear, target.spans, target.ranks, **options)
-                )
+            done.append(_adopt_one(target, vars(target.config) | {"generator": generator}))
     except BaseException:
         for module in done:
             module.release()
         raise
+
+
+def _adopt_one(target: Target, options: dict[str, Any]) -> AdaptedLinear:
+    module, tensor, spans, ranks = (
+        target.found.module,
+        target.found.tensor,
+        target.spans,
+        target.ranks,
+    )
+    if tensor != "weight":
+        return FusedLoRAChild.attach(module, tensor, spans, ranks, **options)
+    assert isinstance(module, nn.Linear)
+    if target.read:
+        return FusedLoRARead.adopt(module, spans, ranks, **options)
+    if "" in spans:
+        return FusedLoRALinear.adopt(module, ranks[""], **options)
+    return FusedLoRAGroupedLinear.adopt(module, spans, ranks, **options)
 
 
 def _freeze(model: nn.Module, trained: list[re.Pattern[str]]) -> list[str]:
@@ -245,11 +276,13 @@ def _report(
     rows_per_image: dict[str, int],
     froze: list[str],
     batch_size: int,
+    left: dict[str, str],
 ) -> PatchReport:
     rows = []
     for target in targets:
-        module = target.found.module
+        module = model.get_submodule(target.found.name)
         assert isinstance(module, AdaptedLinear)
+        m = rows_per_image[target.found.name] * batch_size
         rows.append(
             Row(
                 target.found.name,
@@ -258,7 +291,7 @@ def _report(
                 module.out_features,
                 tuple(target.ranks.values()),
                 sum(p.numel() for half in module.adapters() for p in half),
-                str(plan_of(module, rows_per_image[target.found.name] * batch_size)),
+                READ if target.read else str(plan_of(module, m)),
             )
         )
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -271,4 +304,5 @@ def _report(
         sum(count for count, _ in counts),
         froze,
         rows_per_image,
+        left,
     )

@@ -51,6 +51,7 @@ class PatchReport:
     froze: list[str] = field(default_factory=list, repr=False)  # names that trained before
     rows_per_image: dict[str, int] = field(default_factory=dict, repr=False)  # x rows per module
     blocks: list[BlockRow] = field(default_factory=list)  # empty at the level of linears
+    left_alone: dict[str, str] = field(default_factory=dict)  # name: why it was not adapted
 
     def __str__(self) -> str:
         header = ("module", "role", "[N, K]", "rank", "parameters", "plan")
@@ -73,6 +74,7 @@ class PatchReport:
                 f"{self.total:,} parameters train ({share:.2%}); plans (forward/dx/gradient/kept) "
                 f"are for batch {self.batch_size} on {self.device}",
                 *grouped(self.blocks),
+                *(f"left alone: {name}: {why}" for name, why in self.left_alone.items()),
             ]
         )
 

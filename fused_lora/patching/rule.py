@@ -1,115 +1,111 @@
 """Roles by structure: which child of an attention or an MLP is which projection.
 
-A rule looks at one module's children and their shapes. A block is the nearest module that holds an
-attention and an MLP; projections outside a block (patch embedding, heads, attention pooling)
-are never hit.
+A rule looks at one module's descendants and their shapes; names only say which descendant to look
+at. A block is the nearest module that holds an attention and an MLP; what lies outside a block
+(patch embedding, heads) or beside the repeated ones (attention pooling), and an MLP inside an
+attention or of another width (relative positions), is never hit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from fused_lora.patching.vocabulary import RULES, Rule, projection
 from fused_lora.types import Role
 
-QKV = (Role.Q, Role.K, Role.V)
-Shape = tuple[int, int]  # (out_features, in_features)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One kind of attention or MLP."""
-
-    name: str
-    attention: bool  # else an MLP
-    children: dict[str, tuple[Role, ...]]  # child linear: the roles of its equal column ranges
-    fits: Callable[..., bool]  # the children's (out, in) sizes, in order
-
-    def matches(self, module: nn.Module) -> bool:
-        """Whether ``module`` has this rule's children, with shapes that fit."""
-        shapes = [_shape(getattr(module, child, None)) for child in self.children]
-        return None not in shapes and self.fits(*shapes)
-
-
-def _shape(module: object) -> Shape | None:
-    """(out, in) of a linear or of what calls itself one; None for anything else."""
-    n, k = (getattr(module, name, None) for name in ("out_features", "in_features"))
-    known = isinstance(module, nn.Module) and isinstance(n, int) and isinstance(k, int)
-    return (n, k) if known else None  # type: ignore[return-value]
-
-
-def _fused_attention(qkv: Shape, proj: Shape) -> bool:
-    return qkv[0] == 3 * proj[1]
-
-
-def _separate_attention(q: Shape, k: Shape, v: Shape, proj: Shape) -> bool:
-    return q[0] == proj[1] == k[0] == v[0]
-
-
-def _mlp(fc1: Shape, fc2: Shape) -> bool:
-    return fc1[0] in (fc2[1], 2 * fc2[1]) and fc1[1] == fc2[0]  # twice as wide: packed GLU
-
-
-def _swiglu(gate: Shape, value: Shape, fc2: Shape) -> bool:
-    return gate[0] == value[0] == fc2[1]
-
-
-RULES = (
-    Rule("fused attention", True, {"qkv": QKV, "proj": (Role.OUT,)}, _fused_attention),
-    Rule(
-        "separate attention",
-        True,
-        {"q_proj": (Role.Q,), "k_proj": (Role.K,), "v_proj": (Role.V,), "proj": (Role.OUT,)},
-        _separate_attention,
-    ),
-    Rule(
-        "SwiGLU",
-        False,
-        {"fc1_g": (Role.FC1,), "fc1_x": (Role.FC1,), "fc2": (Role.FC2,)},
-        _swiglu,
-    ),
-    Rule("MLP", False, {"fc1": (Role.FC1,), "fc2": (Role.FC2,)}, _mlp),
-)
+LATENT = ("latent", "probe")  # what a pool asks with: its own parameter, no token
 
 
 @dataclass(frozen=True)
 class Found:
-    """One projection: the linear's dotted name, and the roles of its column ranges."""
+    """One projection: its dotted name, who holds its weight, and what its columns are for."""
 
     name: str
-    module: nn.Module
+    module: nn.Module  # the linear; or, where the weight is a bare parameter, its holder
     roles: tuple[Role, ...]
+    tensor: str = "weight"  # the weight's name in ``module``
+    kind: str = ""  # of the module that the rule matched; alike ones take their columns apart alike
+
+
+@dataclass(frozen=True)
+class Match:
+    """One module that a rule fits, and where its projections are, in the rule's order."""
+
+    rule: Rule
+    module: nn.Module
+    paths: tuple[str, ...]  # relative to the module
+
+    @property
+    def widths(self) -> set[int]:
+        """Sizes of the tokens that go in and come out."""
+        shapes = [projection(self.module, path) for path in self.paths]
+        assert all(each is not None for each in shapes)
+        return {shapes[0].shape[1], shapes[-1].shape[0]}  # type: ignore[union-attr]
 
 
 def find(model: nn.Module) -> list[Found]:
     """Every projection of every block, in the model's own order."""
-    matched = {
-        name: rule
-        for name, module in model.named_modules()
-        if (rule := next((rule for rule in RULES if rule.matches(module)), None))
+    matched = {name: m for name, module in model.named_modules() if (m := _match(module))}
+    attentions = {name: m for name, m in matched.items() if m.rule.attention}
+    attentions = _without_pools(model, attentions)
+    mlps = {name: m for name, m in matched.items() if not m.rule.attention}
+    mlps = {name: m for name, m in mlps.items() if not set(_ancestors(name)) & set(attentions)}
+    kept = dict(attentions)
+    for name, attention in attentions.items():
+        block = _block(name, mlps)
+        inside = {} if block is None else _inside(block, mlps)
+        kept |= {path: m for path, m in inside.items() if m.widths & attention.widths}
+    return [each for name in matched if name in kept for each in _projections(name, kept[name])]
+
+
+def _match(module: nn.Module) -> Match | None:
+    for rule in RULES:
+        if paths := rule.paths(module):
+            return Match(rule, module, paths)
+    return None
+
+
+def _projections(name: str, match: Match) -> Iterator[Found]:
+    kind = type(match.module).__qualname__
+    for path, roles in zip(match.paths, match.rule.roles, strict=True):
+        where = f"{name}.{path}" if name else path
+        holder, tensor = match.module, path
+        if not roles:  # there for the rule's shapes alone
+            continue
+        if isinstance(holder._parameters.get(path), nn.Parameter):
+            yield Found(where.removesuffix("_weight"), holder, roles, tensor, kind)
+        else:
+            yield Found(where, holder.get_submodule(path), roles, "weight", kind)
+
+
+def _without_pools(model: nn.Module, attentions: dict[str, Match]) -> dict[str, Match]:
+    """Those in numbered blocks, where there are any; a pool or a neck has no number."""
+    numbered = {n: m for n, m in attentions.items() if any(p.isdecimal() for p in n.split("."))}
+    return {
+        name: match
+        for name, match in (numbered or attentions).items()
+        if not _asks_with_its_own(model, name)
     }
-    blocks = {_block(name, matched) for name, rule in matched.items() if rule.attention}
-    return [
-        Found(path, model.get_submodule(path), roles)
-        for name, rule in matched.items()
-        if rule.attention or any(ancestor in blocks for ancestor in _ancestors(name))
-        for child, roles in rule.children.items()
-        for path in (f"{name}.{child}" if name else child,)
-    ]
+
+
+def _asks_with_its_own(model: nn.Module, name: str) -> bool:
+    owners = [model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])]
+    return any(key in owner._parameters for owner in owners for key in LATENT)
+
+
+def _block(attention: str, mlps: dict[str, Match]) -> str | None:
+    return next((each for each in _ancestors(attention) if _inside(each, mlps)), None)
+
+
+def _inside(block: str, mlps: dict[str, Match]) -> dict[str, Match]:
+    prefix = block + "." if block else ""
+    return {name: m for name, m in mlps.items() if name == block or name.startswith(prefix)}
 
 
 def _ancestors(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
-
-
-def _block(attention: str, matched: dict[str, Rule]) -> str | None:
-    mlps = [name for name, rule in matched.items() if not rule.attention]
-    for ancestor in _ancestors(attention):
-        prefix = ancestor + "." if ancestor else ""
-        if any(mlp.startswith(prefix) for mlp in mlps):
-            return ancestor
-    return None

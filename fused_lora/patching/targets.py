@@ -3,45 +3,83 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
+from fused_lora.nn.read import READABLE
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.errors import PatchError
+from fused_lora.patching.lora_config import names_of
 from fused_lora.patching.options import QKV_MODES, Choice, check_patterns, value_for
 from fused_lora.patching.rule import Found, find
-from fused_lora.types import Role
+from fused_lora.patching.trace import alike
+from fused_lora.patching.watch import Columns, Sight
+from fused_lora.types import ALL_ROLES, Role
 
 
 @dataclass(frozen=True)
 class Target:
-    """One linear to adapt."""
+    """One weight to adapt."""
 
     found: Found
-    linear: nn.Linear
     spans: dict[str, tuple[int, int]]  # group name to columns; {"": (0, N)} for all of y
     ranks: dict[str, int]
     config: AdapterConfig
+    read: bool = False  # by others, without a call of its module
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight [N, K]."""
+        return _weight(self.found)
 
 
-def choose_targets(model: nn.Module, choice: Choice) -> list[Target]:
-    """The linears of ``model`` to adapt; raises PatchError where one cannot be."""
+def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
+    """The projections that ``choice`` asks for; raises PatchError where one cannot be adapted."""
     if choice.qkv not in QKV_MODES:
         raise PatchError(f"qkv must be one of {QKV_MODES}, got {choice.qkv!r}")
     found = [each for each in find(model) if set(each.roles) & set(choice.roles)]
     if not found:
         raise PatchError(_nothing_found(model, choice))
+    missing = missing_roles(found, choice)
+    if missing and choice.roles != ALL_ROLES:
+        has = sorted({role.value for each in find(model) for role in each.roles})
+        raise PatchError(
+            f"targets: {type(model).__name__} has no projection with role {', '.join(missing)}; it "
+            f"has {has}"
+        )
     names = [each.name for each in found]
+    if choice.only is not None:
+        names = names_of(choice.only, model, names)
+        found = [each for each in found if each.name in names]
     check_patterns(choice.rank_pattern, "rank_pattern", names)
     check_patterns(choice.alpha_pattern, "alpha_pattern", names)
-    once: dict[nn.Module, Found] = {}  # a linear that two attentions share is adapted once
+    once: dict[tuple[nn.Module, str], Found] = {}  # a linear of two attentions is adapted once
     for each in found:
-        once.setdefault(each.module, each)
-    return [_target(each, choice) for each in once.values()]
+        once.setdefault((each.module, each.tensor), each)
+        _check_adoptable(model, each)
+    return list(once.values())
+
+
+def missing_roles(found: Sequence[Found], choice: Choice) -> dict[str, str]:
+    """The roles asked for that no projection has."""
+    there = {role for each in found for role in each.roles}
+    return {r.value: "no projection has this role" for r in choice.roles if r not in there}
+
+
+def choose_targets(
+    model: nn.Module, found: Sequence[Found], sights: Mapping[str, Sight], choice: Choice
+) -> list[Target]:
+    """What becomes of each projection; raises PatchError where it cannot be served."""
+    apart = {alike(each): sights[each.name].columns for each in reversed(found)}
+    for each in found:
+        if columns := sights[each.name].columns:
+            apart[alike(each)] = columns
+    return [_target(model, each, sights[each.name], apart[alike(each)], choice) for each in found]
 
 
 def _nothing_found(model: nn.Module, choice: Choice) -> str:
@@ -51,47 +89,83 @@ def _nothing_found(model: nn.Module, choice: Choice) -> str:
     )
     return (
         f"no projection with a role in {[role.value for role in choice.roles]} found in "
-        f"{type(model).__name__}: looked for attentions with (qkv, proj) or (q_proj, k_proj, "
-        "v_proj, proj) and MLPs with (fc1, fc2) or (fc1_g, fc1_x, fc2); the model has linears of "
-        f"type {kinds or 'none'}" + (f" and {inside}, which calls no linear" if inside else "")
+        f"{type(model).__name__}: no block has an attention and an MLP of linears that a rule of "
+        "fused_lora/patching/vocabulary.py knows; the model has linears of "
+        f"type {kinds or 'none'}" + (f" and {inside}" if inside else "")
     )
 
 
-def _target(found: Found, choice: Choice) -> Target:
-    linear = _adoptable(found)
-    spans = _spans(found, linear.out_features, choice)
+def _target(
+    model: nn.Module, found: Found, sight: Sight, columns: Columns, choice: Choice
+) -> Target:
+    if not (sight.called or sight.read):
+        raise PatchError(
+            f"{found.name} is neither called nor read by the model's forward: an adapter there "
+            "would silently do nothing"
+        )
+    read = sight.read or _reads_at_will(model, found)
+    n, k = _weight(found).shape
+    spans = _spans(found, n, columns, choice)
     roles = {name: Role(name) if name else found.roles[0] for name in spans}
     ranks = {
         name: value_for(choice.rank_pattern, found.name, role, choice.rank)
         for name, role in roles.items()
     }
     for name, (start, stop) in spans.items():
-        try:
-            check_rank(ranks[name], found.name)
-        except ValueError as error:
-            raise PatchError(str(error)) from None
-        full = min(linear.in_features, stop - start)
-        if ranks[name] > full and not choice.allow_large_rank:
-            raise PatchError(
-                f"{found.name}: rank {ranks[name]} is above min(in_features, columns) = "
-                f"min({linear.in_features}, {stop - start}), where an adapter costs more than it "
-                "can express; allow_large_rank=True accepts it"
-            )
+        _check_rank(found.name, ranks[name], k, stop - start, choice.allow_large_rank)
     alphas = {value_for(choice.alpha_pattern, found.name, r, math.nan) for r in roles.values()}
-    return Target(found, linear, spans, ranks, _with_alpha(choice.config, alphas, found.name))
+    config = _with_alpha(choice.config, alphas, found.name)
+    if read and config.dropout:
+        raise PatchError(
+            f"{found.name}: dropout {config.dropout} cannot be served, since the model reads the "
+            "weight without calling the module: there is no x to drop from"
+        )
+    return Target(found, spans, ranks, config, read)
 
 
-def _adoptable(found: Found) -> nn.Linear:
+def _check_rank(name: str, rank: int, k: int, columns: int, allow_large: bool) -> None:
     try:
-        linear = check_adoptable(found.module, found.name)
+        check_rank(rank, name)
+    except ValueError as error:
+        raise PatchError(str(error)) from None
+    if rank > min(k, columns) and not allow_large:
+        raise PatchError(
+            f"{name}: rank {rank} is above min(in_features, columns) = min({k}, {columns}), where "
+            "an adapter costs more than it can express; allow_large_rank=True accepts it"
+        )
+
+
+def _weight(found: Found) -> Tensor:
+    weight = found.module._parameters.get(found.tensor)
+    assert weight is not None
+    return weight
+
+
+def _check_adoptable(model: nn.Module, found: Found) -> None:
+    try:
+        if found.tensor == "weight" and not _reads_at_will(model, found):
+            check_adoptable(found.module, found.name)
     except TypeError as error:
         raise PatchError(str(error)) from None
-    if linear.weight.dtype not in DTYPES:
-        raise PatchError(f"{found.name}.weight is {linear.weight.dtype}; {DTYPES} are served")
-    if not linear.weight.is_meta and not bool(torch.isfinite(linear.weight).all()):
-        bad = int((~torch.isfinite(linear.weight)).sum())
-        raise PatchError(f"{found.name}.weight holds {bad} non-finite values")
-    return linear
+    weight = _weight(found)
+    where = f"{found.name}.weight" if found.tensor == "weight" else f"{found.name}_weight"
+    if weight.dtype not in DTYPES:
+        raise PatchError(f"{where} is {weight.dtype}; {DTYPES} are served")
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise PatchError(f"{where} holds {bad} non-finite values")
+
+
+def _reads_at_will(model: nn.Module, found: Found) -> bool:
+    """Whether torch's own layers read this weight in some of their ways, whatever one forward did.
+
+    An ``nn.TransformerEncoderLayer`` calls its linears in training and reads them in evaluation.
+    """
+    if found.tensor != "weight":
+        return True
+    owner = model.get_submodule(found.name.rpartition(".")[0])
+    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    return isinstance(owner, kinds) and type(found.module) in READABLE
 
 
 def _with_alpha(config: AdapterConfig, alphas: set[float], name: str) -> AdapterConfig:
@@ -103,13 +177,26 @@ def _with_alpha(config: AdapterConfig, alphas: set[float], name: str) -> Adapter
     return replace(config, alpha=given.pop(), scale=None)
 
 
-def _spans(found: Found, n: int, choice: Choice) -> dict[str, tuple[int, int]]:
-    every = set(found.roles) <= set(choice.roles)
-    if len(found.roles) == 1 or (choice.qkv == "joint" and every):
+def _spans(found: Found, n: int, columns: Columns, choice: Choice) -> dict[str, tuple[int, int]]:
+    wanted = [role for role in found.roles if role in choice.roles]
+    if len(found.roles) == 1:
         return {"": (0, n)}
-    width = n // len(found.roles)
-    return {
-        role.value: (i * width, (i + 1) * width)
-        for i, role in enumerate(found.roles)
-        if role in choice.roles
-    }
+    if choice.qkv == "joint" and wanted == list(found.roles) and Role.FC1 not in wanted:
+        return {"": (0, n)}
+    if not columns and found.tensor != "weight":  # q, k and v in equal thirds, by definition
+        width = n // len(found.roles)
+        columns = tuple((i * width, (i + 1) * width) for i in range(len(found.roles)))
+    if not _covers(columns, len(found.roles), n):
+        words = "|".join(role.value for role in found.roles)
+        raise PatchError(
+            f"{found.name}: its {n} columns were not seen to come apart into {words} "
+            f"({columns or 'no ranges'} seen), as where every head has its own; "
+            'qkv="joint" with all of them among the targets puts one adapter over them'
+        )
+    both = zip(found.roles, columns, strict=True)
+    return {role.value: span for role, span in both if role in choice.roles}
+
+
+def _covers(columns: Columns, count: int, n: int) -> bool:
+    edges = [0, *(stop for _, stop in columns)]
+    return len(columns) == count and edges[-1] == n and [s for s, _ in columns] == edges[:-1]

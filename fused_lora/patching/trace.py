@@ -1,14 +1,13 @@
-"""One forward on the meta device: which linears the model calls, and with how many rows.
+"""One forward on the meta device: which weights the model uses, how, and on how many rows.
 
-Some models read a projection's weight without calling its module; a patched module there would do
-nothing, silently.
+Some models read a projection's weight without calling its module; an adapter on that module's
+output would do nothing, silently, so it goes into the weight instead.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,75 +15,111 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fused_lora.patching.errors import PatchError
+from fused_lora.patching.example import example_for
+from fused_lora.patching.rule import Found
+from fused_lora.patching.watch import Sight, Watch
 
 
-def example_for(model: nn.Module) -> Tensor:
-    """One image on the meta device, in the size the model says it expects, else 224 x 224."""
-    size: Any = None
-    for holder in ("pretrained_cfg", "default_cfg"):
-        configuration = getattr(model, holder, None)
-        if isinstance(configuration, dict) and (size := configuration.get("input_size")):
-            break
-    embed = getattr(model, "patch_embed", None)
-    image = getattr(embed, "img_size", None)
-    if isinstance(image, (tuple, list)) and len(image) == 2:
-        size = (size[0] if size else 3, *image)
-    channels = getattr(getattr(embed, "proj", None), "in_channels", None)
-    if isinstance(channels, int):
-        size = (channels, *(size[1:] if size else (224, 224)))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.empty(1, *(size or (3, 224, 224)), device="meta", dtype=dtype)
-
-
-def rows_per_call(
-    model: nn.Module, modules: Iterable[tuple[str, nn.Module]], example: Any = None
-) -> dict[str, int]:
-    """Rows of x that each named module saw in one forward; absent where it was never called.
+def observe(model: nn.Module, found: Sequence[Found], example: Any = None) -> dict[str, Sight]:
+    """What one forward shows of each projection's weight, by its name.
 
     Args:
         model: left as it is: its parameters are stood in for by empty ones on the meta device.
-        modules: (name, module) pairs to watch.
+        found: the projections to watch.
         example: a tensor, or a tuple of positional or dict of keyword arguments; None for one
-            image. Its first dimension should be 1 for the rows to be those of one image.
+            image. Its first dimension should be 1 for the rows to be those of one image. Where
+            the forward asks for values, it is run once more with them.
 
     Raises:
         PatchError: the forward fails, with its error.
     """
-    rows: dict[str, int] = {}
-
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = inputs[0] if inputs else next(iter(kwargs.values()))
-            rows[name] = max(rows.get(name, 0), math.prod(x.shape[:-1]))
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(note(name), with_kwargs=True) for name, m in modules]
+    example = example_for(model) if example is None else example
     try:
-        _forward_on_meta(model, example_for(model) if example is None else example)
+        return _observed(model, found, example, on_meta=True)
     except Exception as error:
-        raise PatchError(
-            f"a trial forward on the meta device failed ({type(error).__name__}: {error}); pass "
-            "example_input= with one input the model accepts"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return rows
+        first = error
+    if not _any_on_meta(model):
+        try:
+            return _observed(model, found, example, on_meta=False)
+        except Exception as error:
+            first = error
+    raise PatchError(
+        f"a trial forward failed ({type(first).__name__}: {first}); pass example_input= with one "
+        "input the model accepts"
+    ) from first
 
 
-def _forward_on_meta(model: nn.Module, example: Any) -> None:
-    standins = {
-        f"{prefix}.{name}" if prefix else name: torch.empty_like(tensor, device="meta")
-        for prefix, module in model.named_modules()  # each module once, however often it is used
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
-    example = tree_map_only(Tensor, lambda t: t.to("meta"), example)
+def _observed(
+    model: nn.Module, found: Sequence[Found], example: Any, on_meta: bool
+) -> dict[str, Sight]:
+    standins = _standins(model, on_meta)
+    names = {module: name and name + "." for name, module in model.named_modules()}
+    weights = {f.name: id(standins[names[f.module] + f.tensor]) for f in found}
+    sights = {weight: Sight() for weight in weights.values()}
+    watch = Watch(sights, _to_label(found, weights))
+    with ExitStack() as stack:
+        for each in found:
+            if each.tensor == "weight":
+                for hook in _hooks(each.module, *watch.inside(weights[each.name])):
+                    stack.callback(hook.remove)
+        stack.enter_context(_attributes_kept(model))
+        stack.enter_context(torch.random.fork_rng(devices=[] if on_meta else None))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(watch)
+        _call(model, standins, example, on_meta)
+    return {name: sights[weight] for name, weight in weights.items()}
+
+
+def _hooks(module: nn.Module, enter: Any, leave: Any) -> Iterable[Any]:
+    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
+
+
+def _to_label(found: Iterable[Found], weights: dict[str, int]) -> Iterable[int]:
+    """One of each kind of attention with several roles in one weight, by shape."""
+    kinds: dict[tuple[str, torch.Size], int] = {}
+    for each in found:
+        if len(each.roles) > 1:
+            kinds.setdefault(alike(each), weights[each.name])
+    return kinds.values()
+
+
+def alike(found: Found) -> tuple[str, torch.Size]:
+    """What projections that are taken apart alike have in common."""
+    return found.kind, found.module._parameters[found.tensor].shape  # type: ignore[union-attr]
+
+
+def _standins(model: nn.Module, on_meta: bool) -> dict[str, Tensor]:
+    """Parameters and buffers by name; empty ones on meta, or the parameters and cloned buffers."""
+    standins = {}
+    for prefix, module in model.named_modules():  # each module once, however often it is used
+        dot = prefix and prefix + "."
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                standins[dot + name] = (
+                    torch.empty_like(tensor, device="meta") if on_meta else tensor
+                )
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                new = torch.empty_like(tensor, device="meta") if on_meta else tensor.clone()
+                standins[dot + name] = new
+    return standins
+
+
+def _call(model: nn.Module, standins: dict[str, Tensor], example: Any, on_meta: bool) -> None:
+    device = torch.device("meta") if on_meta else next(model.parameters()).device
+    example = tree_map_only(Tensor, lambda t: _moved(t, device), example)
     kwargs = example if isinstance(example, dict) else {}
     args = () if kwargs else example if isinstance(example, tuple) else (example,)
-    with torch.no_grad(), _attributes_kept(model):
-        torch.func.functional_call(model, standins, args, kwargs, tie_weights=False)
+    torch.func.functional_call(model, standins, args, kwargs, tie_weights=False)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    empty = tensor.is_meta and device.type != "meta"  # an example of our own, which had no values
+    return torch.zeros_like(tensor, device=device) if empty else tensor.to(device)
+
+
+def _any_on_meta(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
 
 
 @contextmanager

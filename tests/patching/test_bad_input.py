@@ -11,6 +11,7 @@ import fused_lora
 from fused_lora import PatchError
 from fused_lora.nn import AdaptedLinear
 from fused_lora.patching import patch as patching
+from fused_lora.testing.families import of_timm
 from tests.patching.models import build
 
 
@@ -45,7 +46,10 @@ def refuse(model, message, kind=PatchError, **options):
         ({"qkv": "fused"}, r"qkv must be one of \('separate', 'joint'\), got 'fused'"),
         ({"trainable": ["^heads"]}, r"trainable: '\^heads' matches no parameter"),
         ({"trainable": ["["]}, r"trainable: '\[' is no regular expression"),
-        ({"example_input": torch.randn(1, 3, 40, 32)}, "trial forward .* failed"),
+        (
+            {"example_input": torch.randn(1, 3, 40, 32)},
+            "trial forward failed .AssertionError: Input height",
+        ),
     ],
 )
 def test_options(options, message):
@@ -94,14 +98,56 @@ def test_nothing_to_patch():
     refuse(nn.Sequential(nn.Linear(4, 4)), r"linears of type \['Linear'\]")
 
 
-def test_torchvision_calls_no_linear():
-    model = torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32)
-    refuse(model, r"\['MultiheadAttention'\], which calls no linear")
+def test_an_attention_that_no_rule_knows():
+    model = torchvision.models.MaxVit((64, 64), 16, 2, [16], [1], 8, 0.0)
+    refuse(model, "no block has an attention and an MLP of linears that a rule")
 
 
-def test_a_projection_whose_weight_is_read_without_a_call():
+def test_a_projection_that_is_neither_called_nor_read():
+    model = build()
+    model.blocks[1].attn.forward = lambda x, *_, **__: x
+    refuse(model, r"blocks.1.attn.qkv is neither called nor read by the model's forward")
+
+
+@pytest.mark.parametrize("family", ["TinyViT", "LeViT", "EfficientFormer"])
+def test_columns_that_every_head_has_its_own_of(family):
+    image = of_timm.example(family)
+    refuse(
+        of_timm.build(family),
+        r'seen to come apart into q\|k\|v .* qkv="joint"',
+        example_input=image,
+    )
+
+
+def test_a_role_that_the_model_does_not_have():
+    model = of_timm.build("FastViT")  # its MLPs are convolutions
+    message = r"targets: FastVit has no projection with role fc1; it has \['k', 'out', 'q', 'v'\]"
+    refuse(model, message, targets=["q", "fc1"])
+    report = fused_lora.patch(model, rank=2, example_input=torch.randn(2, 3, 64, 64))
+    assert "left alone: fc1: no projection has this role" in str(report)
+
+
+def test_dropout_before_a_weight_that_is_read():
     model = timm.create_model("beit_base_patch16_224", depth=1)
-    refuse(model, r"blocks.0.attn.qkv is never called by the model's forward")
+    message = r"blocks.0.attn.qkv: dropout 0.1 cannot be served, since the model reads"
+    refuse(model, message, dropout=0.1)
+    fused_lora.patch(model, rank=4, dropout=0.1, targets=["out", "fc1", "fc2"])
+
+
+def test_a_bare_weight_that_cannot_be_served():
+    model = torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32)
+    attention = model.encoder.layers[0].self_attention
+    with torch.no_grad():
+        attention.in_proj_weight[0, 0] = torch.nan
+    refuse(model, r"self_attention.in_proj_weight holds 1 non-finite values")
+    attention.in_proj_weight = nn.Parameter(torch.zeros(48, 16).to(torch.int8), requires_grad=False)
+    refuse(model, r"self_attention.in_proj_weight is torch.int8")
+
+
+def test_a_child_of_the_name_that_the_adapters_need():
+    model = torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32)
+    model.encoder.layers[0].self_attention.in_proj = nn.Identity()
+    refuse(model, "has something else named 'in_proj'", TypeError)
 
 
 def test_an_unknown_linear_subclass():

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import fused_lora
 from fused_lora.nn import AdaptedLinear
 from fused_lora.patching.patch import RECORD
 from fused_lora.patching.rule import find
+from fused_lora.testing.families import of_others, of_timm
 from tests.patching.models import VARIANTS, build, images, wake
 
 every_variant = pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
@@ -369,6 +371,68 @@ def test_a_linear_in_two_attentions_is_adapted_once():
     fused_lora.merge(model)
     fused_lora.unmerge(model)
     fused_lora.unpatch(model)
+
+
+def test_torchs_encoder_layers_compute_the_same_by_their_fast_path():
+    """In evaluation without gradients they read the linears that they call in training."""
+    encoder = of_others.build("torch, encoder layers")
+    x = of_others.example("")[0]
+    fused_lora.patch(encoder, rank=2, example_input=x)
+    wake(encoder)
+    y = encoder(x)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), y)
+        with fused_lora.disable(encoder):
+            assert not torch.allclose(encoder(x), y)
+
+
+def test_a_report_and_an_explanation_name_the_weights_that_are_read():
+    model = of_timm.build("BEiT")
+    text = str(fused_lora.patch(model, rank=4, example_input=torch.randn(1, 3, 32, 32)))
+    assert text.count("in the weight, at every read") == 2
+    told = fused_lora.explain(model, batch_size=8)
+    assert "blocks.0.attn.qkv and 1 more\n  the model reads these weights" in told
+    assert told.count("chosen") == 3
+
+
+def test_columns_are_where_the_model_takes_them_apart():
+    """Keys, values and queries in an order and of widths of their own."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(12, 6 + 6 + 8), nn.Linear(8, 12)
+
+        def forward(self, x):
+            q, k, v = (self.qkv(x) * 2.0).split([6, 6, 8], dim=-1)
+            return self.proj(F.scaled_dot_product_attention(q, k, v))
+
+    block = nn.Sequential(
+        OrderedDict(attn=Odd(), mlp=nn.Sequential(nn.Linear(12, 9), nn.GELU(), nn.Linear(9, 12)))
+    )
+    fused_lora.patch(nn.Sequential(block), rank=2, example_input=torch.randn(1, 5, 12))
+    spans = {name: (s.start, s.stop) for name, s in block.attn.qkv.groups.items()}
+    assert spans == {"q": (0, 6), "k": (6, 12), "v": (12, 20)}
+    assert type(block.mlp[0]) is fused_lora.FusedLoRALinear
+
+
+def test_a_forward_that_asks_for_values_is_tried_with_them():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.norm = build(), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.model(self.norm(x) if x.sum().item() > -1e9 else x)
+
+    model = Asking().train()
+    image = torch.randn(1, 3, 32, 32)
+    random = torch.get_rng_state()
+    fused_lora.patch(model, rank=4, example_input=image, seed=0)
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.norm.num_batches_tracked == 0 and torch.equal(
+        model.norm.running_mean, torch.zeros(3)
+    )
 
 
 def test_nn_sequential_of_patched_blocks_pickles_by_reference():

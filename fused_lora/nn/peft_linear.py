@@ -1,0 +1,129 @@
+"""PEFT's own LoRA linear, its forward computed by ``lora_linear``; everything else stays PEFT's.
+
+    y = x wT + bias + sum_i s_i (x a_iT) b_iT     over the active adapters i
+
+Several active adapters are one of stacked rank: a = [a_1; a_2], b = [s_1 b_1, s_2 b_2]. What this
+cannot compute, PEFT computes: merged or disabled adapters, one adapter per sample, dropout in
+training, variants, hooks on the inner modules. PEFT is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.nn.read import read_weight
+from fused_lora.ops.lora_linear import autocasts, lora_linear
+from fused_lora.ops.lora_linear_checks import DTYPES
+from fused_lora.types import Span
+
+CLASSES = ("FusedPeftLinear", "FusedPeftRead")
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    if name in CLASSES:  # where pickle looks for them
+        return classes()[CLASSES.index(name)]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def classes() -> tuple[type[nn.Module], type[nn.Module]]:
+    """PEFT's ``Linear`` with a fused forward, and one whose ``weight``, when read, is w' too."""
+    from peft.tuners.lora.layer import Linear
+
+    class FusedPeftLinear(Linear):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            names = () if args or _says(kwargs) else usable(self, x)
+            if not names or (self.training and any(_drops(self, name) for name in names)):
+                return super().forward(x, *args, **kwargs)
+            base: Any = self.base_layer
+            a, b, s = _stacked(self, names)
+            return lora_linear(x, base.weight, base.bias, [a], [b], [s])
+
+    class FusedPeftRead(FusedPeftLinear):
+        @property
+        def weight(self) -> Tensor:
+            base: Any = self.base_layer
+            w = base.weight
+            names = usable(self, None)
+            if not names:
+                return w
+            a, b, s = _stacked(self, names)
+            return read_weight(w, [a], [b], [s], [Span(0, w.shape[0], len(a))])
+
+    for kind in (FusedPeftLinear, FusedPeftRead):
+        kind.__module__, kind.__qualname__ = __name__, kind.__name__
+    return FusedPeftLinear, FusedPeftRead
+
+
+def why_not(layer: nn.Module) -> str:
+    """Why PEFT goes on computing ``layer``; empty where it can be fused."""
+    from peft.tuners.lora.layer import Linear
+
+    if type(layer) is not Linear:
+        return f"a {type(layer).__module__}.{type(layer).__name__}, not PEFT's plain lora.Linear"
+    base = layer.base_layer
+    if type(base) is not nn.Linear:
+        return f"its base layer is a {type(base).__module__}.{type(base).__name__}"
+    if base.weight.dtype not in DTYPES:
+        return f"its weight is {base.weight.dtype}"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out"
+    reasons = (_why_not_adapter(layer, name) for name in layer.lora_A)
+    return next((reason for reason in reasons if reason), "")
+
+
+def _why_not_adapter(layer: Any, name: str) -> str:
+    if variant := layer.lora_variant.get(name):
+        kind = variant if isinstance(variant, type) else type(variant)
+        return f"adapter {name!r} is PEFT's {kind.__name__}"
+    if layer.lora_bias.get(name):
+        return f"adapter {name!r} has a bias (lora_bias)"
+    for half in (layer.lora_A[name], layer.lora_B[name]):
+        if type(half) is not nn.Linear:
+            return f"adapter {name!r} has a {type(half).__name__} where a Linear was expected"
+    return ""
+
+
+def usable(layer: Any, x: Tensor | None) -> tuple[str, ...]:
+    """The active adapters, if a fused call on ``x`` computes what PEFT would; else none."""
+    if layer.disable_adapters or layer.merged:
+        return ()
+    names = tuple(name for name in layer.active_adapters if name in layer.lora_A)
+    if any(_why_not_adapter(layer, name) for name in names):
+        return ()
+    inner = (half[name] for half in (layer.lora_A, layer.lora_B) for name in names)
+    if x is not None and (_hooked((layer.base_layer, *inner)) or not _fits(layer.base_layer, x)):
+        return ()
+    return names
+
+
+def _fits(base: nn.Linear, x: Tensor) -> bool:
+    """Where it does not, torch's own error is the right one."""
+    return isinstance(x, Tensor) and (autocasts(x) or x.dtype is base.weight.dtype)
+
+
+def _hooked(modules: Iterable[nn.Module]) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+
+
+def _says(kwargs: dict[str, Any]) -> bool:
+    return any(value is not None for value in kwargs.values())
+
+
+def _drops(layer: Any, name: str) -> bool:
+    return bool(getattr(layer.lora_dropout[name], "p", 0.0))
+
+
+def _stacked(layer: Any, names: tuple[str, ...]) -> tuple[Tensor, Tensor, float]:
+    """(a [sum R, K], b [N, sum R], s); the parameters themselves where there is one adapter."""
+    a = [layer.lora_A[name].weight for name in names]
+    b = [layer.lora_B[name].weight for name in names]
+    if len(names) == 1:
+        return a[0], b[0], float(layer.scaling[names[0]])
+    scaled = [layer.scaling[name] * half for name, half in zip(names, b, strict=True)]
+    return torch.cat(a), torch.cat(scaled, dim=1), 1.0

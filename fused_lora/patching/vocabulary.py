@@ -1,0 +1,226 @@
+"""The table of rules: how models of timm, transformers, torchvision and open_clip are built.
+
+Each entry names descendants of one module: linears, or bare parameters that end in ``_weight``.
+Shapes decide whether they are what their names say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from torch import nn
+
+from fused_lora.types import Role
+
+Q, K, V, OUT, FC1, FC2 = Role
+Shape = tuple[int, int]  # (out_features, in_features)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of attention or MLP."""
+
+    name: str
+    attention: bool  # else an MLP
+    roles: tuple[tuple[Role, ...], ...]  # of each projection's column ranges
+    names: tuple[tuple[str, ...], ...]  # the ways to name the projections
+    fits: Callable[..., bool]  # the projections' (out, in) sizes, in order
+
+    def paths(self, module: nn.Module) -> tuple[str, ...]:
+        """Where in ``module`` the projections are; empty where the rule does not fit."""
+        for names in self.names:
+            found = [_path(module, name) for name in names]
+            if None in found:
+                continue
+            shapes = [projection(module, path).shape for path in found if path]  # type: ignore[union-attr]
+            if self.fits(*shapes):
+                return tuple(path for path in found if path)
+        return ()
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear, or what calls itself one; or a bare weight."""
+
+    shape: Shape
+
+
+def projection(module: nn.Module, path: str) -> Projection | None:
+    """What lies at ``path``; None for anything that projects nothing."""
+    owner: object = module
+    for part in path.split("."):
+        if not isinstance(owner, nn.Module):
+            return None
+        inside = getattr(owner, part, None)
+        own = inside if isinstance(inside, nn.Module) else None
+        owner = owner._parameters.get(part) if own is None else own  # no wrapper's property
+    if isinstance(owner, nn.Parameter):
+        return Projection(tuple(owner.shape)) if owner.dim() == 2 else None  # type: ignore[arg-type]
+    n, k = (getattr(owner, name, None) for name in ("out_features", "in_features"))
+    known = isinstance(owner, nn.Module) and isinstance(n, int) and isinstance(k, int)
+    return Projection((n, k)) if known else None  # type: ignore[arg-type]
+
+
+def _path(module: nn.Module, name: str) -> str | None:
+    """``name``, or the linear that what is there wraps (a clamp or a norm around it)."""
+    tries = (name, f"{name}.linear")
+    return next((each for each in tries if projection(module, each)), None)
+
+
+def _fused(qkv: Shape, proj: Shape) -> bool:
+    return qkv[0] > proj[1]  # three times as wide, but where keys are narrower than values
+
+
+def _separate(q: Shape, k: Shape, v: Shape, proj: Shape) -> bool:
+    return q[0] == proj[1] and k[0] == v[0] and q[0] % k[0] == 0  # fewer keys where queries share
+
+
+def _key_value(q: Shape, kv: Shape, proj: Shape) -> bool:
+    return 2 * q[0] == kv[0] and q[0] == proj[1]
+
+
+def _query_key(qk: Shape, v: Shape, proj: Shape) -> bool:
+    return qk[0] % 2 == 0 and qk[1] == v[1] and v[0] == proj[1]
+
+
+def _outlook(attn: Shape, v: Shape, proj: Shape) -> bool:
+    return v[0] == proj[1] and attn[1] == v[1]
+
+
+def _parallel(first: Shape, proj: Shape, fc2: Shape) -> bool:
+    return first[0] == 3 * proj[1] + fc2[1]
+
+
+def _parallel_joined(first: Shape, out: Shape) -> bool:
+    return first[0] == 2 * out[0] + out[1] and out[1] > out[0]
+
+
+def _mlp(fc1: Shape, fc2: Shape) -> bool:
+    return fc1[0] in (fc2[1], 2 * fc2[1]) and fc1[1] == fc2[0]  # twice as wide: packed GLU
+
+
+def _gated(gate: Shape, value: Shape, fc2: Shape) -> bool:
+    return gate == value and gate[0] == fc2[1] and gate[1] == fc2[0]
+
+
+def _with(
+    inputs: tuple[tuple[str, ...], ...], outs: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
+    return tuple((*names, out) for names, out in product(inputs, outs))
+
+
+def _nested(names: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, ...]]:
+    """transformers until 4: the projections one module deeper than the output."""
+    for inner, each in product(("attention", "self"), names):
+        yield (*(f"{inner}.{name}" for name in each), "output.dense")
+
+
+OUTS = (
+    "proj",
+    "out_proj",
+    "o_proj",
+    "projection",
+    "projection_layer",
+    "proj.ln",
+    "to_out.0",
+    "out",
+)
+QKV = (("qkv",), ("to_qkv",), ("in_proj",), ("Wqkv",), ("qkv_proj",))
+SEPARATE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+    ("to_q", "to_k", "to_v"),
+    ("projection_query", "projection_key", "projection_value"),
+)
+
+RULES = (
+    Rule(
+        "parallel block",
+        True,
+        ((FC1, Q, K, V), (OUT,), (FC2,)),
+        (("in_proj", "attn_out_proj", "mlp_out_proj"),),
+        _parallel,
+    ),
+    Rule(
+        "parallel block, outputs joined",
+        True,
+        ((FC1, Q, K, V), (OUT,)),
+        (("in_proj", "out_proj"),),
+        _parallel_joined,
+    ),
+    Rule(
+        "bare weights",
+        True,
+        ((Q, K, V), (OUT,)),
+        (("in_proj_weight", "out_proj"),),
+        lambda qkv, proj: qkv[0] == 3 * proj[1],
+    ),
+    Rule(
+        "bare weights apart",
+        True,
+        ((Q,), (K,), (V,), (OUT,)),
+        (("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"),),
+        _separate,
+    ),
+    Rule(  # queries come from elsewhere
+        "fused keys and values",
+        True,
+        ((K, V), (OUT,)),
+        (("qkv", "proj"),),
+        lambda kv, proj: kv[0] == 2 * proj[1],
+    ),
+    Rule(
+        "fused attention",
+        True,
+        ((Q, K, V), (OUT,)),
+        (*_with(QKV, OUTS), *_nested(QKV)),
+        _fused,
+    ),
+    Rule(
+        "separate attention",
+        True,
+        ((Q,), (K,), (V,), (OUT,)),
+        (*_with(SEPARATE, OUTS), *_nested(SEPARATE)),
+        _separate,
+    ),
+    Rule("key-value attention", True, ((Q,), (K, V), (OUT,)), (("q", "kv", "proj"),), _key_value),
+    Rule("query-key attention", True, ((Q, K), (V,), (OUT,)), (("qk", "v", "proj"),), _query_key),
+    Rule("outlook attention", True, ((), (V,), (OUT,)), (("attn", "v", "proj"),), _outlook),
+    Rule(
+        "gated MLP",
+        False,
+        ((FC1,), (FC1,), (FC2,)),
+        (
+            ("gate_proj", "up_proj", "down_proj"),
+            ("fc1_g", "fc1_x", "fc2"),
+            ("w0", "w1", "w2"),
+            ("w1", "w2", "w3"),
+            ("w1", "w3", "w2"),
+        ),
+        _gated,
+    ),
+    Rule(
+        "MLP",
+        False,
+        ((FC1,), (FC2,)),
+        (
+            ("fc1", "fc2"),
+            ("lin1", "lin2"),
+            ("linear1", "linear2"),
+            ("c_fc", "c_proj"),
+            ("up_proj", "down_proj"),
+            ("intermediate.dense", "output.dense"),
+            ("w12", "w3"),
+            ("weights_in", "weights_out"),
+            ("dense1", "dense2"),
+            ("ln1", "ln2"),
+            ("0", "2"),
+            ("0", "3"),
+        ),
+        _mlp,
+    ),
+)
