@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fused_lora.nn import AdaptedLinear, AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
+from fused_lora.ops.sharded import is_sharded
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
 from fused_lora.patching.options import Choice, roles_of
@@ -168,6 +169,9 @@ def _refuse_patched(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             raise PatchError(f"already patched: {name or 'the model'} carries adapters; unpatch it")
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise PatchError(f"{name} is sharded over processes: patch first, then fully_shard")
 
 
 def _compiled(trainable: Iterable[str]) -> list[re.Pattern[str]]:
@@ -212,7 +216,7 @@ def _adopt(targets: list[Target], generator: torch.Generator | None) -> None:
 
 def _freeze(model: nn.Module, trained: list[re.Pattern[str]]) -> list[str]:
     froze = []
-    adapters = {id(p) for _, module in adapted(model) for half in module.adapters() for p in half}
+    adapters = {id(p) for _, module in adapted(model) for p in module.lora_parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) in adapters or any(pattern.search(name) for pattern in trained):
             continue
@@ -240,7 +244,7 @@ def _report(
                 module.in_features,
                 module.out_features,
                 tuple(target.ranks.values()),
-                sum(p.numel() for half in module.adapters() for p in half),
+                sum(p.numel() for p in module.lora_parameters()),
                 str(plan_of(module, rows_per_image[target.found.name] * batch_size)),
             )
         )
