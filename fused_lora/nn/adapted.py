@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
-from fused_lora.nn.inits import check_start, draw
+from fused_lora.nn.inits import OF_WEIGHT, check_start, draw
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear import lora_linear
@@ -98,6 +98,8 @@ class AdaptedLinear(WithVariants):
         if self.lora_parameters()[0].is_meta:
             return
         init = self.config.init
+        if init in OF_WEIGHT:
+            self._refuse_sharded("reset_adapters")
         for name, span, scale in zip(self._groups, self._spans, self.scales, strict=True):
             a, b = self.adapter(name)
             draw(init, self.weight[span.start : span.stop], a, b, scale, generator)
