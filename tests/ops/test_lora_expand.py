@@ -1,4 +1,4 @@
-"""shrink, expand_add and lora_add: the two halves of an adapter, and dropout without a mask kept."""
+"""shrink, expand_add, lora_add: the two halves of an adapter, and dropout that keeps no mask."""
 
 from __future__ import annotations
 
