@@ -39,6 +39,8 @@ class AdaptedLinear(WithVariants):
     """
 
     config: AdapterConfig
+    plain: type[nn.Linear] = nn.Linear  # what it was, and becomes on release
+    around = False  # whether the base is computed by a forward of its own
 
     def _attach(
         self,
@@ -213,7 +215,7 @@ class AdaptedLinear(WithVariants):
             del self._parameters[name]
         for name in STATE:
             del self.__dict__[name]
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.__class__ = self.plain  # type: ignore[assignment]
         return self
 
     def check_releasable(self) -> None:
@@ -284,6 +286,7 @@ def check_adoptable(linear: nn.Module, where: str) -> nn.Linear:
     if type(linear) is not nn.Linear:
         raise TypeError(
             f"{where} is a {type(linear).__module__}.{type(linear).__name__}, not a plain "
-            "torch.nn.Linear: its own forward would be lost"
+            "torch.nn.Linear: its own forward would be lost; keep_forward=True keeps it and adds "
+            "the adapters to its result"
         )
     return linear

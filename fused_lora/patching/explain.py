@@ -67,15 +67,19 @@ def explain(
     rows_per_image = _rows_per_image(model, RECORD)
     shapes: dict[Problem, list[str]] = {}
     where: dict[Problem, AdaptedLinear] = {}
+    around = [f"{name}\n  added to its own forward" for name, m in adapted(model) if m.around]
     for name, module in adapted(model):
+        if module.around:
+            continue
         rows = rows_per_image.get(module, 1) * batch_size
         question = problem_of(module, rows, dtype)
         shapes.setdefault(question, []).append(name)
         where[question] = module
-    return "\n\n".join(
+    planned = [
         _paragraph(question, names, where[question], dtype, device)
         for question, names in shapes.items()
-    )
+    ]
+    return "\n\n".join(planned + around)
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -9,16 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_lora.nn import AdaptedLinear, AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
+from fused_lora.nn import (
+    AdaptedLinear,
+    AdapterConfig,
+    FusedLoRAGroupedLinear,
+    FusedLoRALinear,
+    adopt_around,
+)
+from fused_lora.nn.around import standing_in
 from fused_lora.ops.sharded import is_sharded
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
-from fused_lora.patching.options import Choice, roles_of
+from fused_lora.patching.options import Choice, layers_of, roles_of
 from fused_lora.patching.report import PatchReport, Row
 from fused_lora.patching.targets import Target, choose_targets
 from fused_lora.patching.trace import rows_per_call
 from fused_lora.types import Role
 
+AROUND = "added to its own forward"  # the plan of a linear that computes its base itself
 RECORD = "_fused_lora_report"  # attribute of the patched model that remembers how to go back
 
 
@@ -35,6 +43,9 @@ def patch(
     batch_size: int = 32,
     seed: int | None = None,
     allow_large_rank: bool = False,
+    layers: Iterable[int] | int | None = None,
+    exclude: Iterable[str] | str = (),
+    keep_forward: bool = False,
     **options: Any,
 ) -> PatchReport:
     """Put LoRA on the projections of every transformer block, in place, and freeze the rest.
@@ -53,6 +64,10 @@ def patch(
         seed: of the adapters' initial values; None draws from torch's global generator.
         allow_large_rank: accept ranks above min(in_features, columns), which cost more than they
             can express; otherwise they are an error.
+        layers: numbers of the blocks to adapt; None for all of them.
+        exclude: regular expressions of dotted names to leave out.
+        keep_forward: adapt linears of other classes too (8 or 4 bits, fp8): their own forward
+            computes the base and the adapters are added to its result; these cannot be merged.
         **options: fields of ``fused_lora.nn.AdapterConfig`` (alpha, scale, dropout, init, ...).
 
     Returns:
@@ -72,6 +87,9 @@ def patch(
         rank_pattern or {},
         alpha_pattern or {},
         allow_large_rank,
+        layers_of(layers),
+        (exclude,) if isinstance(exclude, str) else tuple(exclude),
+        keep_forward,
     )
     trained = _compiled(trainable)
     check_batch_size(batch_size)
@@ -79,7 +97,8 @@ def patch(
     chosen = choose_targets(model, choice)
     _check_trainable(model, trained)
     watched = [(target.found.name, target.found.module) for target in chosen]
-    rows = rows_per_call(model, watched, example_input)
+    with standing_in(module for _, module in watched if keep_forward):
+        rows = rows_per_call(model, watched, example_input)
     for name, _ in watched:
         if name not in rows:
             raise PatchError(
@@ -202,7 +221,11 @@ def _adopt(targets: list[Target], generator: torch.Generator | None) -> None:
         for target in targets:
             linear = target.linear
             options = vars(target.config) | {"generator": generator}
-            if "" in target.spans:
+            if type(linear) is not nn.Linear:
+                spans = None if "" in target.spans else target.spans
+                ranks = target.ranks[""] if spans is None else target.ranks
+                done.append(adopt_around(linear, ranks, spans, **options))
+            elif "" in target.spans:
                 done.append(FusedLoRALinear.adopt(linear, target.ranks[""], **options))
             else:
                 done.append(
@@ -245,7 +268,9 @@ def _report(
                 module.out_features,
                 tuple(target.ranks.values()),
                 sum(p.numel() for p in module.lora_parameters()),
-                str(plan_of(module, rows_per_image[target.found.name] * batch_size)),
+                AROUND
+                if module.around
+                else str(plan_of(module, rows_per_image[target.found.name] * batch_size)),
             )
         )
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]

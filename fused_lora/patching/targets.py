@@ -12,7 +12,7 @@ from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.options import QKV_MODES, Choice, check_patterns, value_for
+from fused_lora.patching.options import QKV_MODES, Choice, check_patterns, selected, value_for
 from fused_lora.patching.rule import Found, find
 from fused_lora.types import Role
 
@@ -35,6 +35,8 @@ def choose_targets(model: nn.Module, choice: Choice) -> list[Target]:
     found = [each for each in find(model) if set(each.roles) & set(choice.roles)]
     if not found:
         raise PatchError(_nothing_found(model, choice))
+    left = selected((each.name for each in found), choice)
+    found = [each for each in found if each.name in left]
     names = [each.name for each in found]
     check_patterns(choice.rank_pattern, "rank_pattern", names)
     check_patterns(choice.alpha_pattern, "alpha_pattern", names)
@@ -58,7 +60,7 @@ def _nothing_found(model: nn.Module, choice: Choice) -> str:
 
 
 def _target(found: Found, choice: Choice) -> Target:
-    linear = _adoptable(found)
+    linear = _adoptable(found, choice.keep_forward)
     spans = _spans(found, linear.out_features, choice)
     roles = {name: Role(name) if name else found.roles[0] for name in spans}
     ranks = {
@@ -81,7 +83,9 @@ def _target(found: Found, choice: Choice) -> Target:
     return Target(found, linear, spans, ranks, _with_alpha(choice.config, alphas, found.name))
 
 
-def _adoptable(found: Found) -> nn.Linear:
+def _adoptable(found: Found, keep_forward: bool) -> nn.Linear:
+    if keep_forward and isinstance(found.module, nn.Linear) and type(found.module) is not nn.Linear:
+        return found.module
     try:
         linear = check_adoptable(found.module, found.name)
     except TypeError as error:

@@ -38,7 +38,7 @@ def weight_of(module):
     for (name, span), s in zip(module.groups.items(), module.scales, strict=True):
         a, b = module.adapter(name)
         suffix = f"_{name}" if name else ""
-        mid = getattr(module, f"lora_mid{suffix}", torch.ones(3, dtype=w.dtype))
+        mid = getattr(module, f"lora_mid{suffix}", torch.ones(3, dtype=b.dtype))
         rows = w[span.start : span.stop] + s * b @ (torch.diag(mid) if mid.dim() == 1 else mid) @ a
         if module.config.dora:
             norm = rows.detach().norm(dim=1, keepdim=True)
