@@ -32,6 +32,7 @@ from fused_lora.io.peft import BLOCKS, Settings, settings_of
 from fused_lora.io.state_dict import Changes, adapter_changes, check_values, lora_state_dict
 from fused_lora.io.trained import trained_modules, whole_state
 from fused_lora.nn import AdaptedLinear
+from fused_lora.ops.sharded import gathered, writes
 
 
 def save(
@@ -44,7 +45,8 @@ def save(
     """Write the adapters of a patched model as PEFT does; ``PeftModel.from_pretrained`` reads them.
 
     Separate adapters on a fused qkv are written as the one adapter of rank sum R that they are
-    together; ``load`` takes them apart again, bit for bit.
+    together; ``load`` takes them apart again, bit for bit. Where the model is sharded (FSDP2) every
+    process must call this, and the first one writes.
 
     Args:
         model: a patched model, merged or not.
@@ -69,10 +71,11 @@ def save(
         tensors, blocks[BLOCKS] = in_blocks(tensors, groups)
     for key, tensor in whole_state(model, others).items():
         check_values(tensor, key)
-        tensors[key] = tensor
+        tensors[key] = gathered(tensor)
     config = _config(model, groups, others) | blocks
     text = json.dumps(config, indent=2) + "\n"
-    write_pair(Path(folder), text.encode(), pack(tensors, groups, config))
+    if writes(model):
+        write_pair(Path(folder), text.encode(), pack(tensors, groups, config))
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.nn import AdaptedLinear
+from fused_lora.ops.sharded import gathered
 from fused_lora.types import Span
 
 
@@ -55,7 +56,9 @@ def total_rank(groups: Sequence[Group]) -> int:
 def fuse(module: AdaptedLinear) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(A, B, the b put aside by group name), copies of the module's adapters."""
     groups = groups_of(module)
-    pairs = [tuple(half.detach() for half in module.adapter(group.name)) for group in groups]
+    pairs = [
+        tuple(gathered(half.detach()) for half in module.adapter(group.name)) for group in groups
+    ]
     a = torch.cat([a for a, _ in pairs])
     dtype = torch.cat([b[:0, :0] for _, b in pairs]).dtype  # as cat promotes
     fused = a.new_zeros(module.out_features, len(a), dtype=dtype)

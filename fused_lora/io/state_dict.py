@@ -12,13 +12,15 @@ from fused_lora.io.errors import AdapterFileError
 from fused_lora.io.fuse import Group, fuse, groups_of, split, total_rank
 from fused_lora.io.keys import a_key, adapted, aside_key, b_key, bare, check_keys, unmerged
 from fused_lora.nn import AdaptedLinear
+from fused_lora.ops.sharded import like
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of a patched model's adapters: ``base_model.model.<module>.lora_A.weight`` [R, K], ...
 
-    Separate adapters on one linear come as the one adapter that they are together (``io/fuse.py``).
-    The scales are no tensors: ``save`` keeps them, this does not.
+    Separate adapters on one linear come as the one adapter they are together (``io/fuse.py``).
+    The scales are no tensors: ``save`` keeps them, this does not. Where the model is sharded
+    (FSDP2) the tensors come whole, and every process must call this.
 
     Raises:
         AdapterFileError: no adapters, values that are not finite, or no values yet (meta).
@@ -61,7 +63,7 @@ class Changes:
         """Do it."""
         with torch.no_grad():
             for destination, value in self.tensors:
-                destination.copy_(value)
+                destination.copy_(like(value, destination))
         for module, group, scale in self.scales:
             module.set_scale(scale, group)
 

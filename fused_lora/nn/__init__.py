@@ -1,6 +1,7 @@
 """Modules that are an ``nn.Linear`` with adapters on it."""
 
 from fused_lora.nn.adapted import AdaptedLinear
+from fused_lora.nn.around import AroundLinear, adopt_around
 from fused_lora.nn.bare import FusedLoRAChild
 from fused_lora.nn.block import FusedLoRABlock
 from fused_lora.nn.block_mlp import FusedLoRAMlp
@@ -11,10 +12,12 @@ from fused_lora.nn.read import FusedLoRARead
 __all__ = [
     "AdaptedLinear",
     "AdapterConfig",
+    "AroundLinear",
     "FusedLoRABlock",
     "FusedLoRAChild",
     "FusedLoRAGroupedLinear",
     "FusedLoRALinear",
     "FusedLoRAMlp",
     "FusedLoRARead",
+    "adopt_around",
 ]

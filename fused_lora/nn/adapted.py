@@ -14,10 +14,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fused_lora.nn.borrow import borrow
 from fused_lora.nn.box import Box
-from fused_lora.nn.config import AdapterConfig
+from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
+from fused_lora.nn.inits import OF_WEIGHT, check_start, draw
 from fused_lora.nn.loan import borrowers_of
+from fused_lora.nn.variants import WithVariants, key_of
+from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear import lora_linear
-from fused_lora.ops.lora_merge import lora_merge
+from fused_lora.ops.sharded import is_sharded
 from fused_lora.types import Span
 
 Self = TypeVar("Self", bound="AdaptedLinear")
@@ -31,6 +34,7 @@ STATE = (  # beside the parameters
     "_lent",
     "_scales",
     "_base",
+    "_origin",
 )
 
 
@@ -40,15 +44,18 @@ def check_rank(rank: int, where: str) -> None:
         raise ValueError(f"{where}: rank must be a whole number from 1 on, got {rank!r}")
 
 
-class AdaptedLinear(nn.Linear):
+class AdaptedLinear(WithVariants):
     """An ``nn.Linear`` with one adapter (a, b) per named group of output columns.
 
     Parameters beyond the linear's own: ``lora_A`` [R, K] and ``lora_B`` [columns, R], with the
-    suffix ``_<group>`` where groups are named. The base's state-dict keys stay as they are, and a
+    suffix ``_<group>`` where groups are named; with the options ``mid`` and ``dora`` also
+    ``lora_mid`` and ``lora_magnitude``. The base's state-dict keys stay as they are, and a
     checkpoint without adapter keys loads strictly.
     """
 
     config: AdapterConfig
+    plain: type[nn.Linear] = nn.Linear  # what it was, and becomes on release
+    around = False  # whether the base is computed by a forward of its own
 
     def _attach(
         self,
@@ -61,10 +68,12 @@ class AdaptedLinear(nn.Linear):
             check_rank(ranks[name], type(self).__name__ + (name and f" {name}"))
         spans = {name: Span(*columns[name], ranks[name]) for name in columns}
         self._describe(spans, [config.scale_for(ranks[name]) for name in columns], config)
-        for name, span in zip(self._groups, self._spans, strict=True):
+        check_start(config.init, self.base, self._spans, self.scales)
+        for name, span in spans.items():
             a, b = self._empty(span.rank, self.in_features), self._empty(span.width, span.rank)
             self.register_parameter(key_of("lora_A", name), a)
             self.register_parameter(key_of("lora_B", name), b)
+            self._register_variants(name, span)
         self.reset_adapters(generator)
 
     def _describe(
@@ -79,6 +88,7 @@ class AdaptedLinear(nn.Linear):
         self._lent = False  # whether another module computes with parts of these adapters
         self._scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
         self._base: tuple[Tensor, ...] = ()  # the frozen weight, while merged
+        self._origin: tuple[Tensor, ...] = ()  # the weight as it was, where the init changed it
 
     @property
     def base(self) -> Tensor:
@@ -88,9 +98,9 @@ class AdaptedLinear(nn.Linear):
     def _put_base(self, weight: Tensor) -> None:
         self.weight = cast(nn.Parameter, weight)
 
-    def _empty(self, rows: int, columns: int) -> nn.Parameter:
+    def _empty(self, *shape: int) -> nn.Parameter:
         device, dtype = self.base.device, self.config.adapter_dtype
-        return nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     @property
     def groups(self) -> dict[str, Span]:
@@ -133,18 +143,25 @@ class AdaptedLinear(nn.Linear):
         self._scales[slice(None) if group is None else self._groups.index(group)] = scale
 
     def reset_adapters(self, generator: torch.Generator | None = None) -> None:
-        """Draw a anew and set b to zero: the module computes its base again."""
+        """Start a and b anew, as the ``init`` says: the module computes its base again."""
         self._refuse_merged("reset_adapters")
-        for name, span in zip(self._groups, self._spans, strict=True):
+        if self._origin:
+            self._put_base(self._origin[0])
+            self._origin = ()
+        if self.lora_parameters()[0].is_meta:
+            return
+        init = self.config.init
+        if init in OF_WEIGHT:
+            self._refuse_sharded("reset_adapters")
+        for name, span, scale in zip(self._groups, self._spans, self.scales, strict=True):
             a, b = self.adapter(name)
-            if a.is_meta:
-                continue
-            with torch.no_grad():
-                if self.config.init == "gaussian":
-                    a.normal_(std=1 / span.rank, generator=generator)
-                else:
-                    nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-                b.zero_()
+            draw(init, self.base[span.start : span.stop], a, b, scale, generator)
+            if init == "svd":
+                for half in (a, b):
+                    half.requires_grad_(False)
+        self._reset_variants()
+        if init in CHANGES_BASE:
+            self._take_from_base()
 
     def reset_parameters(self) -> None:
         """Draw everything anew, base and adapters, as is done after ``to_empty``."""
@@ -183,24 +200,23 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features]."""
         if not self.adapter_enabled:
-            return F.linear(x, self._base[0] if self._base else self.base, self.bias)
+            return F.linear(x, self._frozen(), self.bias)
         if self._base:
             self._refuse_training_merged()
             return F.linear(x, self.base, self.bias)
-        if self.training and self.config.dropout:
-            return self._forward_with_dropout(x)
-        a, b = self._pairs()
-        spans, impl = self._used, self.config.impl
-        return lora_linear(x, self.base, self.bias, a, b, self._scales, spans, impl=impl)
+        if not self.config.dora:
+            return self._adapted(x, self.bias)
+        y = self._adapted(x, None)
+        y = y * self._output_factors().to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _forward_with_dropout(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.base, self.bias)
-        dropped = F.dropout(x, self.config.dropout)
-        scales = self._scales if torch.compiler.is_compiling() else self.scales
-        for a, b, s, span in zip(*self._pairs(), scales, self._used, strict=True):
-            h = s * F.linear(dropped, a.to(y.dtype) if a.dtype != x.dtype else a)
-            y[..., span.start : span.stop].add_(F.linear(h, b.to(y.dtype)))
-        return y
+    def _adapted(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        a, b = self._operands()
+        scales, spans, config = self._scales, self._used, self.config
+        if self.training and config.dropout:
+            y = F.linear(x, self.base, bias)
+            return lora_add(y, x, a, b, scales, spans, config.dropout)
+        return lora_linear(x, self.base, bias, a, b, scales, spans, impl=config.impl)
 
     def _refuse_training_merged(self) -> None:
         if self.training and torch.is_grad_enabled():
@@ -224,13 +240,20 @@ class AdaptedLinear(nn.Linear):
         """
         if self.merged:
             raise RuntimeError("merge: already merged")
+        self._refuse_sharded("merge")
         base = self.base
         with torch.no_grad():
-            merged = lora_merge(
-                base, *self._pairs(), self.scales, self._used, rounding, seed, impl=impl
-            )
+            merged = self._merged(base, rounding, seed, impl)
         self._base = (base,)
         self._put_base(nn.Parameter(merged, requires_grad=False))
+
+    def _refuse_sharded(self, action: str) -> None:
+        shape = (self.out_features, self.in_features)
+        if is_sharded(self.base) or tuple(self.base.shape) != shape:
+            raise RuntimeError(
+                f"{action}: the weight is sharded over processes (FSDP), which would put it back: "
+                f"{action} an unsharded copy of the model"
+            )
 
     def unmerge(self) -> None:
         """Put the frozen weight back: the same parameter, the same bits."""
@@ -244,16 +267,18 @@ class AdaptedLinear(nn.Linear):
         self.check_releasable()
         if self.merged:
             self.base.requires_grad_(self._base[0].requires_grad)
-        for name in self._groups:
-            for half in ("lora_A", "lora_B"):
-                self._parameters.pop(key_of(half, name), None)
+        elif self._origin:
+            self._put_base(self._origin[0])
+        for name in [name for name in self._parameters if name.startswith("lora_")]:
+            del self._parameters[name]
         for name in STATE:
             self.__dict__.pop(name, None)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.__class__ = self.plain  # type: ignore[assignment]
         return self
 
     def check_releasable(self) -> None:
         """Raises RuntimeError where ``release`` would lose something."""
+        self._refuse_sharded("release")
         if self._lent and (students := len(borrowers_of(self))):
             raise RuntimeError(
                 f"release: {students} modules of a student compute with these adapters: unpatch "
@@ -266,14 +291,14 @@ class AdaptedLinear(nn.Linear):
             )
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if not self.merged:
-            return super()._apply(fn, recurse)
-        base = cast(nn.Parameter, self._base[0])
-        self._parameters["_base"] = base  # moved as any parameter is, in place if it can
+        aside = {name: self.__dict__[name] for name in ("_base", "_origin") if self.__dict__[name]}
+        for name, (weight,) in aside.items():  # moved as any parameter is, in place if it can
+            self._parameters[name] = weight
         try:
             return super()._apply(fn, recurse)
         finally:
-            self._base = (cast(nn.Parameter, self._parameters.pop("_base")),)
+            for name in aside:
+                self.__dict__[name] = (cast(nn.Parameter, self._parameters.pop(name)),)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -300,8 +325,13 @@ class AdaptedLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        own = {prefix + key_of(half, g) for g in self._groups for half in ("lora_A", "lora_B")}
+        own = {prefix + name for name in self._parameters if name.startswith("lora_")}
         vanilla = own.issubset(missing)
+        if vanilla and self._origin:
+            error_msgs.append(
+                f"{prefix[:-1]} was started by init={self.config.init!r}, whose base is not the "
+                "checkpoint's: load the checkpoint first, then patch"
+            )
         missing_keys += [key for key in missing if not (vanilla and key in own)]
 
     def extra_repr(self) -> str:
@@ -312,10 +342,6 @@ class AdaptedLinear(nn.Linear):
         return f"{super().extra_repr()}, {adapters}, scale={scale}{state}"
 
 
-def key_of(half: str, group: str) -> str:
-    return f"{half}_{group}" if group else half
-
-
 def check_adoptable(linear: nn.Module, where: str) -> nn.Linear:
     """``linear`` itself; raises TypeError unless it is exactly an ``nn.Linear``."""
     if isinstance(linear, AdaptedLinear):
@@ -323,6 +349,7 @@ def check_adoptable(linear: nn.Module, where: str) -> nn.Linear:
     if type(linear) is not nn.Linear:
         raise TypeError(
             f"{where} is a {type(linear).__module__}.{type(linear).__name__}, not a plain "
-            "torch.nn.Linear: its own forward would be lost"
+            "torch.nn.Linear: its own forward would be lost; keep_forward=True keeps it and adds "
+            "the adapters to its result"
         )
     return linear

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.nn.config import AdapterConfig
-from fused_lora.nn.read import FusedLoRARead, without_dropout
+from fused_lora.nn.read import FusedLoRARead, without_x
 from fused_lora.ops.lora_linear_checks import check_spans
 
 
@@ -35,7 +35,7 @@ class FusedLoRAChild(FusedLoRARead):
         **options: Any,
     ) -> FusedLoRAChild:
         """Adapt ``owner``'s parameter ``tensor`` [N, K], which must end in ``_weight``."""
-        config = without_dropout(AdapterConfig(**options))
+        config = without_x(AdapterConfig(**options))
         child = cls.__new__(cls)
         nn.Module.__init__(child)
         child.__dict__["_home"] = (owner, tensor)  # a tuple: no submodule, no cycle of modules

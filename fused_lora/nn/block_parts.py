@@ -14,7 +14,9 @@ from fused_lora.nn.block_swap import kind
 from fused_lora.ops.operand import Adapted, Norm
 
 BLOCKS = frozenset({"timm.models.vision_transformer.Block"})
-ATTENTIONS = frozenset({"timm.layers.attention.Attention", "timm.models.vision_transformer.Attention"})
+ATTENTIONS = frozenset(
+    {"timm.layers.attention.Attention", "timm.models.vision_transformer.Attention"}
+)
 MLPS = frozenset({"timm.layers.mlp.Mlp", "timm.layers.mlp.GluMlp", "timm.layers.mlp.SwiGLU"})
 NORMS = frozenset({"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"})
 LAYER_SCALES = frozenset(
@@ -39,6 +41,8 @@ def why_not_linear(linear: nn.Module) -> str | None:
         return "merged or disabled adapters"
     if linear.training and linear.config.dropout:
         return "adapters with dropout"
+    if linear.config.dora:
+        return "DoRA"
     ours = type(linear).forward is AdaptedLinear.forward
     return None if ours else f"{type(linear).__name__}, whose forward is its own"
 
@@ -72,8 +76,8 @@ def active_dropout(*drops: nn.Module) -> bool:
 
 def operands(linear: AdaptedLinear) -> Adapted:
     """What the operations take of an adapted linear."""
-    a, b = linear._pairs()
-    spans, impl = linear._spans, linear.config.impl
+    a, b = linear._operands()
+    spans, impl = linear._used, linear.config.impl
     return Adapted(linear.weight, linear.bias, a, b, linear.scales, spans, impl)
 
 

@@ -9,7 +9,9 @@ import torch
 
 from fused_lora.types import Impl
 
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "svd")
+CHANGES_BASE = ("pissa", "olora")  # w becomes w - s b a, the original is kept aside
+MIDS = ("diagonal", "full")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class AdapterConfig:
         dropout: probability with which elements of x are dropped before a, in training.
         init: "kaiming" draws a kaiming-uniform with gradient factor sqrt(5), "gaussian" draws it
             with standard deviation 1/rank; b starts at zero either way (Hu et al. 2021).
+            "orthogonal", "pissa", "olora" and "svd" are told apart in ``docs/variants.md``.
+        dora: train a magnitude per output beside the adapter's direction (Liu et al. 2024).
+        mid: a trained "diagonal" [R] or "full" [R, R] matrix between a and b; None for none.
         adapter_dtype: dtype of the trained parameters, whatever the base is in.
         impl: who computes: "auto", "aten" or "reference".
     """
@@ -32,6 +37,8 @@ class AdapterConfig:
     rank_stabilized: bool = False
     dropout: float = 0.0
     init: str = "kaiming"
+    dora: bool = False
+    mid: str | None = None
     adapter_dtype: torch.dtype = torch.float32
     impl: str = "auto"
 
@@ -48,6 +55,16 @@ class AdapterConfig:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
+        if self.mid is not None and self.mid not in MIDS:
+            raise ValueError(f"mid must be None or one of {MIDS}, got {self.mid!r}")
+        if not isinstance(self.dora, bool):
+            raise ValueError(f"dora must be True or False, got {self.dora!r}")
+        if self.init in CHANGES_BASE and (self.dora or self.mid):
+            raise ValueError(
+                f"init={self.init!r} changes the base weight; dora and mid want it as is"
+            )
+        if self.init == "svd" and self.mid is None:
+            raise ValueError("init='svd' freezes a and b around a trained middle: give mid")
         if not (
             isinstance(self.adapter_dtype, torch.dtype) and self.adapter_dtype.is_floating_point
         ):

@@ -58,7 +58,7 @@ class FusedLoRALinear(AdaptedLinear):
         """
         config = AdapterConfig(**options)
         check_adoptable(linear, "the linear to adopt")
-        return _become(cls, linear, {"": (0, linear.out_features)}, {"": rank}, config, generator)
+        return become(cls, linear, {"": (0, linear.out_features)}, {"": rank}, config, generator)
 
 
 class FusedLoRAGroupedLinear(AdaptedLinear):
@@ -92,7 +92,7 @@ class FusedLoRAGroupedLinear(AdaptedLinear):
         **options: Any,
     ) -> None:
         config = AdapterConfig(**options)
-        ranks = _ranks(spans, rank, out_features)
+        ranks = ranks_of(spans, rank, out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._attach(spans, ranks, config)
 
@@ -109,13 +109,14 @@ class FusedLoRAGroupedLinear(AdaptedLinear):
         """As ``FusedLoRALinear.adopt``, an adapter per column range."""
         config = AdapterConfig(**options)
         check_adoptable(linear, "the linear to adopt")
-        ranks = _ranks(spans, rank, linear.out_features)
-        return _become(cls, linear, spans, ranks, config, generator)
+        ranks = ranks_of(spans, rank, linear.out_features)
+        return become(cls, linear, spans, ranks, config, generator)
 
 
-def _ranks(
+def ranks_of(
     spans: Mapping[str, tuple[int, int]], rank: int | Mapping[str, int], n: int
 ) -> dict[str, int]:
+    """The rank of each group; raises ValueError for what does not fit ``n`` columns."""
     if not spans:
         raise ValueError("spans names no group")
     last = 0
@@ -134,7 +135,7 @@ def _ranks(
     return ranks
 
 
-def _become(
+def become(
     cls: type[Any],
     linear: nn.Linear,
     columns: Mapping[str, tuple[int, int]],
@@ -142,13 +143,14 @@ def _become(
     config: AdapterConfig,
     generator: torch.Generator | None,
 ) -> Any:
-    before = dict(linear.__dict__)
+    """``linear`` itself with adapters on, of class ``cls``; as it was where that fails."""
+    kind, before = type(linear), dict(linear.__dict__)
     parameters = dict(linear._parameters)
     linear.__class__ = cls
     try:
         linear._attach(columns, ranks, config, generator)  # type: ignore[operator]
     except Exception:
-        linear.__class__ = nn.Linear
+        linear.__class__ = kind
         linear.__dict__.clear()
         linear.__dict__.update(before)
         linear._parameters.clear()

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fused_lora.nn.adapted import AdaptedLinear
+from fused_lora.nn.adapted import STATE, AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.ops.lora_linear import without_autocast
 from fused_lora.ops.lora_linear_checks import check_spans
@@ -39,7 +39,7 @@ class FusedLoRARead(AdaptedLinear):
         **options: Any,
     ) -> FusedLoRARead:
         """Turn ``linear`` itself into one of these; ``spans`` of {"": (0, N)} for one adapter."""
-        config = without_dropout(AdapterConfig(**options))
+        config = without_x(AdapterConfig(**options))
         if type(linear) not in READABLE:
             raise TypeError(f"a {type(linear).__name__} cannot be adopted, {READABLE} can")
         was = type(linear)
@@ -59,13 +59,13 @@ class FusedLoRARead(AdaptedLinear):
     def weight(self) -> Tensor:  # type: ignore[override]  # [N, K]
         """w', or the frozen weight where adapters are disabled."""
         if not self.adapter_enabled:
-            return self._base[0] if self._base else self.base
+            return self._frozen()
         if self._base:
             self._refuse_training_merged()
             return self.base
-        a, b = self._pairs()
+        a, b = self._operands()
         scales = self._scales if torch.compiler.is_compiling() else self.scales
-        return read_weight(self.base, a, b, scales, self._spans)
+        return read_weight(self.base, a, b, scales, self._used)
 
     def _put_base(self, weight: Tensor) -> None:
         self._parameters["weight"] = cast(nn.Parameter, weight)  # setting it would read it
@@ -100,7 +100,10 @@ def _start(item: tuple[Any, ...]) -> int:
     return item[0].start
 
 
-def without_dropout(config: AdapterConfig) -> AdapterConfig:
+def without_x(config: AdapterConfig) -> AdapterConfig:
+    """``config``; raises ValueError for options that act on x or y, which a read never sees."""
+    if config.dora:
+        raise ValueError("dora scales y; a weight that is read has none")
     if config.dropout:
         raise ValueError(f"dropout {config.dropout} drops from x; a weight that is read has none")
     return config
@@ -109,5 +112,5 @@ def without_dropout(config: AdapterConfig) -> AdapterConfig:
 def _forget(read: AdaptedLinear) -> None:
     for name in [name for name in read._parameters if name.startswith("lora_")]:
         del read._parameters[name]
-    for name in ("config", "adapter_enabled", "_groups", "_spans", "_scales", "_base"):
+    for name in STATE:
         read.__dict__.pop(name, None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fused_lora.nn.adapted import AdaptedLinear, check_adoptable, check_rank, key_of
 from fused_lora.nn.borrow import borrow
 from fused_lora.nn.box import Box
-from fused_lora.nn.config import AdapterConfig
+from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
 from fused_lora.nn.linear import FusedLoRAGroupedLinear, FusedLoRALinear
 from fused_lora.nn.loan import Loan, forget, note
 
@@ -134,6 +134,12 @@ def _scale(loan: Loan) -> float:
 
 
 def _check(loan: Loan, k: int, where: str) -> None:
+    config = loan.owner.config
+    if config.dora or config.mid or config.init in CHANGES_BASE:
+        raise ValueError(
+            f"{where}: its owner has dora={config.dora}, mid={config.mid!r}, init={config.init!r}; "
+            "of these only plain a and b can be shared"
+        )
     a, b = loan.owner.adapter(loan.group)
     check_rank(loan.span.rank, where)
     stop = loan.first + loan.span.width

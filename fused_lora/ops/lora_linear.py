@@ -18,6 +18,7 @@ from fused_lora import env
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.ops.lora_linear_checks import check
+from fused_lora.ops.lora_linear_plain import plain, transformed
 from fused_lora.ops.planning import plan_for
 from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.reference import lora_linear as reference
@@ -76,6 +77,8 @@ def lora_linear(
 
         return traced(x, w, bias, a, b, scales, spans, dtype, impl)
     numbers = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
+    if transformed():
+        return plain(x, w, bias, a, b, numbers, spans, dtype)
     if not torch.is_grad_enabled():
         return compute(x, w, bias, numbers, spans, impl, dtype, (*a, *b), NO_GRADIENT).y
     return LoRALinear.apply(x, w, bias, numbers, spans, impl, dtype, *a, *b)

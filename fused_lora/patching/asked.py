@@ -9,7 +9,7 @@ from typing import Any
 from fused_lora.nn import AdapterConfig
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.lora_config import is_lora_config, options_of
-from fused_lora.patching.options import Choice, roles_of
+from fused_lora.patching.options import Choice, Selection, roles_of
 
 
 def options_given(*values: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def _merged(of_config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def choice_of(
-    given: Mapping[str, Any], allow_large_rank: bool
+    given: Mapping[str, Any], allow_large_rank: bool, selection: Selection
 ) -> tuple[Choice, list[re.Pattern[str]]]:
     """The choice, and the names of what else trains; raises PatchError or ValueError."""
     asked = dict(given)
@@ -41,7 +41,8 @@ def choice_of(
     rank, qkv = asked.pop("rank", 16), asked.pop("qkv", "separate")
     roles = roles_of(asked.pop("targets", None))
     patterns = asked.pop("rank_pattern", {}), asked.pop("alpha_pattern", {})
-    choice = Choice(AdapterConfig(**asked), rank, roles, qkv, *patterns, allow_large_rank, config)
+    adapter = AdapterConfig(**asked)
+    choice = Choice(adapter, rank, roles, qkv, *patterns, allow_large_rank, config, selection)
     return choice, trained
 
 

@@ -67,27 +67,30 @@ def explain(
     rows_per_image = _rows_per_image(model, RECORD)
     shapes: dict[Problem, list[str]] = {}
     where: dict[Problem, AdaptedLinear] = {}
-    read: list[str] = []  # weights that others read: no plan is asked for
+    unplanned: dict[str, list[str]] = {}
     for name, module in adapted(model):
-        if isinstance(module, FusedLoRARead):
-            read.append(name)
+        if why := _why_unplanned(module):
+            unplanned.setdefault(why, []).append(name)
             continue
         rows = rows_per_image.get(module, 1) * batch_size
         question = problem_of(module, rows, dtype)
         shapes.setdefault(question, []).append(name)
         where[question] = module
-    paragraphs = [
+    planned = [
         _paragraph(question, names, where[question], dtype, device)
         for question, names in shapes.items()
     ]
-    return "\n\n".join(paragraphs + ([_of_read(read)] if read else []))
+    planned += [f"{_first(names)}\n  {why}" for why, names in unplanned.items()]
+    return "\n\n".join(planned)
 
 
-def _of_read(names: list[str]) -> str:
-    return (
-        _first(names) + "\n  the model reads these weights without calling their modules: "
-        "w' = w + s b a is rebuilt at every read"
-    )
+def _why_unplanned(module: AdaptedLinear) -> str:
+    if isinstance(module, FusedLoRARead):
+        return (
+            "the model reads these weights without calling their modules: w' = w + s b a is "
+            "rebuilt at every read"
+        )
+    return "added to its own forward" if module.around else ""
 
 
 def _first(names: list[str]) -> str:

@@ -16,6 +16,15 @@ Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which of the projections found are taken."""
+
+    layers: frozenset[int] | None = None  # None for every block
+    exclude: tuple[str, ...] = ()  # regular expressions on dotted names
+    keep_forward: bool = False  # take linears of other classes, with their own forward
+
+
+@dataclass(frozen=True)
 class Choice:
     """What the caller of ``patch`` asked for, of every projection alike."""
 
@@ -27,6 +36,7 @@ class Choice:
     alpha_pattern: Mapping[str, float]
     allow_large_rank: bool
     only: Any = None  # a LoraConfig that names modules
+    selection: Selection = Selection()
 
 
 def roles_of(targets: Iterable[Role | str] | str | None) -> tuple[Role, ...]:
@@ -41,6 +51,49 @@ def roles_of(targets: Iterable[Role | str] | str | None) -> tuple[Role, ...]:
     if not roles:
         raise PatchError("targets is empty: name at least one role")
     return roles
+
+
+def block_numbers(layers: Iterable[int] | int | None) -> frozenset[int] | None:
+    """The block numbers asked for; None for all."""
+    if layers is None:
+        return None
+    numbers = [layers] if isinstance(layers, int) else list(layers)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise PatchError(f"layers: block numbers are whole and from 0 on, got {number!r}")
+    if not numbers:
+        raise PatchError("layers is empty: name at least one block")
+    return frozenset(numbers)
+
+
+def layer_of(name: str) -> int | None:
+    """The number in a dotted name, its block's: 3 of ``blocks.3.mlp.fc1``."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def selected(names: Iterable[str], choice: Selection) -> set[str]:
+    """The names that ``layers`` and ``exclude`` leave; raises PatchError where one hits nothing."""
+    names = set(names)
+    left = set(names)
+    for key in choice.exclude:
+        try:
+            hit = {name for name in names if re.search(key, name)}
+        except (re.error, TypeError) as error:
+            raise PatchError(f"exclude: {key!r} is no regular expression: {error}") from None
+        if not hit:
+            raise PatchError(f"exclude: {key!r} matches no projection's name")
+        left -= hit
+    if choice.layers is not None:
+        there = {layer for name in names if (layer := layer_of(name)) is not None}
+        if missing := choice.layers - there:
+            raise PatchError(f"layers: no block {sorted(missing)}; the model has {sorted(there)}")
+        left = {name for name in left if layer_of(name) in choice.layers}
+    if names and not left:
+        raise PatchError(
+            f"layers={choice.layers and sorted(choice.layers)} and exclude={list(choice.exclude)} "
+            "leave no projection"
+        )
+    return left
 
 
 def check_patterns(patterns: Mapping[str, float], option: str, names: Iterable[str]) -> None:

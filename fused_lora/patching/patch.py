@@ -15,15 +15,25 @@ from fused_lora.nn import (
     FusedLoRAGroupedLinear,
     FusedLoRALinear,
     FusedLoRARead,
+    adopt_around,
 )
+from fused_lora.nn.around import standing_in
+from fused_lora.ops.sharded import is_sharded
 from fused_lora.patching.asked import choice_of, options_given
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
 from fused_lora.patching.lora_config import passed_over
+from fused_lora.patching.options import Selection, block_numbers
 from fused_lora.patching.report import PatchReport, Row
-from fused_lora.patching.targets import Target, choose_targets, find_wanted, missing_roles
+from fused_lora.patching.targets import (
+    Target,
+    choose_targets,
+    find_wanted,
+    keeps_its_forward,
+    missing_roles,
+)
 from fused_lora.patching.trace import observe
 from fused_lora.types import Role
 
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 READ = "in the weight, at every read"  # the plan of a weight that is read, not called
+AROUND = "added to its own forward"  # the plan of a linear that computes its base itself
 RECORD = "_fused_lora_report"  # attribute of the patched model that remembers how to go back
 
 
@@ -50,6 +61,9 @@ def patch(
     level: str = "block",
     recompute: str | Mapping[str, str] | None = None,
     memory_budget_gb: float | None = None,
+    layers: Iterable[int] | int | None = None,
+    exclude: Iterable[str] | str = (),
+    keep_forward: bool = False,
     **options: Any,
 ) -> PatchReport:
     """Put LoRA on the projections of every transformer block, in place, and freeze the rest.
@@ -82,6 +96,10 @@ def patch(
         memory_budget_gb: in its place, choose for each block what lets a step of ``batch_size``
             images fit: weights, gradients, Adam's moments and what blocks keep. What autocast
             saves, and what lies outside the blocks, is not counted.
+        layers: numbers of the blocks to adapt; None for all of them.
+        exclude: regular expressions of dotted names to leave out.
+        keep_forward: adapt linears of other classes too (8 or 4 bits, fp8): their own forward
+            computes the base and the adapters are added to its result; these cannot be merged.
         **options: fields of ``fused_lora.nn.AdapterConfig`` (alpha, scale, dropout, init, ...).
 
     Returns:
@@ -95,22 +113,26 @@ def patch(
     """
     blocks = BlockChoice(level, recompute, memory_budget_gb)
     check_batch_size(batch_size)
+    leave = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    selection = Selection(block_numbers(layers), leave, keep_forward)
     given = (
         options_given(rank, targets, qkv, rank_pattern, alpha_pattern, trainable, seed) | options
     )
     if layers_of(model):
-        if blocks != BlockChoice():
+        if recompute is not None or memory_budget_gb is not None or selection != Selection():
             raise PatchError(
-                f"level={level!r}, recompute={recompute!r}, memory_budget_gb={memory_budget_gb!r}: "
-                "a live PEFT model is fused layer by layer; unload it and patch the plain model"
+                f"recompute={recompute!r}, memory_budget_gb={memory_budget_gb!r}, "
+                f"layers={layers!r}, exclude={exclude!r}, keep_forward={keep_forward!r}: a live "
+                "PEFT model is fused layer by layer as it is; unload it and patch the plain model"
             )
         model.__dict__[RECORD] = patch_live(model, given, example_input, batch_size)
         return model.__dict__[RECORD]
-    choice, trained = choice_of(given, allow_large_rank)
+    choice, trained = choice_of(given, allow_large_rank, selection)
     _refuse_patched(model)
     found = find_wanted(model, choice)
     _check_trainable(model, trained)
-    sights = observe(model, found, example_input)
+    with standing_in(each.module for each in found if keep_forward):
+        sights = observe(model, found, example_input)
     chosen = choose_targets(model, found, sights, choice)
     rows = {name: sight.rows for name, sight in sights.items()}
     left = missing_roles(found, choice)
@@ -217,6 +239,9 @@ def _refuse_patched(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             raise PatchError(f"already patched: {name or 'the model'} carries adapters; unpatch it")
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise PatchError(f"{name} is sharded over processes: patch first, then fully_shard")
 
 
 def _check_trainable(model: nn.Module, trained: list[re.Pattern[str]]) -> None:
@@ -253,6 +278,10 @@ def _adopt_one(target: Target, options: dict[str, Any]) -> AdaptedLinear:
     assert isinstance(module, nn.Linear)
     if target.read:
         return FusedLoRARead.adopt(module, spans, ranks, **options)
+    if keeps_its_forward(module):
+        return adopt_around(
+            module, ranks.get("", ranks), spans if "" not in spans else None, **options
+        )
     if "" in spans:
         return FusedLoRALinear.adopt(module, ranks[""], **options)
     return FusedLoRAGroupedLinear.adopt(module, spans, ranks, **options)
@@ -260,7 +289,7 @@ def _adopt_one(target: Target, options: dict[str, Any]) -> AdaptedLinear:
 
 def _freeze(model: nn.Module, trained: list[re.Pattern[str]]) -> list[str]:
     froze = []
-    adapters = {id(p) for _, module in adapted(model) for half in module.adapters() for p in half}
+    adapters = {id(p) for _, module in adapted(model) for p in module.lora_parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) in adapters or any(pattern.search(name) for pattern in trained):
             continue
@@ -290,8 +319,8 @@ def _report(
                 module.in_features,
                 module.out_features,
                 tuple(target.ranks.values()),
-                sum(p.numel() for half in module.adapters() for p in half),
-                READ if target.read else str(plan_of(module, m)),
+                sum(p.numel() for p in module.lora_parameters()),
+                READ if target.read else AROUND if module.around else str(plan_of(module, m)),
             )
         )
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]

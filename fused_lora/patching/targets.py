@@ -15,7 +15,7 @@ from fused_lora.nn.read import READABLE
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.lora_config import names_of
-from fused_lora.patching.options import QKV_MODES, Choice, check_patterns, value_for
+from fused_lora.patching.options import QKV_MODES, Choice, check_patterns, selected, value_for
 from fused_lora.patching.rule import Found, find
 from fused_lora.patching.trace import alike
 from fused_lora.patching.watch import Columns, Sight
@@ -52,6 +52,8 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
             f"targets: {type(model).__name__} has no projection with role {', '.join(missing)}; it "
             f"has {has}"
         )
+    left = selected((each.name for each in found), choice.selection)
+    found = [each for each in found if each.name in left]
     names = [each.name for each in found]
     if choice.only is not None:
         names = names_of(choice.only, model, names)
@@ -61,7 +63,8 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
     once: dict[tuple[nn.Module, str], Found] = {}  # a linear of two attentions is adapted once
     for each in found:
         once.setdefault((each.module, each.tensor), each)
-        _check_adoptable(model, each)
+        if not (choice.selection.keep_forward and keeps_its_forward(each.module)):
+            _check_adoptable(model, each)
     return list(once.values())
 
 
@@ -104,7 +107,7 @@ def _target(
             "would silently do nothing"
         )
     read = sight.read or _reads_at_will(model, found)
-    n, k = _weight(found).shape
+    n, k = _shape(found)
     spans = _spans(found, n, columns, choice)
     roles = {name: Role(name) if name else found.roles[0] for name in spans}
     ranks = {
@@ -115,6 +118,11 @@ def _target(
         _check_rank(found.name, ranks[name], k, stop - start, choice.allow_large_rank)
     alphas = {value_for(choice.alpha_pattern, found.name, r, math.nan) for r in roles.values()}
     config = _with_alpha(choice.config, alphas, found.name)
+    if read and config.dora:
+        raise PatchError(
+            f"{found.name}: dora cannot be served, since the model reads the weight without "
+            "calling the module: there is no y to scale"
+        )
     if read and config.dropout:
         raise PatchError(
             f"{found.name}: dropout {config.dropout} cannot be served, since the model reads the "
@@ -139,6 +147,20 @@ def _weight(found: Found) -> Tensor:
     weight = found.module._parameters.get(found.tensor)
     assert weight is not None
     return weight
+
+
+def _shape(found: Found) -> tuple[int, int]:
+    """[N, K]; a quantised weight may lie there in another shape."""
+    module = found.module
+    if found.tensor == "weight" and isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    n, k = _weight(found).shape
+    return n, k
+
+
+def keeps_its_forward(module: nn.Module) -> bool:
+    """Whether this is a linear of another class, to which adapters can only be added."""
+    return isinstance(module, nn.Linear) and type(module) not in READABLE
 
 
 def _check_adoptable(model: nn.Module, found: Found) -> None:

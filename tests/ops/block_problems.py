@@ -23,8 +23,12 @@ def matrix(
     """An adapted [n, k], every operand a leaf; ``trains`` switches w, bias, a or b off."""
     width = n // groups
     spans = tuple(Span(g * width, (g + 1) * width, rank) for g in range(groups))
-    leaf = lambda name, *shape: (torch.randn(shape) / shape[-1] ** 0.5).to(dtype).requires_grad_(  # noqa: E731
-        trains.get(name, True)
+    leaf = lambda name, *shape: (
+        (torch.randn(shape) / shape[-1] ** 0.5)
+        .to(dtype)
+        .requires_grad_(  # noqa: E731
+            trains.get(name, True)
+        )
     )
     a = [leaf("a", rank, k) for _ in spans]
     b = [leaf("b", width, rank) for _ in spans]

@@ -1,0 +1,112 @@
+"""Adapters around a linear that computes y in a way of its own: y = its forward(x) + s h bT.
+
+For bases that hold no matrix one could read (8 or 4 bits, fp8): their class stays, as the parent of
+a class made here, and so do their forward, their state and their keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.nn.adapted import AdaptedLinear
+from fused_lora.nn.config import AdapterConfig
+from fused_lora.nn.linear import become, ranks_of
+from fused_lora.ops.lora_expand import lora_add
+from fused_lora.ops.sharded import is_sharded
+
+
+class AroundLinear(AdaptedLinear):
+    """The adapters' side of the classes that ``adopt_around`` makes."""
+
+    around = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out_features] of x [..., in_features]."""
+        y = super(AdaptedLinear, self).forward(x)  # the linear's own
+        if not self.adapter_enabled:
+            return y
+        dropout = self.config.dropout if self.training else 0.0
+        return lora_add(y, x, *self._operands(), self._scales, self._used, dropout)
+
+    def merge(self, *_: Any, **__: Any) -> None:
+        """Raises RuntimeError: there is no weight to fold the adapters into."""
+        raise RuntimeError(
+            f"merge: a {self.plain.__name__} computes with a weight of its own making; take it out "
+            "of its quantised form first"
+        )
+
+    def _refuse_sharded(self, action: str) -> None:
+        if is_sharded(self.base):
+            raise RuntimeError(f"{action}: the weight is sharded over processes (FSDP)")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (self.plain,), self.__dict__.copy()
+
+
+CLASSES: dict[type[nn.Linear], type[AroundLinear]] = {}  # by the class that stays the parent
+
+
+def around(plain: type[nn.Linear]) -> type[AroundLinear]:
+    """The class of a ``plain`` that carries adapters."""
+    if plain not in CLASSES:
+        body = {"plain": plain, "__doc__": plain.__doc__, "__module__": __name__}
+        CLASSES[plain] = type(f"Around{plain.__name__}", (AroundLinear, plain), body)
+    return CLASSES[plain]
+
+
+def _new(plain: type[nn.Linear]) -> AroundLinear:
+    kind = around(plain)
+    return kind.__new__(kind)
+
+
+def adopt_around(
+    linear: nn.Linear,
+    rank: int | Mapping[str, int] = 8,
+    spans: Mapping[str, tuple[int, int]] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> AroundLinear:
+    """Put adapters around ``linear``, whatever subclass of ``nn.Linear`` it is: same object.
+
+    Args:
+        linear: its own forward goes on computing the base.
+        rank: one for all groups, or by group name.
+        spans: the columns of each named group; None for one adapter on all of y.
+        generator: draws the initial values.
+        **options: fields of ``AdapterConfig``; those that read the base weight are refused.
+
+    Raises:
+        TypeError: no ``nn.Linear``, or one that carries adapters.
+        ValueError: an option out of range, or one that reads the base weight.
+    """
+    config = AdapterConfig(**options)
+    if not isinstance(linear, nn.Linear) or isinstance(linear, AdaptedLinear):
+        raise TypeError(f"adapters go around an nn.Linear that has none, got {type(linear)}")
+    if config.dora or config.init not in ("kaiming", "gaussian", "orthogonal"):
+        read = "dora" if config.dora else f"init={config.init!r}"
+        raise ValueError(f"{read} reads the base weight, which {type(linear).__name__} hides")
+    columns = dict(spans) if spans else {"": (0, linear.out_features)}
+    ranks = dict.fromkeys(columns, rank)
+    if spans:
+        ranks = ranks_of(columns, rank, linear.out_features)  # type: ignore[assignment]
+    return become(around(type(linear)), linear, columns, ranks, config, generator)  # type: ignore[arg-type]
+
+
+@contextmanager
+def standing_in(linears: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, each linear answers with an empty y: for a trial forward on the meta device."""
+    linears = [linear for linear in linears if type(linear) is not nn.Linear]
+    for linear in linears:
+        n = linear.out_features
+        linear.__dict__["forward"] = lambda x, n=n: x.new_empty(*x.shape[:-1], n)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.__dict__["forward"]

@@ -1,0 +1,131 @@
+"""What options put beside (a, b): a middle matrix, magnitudes, a base that the init changed.
+
+mid           b' = b mid                          [N, R] [R, R], or diagonal: b diag(mid)
+dora          y = (m / |w'|) (x w'T) + bias       (``nn/dora.py``)
+pissa, olora  w - s b a stands in w's place, the original aside
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.nn.config import AdapterConfig
+from fused_lora.nn.dora import output_factors
+from fused_lora.ops.lora_merge import lora_merge
+from fused_lora.types import Span
+
+
+def key_of(part: str, group: str) -> str:
+    """``lora_A`` of the group "q": ``lora_A_q``."""
+    return f"{part}_{group}" if group else part
+
+
+def start_of_mid(kind: str, rank: int, init: str) -> Tensor:
+    """The middle that leaves b a as it is; 0 where b a is not 0 to begin with."""
+    if init == "svd":
+        return torch.zeros(rank) if kind == "diagonal" else torch.zeros(rank, rank)
+    return torch.ones(rank) if kind == "diagonal" else torch.eye(rank)
+
+
+def folded(b: Tensor, mid: Tensor) -> Tensor:
+    """b mid, [N, R]; where a is frozen its gradient needs h alone, so x need not be kept."""
+    return b * mid if mid.dim() == 1 else b @ mid
+
+
+class WithVariants(nn.Linear):
+    """The parameters that options add, and what they do to the operands of the equation."""
+
+    config: AdapterConfig
+    _groups: tuple[str, ...]
+    _spans: tuple[Span, ...]
+    _used: tuple[Span, ...]
+    _scales: Tensor  # [G], float64 on the CPU
+    _base: tuple[Tensor, ...]
+    _origin: tuple[Tensor, ...]
+
+    if TYPE_CHECKING:
+
+        @property
+        def scales(self) -> tuple[float, ...]: ...
+        @property
+        def base(self) -> Tensor: ...
+        def _put_base(self, weight: Tensor) -> None: ...
+        def adapters(self) -> list[tuple[Tensor, Tensor]]: ...
+        def _pairs(self) -> tuple[list[Tensor], list[Tensor]]: ...
+        def _empty(self, *shape: int) -> nn.Parameter: ...
+
+    def _register_variants(self, name: str, span: Span) -> None:
+        if self.config.mid:
+            shape = (span.rank,) * (1 if self.config.mid == "diagonal" else 2)
+            self.register_parameter(key_of("lora_mid", name), self._empty(*shape))
+        if self.config.dora:
+            self.register_parameter(key_of("lora_magnitude", name), self._empty(span.width))
+
+    def _reset_variants(self) -> None:
+        config = self.config
+        with torch.no_grad():
+            for name, span in zip(self._groups, self._spans, strict=True):
+                if config.mid:
+                    mid = getattr(self, key_of("lora_mid", name))
+                    mid.copy_(start_of_mid(config.mid, span.rank, config.init))
+                if config.dora:
+                    getattr(self, key_of("lora_magnitude", name)).fill_(1)
+            if config.dora:  # m / |w'| of ones is 1 / |w'|
+                whole = 1 / self._output_factors()
+                for name, span in zip(self._groups, self._spans, strict=True):
+                    magnitude = getattr(self, key_of("lora_magnitude", name))
+                    magnitude.copy_(whole[span.start : span.stop])
+
+    def _take_from_base(self) -> None:
+        """w - s b a in w's place, rounded once; the weight as it was is kept aside."""
+        origin, scales = self.base, [-s for s in self.scales]
+        a, b = zip(*self.adapters(), strict=True)
+        with torch.no_grad():
+            rest = lora_merge(origin, a, b, scales, self._spans)
+        self._origin = (origin,)
+        self._put_base(nn.Parameter(rest, requires_grad=origin.requires_grad))
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that is not the linear's own: a, b, and what the options add."""
+        own = self._parameters.items()
+        return [p for name, p in own if name.startswith("lora_") and p is not None]
+
+    def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The a and b that the equation sees: the pairs, with the middle folded in."""
+        a, b = self._pairs()
+        if not self.config.mid:
+            return a, b
+        return a, [folded(b_g, mid) for b_g, mid in zip(b, self._mids(), strict=True)]
+
+    def _mids(self) -> list[Tensor]:
+        mids = [getattr(self, key_of("lora_mid", name)) for name in self._groups]
+        parts = [
+            (slice(span.rank),) * mid.dim() for mid, span in zip(mids, self._used, strict=True)
+        ]
+        return [mid[part] for mid, part in zip(mids, parts, strict=True)]
+
+    def _output_factors(self) -> Tensor:
+        magnitudes = [getattr(self, key_of("lora_magnitude", name)) for name in self._groups]
+        scales = self._scales if torch.compiler.is_compiling() else self.scales
+        weight = self._base[0] if self._base else self.base
+        return output_factors(weight, *self._operands(), scales, self._used, magnitudes)
+
+    def _frozen(self) -> Tensor:
+        """The weight as it was before any adapter."""
+        if self._origin:
+            return self._origin[0].detach()
+        return self._base[0] if self._base else self.base
+
+    def _merged(self, base: Tensor, rounding: str, seed: int, impl: str) -> Tensor:
+        wide, dora = base, self.config.dora
+        if dora and rounding == "nearest":  # scaled before it is rounded
+            wide = base.to(torch.promote_types(base.dtype, torch.float32))
+        elif dora:
+            raise ValueError(f"merge: rounding={rounding!r} does not go with dora")
+        merged = lora_merge(
+            wide, *self._operands(), self.scales, self._used, rounding, seed, impl=impl
+        )
+        return merged.mul_(self._output_factors()[:, None]).to(base.dtype) if dora else merged
