@@ -162,8 +162,8 @@ def _launch(
     if y.numel() == 0:
         return
     bulk = dropout is None and lora_extended_bulk.describable(x, w)  # Philox takes registers
-    kind = "residual" if dropout and ending.kind == "bias" else ending.kind
-    tile = tile or gemm_tile(rows, columns, x.element_size(), kind, x.device, bulk)
+    heavy, active = ending.heavy or dropout is not None, activation != "none"
+    tile = tile or gemm_tile(rows, columns, x.element_size(), heavy, x.device, bulk, active)
     if isinstance(tile, BulkTile):
         assert bulk, (x.stride(), w.stride())
         lora_extended_bulk.launch(x, w, h, border, y, ending, activation, slope, tile)

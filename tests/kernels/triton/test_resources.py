@@ -83,9 +83,9 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     for tile in candidates(arch, size, bulk=True):
         yield lambda t=tile: forward(x, w, bias, three, h=h3, tile=t)
         yield lambda t=tile: input_grad(x, w, one, dh=h, tile=t)
-    for tile in candidates(arch, size, "residual", bulk=True):
+    for tile in candidates(arch, size, heavy=True, bulk=True):
         yield lambda t=tile: forward(x, w, bias, one, h=h, tile=t, factor=bias, residual=x)
-    for tile in candidates(arch, size, "activation", bulk=True) if size == 2 else ():
+    for tile in candidates(arch, size, bulk=True, activation=True) if size == 2 else ():
         yield lambda t=tile: forward(x, w, bias, one, "erf", h, t)
         yield lambda t=tile: input_grad(x, w, one, h, t, activation="erf", u=x)
 
