@@ -158,6 +158,7 @@ def _launch(
     assert x.stride(1) == h.stride(1) == y.stride(1) == 1, (x.stride(), h.stride(), y.stride())
     assert y.shape == (rows, columns), y.shape
     assert all(t is None or t.shape == y.shape for t in (ending.residual, ending.u)), y.shape
+    assert all(t is None or t.shape == (columns,) for t in (ending.bias, ending.factor)), columns
     assert activation in ("none", "erf", "tanh"), activation
     if y.numel() == 0:
         return
