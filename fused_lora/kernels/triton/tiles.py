@@ -269,15 +269,18 @@ def thin_tile(
     """Short in rows where there are few, so that every multiprocessor has some."""
     if itemsize == 4:
         return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4)
-    few = rows < 128 * multiprocessors(device)
-    return ThinTile(64 if few else 128, power_of_two(ranks, 16, 64), 64, 4, 8 if dropout else 4)
+    ranks = power_of_two(ranks, 16, 64)
+    if dropout or rows < 128 * multiprocessors(device):
+        return ThinTile(64, ranks, 64, 4, 8 if dropout else 4)
+    roomy = shared_bytes(architecture(device)) > LEAST_SHARED_KIB << 10
+    return ThinTile(128, ranks, 64, 4 if roomy else 3, 8 if ranks == 64 else 4)
 
 
-def grad_tile(ranks: int, itemsize: int) -> GradTile:
+def grad_tile(ranks: int, itemsize: int, dropout: bool = False) -> GradTile:
     """One row block of ranks where they fit, wide in columns so that h is read seldom."""
     if itemsize == 4:
         return GradTile(power_of_two(ranks, 16, 32), 64, 32, 4, 4)
-    return GradTile(power_of_two(ranks, 16, 64), 128, 64, 4, 4)
+    return GradTile(power_of_two(ranks, 16, 64), 128, 64, 4, 8 if dropout else 4)
 
 
 def power_of_two(size: int, least: int, most: int) -> int:
