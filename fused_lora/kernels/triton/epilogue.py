@@ -31,11 +31,9 @@ class Epilogue(NamedTuple):
     u_row: int = 0
 
     @property
-    def kind(self) -> str:
-        """The most it does, as tiles are chosen by it."""
-        if self.u is not None:
-            return "activation"
-        return "bias" if self.factor is None and self.residual is None else "residual"
+    def heavy(self) -> bool:
+        """Whether more than a bias is added: it takes registers beside the accumulator."""
+        return not (self.factor is None and self.residual is None and self.u is None)
 
 
 def epilogue(

@@ -158,12 +158,13 @@ def _launch(
     assert x.stride(1) == h.stride(1) == y.stride(1) == 1, (x.stride(), h.stride(), y.stride())
     assert y.shape == (rows, columns), y.shape
     assert all(t is None or t.shape == y.shape for t in (ending.residual, ending.u)), y.shape
+    assert all(t is None or t.shape == (columns,) for t in (ending.bias, ending.factor)), columns
     assert activation in ("none", "erf", "tanh"), activation
     if y.numel() == 0:
         return
     bulk = dropout is None and lora_extended_bulk.describable(x, w)  # Philox takes registers
-    kind = "residual" if dropout and ending.kind == "bias" else ending.kind
-    tile = tile or gemm_tile(rows, columns, x.element_size(), kind, x.device, bulk)
+    heavy, active = ending.heavy or dropout is not None, activation != "none"
+    tile = tile or gemm_tile(rows, columns, x.element_size(), heavy, x.device, bulk, active)
     if isinstance(tile, BulkTile):
         assert bulk, (x.stride(), w.stride())
         lora_extended_bulk.launch(x, w, h, border, y, ending, activation, slope, tile)

@@ -142,7 +142,7 @@ def _launch(
     assert t.stride(1) == 1 and z.stride(1) == 1 and t.dtype is z.dtype, (t.stride(), z.stride())
     if ranks * columns == 0:
         return
-    tile = tile or grad_tile(ranks, z.element_size())
+    tile = tile or grad_tile(ranks, z.element_size(), dropout is not None)
     blocks = (triton.cdiv(columns, tile.block_c), triton.cdiv(ranks, tile.block_r))
     slices, slice_rows = _slices(rows, blocks[0] * blocks[1], tile.block_m, t.device)
     grid = (*blocks, slices)

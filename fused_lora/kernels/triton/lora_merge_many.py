@@ -5,7 +5,7 @@
 A table on the device holds a row of integers per merge; a program finds the one its tile belongs to
 by bisection. Sizes read from a table carry no alignment, so that of all merges is a constant of the
 kernel. Products, sums and random bits are those of lora_merge.py. The adapters of one fused matrix
-are merges of blocks of its rows; rank 0 copies a block.
+are merges of blocks of its rows; rank 0 copies a block. No two may write the same elements.
 """
 
 from __future__ import annotations

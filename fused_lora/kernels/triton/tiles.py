@@ -39,17 +39,16 @@ class Tile:
         """Columns of y per program."""
         return self.block_n
 
-    def fits(self, arch: int, itemsize: int, ending: str = "bias") -> bool:
+    def fits(self, arch: int, itemsize: int, heavy: bool = False) -> bool:
         """Whether a block of sm_``arch`` holds the stages and its threads the accumulators.
 
-        An epilogue of more than a bias takes about as many registers again as the accumulator it
-        ends.
+        A heavy epilogue, of more than a bias, takes about as many registers again as the
+        accumulator it ends.
         """
-        more = ending != "bias"
         step_bytes = (self.block_m + self.width) * self.block_k * itemsize
         of_a_thread = [self.block_m * n // (32 * self.warps) for n in (self.width, self.block_n)]
         holds = self.stages * step_bytes <= shared_bytes(arch)
-        return holds and of_a_thread[0] + more * of_a_thread[1] <= (160 if more else 128)
+        return holds and of_a_thread[0] + heavy * of_a_thread[1] <= (160 if heavy else 128)
 
     def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
@@ -196,27 +195,35 @@ _SPILLS: dict[int, tuple[Tile, ...]] = {
 
 
 def candidates(
-    arch: int, itemsize: int, ending: str = "bias", bulk: bool = False
+    arch: int, itemsize: int, heavy: bool = False, bulk: bool = False, activation: bool = False
 ) -> tuple[Tile, ...]:
     """The extended GEMM's tiles for sm_``arch``, largest first.
 
     Args:
         arch: 90 for compute capability 9.0.
         itemsize: bytes of an element of x.
-        ending: the most an epilogue does: ``bias``, ``residual`` (or LayerScale), ``activation``.
+        heavy: whether the epilogue does more than add a bias.
         bulk: whether descriptors can be made of x and w, which the persistent form needs.
+        activation: whether the epilogue applies GELU or its slope; heavy too, then.
     """
     family = _family(arch)
     tiles = (*(_BULK[family] if bulk else ()), *_HALF[family]) if itemsize == 2 else _SINGLE
-    spills = _SPILLS.get(family, ()) if ending == "activation" else ()
-    return tuple(t for t in tiles if t.fits(arch, itemsize, ending) and t not in spills)
+    spills = _SPILLS.get(family, ()) if activation else ()
+    fits = (t for t in tiles if t.fits(arch, itemsize, heavy or activation))
+    return tuple(t for t in fits if t not in spills)
 
 
 def gemm_tile(
-    rows: int, columns: int, itemsize: int, ending: str, device: torch.device, bulk: bool = False
+    rows: int,
+    columns: int,
+    itemsize: int,
+    heavy: bool,
+    device: torch.device,
+    bulk: bool = False,
+    activation: bool = False,
 ) -> Tile:
     """The candidate that keeps the busiest multiprocessor busy shortest."""
-    tiles = candidates(architecture(device), itemsize, ending, bulk)
+    tiles = candidates(architecture(device), itemsize, heavy, bulk, activation)
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
@@ -262,15 +269,18 @@ def thin_tile(
     """Short in rows where there are few, so that every multiprocessor has some."""
     if itemsize == 4:
         return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4)
-    few = rows < 128 * multiprocessors(device)
-    return ThinTile(64 if few else 128, power_of_two(ranks, 16, 64), 64, 4, 8 if dropout else 4)
+    ranks = power_of_two(ranks, 16, 64)
+    if dropout or rows < 128 * multiprocessors(device):
+        return ThinTile(64, ranks, 64, 4, 8 if dropout else 4)
+    roomy = shared_bytes(architecture(device)) > LEAST_SHARED_KIB << 10
+    return ThinTile(128, ranks, 64, 4 if roomy else 3, 8 if ranks == 64 else 4)
 
 
-def grad_tile(ranks: int, itemsize: int) -> GradTile:
+def grad_tile(ranks: int, itemsize: int, dropout: bool = False) -> GradTile:
     """One row block of ranks where they fit, wide in columns so that h is read seldom."""
     if itemsize == 4:
         return GradTile(power_of_two(ranks, 16, 32), 64, 32, 4, 4)
-    return GradTile(power_of_two(ranks, 16, 64), 128, 64, 4, 4)
+    return GradTile(power_of_two(ranks, 16, 64), 128, 64, 4, 8 if dropout else 4)
 
 
 def power_of_two(size: int, least: int, most: int) -> int:

@@ -70,7 +70,7 @@ def test_the_mask_itself():
         a=[eye], spans=(Span(0, 29, 43),)
     )
     h = lora_shrink.shrink(x, group, tile=THIN_TILE, dropout=dropout(P, SEED, STEP))
-    keep = reference.keep(197, 43, P, SEED, STEP)
+    keep = reference.keep(197, 43, P, SEED, STEP, h.device)
     assert torch.equal(h != 0, keep)
     torch.testing.assert_close(
         h[keep], torch.full((int(keep.sum()),), 1 / (1 - P)), rtol=1e-4, atol=0
