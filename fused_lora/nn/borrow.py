@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fused_lora.nn.aside import put_aside
 from fused_lora.nn.box import Box
+from fused_lora.ops.lora_linear import refuse_double_backward
 
 
 def borrow(owners: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:
@@ -66,6 +67,7 @@ class _Borrow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Per owner: the zero that stands for all of its parts, once per pass."""
+        refuse_double_backward()
         tokens: list[Tensor | None] = [None] * len(grads)
         for i in reversed(range(len(grads))):  # as the engine would: the last use first
             if (grad := grads[i]) is not None:
