@@ -7,13 +7,12 @@ fails; the accounts of a pass hang on one such callback, and are found by the nu
 from __future__ import annotations
 
 import weakref
-from functools import partial
+from collections.abc import Sequence
 from threading import Lock
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_lora.nn.box import Box
 
@@ -28,6 +27,9 @@ class Account:
     def add(self, box: Box, grad: Tensor) -> None:
         """Add ``grad`` [box] in place; it belongs to the account from here on."""
         self.follow(grad)
+        if (part := self.parts.get(box)) is not None:
+            part.add_(grad)
+            return
         for held, part in self.parts.items():
             if held.holds(box):
                 held.place_of(box, part).add_(grad)
@@ -56,28 +58,66 @@ class Account:
 
 
 class Pass:
-    """The accounts of one backward pass, by the identity of their parameter."""
+    """The accounts of one backward pass."""
 
     def __init__(self) -> None:
-        self.accounts: dict[int, Account] = {}
+        self.accounts: dict[Ledger, Account] = {}
 
     def close(self) -> None:
         """What no hook has asked for is not wanted: the parameter is no input of the pass."""
         self.accounts.clear()
 
 
+class Ledger:
+    """A parameter's hook, and the zero that its edge is handed; it lives as long as the hook."""
+
+    def __init__(self, owner: Tensor) -> None:
+        self.owner = weakref.ref(owner)
+        self.zero = _zero(owner)
+        owner.register_hook(self.settle)
+
+    def settle(self, grad: Tensor | None) -> Tensor | None:
+        """The hook: the zero that arrives, replaced by the account's sum."""
+        running = _passes.get(torch._C._current_graph_task_id())
+        account = running.accounts.pop(self, None) if running is not None else None
+        owner = self.owner()
+        if owner is None or grad is None or account is None:
+            return None
+        if grad.data_ptr() != self.zero.data_ptr():  # someone else's gradient, added to the zero
+            return account.pour(grad)
+        account.follow(grad)
+        if (whole := account.parts.get(Box.all_of(owner))) is not None:
+            return whole
+        if owner.grad is not None and _accumulates(owner):
+            account.pour(owner.grad)
+            return None
+        return account.pour(torch.zeros_like(owner))
+
+
 _passes: weakref.WeakValueDictionary[int, Pass] = weakref.WeakValueDictionary()
-_zeros = WeakTensorKeyDictionary()  # of each parameter that has its hook: the zero it is handed
+_ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()  # by owner's id
 _lock = Lock()  # each device has its own engine thread
 
 
-def put_aside(owner: Tensor, box: Box, grad: Tensor) -> Tensor | None:
-    """Add to the owner's account; the first time in a pass, the zero to hand on."""
+def put_aside(
+    owners: Sequence[Tensor], boxes: Sequence[Box], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Add each gradient to its owner's account, the last first, as the engine would.
+
+    Per owner comes back what its edge is handed: the zero, once in a pass.
+    """
+    handed: list[Tensor | None] = [None] * len(grads)
     with _lock:
         accounts = _current_pass().accounts
-        known = id(owner) in accounts
-        accounts.setdefault(id(owner), Account()).add(box, grad)
-        return None if known else _zero(owner)
+        for i in reversed(range(len(grads))):
+            if (grad := grads[i]) is None:
+                continue
+            ledger = _ledger(owners[i])
+            if (account := accounts.get(ledger)) is None:
+                account = accounts[ledger] = Account()
+                handed[i] = ledger.zero
+            account.add(boxes[i], grad)
+    return handed
 
 
 def _current_pass() -> Pass:
@@ -89,31 +129,18 @@ def _current_pass() -> Pass:
     return found
 
 
+def _ledger(owner: Tensor) -> Ledger:
+    found = _ledgers.get(id(owner))
+    if found is None or found.owner() is not owner:
+        found = _ledgers[id(owner)] = Ledger(owner)
+    zero = found.zero
+    if (zero.dtype, zero.device, zero.shape) != (owner.dtype, owner.device, owner.shape):
+        found.zero = _zero(owner)  # it was moved
+    return found
+
+
 def _zero(owner: Tensor) -> Tensor:
-    zero = _zeros.get(owner)
-    if zero is None:
-        owner.register_hook(partial(_settle, weakref.ref(owner)))
-    if zero is None or zero.dtype is not owner.dtype or zero.device != owner.device:
-        zero = _zeros[owner] = owner.detach().new_zeros(())
-    return zero.expand(owner.shape)
-
-
-def _settle(ref: weakref.ref[Tensor], grad: Tensor | None) -> Tensor | None:
-    """The hook: the zero that arrives, replaced by the account's sum."""
-    owner = ref()
-    running = _passes.get(torch._C._current_graph_task_id())
-    account = running.accounts.pop(id(owner), None) if running is not None else None
-    if owner is None or grad is None or account is None:
-        return None
-    if grad.data_ptr() != _zeros[owner].data_ptr():  # someone else's gradient, added to the zero
-        return account.pour(grad)
-    account.follow(grad)
-    if (whole := account.parts.get(Box.all_of(owner))) is not None:
-        return whole
-    if owner.grad is not None and _accumulates(owner):
-        account.pour(owner.grad)
-        return None
-    return account.pour(torch.zeros_like(owner))
+    return owner.detach().new_zeros(()).expand(owner.shape)
 
 
 def _accumulates(owner: Tensor) -> bool:

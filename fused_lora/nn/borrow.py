@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_lora.nn.aside import put_aside
 from fused_lora.nn.box import Box
+from fused_lora.ops.lora_linear import refuse_double_backward
 
 
 def borrow(owners: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:
@@ -32,23 +33,24 @@ def borrow(owners: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:
     Raises:
         TypeError: an owner that is sharded over devices, of which no part can be had.
     """
-    for owner in owners:
-        if hasattr(owner, "device_mesh"):
-            raise TypeError(
-                f"a {type(owner).__name__} {tuple(owner.shape)} is sharded over "
-                f"{owner.device_mesh}: parts of it cannot be shared; keep adapters unsharded"
-            )
     lent = [i for i, owner in enumerate(owners) if lends(owner)]
-    views = [None if i in lent else box.of(owners[i]) for i, box in enumerate(boxes)]
+    if len(lent) == len(owners):
+        return list(_Borrow.apply(boxes, *owners))
+    parts = [box.of(owner) for owner, box in zip(owners, boxes, strict=True)]
     if lent:
-        parts = _Borrow.apply([boxes[i] for i in lent], *(owners[i] for i in lent))
-        for i, part in zip(lent, parts, strict=True):
-            views[i] = part
-    return views  # type: ignore[return-value]
+        borrowed = _Borrow.apply([boxes[i] for i in lent], *(owners[i] for i in lent))
+        for i, part in zip(lent, borrowed, strict=True):
+            parts[i] = part
+    return parts
 
 
 def lends(owner: Tensor) -> bool:
     """Whether a part of ``owner`` is to be borrowed; otherwise it is autograd's slice."""
+    if type(owner) is not nn.Parameter and hasattr(owner, "device_mesh"):
+        raise TypeError(
+            f"a {type(owner).__name__} {tuple(owner.shape)} is sharded over {owner.device_mesh}: "
+            "parts of it cannot be shared; keep adapters unsharded"
+        )
     trains = owner.requires_grad and owner.is_leaf and torch.is_grad_enabled()
     return trains and not torch.compiler.is_compiling()
 
@@ -66,8 +68,5 @@ class _Borrow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Per owner: the zero that stands for all of its parts, once per pass."""
-        tokens: list[Tensor | None] = [None] * len(grads)
-        for i in reversed(range(len(grads))):  # as the engine would: the last use first
-            if (grad := grads[i]) is not None:
-                tokens[i] = put_aside(ctx.owners[i], ctx.boxes[i], grad)
-        return None, *tokens
+        refuse_double_backward()
+        return None, *put_aside(ctx.owners, ctx.boxes, grads)

@@ -21,7 +21,10 @@ class Box(NamedTuple):
 
     def of(self, whole: Tensor) -> Tensor:
         """The view [bottom - top, right] of ``whole``."""
-        return whole[self.top : self.bottom, : self.right]
+        rows, columns = whole.shape
+        if self.bottom - self.top != rows:
+            whole = whole.narrow(0, self.top, self.bottom - self.top)
+        return whole if self.right == columns else whole.narrow(1, 0, self.right)
 
     def holds(self, other: Box) -> bool:
         """Whether ``other`` lies inside."""
@@ -30,4 +33,4 @@ class Box(NamedTuple):
 
     def place_of(self, other: Box, part: Tensor) -> Tensor:
         """The view of ``part``, which is this box's, where ``other`` lies in it."""
-        return part[other.top - self.top : other.bottom - self.top, : other.right]
+        return Box(other.top - self.top, other.bottom - self.top, other.right).of(part)

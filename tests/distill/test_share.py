@@ -143,18 +143,17 @@ class TestGradients:
         plain_slicing(monkeypatch)
         assert same(mine, step())
 
-    def test_compiled(self):
+    def test_a_compiled_student_beside_an_eager_teacher(self):
         torch._dynamo.reset()
         big, small = pair(depth=1)
-        x = torch.randn(2, 17, 32, dtype=torch.float64)
-        small.blocks[0](x).square().sum().backward()
-        mine = {n: p.grad for n, p in adapters(big).items() if p.grad is not None}
-        big.zero_grad()
+        x, image = torch.randn(2, 17, 32, dtype=torch.float64), images()
         compiled = torch.compile(small.blocks[0], fullgraph=True, backend="aot_eager")
-        compiled(x).square().sum().backward()
-        assert mine
-        for name, grad in mine.items():
-            torch.testing.assert_close(big.get_parameter(name).grad, grad)
+        found = []
+        for block in (small.blocks[0], compiled):
+            (block(x).square().sum() + loss(big, x=image)).backward()
+            found.append(grads(big))
+        for name, grad in found[0].items():
+            torch.testing.assert_close(found[1][name], grad)
 
     def test_a_batch_of_none(self):
         big, small = pair()
@@ -259,8 +258,10 @@ class TestOneOwner:
 
     @pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
     def test_copies_of_the_pair_share_among_themselves(self, twin):
-        both = nn.ModuleList(pair()[::-1])  # the student first
-        other, x = twin(both), images()
+        both, x = nn.ModuleList(pair()[::-1]), images()  # the student first
+        loss(*both, x=x).backward()
+        both.zero_grad()
+        other = twin(both)
         loss(*both, x=x).backward()
         loss(*other, x=x).backward()
         assert same(grads(both[1]), grads(other[1]))
@@ -278,14 +279,27 @@ class TestOneOwner:
 
 
 class TestTheStudentAlone:
-    def test_it_computes_with_the_first_dimensions(self):
-        big, small = pair()
+    @pytest.mark.parametrize("qkv", ["separate", "joint"])
+    def test_it_computes_with_the_first_dimensions(self, qkv):
+        big, small = pair(options={"qkv": qkv})
         x = torch.randn(3, 32, dtype=torch.float64)
         linear, owner = small.blocks[1].attn.qkv, big.blocks[2].attn.qkv
         y = nn.functional.linear(x, linear.weight, linear.bias)
         for i, part in enumerate("qkv"):
-            a, b = owner.adapter(part)
-            y[:, 32 * i : 32 * i + 32] += x @ a[:, :32].T @ b[:32].T
+            a, b = owner.adapter(part if qkv == "separate" else "")
+            first = 48 * i if qkv == "joint" else 0
+            y[:, 32 * i : 32 * i + 32] += x @ a[:, :32].T @ b[first : first + 32].T
+        torch.testing.assert_close(linear(x), y)
+
+    def test_the_halves_of_a_packed_gate_apart(self):
+        big, small = teacher(mlp_layer=GluMlp), student(mlp_layer=GluMlp)
+        fused_lora.share_adapters(big, small, "first")
+        x = torch.randn(3, 32, dtype=torch.float64)
+        linear, (a, b) = small.blocks[1].mlp.fc1, big.blocks[1].mlp.fc1.adapter()
+        half, tall = linear.out_features // 2, len(b) // 2
+        y = nn.functional.linear(x, linear.weight, linear.bias)
+        y[:, :half] += x @ a[:, :32].T @ b[:half].T
+        y[:, half:] += x @ a[:, :32].T @ b[tall : tall + half].T
         torch.testing.assert_close(linear(x), y)
 
     def test_saved_and_loaded_into_a_patched_one(self, tmp_path):
@@ -335,6 +349,15 @@ class TestTheStudentAlone:
         now = {name: (id(p), p.requires_grad) for name, p in small.named_parameters()}
         assert now == state
         assert not any(isinstance(m, SharedLoRALinear) for m in small.modules())
+
+    def test_unpatched_with_its_adapters_merged_it_computes_the_same(self):
+        big, small = pair()
+        x = images()
+        before = small(x)
+        fused_lora.unpatch(small, merge=True)
+        torch.testing.assert_close(small(x), before)
+        assert not any(isinstance(m, SharedLoRALinear) for m in small.modules())
+        fused_lora.unpatch(big)
 
     def test_disabled(self):
         big, small = teacher(), student()

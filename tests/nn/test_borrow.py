@@ -59,6 +59,7 @@ def test_the_gradient_is_autograds_to_the_bit(owner, x, boxes):
         handed = torch.autograd.grad(loss(owner, boxes, x, take), owner)
         for _ in range(2):  # the second pass accumulates
             loss(owner, boxes, x, take).backward()
+        handed += torch.autograd.grad(loss(owner, boxes, x, take), owner)  # and this does not
         total, owner.grad = owner.grad, None
         return *handed, total
 
@@ -67,7 +68,8 @@ def test_the_gradient_is_autograds_to_the_bit(owner, x, boxes):
 
 def test_several_parts_at_once_and_the_same_twice(owner, x):
     other = nn.Parameter(torch.randn(6, 9, dtype=torch.float64))
-    owners, boxes = [owner, other, owner, owner], [SMALL, WHOLE, SMALL, LOW]
+    owners = [owner, other, owner, owner, owner]
+    boxes = [SMALL, WHOLE, SMALL, LOW, SMALL]
 
     def grads(take):
         parts = take(owners, boxes)
@@ -155,6 +157,23 @@ def test_backward_twice_through_one_graph(owner, x):
     once = owner.grad.clone()
     total.backward()
     assert torch.equal(owner.grad, 2 * once)
+
+
+def test_double_backward_fails_loudly(owner, x):
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(loss(owner, (SMALL,), x), owner, create_graph=True)
+
+
+def test_the_owner_may_be_out_of_sight(x):
+    held = nn.Parameter(torch.randn(6, 9, dtype=torch.float64))
+    seen = []
+    held.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    expected = torch.autograd.grad(loss(held, (SMALL, LOW), x, sliced), held)
+    total = loss(held, (SMALL, LOW), x)
+    del held
+    gc.collect()
+    total.backward()
+    assert torch.equal(*seen, *expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
