@@ -18,7 +18,8 @@ from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.shared import SharedLoRALinear
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
-from fused_lora.patching.patch import RECORD, _check_trainable, _compiled, _freeze, adapted
+from fused_lora.patching.asked import patterns_of
+from fused_lora.patching.patch import RECORD, adapted, check_trainable, freeze
 from fused_lora.patching.report import PatchReport, Row
 from fused_lora.patching.trace import rows_per_call
 
@@ -67,9 +68,9 @@ def share_adapters(
         ValueError: an option out of range.
     """
     check_batch_size(batch_size)
-    trained = _compiled(trainable)
+    trained = patterns_of(trainable)
     _check_models(teacher, student)
-    _check_trainable(student, trained)
+    check_trainable(student, trained)
     found = deals(_pairs(teacher, student, mapping), rank)
     watched = [(deal.name, deal.linear) for deal in found]
     rows = rows_per_call(student, watched, example_input)
@@ -78,7 +79,7 @@ def share_adapters(
             f"{idle[0]} is never called by the student's forward: sharing does nothing"
         )
     _adopt(found)
-    froze = _freeze(student, trained)
+    froze = freeze(student, trained)
     report = _report(student, found, rows, froze, batch_size)
     student.__dict__[RECORD] = report
     return report

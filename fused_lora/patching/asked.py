@@ -36,7 +36,7 @@ def choice_of(
     config = asked.pop("rank") if is_lora_config(asked.get("rank")) else None
     if config is not None:
         asked = _merged(options_of(config, asked), asked)
-    trained = _compiled(asked.pop("trainable", ()))
+    trained = patterns_of(asked.pop("trainable", ()))
     asked.pop("seed", None)
     rank, qkv = asked.pop("rank", 16), asked.pop("qkv", "separate")
     roles = roles_of(asked.pop("targets", None))
@@ -46,7 +46,8 @@ def choice_of(
     return choice, trained
 
 
-def _compiled(trainable: Iterable[str]) -> list[re.Pattern[str]]:
+def patterns_of(trainable: Iterable[str]) -> list[re.Pattern[str]]:
+    """``trainable`` as regular expressions; raises PatchError where one is none."""
     if isinstance(trainable, str):
         trainable = [trainable]
     try:

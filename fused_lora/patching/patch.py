@@ -130,7 +130,7 @@ def patch(
     choice, trained = choice_of(given, allow_large_rank, selection)
     _refuse_patched(model)
     found = find_wanted(model, choice)
-    _check_trainable(model, trained)
+    check_trainable(model, trained)
     with standing_in(each.module for each in found if keep_forward):
         sights = observe(model, found, example_input)
     chosen = choose_targets(model, found, sights, choice)
@@ -140,7 +140,7 @@ def patch(
         left |= passed_over(choice.only, model, rows)
     generator = None if seed is None else _generator(model, seed)
     _adopt(chosen, generator)
-    froze = _freeze(model, trained)
+    froze = freeze(model, trained)
     try:
         report = _report(model, chosen, rows, froze, batch_size, left)
         report.blocks = fuse(model, blocks, rows, batch_size)
@@ -244,7 +244,8 @@ def _refuse_patched(model: nn.Module) -> None:
             raise PatchError(f"{name} is sharded over processes: patch first, then fully_shard")
 
 
-def _check_trainable(model: nn.Module, trained: list[re.Pattern[str]]) -> None:
+def check_trainable(model: nn.Module, trained: list[re.Pattern[str]]) -> None:
+    """Raises PatchError for a pattern that matches no parameter."""
     for pattern in trained:
         if not any(pattern.search(name) for name, _ in model.named_parameters()):
             raise PatchError(f"trainable: {pattern.pattern!r} matches no parameter of the model")
@@ -287,7 +288,8 @@ def _adopt_one(target: Target, options: dict[str, Any]) -> AdaptedLinear:
     return FusedLoRAGroupedLinear.adopt(module, spans, ranks, **options)
 
 
-def _freeze(model: nn.Module, trained: list[re.Pattern[str]]) -> list[str]:
+def freeze(model: nn.Module, trained: list[re.Pattern[str]]) -> list[str]:
+    """Freeze all but adapters and ``trained``; the names of what trained before."""
     froze = []
     adapters = {id(p) for _, module in adapted(model) for p in module.lora_parameters()}
     for name, parameter in model.named_parameters():

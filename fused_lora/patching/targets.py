@@ -78,11 +78,8 @@ def choose_targets(
     model: nn.Module, found: Sequence[Found], sights: Mapping[str, Sight], choice: Choice
 ) -> list[Target]:
     """What becomes of each projection; raises PatchError where it cannot be served."""
-    apart = {alike(each): sights[each.name].columns for each in reversed(found)}
-    for each in found:
-        if columns := sights[each.name].columns:
-            apart[alike(each)] = columns
-    return [_target(model, each, sights[each.name], apart[alike(each)], choice) for each in found]
+    apart = {alike(f): columns for f in found if (columns := sights[f.name].columns)}
+    return [_target(model, f, sights[f.name], apart.get(alike(f), ()), choice) for f in found]
 
 
 def _nothing_found(model: nn.Module, choice: Choice) -> str:

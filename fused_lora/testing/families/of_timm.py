@@ -248,7 +248,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         64,
     ),
-    "ViTamin": ("vitamin_small_224", {"img_size": 64}, 64),
+    "ViTamin": ("vitamin_small_224", {"img_size": 64, "depth": 1}, 64),
     "VOLO": (
         "volo.VOLO",
         {
