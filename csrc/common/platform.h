@@ -4,7 +4,9 @@
 #ifdef __CUDACC__
 #define FL_DEVICE __device__ __forceinline__
 #define FL_UNROLL _Pragma("unroll")
+#define FL_NO_UNROLL _Pragma("unroll 1")
 #else
 #define FL_DEVICE inline
 #define FL_UNROLL
+#define FL_NO_UNROLL
 #endif

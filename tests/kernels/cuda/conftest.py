@@ -37,8 +37,8 @@ def build_host(folder: Path) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    sources = [CSRC / "bindings.cpp", CSRC / "lora_merge/lora_merge.cpp", HERE / "host_launch.cpp"]
-    includes = [f"-I{path}" for path in (CSRC, python_include, pybind11.get_include())]
+    sources = [*sorted(CSRC.glob("*/*.cpp")), *sorted(HERE.glob("*.cpp"))]
+    includes = [f"-I{path}" for path in (CSRC, HERE, python_include, pybind11.get_include())]
     options = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra"]
     # A misaligned access, which this processor forgives and a GPU does not, ends the process.
     options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]

@@ -1,0 +1,148 @@
+#include "emulated_warp.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fused_lora {
+
+EmulatedBlock* emulated = nullptr;
+
+namespace {
+constexpr int kStackBytes = 64 << 10, kFenceBytes = 1 << 10;
+}
+
+EmulatedBlock::EmulatedBlock(int shared_bytes, bool backwards, bool late)
+    : shared_(shared_bytes + kFenceBytes, '\xFF'),
+      shared_bytes_(shared_bytes),
+      backwards_(backwards),
+      late_(late),
+      fibers_(kThreads) {}
+
+void EmulatedBlock::enter() {
+  try {
+    emulated->body_();
+  } catch (...) {
+    emulated->error_ = std::current_exception();
+  }
+  emulated->fibers_[emulated->thread_].done = true;
+}
+
+void EmulatedBlock::run(const std::function<void()>& body) {
+  emulated = this;
+  body_ = body;
+  for (Fiber& fiber : fibers_) {
+    fiber.stack.resize(kStackBytes);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = &scheduler_;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (bool busy = true; busy;) {
+    for (int i = 0; i < kThreads; ++i) turn(backwards_ ? kThreads - 1 - i : i);
+    for (int first = 0; first < kThreads; first += 32) release_warp(first);
+    release_block();
+    busy = false;
+    for (const Fiber& fiber : fibers_) busy |= !fiber.done;
+  }
+  for (size_t i = shared_bytes_; i < shared_.size(); ++i) {
+    if (shared_[i] != '\xFF') throw std::logic_error("a write beyond shared memory");
+  }
+}
+
+void EmulatedBlock::turn(int thread) {
+  Fiber& fiber = fibers_[thread];
+  if (fiber.done || *fiber.waits_for) return;
+  thread_ = thread;
+  swapcontext(&scheduler_, &fiber.context);
+  if (error_) std::rethrow_exception(error_);
+}
+
+void EmulatedBlock::pause(const char* what, bool whole_block) {
+  Fiber& fiber = fibers_[thread_];
+  fiber.waits_for = what, fiber.whole_block = whole_block;
+  swapcontext(&fiber.context, &scheduler_);
+}
+
+// A warp that has come to one instruction together goes on; to different ones is an error.
+void EmulatedBlock::release_warp(int first) {
+  const Fiber& leader = fibers_[first];
+  for (int i = first; i < first + 32; ++i) {
+    const Fiber& fiber = fibers_[i];
+    if (std::strcmp(fiber.waits_for, leader.waits_for)) {
+      throw std::logic_error("lanes of a warp are at '" + std::string(leader.waits_for) +
+                             "' and '" + fiber.waits_for + "'");
+    }
+  }
+  if (leader.whole_block) return;
+  for (int i = first; i < first + 32; ++i) fibers_[i].waits_for = "";
+}
+
+void EmulatedBlock::release_block() {
+  int waiting = 0, done = 0;
+  for (const Fiber& fiber : fibers_) waiting += fiber.whole_block, done += fiber.done;
+  if (waiting && done) throw std::logic_error("threads have left that others wait for");
+  if (waiting < kThreads) return;
+  for (Fiber& fiber : fibers_) fiber.waits_for = "", fiber.whole_block = false;
+}
+
+void EmulatedBlock::sync(const char* what) { pause(what, true); }
+
+void EmulatedBlock::sync_warp(const char* what) { pause(what, false); }
+
+void EmulatedBlock::require_shared(const void* at, int bytes) const {
+  const char* begin = static_cast<const char*>(at);
+  if (begin < shared_.data() || begin + bytes > shared_.data() + shared_bytes_ ||
+      reinterpret_cast<uintptr_t>(at) % 16) {
+    throw std::logic_error("16 bytes outside shared memory or not aligned");
+  }
+}
+
+void EmulatedBlock::load(uint32_t (&to)[4], const void* row, bool transposed) {
+  require_shared(row, 16);
+  const int lane = thread_ % 32;
+  Exchange& warp = exchange();
+  warp.row[lane] = row;
+  sync_warp(transposed ? "load_transposed" : "load_matrices");
+  for (int i = 0; i < 4; ++i) {
+    uint32_t halves[2];
+    for (int j = 0; j < 2; ++j) {
+      const int across = lane % 4 * 2 + j, down = lane / 4;
+      const void* from = warp.row[8 * i + (transposed ? across : down)];
+      halves[j] = static_cast<const uint16_t*>(from)[transposed ? down : across];
+    }
+    to[i] = halves[0] | halves[1] << 16;
+  }
+  sync_warp(transposed ? "load_transposed" : "load_matrices");
+}
+
+void EmulatedBlock::land(const EmulatedCopy& copy) {
+  if (copy.inside) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
+}
+
+void EmulatedBlock::copy(void* shared, const void* global, bool inside) {
+  require_shared(shared, 16);
+  if (reinterpret_cast<uintptr_t>(global) % 16) throw std::logic_error("a copy is not aligned");
+  fibers_[thread_].groups.back().push_back({shared, global, inside});
+  if (!late_) land(fibers_[thread_].groups.back().back());
+}
+
+void EmulatedBlock::commit() { fibers_[thread_].groups.emplace_back(); }
+
+// Lands all committed groups but the youngest `open`; the last group is not committed yet.
+void EmulatedBlock::wait(int open) {
+  auto& groups = fibers_[thread_].groups;
+  while (static_cast<int>(groups.size()) > open + 1) {
+    if (late_) {
+      for (const EmulatedCopy& copy : groups.front()) land(copy);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace fused_lora
