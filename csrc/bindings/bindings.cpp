@@ -1,8 +1,7 @@
-// What fused_lora._native offers Python.
+// What fused_lora._native offers Python. One unit: every other would parse pybind11 again.
 
-#include "bindings/bindings.h"
-
-#include "common/dtype.h"
+#include "bindings/lora_grad.h"
+#include "bindings/lora_merge.h"
 
 namespace py = pybind11;
 using namespace fused_lora;

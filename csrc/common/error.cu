@@ -1,6 +1,6 @@
-#include "common/error.h"
-
 #include <cuda_runtime_api.h>
+
+#include "common/error.h"
 
 namespace fused_lora {
 

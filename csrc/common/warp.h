@@ -43,14 +43,14 @@ FL_DEVICE void load_transposed(uint32_t (&to)[4], const void* row) {
 template <typename T>
 FL_DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
-#define FL_MULTIPLY(Type, name)                                                                 \
-  template <>                                                                                   \
-  FL_DEVICE void multiply<Type>(float(&sum)[4], const uint32_t(&a)[4], uint32_t b0,             \
-                                uint32_t b1) {                                                  \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                  \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                  \
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                        \
+#define FL_MULTIPLY(Type, name)                                                       \
+  template <>                                                                         \
+  FL_DEVICE void multiply<Type>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, \
+                                uint32_t b1) {                                        \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                        \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));              \
   }
 FL_MULTIPLY(BFloat16, "bf16")
 FL_MULTIPLY(Float16, "f16")

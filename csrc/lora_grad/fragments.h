@@ -9,9 +9,8 @@ namespace fused_lora {
 // The adapter that has this stacked rank; groups if none.
 FL_DEVICE int group_of(const GradProblem& problem, int r) {
   int g = 0;
-  while (g < problem.groups &&
-         (r < problem.group[g].first_rank ||
-          r >= problem.group[g].first_rank + problem.group[g].rank)) {
+  while (g < problem.groups && (r < problem.group[g].first_rank ||
+                                r >= problem.group[g].first_rank + problem.group[g].rank)) {
     ++g;
   }
   return g;

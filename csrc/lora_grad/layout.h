@@ -24,8 +24,11 @@ template <int S,      // strips per warp
 struct GradLayout {
   static constexpr int kRanks = 16 * RB;
   static constexpr bool kKeeps = forms && S * RB <= 12;  // fragments in registers
-  static constexpr int kAtOnce = S * RB >= 24 ? RB / 2 : RB;  // rank blocks that registers allow
-  static constexpr int kBlocks = !forms && RB == 1 ? 2 : 1;   // that share a processor
+  // Where sums take 192 registers, little else may live long.
+  static constexpr bool kCrowded = forms && S * RB >= 24;
+  static constexpr int kAtOnce = kCrowded ? 1 : RB;          // rank blocks
+  static constexpr bool kLooksAhead = !kCrowded;             // for a given h and dh
+  static constexpr int kBlocks = !forms && RB == 1 ? 2 : 1;  // that share a processor
   static constexpr int kTilePitch = 16 * S + 8, kSumPitch = kRanks + 8, kTPitch = kRanks + 8;
   static constexpr int kFragmentBytes = 512;  // [16 columns, 16 ranks]
   static constexpr int kWarpTileBytes = 2 * kTileRows * kTilePitch;
@@ -47,7 +50,9 @@ struct GradLayout {
 };
 
 constexpr int smem_limit_bytes(int arch) {
-  return arch == 80 || arch == 87 ? 163 << 10 : arch == 90 || arch / 10 == 10 ? 227 << 10 : 99 << 10;
+  return arch == 80 || arch == 87        ? 163 << 10
+         : arch == 90 || arch / 10 == 10 ? 227 << 10
+                                         : 99 << 10;
 }
 
 // Calls visit.operator()<S, RB, forms>() for each compiled shape, narrow before wide.

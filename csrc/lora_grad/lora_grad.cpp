@@ -53,9 +53,9 @@ void check_side(const GradSide& side, const std::string& name, bool read) {
 
 void check(const GradProblem& problem, const GradPlan& plan) {
   const GradShape& shape = plan.shape;
-  require(problem.x.columns == shape.k && problem.dy.columns == shape.n &&
-              problem.ranks == shape.ranks,
-          "the plan was made for another problem");
+  require(
+      problem.x.columns == shape.k && problem.dy.columns == shape.n && problem.ranks == shape.ranks,
+      "the plan was made for another problem");
   require(problem.groups >= 1 && problem.groups <= kMostGroups,
           "serves 1 to 4 groups, got " + std::to_string(problem.groups));
   require(problem.type != DType::kFloat32, "serves bfloat16 and float16 x and dy");

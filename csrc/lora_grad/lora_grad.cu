@@ -57,8 +57,8 @@ cudaError_t launch(Kernel kernel, dim3 grid, int smem_bytes, const Arguments& ar
                    void* stream) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (smem_bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
     if (error) return error;
   }
   kernel<<<grid, kGradThreads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);

@@ -44,8 +44,8 @@ struct GradProblem {
   void* dbias;  // [N], contiguous; null where nobody asks
   int64_t rows;
   int32_t groups, ranks;
-  DType type;             // of x, dy, h and dh
-  DType adapter;          // of a and b
+  DType type;     // of x, dy, h and dh
+  DType adapter;  // of a and b
   DType grad, dbias_type;
   bool add;  // to what da and db hold
 };

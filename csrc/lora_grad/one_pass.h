@@ -1,8 +1,10 @@
-// One block of lora_grad: a chunk of the columns of [x | dy] over a slice of the rows, 16 at a time.
+// One block of lora_grad: a chunk of the columns of [x | dy] over a slice of the rows, 16 at a
+// time.
 //
 //     16 columns a strip; a warp owns up to S strips, all of x or all of dy
 //   16 [ x | x | x | dy | dy | dy | ... ]    shrink  h or dh of these rows: each warp its share
-//   rows                                     settle  shares added in the order of the warps, rounded
+//   rows                                     settle  shares added in the order of the warps,
+//   rounded
 //                                            expand  da += xT dh, db += dyT h, in registers
 //
 // x and dy come by asynchronous copies, several tiles ahead. The sums of a slice leave once, at the
@@ -69,9 +71,7 @@ class OnePass {
   FL_DEVICE int lane() const { return thread_ % 32; }
   FL_DEVICE int warp() const { return thread_ / 32; }
   FL_DEVICE const GradSide& mine() const { return is_dy_ ? problem_.dy : problem_.x; }
-  FL_DEVICE bool shrinks() const {
-    return is_dy_ ? plan_.shape.forms_dh() : plan_.shape.forms_h();
-  }
+  FL_DEVICE bool shrinks() const { return is_dy_ ? plan_.shape.forms_dh() : plan_.shape.forms_h(); }
   FL_DEVICE bool expands() const {
     return is_dy_ ? plan_.shape.needs_b || plan_.shape.needs_bias : plan_.shape.needs_a;
   }
@@ -142,7 +142,7 @@ class OnePass {
     if (from < end_) {
       const uint16_t* z = static_cast<const uint16_t*>(mine().z) + first_;
       uint16_t* to = tile(stage);
-      FL_NO_UNROLL  // addresses ahead would take the registers of sums
+      FL_UNROLL_BY(1)  // addresses ahead would take the registers of sums
       for (int i = 0; i < S; ++i) {
         const int m = (lane() + 32 * i) / (2 * S), c = (lane() + 32 * i) % (2 * S) * 8;
         const int64_t row = static_cast<int64_t>(from) * kTileRows + m;
@@ -165,6 +165,7 @@ class OnePass {
 
   // The elements of a tile's h and dh that this thread settles, where they are given.
   FL_DEVICE void look_ahead(int from) {
+    if constexpr (!L::kLooksAhead) return;
     FL_UNROLL
     for (int i = 0; i < RB; ++i) {
       const int e = thread_ + kGradThreads * i;
@@ -216,19 +217,26 @@ class OnePass {
   // h and dh of this tile, from the warps' shares or as given. Rank `ranks` of h is one: its
   // gradient is dbias.
   FL_DEVICE void settle(int parity) {
-    FL_UNROLL
-    for (int i = 0; i < 2 * RB; ++i) {
-      const bool is_dh = i >= RB;
-      const int e = thread_ + kGradThreads * (i % RB), m = e / L::kRanks, r = e % L::kRanks;
-      uint16_t bits = static_cast<uint16_t>(given_[i % RB] >> (is_dh ? 16 : 0));
-      if constexpr (forms) {
-        if (is_dh ? plan_.shape.forms_dh() : plan_.shape.forms_h()) {
-          const float total = share_total(is_dh, m * L::kSumPitch + r);
-          bits = nearest<T>(is_dh ? scales()[r] * total : total).bits;
-        }
+    settle(parity, false);
+    settle(parity, true);
+  }
+
+  FL_DEVICE void settle(int parity, bool is_dh) {
+    const bool formed = is_dh ? plan_.shape.forms_dh() : plan_.shape.forms_h();
+    FL_UNROLL_BY(L::kLooksAhead ? RB : 1)
+    for (int i = 0; i < RB; ++i) {
+      const int e = thread_ + kGradThreads * i, m = e / L::kRanks, r = e % L::kRanks;
+      uint32_t bits;
+      if (forms && formed) {
+        const float total = share_total(is_dh, m * L::kSumPitch + r);
+        bits = nearest<T>(is_dh ? scales()[r] * total : total).bits;
+      } else if constexpr (L::kLooksAhead) {
+        bits = is_dh ? given_[i] >> 16 : given_[i];
+      } else {
+        bits = given(is_dh ? problem_.dy : problem_.x, tile_, e);
       }
       if (!is_dh && r == problem_.ranks) bits = nearest<T>(1.0f).bits;
-      t(parity, is_dh)[m * L::kTPitch + r] = bits;
+      t(parity, is_dh)[m * L::kTPitch + r] = static_cast<uint16_t>(bits);
     }
   }
 
@@ -241,8 +249,8 @@ class OnePass {
 
   FL_DEVICE void expand(int stage, int parity) {
     const uint16_t* ts = t(parity, !is_dy_) + lane() % 16 * L::kTPitch + lane() / 16 * 8;
-    const uint16_t* z = tile(stage) + (lane() % 8 + lane() / 16 * 8) * L::kTilePitch +
-                        lane() / 8 % 2 * 8;
+    const uint16_t* z =
+        tile(stage) + (lane() % 8 + lane() / 16 * 8) * L::kTilePitch + lane() / 8 % 2 * 8;
     FL_UNROLL
     for (int first = 0; first < RB; first += L::kAtOnce) {
       uint32_t tb[L::kAtOnce][4];

@@ -9,36 +9,26 @@ namespace fused_lora {
 EmulatedBlock* emulated = nullptr;
 
 namespace {
+
 constexpr int kStackBytes = 64 << 10, kFenceBytes = 1 << 10;
+
+}  // namespace
+
+EmulatedBlock::EmulatedBlock(bool backwards, bool late)
+    : backwards_(backwards), late_(late), fibers_(kThreads) {
+  for (Fiber& fiber : fibers_) fiber.stack.resize(kStackBytes);
 }
 
-EmulatedBlock::EmulatedBlock(int shared_bytes, bool backwards, bool late)
-    : shared_(shared_bytes + kFenceBytes, '\xFF'),
-      shared_bytes_(shared_bytes),
-      backwards_(backwards),
-      late_(late),
-      fibers_(kThreads) {}
-
-void EmulatedBlock::enter() {
-  try {
-    emulated->body_();
-  } catch (...) {
-    emulated->error_ = std::current_exception();
-  }
-  emulated->fibers_[emulated->thread_].done = true;
+char* EmulatedBlock::share(int bytes) {
+  shared_bytes_ = bytes;
+  shared_.assign(bytes + kFenceBytes, '\xFF');
+  return shared_.data();
 }
 
 void EmulatedBlock::run(const std::function<void()>& body) {
   emulated = this;
   body_ = body;
-  for (Fiber& fiber : fibers_) {
-    fiber.stack.resize(kStackBytes);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler_;
-    makecontext(&fiber.context, enter, 0);
-  }
+  for (Fiber& fiber : fibers_) fiber.started = fiber.done = false;
   for (bool busy = true; busy;) {
     for (int i = 0; i < kThreads; ++i) turn(backwards_ ? kThreads - 1 - i : i);
     for (int first = 0; first < kThreads; first += 32) release_warp(first);
@@ -51,18 +41,44 @@ void EmulatedBlock::run(const std::function<void()>& body) {
   }
 }
 
+void EmulatedBlock::enter() {
+  Fiber& fiber = emulated->fibers_[emulated->thread_];
+  try {
+    emulated->body_();
+  } catch (...) {
+    emulated->error_ = std::current_exception();
+  }
+  fiber.done = true;
+  _longjmp(emulated->scheduler_, 1);
+}
+
+// A context is made once; from then on fibers jump, which takes no system call.
+void EmulatedBlock::start(Fiber& fiber) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.data();
+  context.uc_stack.ss_size = fiber.stack.size();
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  fiber.started = true;
+  setcontext(&context);
+}
+
 void EmulatedBlock::turn(int thread) {
   Fiber& fiber = fibers_[thread];
   if (fiber.done || *fiber.waits_for) return;
   thread_ = thread;
-  swapcontext(&scheduler_, &fiber.context);
+  if (_setjmp(scheduler_) == 0) {
+    if (fiber.started) _longjmp(fiber.place, 1);
+    start(fiber);
+  }
   if (error_) std::rethrow_exception(error_);
 }
 
 void EmulatedBlock::pause(const char* what, bool whole_block) {
   Fiber& fiber = fibers_[thread_];
   fiber.waits_for = what, fiber.whole_block = whole_block;
-  swapcontext(&fiber.context, &scheduler_);
+  if (_setjmp(fiber.place) == 0) _longjmp(scheduler_, 1);
 }
 
 // A warp that has come to one instruction together goes on; to different ones is an error.
@@ -143,6 +159,29 @@ void EmulatedBlock::wait(int open) {
     }
     groups.erase(groups.begin());
   }
+}
+
+void multiply_as(float (&widen)(uint16_t), float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                 uint32_t b1) {
+  EmulatedBlock::Exchange& warp = emulated->exchange();
+  const int lane = thread_index() % 32, row = lane / 4;
+  for (int i = 0; i < 4; ++i) warp.a[lane][i] = a[i];
+  warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+  emulated->sync_warp("multiply");
+  const auto element = [&](uint32_t word, int half) {
+    return static_cast<double>(widen(static_cast<uint16_t>(word >> 16 * half)));
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int column = lane % 4 * 2 + i % 2;
+    double total = 0;
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t left = warp.a[row * 4 + k % 8 / 2][k / 8 * 2 + i / 2];
+      const uint32_t right = warp.b[column * 4 + k % 8 / 2][k / 8];
+      total += element(left, k % 2) * element(right, k % 2);
+    }
+    sum[i] = static_cast<float>(sum[i] + total);
+  }
+  emulated->sync_warp("multiply");
 }
 
 }  // namespace fused_lora

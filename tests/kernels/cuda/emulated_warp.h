@@ -4,6 +4,7 @@
 // in all four worlds waits where it must.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -25,12 +26,12 @@ class EmulatedBlock {
  public:
   static constexpr int kThreads = 256;
 
-  EmulatedBlock(int shared_bytes, bool backwards, bool late);
+  EmulatedBlock(bool backwards, bool late);
 
-  // Shared memory, NaN at first, then a fence.
-  char* shared() { return shared_.data(); }
+  // Shared memory of the next run: NaN, then a fence.
+  char* share(int bytes);
 
-  // `body` once per thread. Throws where a fence is broken or threads of a warp part ways.
+  // `body` once per thread. Throws where the fence is broken or threads of a warp part ways.
   void run(const std::function<void()>& body);
 
   int thread() const { return thread_; }
@@ -50,7 +51,8 @@ class EmulatedBlock {
 
  private:
   struct Fiber {
-    ucontext_t context;
+    jmp_buf place;
+    bool started = false;
     std::vector<char> stack;
     const char* waits_for = "";
     bool whole_block = false, done = false;
@@ -58,6 +60,7 @@ class EmulatedBlock {
   };
 
   static void enter();
+  void start(Fiber& fiber);
   void pause(const char* what, bool whole_block);
   void turn(int thread);
   void release_warp(int first);
@@ -66,10 +69,10 @@ class EmulatedBlock {
   static void land(const EmulatedCopy& copy);
 
   std::vector<char> shared_;
-  int shared_bytes_;
+  int shared_bytes_ = 0;
   bool backwards_, late_;
   int thread_ = 0;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   std::vector<Fiber> fibers_;
   Exchange exchanges_[kThreads / 32];
   std::function<void()> body_;
@@ -94,27 +97,17 @@ void wait_copies() {
 }
 
 // Products and their sum are exact in double; the addition to `sum` rounds once.
+void multiply_as(float (&widen)(uint16_t), float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                 uint32_t b1);
+
+template <typename T>
+float widen_bits(uint16_t bits) {
+  return widen(T{bits});
+}
+
 template <typename T>
 void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  EmulatedBlock::Exchange& warp = emulated->exchange();
-  const int lane = thread_index() % 32;
-  for (int i = 0; i < 4; ++i) warp.a[lane][i] = a[i];
-  warp.b[lane][0] = b0, warp.b[lane][1] = b1;
-  emulated->sync_warp("multiply");
-  const auto element = [](uint32_t word, int half) {
-    return static_cast<double>(widen(T{static_cast<uint16_t>(word >> 16 * half)}));
-  };
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4, column = lane % 4 * 2 + i % 2;
-    double total = 0;
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t left = warp.a[row * 4 + k % 8 / 2][k / 8 * 2 + i / 2];
-      const uint32_t right = warp.b[column * 4 + k % 8 / 2][k / 8];
-      total += element(left, k % 2) * element(right, k % 2);
-    }
-    sum[i] = static_cast<float>(sum[i] + total);
-  }
-  emulated->sync_warp("multiply");
+  multiply_as(widen_bits<T>, sum, a, b0, b1);
 }
 
 }  // namespace fused_lora

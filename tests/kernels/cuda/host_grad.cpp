@@ -30,12 +30,11 @@ struct Run {
   template <typename Kernel>
   void blocks() const {
     const int64_t size = static_cast<int64_t>(plan.columns()) * 16 * plan.rank_blocks;
+    EmulatedBlock block(backwards, late);
     for (int i = 0; i < plan.slices * plan.chunks; ++i) {
       const int slice = i % plan.slices, chunk = i / plan.slices;
-      EmulatedBlock block(plan.smem_bytes, backwards, late);
-      block.run([&] {
-        Kernel(problem, plan, block.shared(), slice, chunk).run(partial + slice * size);
-      });
+      char* shared = block.share(plan.smem_bytes);
+      block.run([&] { Kernel(problem, plan, shared, slice, chunk).run(partial + slice * size); });
     }
   }
 };
@@ -49,8 +48,8 @@ int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* pa
   each_grad_shape(Run{problem, plan, partial, &found});
   if (!found) throw std::logic_error("no kernel of the plan's shape");
   const int sums = plan.columns() * 16 * plan.rank_blocks;
+  EmulatedBlock block(backwards, late);
   for (int i = 0; i < sums / 32; ++i) {
-    EmulatedBlock block(0, backwards, late);
     float shared[kGradWarps][32];
     block.run([&] { add_partials(problem, plan, partial, shared, i); });
   }

@@ -1,17 +1,16 @@
+#pragma once
+
+#include "bindings/pointer.h"
 #include "lora_grad/lora_grad.h"
 
-#include "bindings/bindings.h"
-
-namespace py = pybind11;
-
 namespace fused_lora {
-namespace {
-
+namespace py = pybind11;
 using Strides = std::pair<int64_t, int64_t>;
 
-GradGroup group(uintptr_t a, uintptr_t b, uintptr_t da, uintptr_t db, Strides a_strides,
-                Strides b_strides, Strides da_strides, Strides db_strides, int32_t first_column,
-                int32_t columns, int32_t first_rank, int32_t rank, float scale) {
+inline GradGroup grad_group(uintptr_t a, uintptr_t b, uintptr_t da, uintptr_t db, Strides a_strides,
+                            Strides b_strides, Strides da_strides, Strides db_strides,
+                            int32_t first_column, int32_t columns, int32_t first_rank, int32_t rank,
+                            float scale) {
   GradGroup group = {};
   group.a = pointer<void>(a), group.b = pointer<void>(b);
   group.da = pointer<void>(da), group.db = pointer<void>(db);
@@ -25,10 +24,11 @@ GradGroup group(uintptr_t a, uintptr_t b, uintptr_t da, uintptr_t db, Strides a_
   return group;
 }
 
-GradProblem problem(const GradPlan& plan, uintptr_t x, uintptr_t dy, uintptr_t h, uintptr_t dh,
-                    int64_t x_row, int64_t dy_row, int64_t h_row, int64_t dh_row,
-                    const std::vector<GradGroup>& groups, uintptr_t dbias, int64_t rows, DType type,
-                    DType adapter, DType grad, DType dbias_type, bool add) {
+inline GradProblem grad_problem(const GradPlan& plan, uintptr_t x, uintptr_t dy, uintptr_t h,
+                                uintptr_t dh, int64_t x_row, int64_t dy_row, int64_t h_row,
+                                int64_t dh_row, const std::vector<GradGroup>& groups,
+                                uintptr_t dbias, int64_t rows, DType type, DType adapter,
+                                DType grad, DType dbias_type, bool add) {
   GradProblem problem = {};
   problem.x = {pointer<void>(x), pointer<void>(h), x_row, h_row, plan.shape.k, 0};
   problem.dy = {pointer<void>(dy), pointer<void>(dh), dy_row, dh_row, plan.shape.n, 0};
@@ -45,7 +45,7 @@ GradProblem problem(const GradPlan& plan, uintptr_t x, uintptr_t dy, uintptr_t h
   return problem;
 }
 
-void bind_plan(py::module_& m) {
+inline void bind_grad_plan(py::module_& m) {
   py::class_<GradPlan>(m, "GradPlan", py::module_local())
       .def_readonly("most_strips", &GradPlan::most_strips)
       .def_readonly("rank_blocks", &GradPlan::rank_blocks)
@@ -68,21 +68,19 @@ void bind_plan(py::module_& m) {
       "How the gradients are launched; None where a block cannot hold them.");
 }
 
-}  // namespace
-
-void bind_lora_grad(py::module_& m) {
+inline void bind_lora_grad(py::module_& m) {
   m.attr("grad_most_groups") = kMostGroups;
   m.attr("grad_most_ranks") = kMostRanks;
-  bind_plan(m);
+  bind_grad_plan(m);
 
   py::class_<GradGroup>(m, "GradGroup", py::module_local())
-      .def(py::init(&group), py::kw_only(), py::arg("a"), py::arg("b"), py::arg("da"),
+      .def(py::init(&grad_group), py::kw_only(), py::arg("a"), py::arg("b"), py::arg("da"),
            py::arg("db"), py::arg("a_strides"), py::arg("b_strides"), py::arg("da_strides"),
            py::arg("db_strides"), py::arg("first_column"), py::arg("columns"),
            py::arg("first_rank"), py::arg("rank"), py::arg("scale"));
 
   py::class_<GradProblem>(m, "GradProblem", py::module_local())
-      .def(py::init(&problem), py::kw_only(), py::arg("plan"), py::arg("x"), py::arg("dy"),
+      .def(py::init(&grad_problem), py::kw_only(), py::arg("plan"), py::arg("x"), py::arg("dy"),
            py::arg("h"), py::arg("dh"), py::arg("x_row"), py::arg("dy_row"), py::arg("h_row"),
            py::arg("dh_row"), py::arg("groups"), py::arg("dbias"), py::arg("rows"), py::arg("type"),
            py::arg("adapter"), py::arg("grad"), py::arg("dbias_type"), py::arg("add"));

@@ -1,12 +1,13 @@
+#pragma once
+
+#include "bindings/pointer.h"
 #include "lora_merge/lora_merge.h"
-
-#include "bindings/bindings.h"
-
-namespace py = pybind11;
 
 namespace fused_lora {
 
-void bind_lora_merge(py::module_& m) {
+namespace py = pybind11;
+
+inline void bind_lora_merge(py::module_& m) {
   py::enum_<Rounding>(m, "Rounding", py::module_local())
       .value("nearest", Rounding::kNearest)
       .value("stochastic", Rounding::kStochastic);
