@@ -51,13 +51,28 @@ void check_side(const GradSide& side, const std::string& name, bool read) {
   require(in_16_bytes(side), name + " must begin, and each of its rows, at a multiple of 16 bytes");
 }
 
+void check_groups(const GradProblem& problem, const GradShape& shape) {
+  require(problem.groups >= 1 && problem.groups <= kMostGroups,
+          "serves 1 to 4 groups, got " + std::to_string(problem.groups));
+  int first = 0;
+  for (int g = 0; g < problem.groups; ++g) {
+    const GradGroup& group = problem.group[g];
+    const bool inside = group.first_column >= 0 && group.columns >= 0 &&
+                        (!shape.reads_dy() || group.first_column + group.columns <= shape.n);
+    require(inside && group.rank >= 0 && group.first_rank == first,
+            "group " + std::to_string(g) + " has columns or ranks out of place");
+    first += group.rank;
+  }
+  require(first == shape.ranks, "the groups have " + std::to_string(first) +
+                                    " ranks, planned were " + std::to_string(shape.ranks));
+}
+
 void check(const GradProblem& problem, const GradPlan& plan) {
   const GradShape& shape = plan.shape;
   require(
       problem.x.columns == shape.k && problem.dy.columns == shape.n && problem.ranks == shape.ranks,
       "the plan was made for another problem");
-  require(problem.groups >= 1 && problem.groups <= kMostGroups,
-          "serves 1 to 4 groups, got " + std::to_string(problem.groups));
+  check_groups(problem, shape);
   require(problem.type != DType::kFloat32, "serves bfloat16 and float16 x and dy");
   require(shape.h_given == (problem.x.given != nullptr) &&
               shape.dh_given == (problem.dy.given != nullptr),

@@ -3,9 +3,9 @@
     h = x aT   dh_g = s_g dy[:, span_g] b_g     formed on chip and rounded to x's dtype, or given
     db_g = s_g dy[:, span_g]T h_g   da_g = dh_gT x   dbias = sum over rows of dy
 
-Products are of bf16 or fp16, sums are fp32, each gradient is rounded once, to its tensor's dtype. No
-atomics. What is formed on chip must fit one block's registers (``fits``); with h and dh given, any
-width does. Called by nothing yet: no machine has verified it.
+Products are of bf16 or fp16, sums are fp32, each gradient is rounded once, to its tensor's dtype.
+No atomics. What is formed on chip must fit one block's registers (``fits``); with h and dh given,
+any width does. Called by nothing yet: no machine has verified it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The operands of one call of ``lora_grads``: what is wrong with them, and how they are launched."""
+"""The operands of one call of ``lora_grads``, and why they cannot be served."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class GradCall(NamedTuple):
     def _why_not_types(self) -> str | None:
         dtypes = {tensor.dtype for tensor in self.large.values()}
         if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16}:
-            return f"{', '.join(self.large)} must be all bfloat16 or all float16, got {_list(dtypes)}"
+            return (
+                f"{', '.join(self.large)} must be all bfloat16 or all float16, got {_list(dtypes)}"
+            )
         dtypes = {tensor.dtype for tensor in self.small}
         if len(dtypes) > 1 or torch.float64 in dtypes:
             return f"a and b must have one dtype, not float64, got {_list(dtypes)}"

@@ -119,10 +119,10 @@ def few_bits(*shape: int) -> Tensor:
     return torch.randint(-8, 9, shape) / 8
 
 
-def padded(values: Tensor, gap: int, dtype: torch.dtype) -> Tensor:
+def padded(values: Tensor, gap: int, dtype: torch.dtype, device: str | None = None) -> Tensor:
     """``values`` with ``gap`` NaN between rows."""
     m, n = values.shape
-    buffer = torch.full((m, n + gap), float("nan"), dtype=dtype)
+    buffer = torch.full((m, n + gap), float("nan"), dtype=dtype, device=device or values.device)
     return buffer[:, :n].copy_(values)
 
 
