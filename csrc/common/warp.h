@@ -1,5 +1,5 @@
-// The instructions of sm_80 that a whole warp executes together, by name. A C++ compiler takes them
-// from the tests' emulation of a block instead, and then runs a kernel's own source.
+// The instructions that a warp executes together, by name: of sm_80, and of sm_90 for clusters. A
+// C++ compiler takes them from the tests' emulation instead, and then runs a kernel's own source.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,32 @@ FL_DEVICE void sync_warp() { __syncwarp(); }
 FL_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
+
+// Blocks of a cluster, which only sm_90 and later have.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FL_CLUSTERS true
+
+FL_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// What block `rank` of the cluster has where this block has `mine`.
+FL_DEVICE float load_cluster(const float* mine, int rank) {
+  float value;
+  asm volatile(
+      "{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [at];\n}"
+      : "=f"(value)
+      : "r"(shared_address(mine)), "r"(rank)
+      : "memory");
+  return value;
+}
+#else
+#define FL_CLUSTERS false
+
+FL_DEVICE void sync_cluster() {}
+FL_DEVICE float load_cluster(const float*, int) { return 0.0f; }
+#endif
 
 // Four 8 x 8 matrices of 16-bit elements. Lane l points at row l % 8 of matrix l / 8, and gets the
 // elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each.

@@ -4,6 +4,7 @@
 //   fragments  per warp            a or b as the matrix instruction takes them
 //   sums       per warp            [16 rows, R] its share of h or dh, fp32
 //   t          per parity          [16 rows, R] h and dh, rounded
+//   shares     per parity          [16 rows, R] a block's share of h and dh, read by its cluster
 //
 // Rows are padded so that eight of them start in different banks.
 #pragma once
@@ -44,10 +45,17 @@ struct GradLayout {
   // What is kept in registers passes through the tiles' place before the first tile arrives.
   static constexpr int kTiles = kFragments + (kKeeps ? 0 : kAllFragmentBytes);
 
+  static constexpr int kShareBytes = 4 * kTileRows * kRanks;  // of h, or of dh, at one parity
+  static constexpr int kAllShareBytes = 4 * kShareBytes;      // lie last, and only in a cluster
+
   static_assert(!kKeeps || kAllFragmentBytes <= kLeastStages * kStageBytes);
 
-  static constexpr int bytes(int stages) { return kTiles + stages * kStageBytes; }
+  static constexpr int bytes(int stages, bool cluster = false) {
+    return kTiles + stages * kStageBytes + (cluster ? kAllShareBytes : 0);
+  }
 };
+
+constexpr int most_cluster_blocks(int arch) { return arch >= 90 ? 8 : 1; }
 
 constexpr int smem_limit_bytes(int arch) {
   return arch == 80 || arch == 87        ? 163 << 10

@@ -15,26 +15,31 @@ int warps_for(const GradPlan& plan, int strips) {
   return ceil_div(plan.x_strips, strips) + ceil_div(plan.dy_strips, strips);
 }
 
-// The first compiled shape, narrow before wide, that holds the problem.
+// The first compiled shape, narrow before wide, that holds the problem in a cluster of so many.
 struct Choose {
   GradPlan* plan;
   int limit_bytes;
+  int cluster_blocks;
   bool* chosen;
 
   template <int S, int RB, bool forms>
   void operator()() const {
     using L = GradLayout<S, RB, forms>;
     if (*chosen || forms != plan->shape.forms()) return;
-    if (L::kRanks < plan->shape.all_ranks() || L::bytes(kLeastStages) > limit_bytes) return;
-    const int chunks = std::max(1, ceil_div(warps_for(*plan, S), kGradWarps));
-    if (forms && chunks > 1) return;
+    const bool cluster = cluster_blocks > 1;
+    if (L::kRanks < plan->shape.all_ranks()) return;
+    if (L::bytes(kLeastStages, cluster) > limit_bytes) return;
+    const int needed = std::max(1, ceil_div(warps_for(*plan, S), kGradWarps));
+    if (forms && needed > cluster_blocks) return;
+    const int chunks = forms ? cluster_blocks : needed;
     *chosen = true;
     plan->blocks = L::kBlocks;
     plan->most_strips = S, plan->rank_blocks = RB, plan->chunks = chunks;
     plan->stages = kLeastStages;
     const int share_bytes = limit_bytes / L::kBlocks - (L::kBlocks > 1 ? 1024 : 0);
-    while (plan->stages < kMostStages && L::bytes(plan->stages + 1) <= share_bytes) ++plan->stages;
-    plan->smem_bytes = L::bytes(plan->stages);
+    const auto bytes = [=](int stages) { return L::bytes(stages, cluster); };
+    while (plan->stages < kMostStages && bytes(plan->stages + 1) <= share_bytes) ++plan->stages;
+    plan->smem_bytes = bytes(plan->stages);
   }
 };
 
@@ -92,13 +97,17 @@ std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, 
   plan.x_strips = shape.reads_x() ? ceil_div(shape.k, 16) : 0;
   plan.dy_strips = shape.reads_dy() ? ceil_div(shape.n, 16) : 0;
   bool chosen = false;
-  each_grad_shape(Choose{&plan, smem_limit_bytes(arch), &chosen});
+  for (int blocks = 1; blocks <= most_cluster_blocks(arch); blocks *= 2) {
+    each_grad_shape(Choose{&plan, smem_limit_bytes(arch), blocks, &chosen});
+  }
   if (!chosen) return std::nullopt;
   const int warps = plan.chunks * kGradWarps;
   plan.strips_per_warp = 1;
   while (warps_for(plan, plan.strips_per_warp) > warps) ++plan.strips_per_warp;
   plan.x_warps = ceil_div(plan.x_strips, plan.strips_per_warp);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  // Clusters live inside groups of at least 16 processors; what is left of a group serves none.
+  if (plan.in_clusters() && processors > 16) processors -= processors % 16;
   const int64_t blocks = processors * plan.blocks / plan.chunks;
   plan.slices = static_cast<int32_t>(std::max<int64_t>(1, std::min(tiles, blocks)));
   return plan;

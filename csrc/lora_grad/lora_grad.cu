@@ -53,16 +53,23 @@ struct Find {
   }
 };
 
-cudaError_t launch(Kernel kernel, dim3 grid, int smem_bytes, const Arguments& arguments,
-                   void* stream) {
+cudaError_t launch(Kernel kernel, dim3 grid, int cluster, int smem_bytes,
+                   const Arguments& arguments, void* stream) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (smem_bytes > 48 << 10) {
     const cudaError_t error =
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
     if (error) return error;
   }
-  kernel<<<grid, kGradThreads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {1, static_cast<unsigned>(cluster), 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(kGradThreads);
+  config.dynamicSmemBytes = smem_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute, config.numAttrs = cluster > 1 ? 1 : 0;
+  void* pointers[] = {const_cast<Arguments*>(&arguments)};
+  return cudaLaunchKernelExC(&config, function, pointers);
 }
 
 }  // namespace
@@ -74,11 +81,12 @@ int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* pa
   Kernel kernel = nullptr;
   each_grad_shape(Find{&arguments, &kernel});
   const dim3 grid(plan.slices, plan.chunks);
-  if (const cudaError_t error = launch(kernel, grid, plan.smem_bytes, arguments, stream)) {
+  const int cluster = plan.in_clusters() ? plan.chunks : 1;
+  if (const cudaError_t error = launch(kernel, grid, cluster, plan.smem_bytes, arguments, stream)) {
     return error;
   }
   const int sums = plan.columns() * 16 * plan.rank_blocks;
-  return launch(add_partials_kernel, dim3(sums / 32), 0, arguments, stream);
+  return launch(add_partials_kernel, dim3(sums / 32), 1, 0, arguments, stream);
 }
 
 }  // namespace fused_lora

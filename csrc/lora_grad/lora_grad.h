@@ -71,19 +71,20 @@ struct GradPlan {
   int32_t strips_per_warp;  // what is dealt
   int32_t x_strips, dy_strips;
   int32_t x_warps;  // over all chunks; dy's warps follow
-  int32_t chunks;   // of 8 warps; 1 where h or dh is formed, since a block forms it alone
+  int32_t chunks;   // of 8 warps; where h or dh is formed, a cluster of as many blocks
   int32_t stages;   // tiles of 16 rows under way
   int32_t blocks;   // that share a processor
   int32_t smem_bytes;
   int32_t slices;  // of the rows: a slice of a chunk is a block
 
+  constexpr bool in_clusters() const { return shape.forms() && chunks > 1; }
   constexpr int32_t columns() const { return 16 * (x_strips + dy_strips); }
   constexpr int64_t partial_floats() const {
     return static_cast<int64_t>(slices) * columns() * 16 * rank_blocks;
   }
 };
 
-// Nothing where one block cannot hold the problem on this architecture (80, 86, 89, 90, ...).
+// Nothing where no block or cluster of this architecture (80, 86, 89, 90, ...) holds the problem.
 std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors);
 
 // `partial` is device memory for plan.partial_floats() floats.

@@ -33,7 +33,8 @@ class OnePass {
   FL_DEVICE OnePass(const GradProblem& problem, const GradPlan& plan, char* shared, int slice,
                     int chunk)
       : problem_(problem), plan_(plan), shared_(shared), thread_(thread_index()) {
-    const int slot = chunk * kGradWarps + warp();
+    const int slot = chunk * kGradWarps + warp(), x_warps = plan.x_warps - chunk * kGradWarps;
+    x_warps_ = x_warps < 0 ? 0 : x_warps < kGradWarps ? x_warps : kGradWarps;
     is_dy_ = slot >= plan.x_warps;
     const int before = (is_dy_ ? slot - plan.x_warps : slot) * plan.strips_per_warp;
     const int after = (is_dy_ ? plan.dy_strips : plan.x_strips) - before;
@@ -57,6 +58,7 @@ class OnePass {
       if constexpr (forms) {
         if (shrinks()) shrink(stage);
         sync_block();
+        if (clusters()) share(parity);
       }
       settle(parity);
       look_ahead(tile_ + 1);
@@ -65,11 +67,13 @@ class OnePass {
       stage = stage + 1 == plan_.stages ? 0 : stage + 1;
     }
     if (expands()) store(partial);
+    if (clusters()) sync_cluster();  // others may still read this block's share
   }
 
  private:
   FL_DEVICE int lane() const { return thread_ % 32; }
   FL_DEVICE int warp() const { return thread_ / 32; }
+  FL_DEVICE bool clusters() const { return FL_CLUSTERS && plan_.in_clusters(); }
   FL_DEVICE const GradSide& mine() const { return is_dy_ ? problem_.dy : problem_.x; }
   FL_DEVICE bool shrinks() const { return is_dy_ ? plan_.shape.forms_dh() : plan_.shape.forms_h(); }
   FL_DEVICE bool expands() const {
@@ -87,6 +91,11 @@ class OnePass {
   // h, or dh.
   FL_DEVICE uint16_t* t(int parity, bool is_dh) const {
     return reinterpret_cast<uint16_t*>(shared_ + L::kT + (2 * parity + is_dh) * L::kTBytes);
+  }
+  // A block's part of h, or of dh.
+  FL_DEVICE float* shares(int parity, bool is_dh) const {
+    return reinterpret_cast<float*>(shared_ + plan_.smem_bytes - L::kAllShareBytes +
+                                    (2 * parity + is_dh) * L::kShareBytes);
   }
   // Of this lane, one per strip and rank block.
   FL_DEVICE Fragment& fragment(int index) const {
@@ -228,7 +237,8 @@ class OnePass {
       const int e = thread_ + kGradThreads * i, m = e / L::kRanks, r = e % L::kRanks;
       uint32_t bits;
       if (forms && formed) {
-        const float total = share_total(is_dh, m * L::kSumPitch + r);
+        const float total = clusters() ? cluster_total(shares(parity, is_dh) + e)
+                                       : block_total(is_dh, m * L::kSumPitch + r);
         bits = nearest<T>(is_dh ? scales()[r] * total : total).bits;
       } else if constexpr (L::kLooksAhead) {
         bits = is_dh ? given_[i] >> 16 : given_[i];
@@ -240,11 +250,30 @@ class OnePass {
     }
   }
 
-  FL_DEVICE float share_total(bool is_dh, int at) const {
+  FL_DEVICE float block_total(bool is_dh, int at) const {
     float total = 0.0f;
-    const int end = is_dh ? kGradWarps : plan_.x_warps;
-    for (int w = is_dh ? plan_.x_warps : 0; w < end; ++w) total += sums(w)[at];
+    const int end = is_dh ? kGradWarps : x_warps_;
+    for (int w = is_dh ? x_warps_ : 0; w < end; ++w) total += sums(w)[at];
     return total;
+  }
+
+  FL_DEVICE float cluster_total(const float* share) const {
+    float total = 0.0f;
+    for (int block = 0; block < plan_.chunks; ++block) total += load_cluster(share, block);
+    return total;
+  }
+
+  // This block's part of h and dh, for the whole cluster to add up.
+  FL_DEVICE void share(int parity) {
+    FL_UNROLL_BY(1)
+    for (int i = 0; i < 2 * RB; ++i) {
+      const bool is_dh = i >= RB;
+      const int e = thread_ + kGradThreads * (i % RB), m = e / L::kRanks, r = e % L::kRanks;
+      if (is_dh ? plan_.shape.forms_dh() : plan_.shape.forms_h()) {
+        shares(parity, is_dh)[e] = block_total(is_dh, m * L::kSumPitch + r);
+      }
+    }
+    sync_cluster();
   }
 
   FL_DEVICE void expand(int stage, int parity) {
@@ -288,7 +317,7 @@ class OnePass {
   const GradProblem& problem_;
   const GradPlan& plan_;
   char* shared_;
-  int thread_, strips_, first_, width_, tile_, end_;
+  int thread_, x_warps_, strips_, first_, width_, tile_, end_;
   bool is_dy_;
   float sum_[S][2 * RB][4];  // da or db of this warp's columns
   Fragment kept_[L::kKeeps ? S * RB : 1];

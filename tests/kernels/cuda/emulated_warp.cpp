@@ -6,7 +6,7 @@
 
 namespace fused_lora {
 
-EmulatedBlock* emulated = nullptr;
+EmulatedCluster* emulated = nullptr;
 
 namespace {
 
@@ -14,34 +14,45 @@ constexpr int kStackBytes = 64 << 10, kFenceBytes = 1 << 10;
 
 }  // namespace
 
-EmulatedBlock::EmulatedBlock(bool backwards, bool late)
-    : backwards_(backwards), late_(late), fibers_(kThreads) {
+EmulatedCluster::EmulatedCluster(int blocks, bool backwards, bool late)
+    : blocks_(blocks),
+      backwards_(backwards),
+      late_(late),
+      fibers_(blocks * kThreads),
+      exchanges_(blocks * kThreads / 32) {
   for (Fiber& fiber : fibers_) fiber.stack.resize(kStackBytes);
 }
 
-char* EmulatedBlock::share(int bytes) {
+void EmulatedCluster::share(int bytes) {
   shared_bytes_ = bytes;
-  shared_.assign(bytes + kFenceBytes, '\xFF');
-  return shared_.data();
+  for (std::vector<char>& block : blocks_) block.assign(bytes + kFenceBytes, '\xFF');
 }
 
-void EmulatedBlock::run(const std::function<void()>& body) {
+void EmulatedCluster::run(const std::function<void()>& body) {
   emulated = this;
   body_ = body;
+  const int threads = static_cast<int>(fibers_.size());
   for (Fiber& fiber : fibers_) fiber.started = fiber.done = false;
   for (bool busy = true; busy;) {
-    for (int i = 0; i < kThreads; ++i) turn(backwards_ ? kThreads - 1 - i : i);
-    for (int first = 0; first < kThreads; first += 32) release_warp(first);
-    release_block();
+    for (int i = 0; i < threads; ++i) turn(backwards_ ? threads - 1 - i : i);
+    for (int first = 0; first < threads; first += 32) release_warp(first);
+    for (int first = 0; first < threads; first += kThreads) release(first, kThreads, Scope::kBlock);
+    release(0, threads, Scope::kCluster);
     busy = false;
     for (const Fiber& fiber : fibers_) busy |= !fiber.done;
   }
-  for (size_t i = shared_bytes_; i < shared_.size(); ++i) {
-    if (shared_[i] != '\xFF') throw std::logic_error("a write beyond shared memory");
+  check_fences();
+}
+
+void EmulatedCluster::check_fences() const {
+  for (const std::vector<char>& block : blocks_) {
+    for (size_t i = shared_bytes_; i < block.size(); ++i) {
+      if (block[i] != '\xFF') throw std::logic_error("a write beyond shared memory");
+    }
   }
 }
 
-void EmulatedBlock::enter() {
+void EmulatedCluster::enter() {
   Fiber& fiber = emulated->fibers_[emulated->thread_];
   try {
     emulated->body_();
@@ -53,7 +64,7 @@ void EmulatedBlock::enter() {
 }
 
 // A context is made once; from then on fibers jump, which takes no system call.
-void EmulatedBlock::start(Fiber& fiber) {
+void EmulatedCluster::start(Fiber& fiber) {
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = fiber.stack.data();
@@ -64,7 +75,7 @@ void EmulatedBlock::start(Fiber& fiber) {
   setcontext(&context);
 }
 
-void EmulatedBlock::turn(int thread) {
+void EmulatedCluster::turn(int thread) {
   Fiber& fiber = fibers_[thread];
   if (fiber.done || *fiber.waits_for) return;
   thread_ = thread;
@@ -75,14 +86,20 @@ void EmulatedBlock::turn(int thread) {
   if (error_) std::rethrow_exception(error_);
 }
 
-void EmulatedBlock::pause(const char* what, bool whole_block) {
+void EmulatedCluster::sync(const char* what, Scope scope) {
   Fiber& fiber = fibers_[thread_];
-  fiber.waits_for = what, fiber.whole_block = whole_block;
+  fiber.waits_for = what, fiber.scope = scope;
   if (_setjmp(fiber.place) == 0) _longjmp(scheduler_, 1);
 }
 
+float EmulatedCluster::remote(const float* mine, int block) {
+  const auto offset = reinterpret_cast<const char*>(mine) - shared();
+  if (offset < 0 || offset + 4 > shared_bytes_) throw std::logic_error("a remote read outside");
+  return *reinterpret_cast<const float*>(blocks_[block].data() + offset);
+}
+
 // A warp that has come to one instruction together goes on; to different ones is an error.
-void EmulatedBlock::release_warp(int first) {
+void EmulatedCluster::release_warp(int first) {
   const Fiber& leader = fibers_[first];
   for (int i = first; i < first + 32; ++i) {
     const Fiber& fiber = fibers_[i];
@@ -91,36 +108,37 @@ void EmulatedBlock::release_warp(int first) {
                              "' and '" + fiber.waits_for + "'");
     }
   }
-  if (leader.whole_block) return;
-  for (int i = first; i < first + 32; ++i) fibers_[i].waits_for = "";
+  if (leader.scope == Scope::kWarp) release(first, 32, Scope::kWarp);
 }
 
-void EmulatedBlock::release_block() {
+// Threads that all wait for each other go on.
+void EmulatedCluster::release(int first, int count, Scope scope) {
   int waiting = 0, done = 0;
-  for (const Fiber& fiber : fibers_) waiting += fiber.whole_block, done += fiber.done;
+  for (int i = first; i < first + count; ++i) {
+    waiting += fibers_[i].scope == scope, done += fibers_[i].done;
+  }
   if (waiting && done) throw std::logic_error("threads have left that others wait for");
-  if (waiting < kThreads) return;
-  for (Fiber& fiber : fibers_) fiber.waits_for = "", fiber.whole_block = false;
+  if (waiting < count) return;
+  for (int i = first; i < first + count; ++i) {
+    fibers_[i].waits_for = "", fibers_[i].scope = Scope::kNone;
+  }
 }
 
-void EmulatedBlock::sync(const char* what) { pause(what, true); }
-
-void EmulatedBlock::sync_warp(const char* what) { pause(what, false); }
-
-void EmulatedBlock::require_shared(const void* at, int bytes) const {
+void EmulatedCluster::require_shared(const void* at, int bytes) const {
   const char* begin = static_cast<const char*>(at);
-  if (begin < shared_.data() || begin + bytes > shared_.data() + shared_bytes_ ||
+  const char* shared = blocks_[block()].data();
+  if (begin < shared || begin + bytes > shared + shared_bytes_ ||
       reinterpret_cast<uintptr_t>(at) % 16) {
     throw std::logic_error("16 bytes outside shared memory or not aligned");
   }
 }
 
-void EmulatedBlock::load(uint32_t (&to)[4], const void* row, bool transposed) {
+void EmulatedCluster::load(uint32_t (&to)[4], const void* row, bool transposed) {
   require_shared(row, 16);
-  const int lane = thread_ % 32;
+  const int lane = thread() % 32;
   Exchange& warp = exchange();
   warp.row[lane] = row;
-  sync_warp(transposed ? "load_transposed" : "load_matrices");
+  sync(transposed ? "load_transposed" : "load_matrices", Scope::kWarp);
   for (int i = 0; i < 4; ++i) {
     uint32_t halves[2];
     for (int j = 0; j < 2; ++j) {
@@ -130,10 +148,10 @@ void EmulatedBlock::load(uint32_t (&to)[4], const void* row, bool transposed) {
     }
     to[i] = halves[0] | halves[1] << 16;
   }
-  sync_warp(transposed ? "load_transposed" : "load_matrices");
+  sync(transposed ? "load_transposed" : "load_matrices", Scope::kWarp);
 }
 
-void EmulatedBlock::land(const EmulatedCopy& copy) {
+void EmulatedCluster::land(const EmulatedCopy& copy) {
   if (copy.inside) {
     std::memcpy(copy.to, copy.from, 16);
   } else {
@@ -141,17 +159,17 @@ void EmulatedBlock::land(const EmulatedCopy& copy) {
   }
 }
 
-void EmulatedBlock::copy(void* shared, const void* global, bool inside) {
+void EmulatedCluster::copy(void* shared, const void* global, bool inside) {
   require_shared(shared, 16);
   if (reinterpret_cast<uintptr_t>(global) % 16) throw std::logic_error("a copy is not aligned");
   fibers_[thread_].groups.back().push_back({shared, global, inside});
   if (!late_) land(fibers_[thread_].groups.back().back());
 }
 
-void EmulatedBlock::commit() { fibers_[thread_].groups.emplace_back(); }
+void EmulatedCluster::commit() { fibers_[thread_].groups.emplace_back(); }
 
 // Lands all committed groups but the youngest `open`; the last group is not committed yet.
-void EmulatedBlock::wait(int open) {
+void EmulatedCluster::wait(int open) {
   auto& groups = fibers_[thread_].groups;
   while (static_cast<int>(groups.size()) > open + 1) {
     if (late_) {
@@ -163,11 +181,11 @@ void EmulatedBlock::wait(int open) {
 
 void multiply_as(float (&widen)(uint16_t), float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
                  uint32_t b1) {
-  EmulatedBlock::Exchange& warp = emulated->exchange();
+  EmulatedCluster::Exchange& warp = emulated->exchange();
   const int lane = thread_index() % 32, row = lane / 4;
   for (int i = 0; i < 4; ++i) warp.a[lane][i] = a[i];
   warp.b[lane][0] = b0, warp.b[lane][1] = b1;
-  emulated->sync_warp("multiply");
+  emulated->sync("multiply", EmulatedCluster::Scope::kWarp);
   const auto element = [&](uint32_t word, int half) {
     return static_cast<double>(widen(static_cast<uint16_t>(word >> 16 * half)));
   };
@@ -181,7 +199,7 @@ void multiply_as(float (&widen)(uint16_t), float (&sum)[4], const uint32_t (&a)[
     }
     sum[i] = static_cast<float>(sum[i] + total);
   }
-  emulated->sync_warp("multiply");
+  emulated->sync("multiply", EmulatedCluster::Scope::kWarp);
 }
 
 }  // namespace fused_lora

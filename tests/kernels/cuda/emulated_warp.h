@@ -1,7 +1,7 @@
 // csrc/common/warp.h on a CPU: a block of threads as fibers, which take turns only where a kernel
-// waits or a warp acts together. Each turn goes from the first thread to the last, or the other way
-// round; copies land as they are issued, or not before they are waited for. A kernel that is right
-// in all four worlds waits where it must.
+// waits or a warp acts together; or a cluster of blocks. Each turn goes from the first thread to
+// the last, or the other way round; copies land as they are issued, or not before they are waited
+// for. A kernel that is right in all four worlds waits where it must.
 #pragma once
 
 #include <setjmp.h>
@@ -22,21 +22,24 @@ struct EmulatedCopy {
   bool inside;
 };
 
-class EmulatedBlock {
+class EmulatedCluster {
  public:
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 256;  // of a block
+  enum class Scope { kNone, kWarp, kBlock, kCluster };
 
-  EmulatedBlock(bool backwards, bool late);
+  EmulatedCluster(int blocks, bool backwards, bool late);
 
-  // Shared memory of the next run: NaN, then a fence.
-  char* share(int bytes);
+  // Shared memory of each block in the next run: NaN, then a fence.
+  void share(int bytes);
+  char* shared() { return blocks_[block()].data(); }
 
-  // `body` once per thread. Throws where the fence is broken or threads of a warp part ways.
+  // `body` once per thread. Throws where a fence is broken or threads of a warp part ways.
   void run(const std::function<void()>& body);
 
-  int thread() const { return thread_; }
-  void sync(const char* what);
-  void sync_warp(const char* what);
+  int block() const { return thread_ / kThreads; }
+  int thread() const { return thread_ % kThreads; }
+  void sync(const char* what, Scope scope);
+  float remote(const float* mine, int block);
   void load(uint32_t (&to)[4], const void* row, bool transposed);
   void copy(void* shared, const void* global, bool inside);
   void commit();
@@ -55,35 +58,40 @@ class EmulatedBlock {
     bool started = false;
     std::vector<char> stack;
     const char* waits_for = "";
-    bool whole_block = false, done = false;
+    Scope scope = Scope::kNone;
+    bool done = false;
     std::vector<std::vector<EmulatedCopy>> groups{1};
   };
 
   static void enter();
   void start(Fiber& fiber);
-  void pause(const char* what, bool whole_block);
   void turn(int thread);
   void release_warp(int first);
-  void release_block();
+  void release(int first, int count, Scope scope);
+  void check_fences() const;
   void require_shared(const void* at, int bytes) const;
   static void land(const EmulatedCopy& copy);
 
-  std::vector<char> shared_;
+  std::vector<std::vector<char>> blocks_;
   int shared_bytes_ = 0;
   bool backwards_, late_;
   int thread_ = 0;
   jmp_buf scheduler_;
   std::vector<Fiber> fibers_;
-  Exchange exchanges_[kThreads / 32];
+  std::vector<Exchange> exchanges_;
   std::function<void()> body_;
   std::exception_ptr error_;
 };
 
-extern EmulatedBlock* emulated;  // the block that runs
+extern EmulatedCluster* emulated;  // the one that runs
+
+#define FL_CLUSTERS true
 
 inline int thread_index() { return emulated->thread(); }
-inline void sync_block() { emulated->sync("sync_block"); }
-inline void sync_warp() { emulated->sync_warp("sync_warp"); }
+inline void sync_warp() { emulated->sync("sync_warp", EmulatedCluster::Scope::kWarp); }
+inline void sync_block() { emulated->sync("sync_block", EmulatedCluster::Scope::kBlock); }
+inline void sync_cluster() { emulated->sync("sync_cluster", EmulatedCluster::Scope::kCluster); }
+inline float load_cluster(const float* mine, int rank) { return emulated->remote(mine, rank); }
 inline void load_matrices(uint32_t (&to)[4], const void* row) { emulated->load(to, row, false); }
 inline void load_transposed(uint32_t (&to)[4], const void* row) { emulated->load(to, row, true); }
 inline void copy_16(void* shared, const void* global, bool inside) {

@@ -30,11 +30,15 @@ struct Run {
   template <typename Kernel>
   void blocks() const {
     const int64_t size = static_cast<int64_t>(plan.columns()) * 16 * plan.rank_blocks;
-    EmulatedBlock block(backwards, late);
-    for (int i = 0; i < plan.slices * plan.chunks; ++i) {
-      const int slice = i % plan.slices, chunk = i / plan.slices;
-      char* shared = block.share(plan.smem_bytes);
-      block.run([&] { Kernel(problem, plan, shared, slice, chunk).run(partial + slice * size); });
+    const int together = plan.in_clusters() ? plan.chunks : 1;
+    EmulatedCluster cluster(together, backwards, late);
+    for (int i = 0; i < plan.slices * plan.chunks; i += together) {
+      const int slice = i / plan.chunks;
+      cluster.share(plan.smem_bytes);
+      cluster.run([&] {
+        Kernel(problem, plan, cluster.shared(), slice, i % plan.chunks + cluster.block())
+            .run(partial + slice * size);
+      });
     }
   }
 };
@@ -48,7 +52,7 @@ int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* pa
   each_grad_shape(Run{problem, plan, partial, &found});
   if (!found) throw std::logic_error("no kernel of the plan's shape");
   const int sums = plan.columns() * 16 * plan.rank_blocks;
-  EmulatedBlock block(backwards, late);
+  EmulatedCluster block(1, backwards, late);
   for (int i = 0; i < sums / 32; ++i) {
     float shared[kGradWarps][32];
     block.run([&] { add_partials(problem, plan, partial, shared, i); });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from types import ModuleType
 
 import pytest
@@ -165,8 +166,10 @@ FITS = [
     (384, 384, 16, 89, True), (384, 1536, 16, 80, False), (384, 1536, 16, 90, True),
     (384, 384, 64, 80, False),
     (384, 384, 64, 90, True), (768, 768, 16, 80, True), (768, 768, 16, 89, False),
-    (768, 768, 32, 80, False), (768, 768, 32, 90, True), (768, 768, 48, 90, False),
-    (1024, 1024, 16, 80, False), (1024, 1024, 16, 100, True), (1024, 1032, 16, 90, False),
+    (768, 768, 32, 80, False), (768, 768, 32, 90, True), (768, 768, 48, 90, True),
+    (1024, 1024, 16, 80, False), (1024, 1024, 16, 100, True), (1024, 1024, 64, 90, True),
+    (768, 3072, 16, 90, True), (4096, 4096, 16, 90, True), (4096, 4096, 64, 90, False),
+    (768, 768, 16, 120, True), (768, 3072, 16, 80, False),
     (64, 64, 64, 90, True), (64, 64, 65, 90, False), (60, 64, 4, 90, False),
 ]  # fmt: skip
 
@@ -196,7 +199,8 @@ LIMIT_BYTES = {
 def test_plans_stay_within_shared_memory(on_host: ModuleType) -> None:
     flags = dict(needs_a=True, needs_b=True, needs_bias=False, rows=10**6, processors=132)
     for arch, limit in LIMIT_BYTES.items():
-        for k, n, ranks in [(384, 384, r) for r in (4, 32, 64)] + [(768, 768, 16), (768, 768, 32)]:
+        sizes = [(384, 384), (768, 768), (768, 3072), (4096, 4096)]
+        for (k, n), ranks in product(sizes, (4, 16, 32, 48, 64)):
             for given in (False, True):
                 shape = dict(k=k, n=n, ranks=ranks, h_given=given, dh_given=given, arch=arch)
                 plan = on_host.plan_lora_grad(**shape, **flags)
