@@ -4,7 +4,10 @@
 #ifdef __CUDACC__
 #define FL_DEVICE __device__ __forceinline__
 #define FL_UNROLL _Pragma("unroll")
+#define FL_PRAGMA(words) _Pragma(#words)
+#define FL_UNROLL_BY(times) FL_PRAGMA(unroll(times))
 #else
 #define FL_DEVICE inline
 #define FL_UNROLL
+#define FL_UNROLL_BY(times)
 #endif

@@ -3,6 +3,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "common/error.h"
 #include "lora_merge/tile.h"
 
 namespace fused_lora {

@@ -56,8 +56,4 @@ int launch_lora_merge(const MergeItem* table, int32_t count, int64_t tiles, Merg
   return cudaGetLastError();
 }
 
-const char* cuda_error_text(int error) {
-  return cudaGetErrorString(static_cast<cudaError_t>(error));
-}
-
 }  // namespace fused_lora

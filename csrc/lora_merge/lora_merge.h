@@ -50,6 +50,5 @@ void lora_merge(const void* table, int32_t count, int64_t tiles, MergeTypes type
 // The launch alone, in lora_merge.cu. Returns a cudaError_t.
 int launch_lora_merge(const MergeItem* table, int32_t count, int64_t tiles, MergeTypes types,
                       Rounding rounding, Noise noise, int device, void* stream);
-const char* cuda_error_text(int error);
 
 }  // namespace fused_lora

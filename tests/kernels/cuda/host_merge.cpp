@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "common/error.h"
 #include "lora_merge/phases.h"
 
 namespace fused_lora {

@@ -1,31 +1,13 @@
-// What fused_lora._native offers Python. Pointers and streams travel as integers. Types are local
-// to the module, so that the tests' build of it for a CPU can be loaded beside it.
+#pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "bindings/pointer.h"
 #include "lora_merge/lora_merge.h"
 
+namespace fused_lora {
+
 namespace py = pybind11;
-using namespace fused_lora;
 
-namespace {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void bind_common(py::module_& m) {
-  m.attr("archs") = FUSED_LORA_ARCHS;
-
-  py::enum_<DType>(m, "DType", py::module_local())
-      .value("float32", DType::kFloat32)
-      .value("bfloat16", DType::kBFloat16)
-      .value("float16", DType::kFloat16);
-}
-
-void bind_lora_merge(py::module_& m) {
+inline void bind_lora_merge(py::module_& m) {
   py::enum_<Rounding>(m, "Rounding", py::module_local())
       .value("nearest", Rounding::kNearest)
       .value("stochastic", Rounding::kStochastic);
@@ -75,10 +57,4 @@ void bind_lora_merge(py::module_& m) {
       "w' = w + s b a for every item of a packed table that lies in device memory.");
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_native, m) {
-  m.doc() = "CUDA kernels of fused_lora as functions of raw device pointers.";
-  bind_common(m);
-  bind_lora_merge(m);
-}
+}  // namespace fused_lora

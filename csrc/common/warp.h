@@ -1,0 +1,103 @@
+// The instructions that a warp executes together, by name: of sm_80, and of sm_90 for clusters. A
+// C++ compiler takes them from the tests' emulation instead, and then runs a kernel's own source.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+#ifndef __CUDACC__
+#include "emulated_warp.h"
+#else
+
+namespace fused_lora {
+
+FL_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+
+FL_DEVICE void sync_block() { __syncthreads(); }
+
+FL_DEVICE void sync_warp() { __syncwarp(); }
+
+FL_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Blocks of a cluster, which only sm_90 and later have.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FL_CLUSTERS true
+
+FL_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// What block `rank` of the cluster has where this block has `mine`.
+FL_DEVICE float load_cluster(const float* mine, int rank) {
+  float value;
+  asm volatile(
+      "{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [at];\n}"
+      : "=f"(value)
+      : "r"(shared_address(mine)), "r"(rank)
+      : "memory");
+  return value;
+}
+#else
+#define FL_CLUSTERS false
+
+FL_DEVICE void sync_cluster() {}
+FL_DEVICE float load_cluster(const float*, int) { return 0.0f; }
+#endif
+
+// Four 8 x 8 matrices of 16-bit elements. Lane l points at row l % 8 of matrix l / 8, and gets the
+// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each.
+FL_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same of the transposed matrices.
+FL_DEVICE void load_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// sum [16, 8] += a [16, 16] b [16, 8]
+template <typename T>
+FL_DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+#define FL_MULTIPLY(Type, name)                                                       \
+  template <>                                                                         \
+  FL_DEVICE void multiply<Type>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, \
+                                uint32_t b1) {                                        \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                        \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));              \
+  }
+FL_MULTIPLY(BFloat16, "bf16")
+FL_MULTIPLY(Float16, "f16")
+#undef FL_MULTIPLY
+
+// 16 bytes to shared memory behind the thread's back; zeros, and no read, when not `inside`.
+FL_DEVICE void copy_16(void* shared, const void* global, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+// Closes a group of copies, maybe an empty one.
+FL_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `open` of this thread's youngest groups are still under way.
+template <int open>
+FL_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(open) : "memory");
+}
+
+}  // namespace fused_lora
+
+#endif

@@ -1,0 +1,124 @@
+#include "lora_grad/lora_grad.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "common/error.h"
+#include "lora_grad/layout.h"
+
+namespace fused_lora {
+namespace {
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+int warps_for(const GradPlan& plan, int strips) {
+  return ceil_div(plan.x_strips, strips) + ceil_div(plan.dy_strips, strips);
+}
+
+// The first compiled shape, narrow before wide, that holds the problem in a cluster of so many.
+struct Choose {
+  GradPlan* plan;
+  int limit_bytes;
+  int cluster_blocks;
+  bool* chosen;
+
+  template <int S, int RB, bool forms>
+  void operator()() const {
+    using L = GradLayout<S, RB, forms>;
+    if (*chosen || forms != plan->shape.forms()) return;
+    const bool cluster = cluster_blocks > 1;
+    if (L::kRanks < plan->shape.all_ranks()) return;
+    if (L::bytes(kLeastStages, cluster) > limit_bytes) return;
+    const int needed = std::max(1, ceil_div(warps_for(*plan, S), kGradWarps));
+    if (forms && needed > cluster_blocks) return;
+    const int chunks = forms ? cluster_blocks : needed;
+    *chosen = true;
+    plan->blocks = L::kBlocks;
+    plan->most_strips = S, plan->rank_blocks = RB, plan->chunks = chunks;
+    plan->stages = kLeastStages;
+    const int share_bytes = limit_bytes / L::kBlocks - (L::kBlocks > 1 ? 1024 : 0);
+    const auto bytes = [=](int stages) { return L::bytes(stages, cluster); };
+    while (plan->stages < kMostStages && bytes(plan->stages + 1) <= share_bytes) ++plan->stages;
+    plan->smem_bytes = bytes(plan->stages);
+  }
+};
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument("lora_grad: " + what);
+}
+
+bool in_16_bytes(const GradSide& side) {
+  return reinterpret_cast<uintptr_t>(side.z) % 16 == 0 && side.row % 8 == 0;
+}
+
+void check_side(const GradSide& side, const std::string& name, bool read) {
+  if (!read) return;
+  require(in_16_bytes(side), name + " must begin, and each of its rows, at a multiple of 16 bytes");
+}
+
+void check_groups(const GradProblem& problem, const GradShape& shape) {
+  require(problem.groups >= 1 && problem.groups <= kMostGroups,
+          "serves 1 to 4 groups, got " + std::to_string(problem.groups));
+  int first = 0;
+  for (int g = 0; g < problem.groups; ++g) {
+    const GradGroup& group = problem.group[g];
+    const bool inside = group.first_column >= 0 && group.columns >= 0 &&
+                        (!shape.reads_dy() || group.first_column + group.columns <= shape.n);
+    require(inside && group.rank >= 0 && group.first_rank == first,
+            "group " + std::to_string(g) + " has columns or ranks out of place");
+    first += group.rank;
+  }
+  require(first == shape.ranks, "the groups have " + std::to_string(first) +
+                                    " ranks, planned were " + std::to_string(shape.ranks));
+}
+
+void check(const GradProblem& problem, const GradPlan& plan) {
+  const GradShape& shape = plan.shape;
+  require(
+      problem.x.columns == shape.k && problem.dy.columns == shape.n && problem.ranks == shape.ranks,
+      "the plan was made for another problem");
+  check_groups(problem, shape);
+  require(problem.type != DType::kFloat32, "serves bfloat16 and float16 x and dy");
+  require(shape.h_given == (problem.x.given != nullptr) &&
+              shape.dh_given == (problem.dy.given != nullptr),
+          "h and dh must be given as planned");
+  require(shape.needs_bias == (problem.dbias != nullptr), "dbias must be as planned");
+  if (problem.rows == 0) return;
+  check_side(problem.x, "x", shape.reads_x());
+  check_side(problem.dy, "dy", shape.reads_dy());
+}
+
+}  // namespace
+
+std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors) {
+  if (shape.k % 8 || shape.n % 8 || shape.all_ranks() > kMostRanks) return std::nullopt;
+  GradPlan plan = {};
+  plan.shape = shape;
+  plan.x_strips = shape.reads_x() ? ceil_div(shape.k, 16) : 0;
+  plan.dy_strips = shape.reads_dy() ? ceil_div(shape.n, 16) : 0;
+  bool chosen = false;
+  for (int blocks = 1; blocks <= most_cluster_blocks(arch); blocks *= 2) {
+    each_grad_shape(Choose{&plan, smem_limit_bytes(arch), blocks, &chosen});
+  }
+  if (!chosen) return std::nullopt;
+  const int warps = plan.chunks * kGradWarps;
+  plan.strips_per_warp = 1;
+  while (warps_for(plan, plan.strips_per_warp) > warps) ++plan.strips_per_warp;
+  plan.x_warps = ceil_div(plan.x_strips, plan.strips_per_warp);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  // Clusters live inside groups of at least 16 processors; what is left of a group serves none.
+  if (plan.in_clusters() && processors > 16) processors -= processors % 16;
+  const int64_t blocks = processors * plan.blocks / plan.chunks;
+  plan.slices = static_cast<int32_t>(std::max<int64_t>(1, std::min(tiles, blocks)));
+  return plan;
+}
+
+void lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,
+               void* stream) {
+  check(problem, plan);
+  if (plan.columns() == 0) return;
+  const int error = launch_lora_grad(problem, plan, partial, device, stream);
+  if (error) throw std::runtime_error(std::string("lora_grad: ") + cuda_error_text(error));
+}
+
+}  // namespace fused_lora

@@ -1,0 +1,92 @@
+#include <cuda_runtime_api.h>
+
+#include "lora_grad/add_partials.h"
+#include "lora_grad/one_pass.h"
+
+namespace fused_lora {
+namespace {
+
+struct Arguments {
+  GradProblem problem;
+  GradPlan plan;
+  float* partial;
+};
+
+template <typename T,  // of x, dy, h and dh
+          int S,       // strips of 16 columns a warp owns at most
+          int RB,      // blocks of 16 ranks
+          bool forms   // h or dh
+          >
+__global__ void __launch_bounds__(kGradThreads, GradLayout<S, RB, forms>::kBlocks)
+    lora_grad_kernel(const __grid_constant__ Arguments arguments) {
+  extern __shared__ char shared[];
+#ifdef __CUDA_ARCH__
+  // Where a block's tiles cannot be held, the plan never launches it.
+  if constexpr (GradLayout<S, RB, forms>::bytes(kLeastStages) <=
+                smem_limit_bytes(__CUDA_ARCH__ / 10)) {
+    const int slice = blockIdx.x, chunk = blockIdx.y;
+    OnePass<T, S, RB, forms>(arguments.problem, arguments.plan, shared, slice, chunk)
+        .run(arguments.partial + static_cast<int64_t>(slice) * arguments.plan.columns() * 16 * RB);
+  }
+#endif
+}
+
+__global__ void __launch_bounds__(kGradThreads)
+    add_partials_kernel(const __grid_constant__ Arguments arguments) {
+  __shared__ float sums[kGradWarps][32];
+  add_partials(arguments.problem, arguments.plan, arguments.partial, sums, blockIdx.x);
+}
+
+using Kernel = void (*)(Arguments);
+
+// The kernel of a plan's shape.
+struct Find {
+  const Arguments* arguments;
+  Kernel* kernel;
+
+  template <int S, int RB, bool forms>
+  void operator()() const {
+    const GradPlan& plan = arguments->plan;
+    if (plan.most_strips != S || plan.rank_blocks != RB || plan.shape.forms() != forms) return;
+    *kernel = arguments->problem.type == DType::kBFloat16 ? lora_grad_kernel<BFloat16, S, RB, forms>
+                                                          : lora_grad_kernel<Float16, S, RB, forms>;
+  }
+};
+
+cudaError_t launch(Kernel kernel, dim3 grid, int cluster, int smem_bytes,
+                   const Arguments& arguments, void* stream) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (smem_bytes > 48 << 10) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+    if (error) return error;
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {1, static_cast<unsigned>(cluster), 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(kGradThreads);
+  config.dynamicSmemBytes = smem_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute, config.numAttrs = cluster > 1 ? 1 : 0;
+  void* pointers[] = {const_cast<Arguments*>(&arguments)};
+  return cudaLaunchKernelExC(&config, function, pointers);
+}
+
+}  // namespace
+
+int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,
+                     void* stream) {
+  if (const cudaError_t error = cudaSetDevice(device)) return error;
+  const Arguments arguments = {problem, plan, partial};
+  Kernel kernel = nullptr;
+  each_grad_shape(Find{&arguments, &kernel});
+  const dim3 grid(plan.slices, plan.chunks);
+  const int cluster = plan.in_clusters() ? plan.chunks : 1;
+  if (const cudaError_t error = launch(kernel, grid, cluster, plan.smem_bytes, arguments, stream)) {
+    return error;
+  }
+  const int sums = plan.columns() * 16 * plan.rank_blocks;
+  return launch(add_partials_kernel, dim3(sums / 32), 1, 0, arguments, stream);
+}
+
+}  // namespace fused_lora

@@ -1,0 +1,98 @@
+// RANK gradients of all groups from one read of x and dy. The shapes of the operation.
+//
+//   h  = x aT     dh_g = s_g dy[:, g] b_g      formed on chip, or given
+//   db_g = s_g dy[:, g]T h_g                   da = dhT x      dbias = sum over rows of dy
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "common/dtype.h"
+
+namespace fused_lora {
+
+constexpr int kMostGroups = 4;
+constexpr int kMostRanks = 64;  // stacked, and one more where dbias is asked for
+
+// One adapter: where its operands and gradients lie. Strides count elements, any are served.
+struct GradGroup {
+  const void* a;  // [R_g, K]; null where dh and h are given
+  const void* b;  // [N_g, R_g]
+  void* da;       // [R_g, K]; null where nobody asks
+  void* db;       // [N_g, R_g]
+  int64_t a_r, a_k, b_n, b_r, da_r, da_k, db_n, db_r;
+  int32_t first_column, columns;  // of dy
+  int32_t first_rank, rank;       // of the stacked h
+  float scale;
+  int32_t reserved;
+};
+
+// x and what it makes, h; or dy and what it makes, dh.
+struct GradSide {
+  const void* z;      // [M, columns], rows contiguous, 16-byte aligned
+  const void* given;  // [M, R], rows contiguous; null where it is to be formed from z
+  int64_t row;        // from one row of z to the next
+  int64_t given_row;
+  int32_t columns;  // a multiple of 8
+  int32_t reserved;
+};
+
+struct GradProblem {
+  GradSide x, dy;
+  GradGroup group[kMostGroups];
+  void* dbias;  // [N], contiguous; null where nobody asks
+  int64_t rows;
+  int32_t groups, ranks;
+  DType type;     // of x, dy, h and dh
+  DType adapter;  // of a and b
+  DType grad, dbias_type;
+  bool add;  // to what da and db hold
+};
+
+// What decides whether, and how, one problem is computed.
+struct GradShape {
+  int32_t k, n, ranks;
+  bool h_given, dh_given, needs_a, needs_b, needs_bias;
+
+  constexpr int32_t all_ranks() const { return ranks + needs_bias; }
+  constexpr bool forms_h() const { return needs_b && !h_given; }
+  constexpr bool forms_dh() const { return needs_a && !dh_given; }
+  constexpr bool forms() const { return forms_h() || forms_dh(); }
+  constexpr bool reads_x() const { return needs_a || forms_h(); }
+  constexpr bool reads_dy() const { return needs_b || needs_bias || forms_dh(); }
+};
+
+// A launch. Columns of x and dy are cut into strips of 16, strips are dealt to warps.
+struct GradPlan {
+  GradShape shape;
+  int32_t most_strips;      // per warp, what the kernel is compiled for
+  int32_t rank_blocks;      // of 16
+  int32_t strips_per_warp;  // what is dealt
+  int32_t x_strips, dy_strips;
+  int32_t x_warps;  // over all chunks; dy's warps follow
+  int32_t chunks;   // of 8 warps; where h or dh is formed, a cluster of as many blocks
+  int32_t stages;   // tiles of 16 rows under way
+  int32_t blocks;   // that share a processor
+  int32_t smem_bytes;
+  int32_t slices;  // of the rows: a slice of a chunk is a block
+
+  constexpr bool in_clusters() const { return shape.forms() && chunks > 1; }
+  constexpr int32_t columns() const { return 16 * (x_strips + dy_strips); }
+  constexpr int64_t partial_floats() const {
+    return static_cast<int64_t>(slices) * columns() * 16 * rank_blocks;
+  }
+};
+
+// Nothing where no block or cluster of this architecture (80, 86, 89, 90, ...) holds the problem.
+std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors);
+
+// `partial` is device memory for plan.partial_floats() floats.
+void lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,
+               void* stream);
+
+// The launch alone, in lora_grad.cu. Returns a cudaError_t.
+int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,
+                     void* stream);
+
+}  // namespace fused_lora

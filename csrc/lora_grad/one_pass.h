@@ -1,0 +1,327 @@
+// One block of lora_grad: a chunk of the columns of [x | dy] over a slice of the rows, 16 at a
+// time.
+//
+//     16 columns a strip; a warp owns up to S strips, all of x or all of dy
+//   16 [ x | x | x | dy | dy | dy | ... ]    shrink  h or dh of these rows: each warp its share
+//   rows                                     settle  shares added in the order of the warps,
+//   rounded
+//                                            expand  da += xT dh, db += dyT h, in registers
+//
+// x and dy come by asynchronous copies, several tiles ahead. The sums of a slice leave once, at the
+// end. Nothing depends on timing, so equal inputs give equal bits.
+#pragma once
+
+#include "common/warp.h"
+#include "lora_grad/fragments.h"
+
+namespace fused_lora {
+
+struct alignas(8) Two {
+  float at[2];
+};
+
+struct alignas(16) Sixteen {
+  uint32_t at[4];
+};
+
+template <typename T,  // of x, dy, h and dh
+          int S, int RB, bool forms>
+class OnePass {
+  using L = GradLayout<S, RB, forms>;
+
+ public:
+  FL_DEVICE OnePass(const GradProblem& problem, const GradPlan& plan, char* shared, int slice,
+                    int chunk)
+      : problem_(problem), plan_(plan), shared_(shared), thread_(thread_index()) {
+    const int slot = chunk * kGradWarps + warp(), x_warps = plan.x_warps - chunk * kGradWarps;
+    x_warps_ = x_warps < 0 ? 0 : x_warps < kGradWarps ? x_warps : kGradWarps;
+    is_dy_ = slot >= plan.x_warps;
+    const int before = (is_dy_ ? slot - plan.x_warps : slot) * plan.strips_per_warp;
+    const int after = (is_dy_ ? plan.dy_strips : plan.x_strips) - before;
+    strips_ = after < 0 ? 0 : after < plan.strips_per_warp ? after : plan.strips_per_warp;
+    first_ = 16 * before;
+    const int left = mine().columns - first_;
+    width_ = left < 16 * strips_ ? left : 16 * strips_;
+    const int64_t tiles = (problem.rows + kTileRows - 1) / kTileRows;
+    tile_ = static_cast<int>(tiles * slice / plan.slices);
+    end_ = static_cast<int>(tiles * (slice + 1) / plan.slices);
+  }
+
+  FL_DEVICE void run(float* partial) {
+    prepare();
+    for (int ahead = 0; ahead < plan_.stages - 1; ++ahead) copy(tile_ + ahead, ahead);
+    look_ahead(tile_);
+    for (int stage = 0, parity = 0; tile_ < end_; ++tile_, parity ^= 1) {
+      wait();
+      sync_warp();
+      copy(tile_ + plan_.stages - 1, stage == 0 ? plan_.stages - 1 : stage - 1);
+      if constexpr (forms) {
+        if (shrinks()) shrink(stage);
+        sync_block();
+        if (clusters()) share(parity);
+      }
+      settle(parity);
+      look_ahead(tile_ + 1);
+      sync_block();
+      if (expands()) expand(stage, parity);
+      stage = stage + 1 == plan_.stages ? 0 : stage + 1;
+    }
+    if (expands()) store(partial);
+    if (clusters()) sync_cluster();  // others may still read this block's share
+  }
+
+ private:
+  FL_DEVICE int lane() const { return thread_ % 32; }
+  FL_DEVICE int warp() const { return thread_ / 32; }
+  FL_DEVICE bool clusters() const { return FL_CLUSTERS && plan_.in_clusters(); }
+  FL_DEVICE const GradSide& mine() const { return is_dy_ ? problem_.dy : problem_.x; }
+  FL_DEVICE bool shrinks() const { return is_dy_ ? plan_.shape.forms_dh() : plan_.shape.forms_h(); }
+  FL_DEVICE bool expands() const {
+    return is_dy_ ? plan_.shape.needs_b || plan_.shape.needs_bias : plan_.shape.needs_a;
+  }
+
+  FL_DEVICE float* scales() const { return reinterpret_cast<float*>(shared_ + L::kScales); }
+  FL_DEVICE uint16_t* tile(int stage) const {
+    return reinterpret_cast<uint16_t*>(shared_ + L::kTiles + stage * L::kStageBytes +
+                                       warp() * L::kWarpTileBytes);
+  }
+  FL_DEVICE float* sums(int warp) const {
+    return reinterpret_cast<float*>(shared_ + L::kSums + warp * L::kWarpSumBytes);
+  }
+  // h, or dh.
+  FL_DEVICE uint16_t* t(int parity, bool is_dh) const {
+    return reinterpret_cast<uint16_t*>(shared_ + L::kT + (2 * parity + is_dh) * L::kTBytes);
+  }
+  // A block's part of h, or of dh.
+  FL_DEVICE float* shares(int parity, bool is_dh) const {
+    return reinterpret_cast<float*>(shared_ + plan_.smem_bytes - L::kAllShareBytes +
+                                    (2 * parity + is_dh) * L::kShareBytes);
+  }
+  // Of this lane, one per strip and rank block.
+  FL_DEVICE Fragment& fragment(int index) const {
+    return reinterpret_cast<Fragment*>(shared_ + L::kFragments +
+                                       (warp() * S * RB + index) * L::kFragmentBytes)[lane()];
+  }
+
+  FL_DEVICE void prepare() {
+    if constexpr (forms) {
+      if (thread_ < L::kRanks) {
+        const int g = group_of(problem_, thread_);
+        scales()[thread_] = g < problem_.groups ? problem_.group[g].scale : 0.0f;
+      }
+      if (shrinks()) make_fragments();
+      if constexpr (L::kKeeps) {
+        FL_UNROLL
+        for (int i = 0; i < S * RB; ++i) kept_[i] = shrinks() ? fragment(i) : Fragment{};
+        sync_block();  // tiles of other warps lie where fragments did
+      }
+    }
+    // No copy touches what lies beyond this warp's columns; it must not be NaN.
+    for (int stage = 0; stage < plan_.stages; ++stage) {
+      Sixteen* words = reinterpret_cast<Sixteen*>(tile(stage));
+      for (int i = lane(); i < L::kWarpTileBytes / 16; i += 32) words[i] = {};
+    }
+    sync_warp();
+    FL_UNROLL
+    for (int s = 0; s < S; ++s) {
+      FL_UNROLL
+      for (int j = 0; j < 2 * RB; ++j) {
+        FL_UNROLL
+        for (int i = 0; i < 4; ++i) sum_[s][j][i] = 0.0f;
+      }
+    }
+  }
+
+  FL_DEVICE void make_fragments() {
+    // Two at a time, so that sixteen loads are under way at once.
+    static_assert(S * RB % 2 == 0);
+    for (int i = 0; i < S * RB; i += 2) {
+      Fragment made[2];
+      FL_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        made[j] = fragment_of<T>(problem_, is_dy_, first_ + (i + j) / RB * 16, (i + j) % RB * 16,
+                                 first_ + width_, lane());
+      }
+      FL_UNROLL
+      for (int j = 0; j < 2; ++j) fragment(i + j) = made[j];
+    }
+  }
+
+  FL_DEVICE void copy(int from, int stage) {
+    if (from < end_) {
+      const uint16_t* z = static_cast<const uint16_t*>(mine().z) + first_;
+      uint16_t* to = tile(stage);
+      FL_UNROLL_BY(1)  // addresses ahead would take the registers of sums
+      for (int i = 0; i < S; ++i) {
+        const int m = (lane() + 32 * i) / (2 * S), c = (lane() + 32 * i) % (2 * S) * 8;
+        const int64_t row = static_cast<int64_t>(from) * kTileRows + m;
+        const bool inside = row < problem_.rows;
+        if (c < width_) {
+          copy_16(to + m * L::kTilePitch + c, z + (inside ? row : 0) * mine().row + c, inside);
+        }
+      }
+    }
+    commit_copies();
+  }
+
+  FL_DEVICE void wait() {
+    switch (plan_.stages) {
+      case 2: return wait_copies<0>();
+      case 3: return wait_copies<1>();
+      default: return wait_copies<2>();
+    }
+  }
+
+  // The elements of a tile's h and dh that this thread settles, where they are given.
+  FL_DEVICE void look_ahead(int from) {
+    if constexpr (!L::kLooksAhead) return;
+    FL_UNROLL
+    for (int i = 0; i < RB; ++i) {
+      const int e = thread_ + kGradThreads * i;
+      given_[i] = given(problem_.x, from, e) | given(problem_.dy, from, e) << 16;
+    }
+  }
+
+  FL_DEVICE uint32_t given(const GradSide& side, int from, int e) const {
+    const int64_t row = static_cast<int64_t>(from) * kTileRows + e / L::kRanks;
+    const int r = e % L::kRanks;
+    if (!side.given || from >= end_ || row >= problem_.rows || r >= problem_.ranks) return 0;
+    return static_cast<const uint16_t*>(side.given)[row * side.given_row + r];
+  }
+
+  FL_DEVICE void shrink(int stage) {
+    const uint16_t* z = tile(stage) + lane() % 16 * L::kTilePitch + lane() / 16 * 8;
+    float* to = sums(warp()) + lane() / 4 * L::kSumPitch + lane() % 4 * 2;
+    FL_UNROLL
+    for (int first = 0; first < RB; first += L::kAtOnce) {
+      float sum[2 * L::kAtOnce][4] = {};
+      FL_UNROLL
+      for (int s = 0; s < S; ++s) {
+        uint32_t zs[4];
+        load_matrices(zs, z + 16 * s);
+        FL_UNROLL
+        for (int b = 0; b < L::kAtOnce; ++b) {
+          const Fragment f = fragment_at(s * RB + first + b);
+          multiply<T>(sum[2 * b], zs, f.at[0], f.at[1]);
+          multiply<T>(sum[2 * b + 1], zs, f.at[2], f.at[3]);
+        }
+      }
+      FL_UNROLL
+      for (int j = 0; j < 2 * L::kAtOnce; ++j) {
+        float* low = to + 16 * first + 8 * j;
+        *reinterpret_cast<Two*>(low) = {{sum[j][0], sum[j][1]}};
+        *reinterpret_cast<Two*>(low + 8 * L::kSumPitch) = {{sum[j][2], sum[j][3]}};
+      }
+    }
+  }
+
+  FL_DEVICE Fragment fragment_at(int index) const {
+    if constexpr (L::kKeeps) {
+      return kept_[index];
+    } else {
+      return fragment(index);
+    }
+  }
+
+  // h and dh of this tile, from the warps' shares or as given. Rank `ranks` of h is one: its
+  // gradient is dbias.
+  FL_DEVICE void settle(int parity) {
+    settle(parity, false);
+    settle(parity, true);
+  }
+
+  FL_DEVICE void settle(int parity, bool is_dh) {
+    const bool formed = is_dh ? plan_.shape.forms_dh() : plan_.shape.forms_h();
+    FL_UNROLL_BY(L::kLooksAhead ? RB : 1)
+    for (int i = 0; i < RB; ++i) {
+      const int e = thread_ + kGradThreads * i, m = e / L::kRanks, r = e % L::kRanks;
+      uint32_t bits;
+      if (forms && formed) {
+        const float total = clusters() ? cluster_total(shares(parity, is_dh) + e)
+                                       : block_total(is_dh, m * L::kSumPitch + r);
+        bits = nearest<T>(is_dh ? scales()[r] * total : total).bits;
+      } else if constexpr (L::kLooksAhead) {
+        bits = is_dh ? given_[i] >> 16 : given_[i];
+      } else {
+        bits = given(is_dh ? problem_.dy : problem_.x, tile_, e);
+      }
+      if (!is_dh && r == problem_.ranks) bits = nearest<T>(1.0f).bits;
+      t(parity, is_dh)[m * L::kTPitch + r] = static_cast<uint16_t>(bits);
+    }
+  }
+
+  FL_DEVICE float block_total(bool is_dh, int at) const {
+    float total = 0.0f;
+    const int end = is_dh ? kGradWarps : x_warps_;
+    for (int w = is_dh ? x_warps_ : 0; w < end; ++w) total += sums(w)[at];
+    return total;
+  }
+
+  FL_DEVICE float cluster_total(const float* share) const {
+    float total = 0.0f;
+    for (int block = 0; block < plan_.chunks; ++block) total += load_cluster(share, block);
+    return total;
+  }
+
+  // This block's part of h and dh, for the whole cluster to add up.
+  FL_DEVICE void share(int parity) {
+    FL_UNROLL_BY(1)
+    for (int i = 0; i < 2 * RB; ++i) {
+      const bool is_dh = i >= RB;
+      const int e = thread_ + kGradThreads * (i % RB), m = e / L::kRanks, r = e % L::kRanks;
+      if (is_dh ? plan_.shape.forms_dh() : plan_.shape.forms_h()) {
+        shares(parity, is_dh)[e] = block_total(is_dh, m * L::kSumPitch + r);
+      }
+    }
+    sync_cluster();
+  }
+
+  FL_DEVICE void expand(int stage, int parity) {
+    const uint16_t* ts = t(parity, !is_dy_) + lane() % 16 * L::kTPitch + lane() / 16 * 8;
+    const uint16_t* z =
+        tile(stage) + (lane() % 8 + lane() / 16 * 8) * L::kTilePitch + lane() / 8 % 2 * 8;
+    FL_UNROLL
+    for (int first = 0; first < RB; first += L::kAtOnce) {
+      uint32_t tb[L::kAtOnce][4];
+      FL_UNROLL
+      for (int b = 0; b < L::kAtOnce; ++b) load_transposed(tb[b], ts + 16 * (first + b));
+      FL_UNROLL
+      for (int s = 0; s < S; ++s) {
+        uint32_t zs[4];
+        load_transposed(zs, z + 16 * s);
+        FL_UNROLL
+        for (int b = 0; b < L::kAtOnce; ++b) {
+          multiply<T>(sum_[s][2 * (first + b)], zs, tb[b][0], tb[b][1]);
+          multiply<T>(sum_[s][2 * (first + b) + 1], zs, tb[b][2], tb[b][3]);
+        }
+      }
+    }
+  }
+
+  // To this slice's [columns of x | dy, R].
+  FL_DEVICE void store(float* partial) {
+    const int column = (is_dy_ ? 16 * plan_.x_strips : 0) + first_ + lane() / 4;
+    float* to = partial + static_cast<int64_t>(column) * L::kRanks + lane() % 4 * 2;
+    FL_UNROLL
+    for (int s = 0; s < S; ++s) {
+      if (s >= strips_) break;
+      FL_UNROLL
+      for (int j = 0; j < 2 * RB; ++j) {
+        float* low = to + 16 * s * L::kRanks + 8 * j;
+        *reinterpret_cast<Two*>(low) = {{sum_[s][j][0], sum_[s][j][1]}};
+        *reinterpret_cast<Two*>(low + 8 * L::kRanks) = {{sum_[s][j][2], sum_[s][j][3]}};
+      }
+    }
+  }
+
+  const GradProblem& problem_;
+  const GradPlan& plan_;
+  char* shared_;
+  int thread_, x_warps_, strips_, first_, width_, tile_, end_;
+  bool is_dy_;
+  float sum_[S][2 * RB][4];  // da or db of this warp's columns
+  Fragment kept_[L::kKeeps ? S * RB : 1];
+  uint32_t given_[RB];  // of h below, of dh above
+};
+
+}  // namespace fused_lora

@@ -1,0 +1,173 @@
+"""RANK gradients of all groups from one read of x and dy; see csrc/lora_grad/.
+
+    h = x aT   dh_g = s_g dy[:, span_g] b_g     formed on chip and rounded to x's dtype, or given
+    db_g = s_g dy[:, span_g]T h_g   da_g = dh_gT x   dbias = sum over rows of dy
+
+Products are of bf16 or fp16, sums are fp32, each gradient is rounded once, to its tensor's dtype.
+No atomics. What is formed on chip must fit one block's registers (``fits``); with h and dh given,
+any width does. Called by nothing yet: no machine has verified it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.cuda import native
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_grad_call import GradCall
+from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.types import Needs
+
+Into = tuple[Sequence[Tensor], Sequence[Tensor]]  # G of [R_g, K], G of [N_g, R_g]; any strides
+
+
+def fits(k: int, n: int, ranks: int, arch: int, given: bool = False) -> bool:
+    """Whether a block of architecture ``arch`` (80, 90, ...) holds all gradients of this size."""
+    plan = native.load().plan_lora_grad(
+        **dict(k=k, n=n, ranks=ranks, h_given=given, dh_given=given, rows=1),
+        **dict(needs_a=True, needs_b=True, needs_bias=False, arch=arch, processors=1),
+    )
+    return plan is not None
+
+
+def why_not(
+    x: Tensor | None,
+    dy: Tensor | None,
+    adapters: Adapters,
+    needs: Needs,
+    h: Tensor | None = None,
+    dh: Tensor | None = None,
+) -> str | None:
+    """One sentence why ``lora_grads`` cannot serve these operands; None when it can."""
+    call = GradCall(x, dy, adapters, needs, h, dh)
+    device = call.first.device
+    if not call.first.is_cuda:
+        return native.why_not() or f"the operands lie on {device}"
+    return native.why_not(device) or call.why_not(Chip.of(device))
+
+
+def lora_grads(
+    x: Tensor | None,  # [M, K], rows contiguous, 16-byte aligned; None where nothing reads it
+    dy: Tensor | None,  # [M, N], likewise
+    adapters: Adapters,
+    needs: Needs,
+    h: Tensor | None = None,  # [M, sum R], rows contiguous; formed where needed and not given
+    dh: Tensor | None = None,  # [M, sum R], likewise
+    into: Into | None = None,  # add da and db to these
+    chip: Chip | None = None,
+) -> Grads:
+    """da, db and dbias as ``needs`` names them, in their operands' dtypes or added ``into``."""
+    call = GradCall(x, dy, adapters, needs, h, dh)
+    chip = chip or Chip.of(call.first.device)
+    reason = call.why_not(chip)
+    assert reason is None, reason
+    grads = _outputs(call, into)
+    if any(grad is not None for grad in (grads.bias, *grads.a, *grads.b)):
+        _launch(call, call.plan(chip), grads, into is not None)
+    return grads
+
+
+def a_grads(
+    dh: Tensor,  # [M, sum R], rows contiguous
+    x: Tensor,  # [M, K], rows contiguous, 16-byte aligned
+    adapters: Adapters,
+    into: Sequence[Tensor] | None = None,  # G of [R_g, K], any strides: add to these
+    chip: Chip | None = None,
+) -> list[Tensor | None]:
+    """da_g = dh_gT x, in a's dtype or added ``into`` given tensors."""
+    both = None if into is None else (into, ())
+    return lora_grads(x, None, adapters, Needs(b=False), dh=dh, into=both, chip=chip).a
+
+
+def b_grads(
+    h: Tensor,  # [M, sum R], rows contiguous
+    dy: Tensor,  # [M, N], rows contiguous, 16-byte aligned
+    adapters: Adapters,
+    into: Sequence[Tensor] | None = None,  # G of [N_g, R_g], any strides: add to these
+    chip: Chip | None = None,
+) -> list[Tensor | None]:
+    """db_g = s_g dy[:, span_g]T h_g, in b's dtype or added ``into`` given tensors."""
+    both = None if into is None else ((), into)
+    return lora_grads(None, dy, adapters, Needs(a=False), h=h, into=both, chip=chip).b
+
+
+def _outputs(call: GradCall, into: Into | None) -> Grads:
+    """Tensors for what is needed; None for the rest."""
+    nothing: list[Tensor | None] = [None] * len(call.adapters.spans)
+    a, b = into or ([torch.empty_like(t) for t in halves] for halves in call.adapters[:2])
+    assert call.dy is not None or not call.needs.bias
+    bias = call.dy.new_empty(call.dy.shape[1]) if call.needs.bias and call.dy is not None else None
+    return Grads(
+        None, None, bias, list(a) if call.needs.a else nothing, list(b) if call.needs.b else nothing
+    )
+
+
+def _launch(call: GradCall, plan: Any, grads: Grads, add: bool) -> None:
+    module, first = native.load(), call.first
+    assert first.is_cuda or module.archs == "none", first.device
+    written = [grad for grad in (*grads.a, *grads.b) if grad is not None]
+    assert len({grad.dtype for grad in written}) <= 1, [grad.dtype for grad in written]
+    dtypes = dict(
+        type=_dtype(first),
+        adapter=_dtype(call.adapters.a[0]),
+        grad=_dtype(written[0] if written else first),
+        dbias_type=_dtype(grads.bias if grads.bias is not None else first),
+    )
+    problem = module.GradProblem(
+        plan=plan,
+        **{name: _address(getattr(call, name)) for name in ("x", "dy", "h", "dh")},
+        **{f"{name}_row": _row(getattr(call, name)) for name in ("x", "dy", "h", "dh")},
+        groups=_groups(call.adapters, grads),
+        dbias=_address(grads.bias),
+        rows=first.shape[0],
+        **dtypes,
+        add=add,
+    )
+    partial = first.new_empty(plan.partial_floats, dtype=torch.float32)
+    device, stream = _queue(first.device)
+    module.lora_grad(
+        problem=problem, plan=plan, partial=partial.data_ptr(), device=device, stream=stream
+    )
+
+
+def _groups(adapters: Adapters, grads: Grads) -> list[Any]:
+    """fused_lora._native.GradGroup of each adapter."""
+    firsts = accumulate((span.rank for span in adapters.spans), initial=0)
+    rows = zip(adapters.a, adapters.b, grads.a, grads.b, strict=True)
+    return [
+        native.load().GradGroup(
+            **dict(a=_address(a), b=_address(b), da=_address(da), db=_address(db)),
+            **dict(a_strides=a.stride(), b_strides=b.stride()),
+            da_strides=(0, 0) if da is None else da.stride(),
+            db_strides=(0, 0) if db is None else db.stride(),
+            **dict(first_column=span.start, columns=span.width, scale=scale),
+            **dict(first_rank=first, rank=span.rank),
+        )
+        for (a, b, da, db), span, scale, first in zip(
+            rows, adapters.spans, adapters.scales, firsts, strict=False
+        )
+    ]
+
+
+def _queue(device: torch.device) -> tuple[int, int]:
+    """Device number and stream; a CPU, where tests launch, has neither."""
+    if device.type == "cpu":
+        return 0, 0
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _row(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def _dtype(tensor: Tensor) -> Any:
+    return getattr(native.load().DType, str(tensor.dtype).removeprefix("torch."))

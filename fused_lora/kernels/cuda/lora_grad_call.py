@@ -1,0 +1,100 @@
+"""The operands of one call of ``lora_grads``, and why they cannot be served."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.cuda import native
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.interface import Adapters
+from fused_lora.types import Needs
+
+
+class GradCall(NamedTuple):
+    """What ``lora_grads`` is given."""
+
+    x: Tensor | None  # [M, K]
+    dy: Tensor | None  # [M, N]
+    adapters: Adapters
+    needs: Needs
+    h: Tensor | None  # [M, sum R]
+    dh: Tensor | None  # [M, sum R]
+
+    @property
+    def large(self) -> dict[str, Tensor]:
+        """Those of the operands of M rows that are there."""
+        named = dict(x=self.x, dy=self.dy, h=self.h, dh=self.dh)
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def small(self) -> list[Tensor]:
+        """Every a and b."""
+        return [*self.adapters.a, *self.adapters.b]
+
+    @property
+    def first(self) -> Tensor:
+        """The operand that tells device, dtype and rows."""
+        return next(iter(self.large.values()))
+
+    def plan(self, chip: Chip) -> Any:
+        """fused_lora._native.GradPlan; None where a block of this chip cannot hold the problem."""
+        return native.load().plan_lora_grad(
+            k=0 if self.x is None else self.x.shape[1],
+            n=0 if self.dy is None else self.dy.shape[1],
+            ranks=self.adapters.rank,
+            h_given=self.h is not None,
+            dh_given=self.dh is not None,
+            needs_a=self.needs.a,
+            needs_b=self.needs.b,
+            needs_bias=self.needs.bias,
+            rows=self.first.shape[0],
+            arch=chip.arch,
+            processors=chip.processors,
+        )
+
+    def why_not(self, chip: Chip) -> str | None:
+        """One sentence why the compiled kernel cannot serve; None when it can."""
+        return self._why_not_missing() or self._why_not_types() or self._why_not_sizes(chip)
+
+    def _why_not_missing(self) -> str | None:
+        forms_h = self.needs.b and self.h is None
+        forms_dh = self.needs.a and self.dh is None
+        if self.x is None and (self.needs.a or forms_h):
+            return "x is needed"
+        if self.dy is None and (self.needs.b or self.needs.bias or forms_dh):
+            return "dy is needed"
+        most = native.load().grad_most_groups
+        if len(self.adapters.spans) > most:
+            return f"{len(self.adapters.spans)} adapters share this layer; {most} are served"
+        return None
+
+    def _why_not_types(self) -> str | None:
+        dtypes = {tensor.dtype for tensor in self.large.values()}
+        if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16}:
+            return (
+                f"{', '.join(self.large)} must be all bfloat16 or all float16, got {_list(dtypes)}"
+            )
+        dtypes = {tensor.dtype for tensor in self.small}
+        if len(dtypes) > 1 or torch.float64 in dtypes:
+            return f"a and b must have one dtype, not float64, got {_list(dtypes)}"
+        devices = {tensor.device for tensor in (*self.large.values(), *self.small)}
+        return f"operands lie on {_list(devices)}" if len(devices) > 1 else None
+
+    def _why_not_sizes(self, chip: Chip) -> str | None:
+        for name, z in self.large.items():
+            if z.stride(1) != 1 and z.shape[1] > 1:
+                return f"rows of {name} are not contiguous"
+            aligned = z.stride(0) % 8 == 0 and z.data_ptr() % 16 == 0 and z.shape[1] % 8 == 0
+            if name in ("x", "dy") and not aligned:
+                return f"{name} or its rows do not begin at multiples of 16 bytes"
+        if self.plan(chip) is None:
+            sizes = ", ".join(f"{name} {tuple(z.shape)}" for name, z in self.large.items())
+            return f"a block of sm_{chip.arch} cannot hold rank {self.adapters.rank} of {sizes}"
+        return None
+
+
+def _list(things: set[Any]) -> str:
+    return " and ".join(sorted(map(str, things)))

@@ -1,0 +1,205 @@
+#include "emulated_warp.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fused_lora {
+
+EmulatedCluster* emulated = nullptr;
+
+namespace {
+
+constexpr int kStackBytes = 64 << 10, kFenceBytes = 1 << 10;
+
+}  // namespace
+
+EmulatedCluster::EmulatedCluster(int blocks, bool backwards, bool late)
+    : blocks_(blocks),
+      backwards_(backwards),
+      late_(late),
+      fibers_(blocks * kThreads),
+      exchanges_(blocks * kThreads / 32) {
+  for (Fiber& fiber : fibers_) fiber.stack.resize(kStackBytes);
+}
+
+void EmulatedCluster::share(int bytes) {
+  shared_bytes_ = bytes;
+  for (std::vector<char>& block : blocks_) block.assign(bytes + kFenceBytes, '\xFF');
+}
+
+void EmulatedCluster::run(const std::function<void()>& body) {
+  emulated = this;
+  body_ = body;
+  const int threads = static_cast<int>(fibers_.size());
+  for (Fiber& fiber : fibers_) fiber.started = fiber.done = false;
+  for (bool busy = true; busy;) {
+    for (int i = 0; i < threads; ++i) turn(backwards_ ? threads - 1 - i : i);
+    for (int first = 0; first < threads; first += 32) release_warp(first);
+    for (int first = 0; first < threads; first += kThreads) release(first, kThreads, Scope::kBlock);
+    release(0, threads, Scope::kCluster);
+    busy = false;
+    for (const Fiber& fiber : fibers_) busy |= !fiber.done;
+  }
+  check_fences();
+}
+
+void EmulatedCluster::check_fences() const {
+  for (const std::vector<char>& block : blocks_) {
+    for (size_t i = shared_bytes_; i < block.size(); ++i) {
+      if (block[i] != '\xFF') throw std::logic_error("a write beyond shared memory");
+    }
+  }
+}
+
+void EmulatedCluster::enter() {
+  Fiber& fiber = emulated->fibers_[emulated->thread_];
+  try {
+    emulated->body_();
+  } catch (...) {
+    emulated->error_ = std::current_exception();
+  }
+  fiber.done = true;
+  _longjmp(emulated->scheduler_, 1);
+}
+
+// A context is made once; from then on fibers jump, which takes no system call.
+void EmulatedCluster::start(Fiber& fiber) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.data();
+  context.uc_stack.ss_size = fiber.stack.size();
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  fiber.started = true;
+  setcontext(&context);
+}
+
+void EmulatedCluster::turn(int thread) {
+  Fiber& fiber = fibers_[thread];
+  if (fiber.done || *fiber.waits_for) return;
+  thread_ = thread;
+  if (_setjmp(scheduler_) == 0) {
+    if (fiber.started) _longjmp(fiber.place, 1);
+    start(fiber);
+  }
+  if (error_) std::rethrow_exception(error_);
+}
+
+void EmulatedCluster::sync(const char* what, Scope scope) {
+  Fiber& fiber = fibers_[thread_];
+  fiber.waits_for = what, fiber.scope = scope;
+  if (_setjmp(fiber.place) == 0) _longjmp(scheduler_, 1);
+}
+
+float EmulatedCluster::remote(const float* mine, int block) {
+  const auto offset = reinterpret_cast<const char*>(mine) - shared();
+  if (offset < 0 || offset + 4 > shared_bytes_) throw std::logic_error("a remote read outside");
+  return *reinterpret_cast<const float*>(blocks_[block].data() + offset);
+}
+
+// A warp that has come to one instruction together goes on; to different ones is an error.
+void EmulatedCluster::release_warp(int first) {
+  const Fiber& leader = fibers_[first];
+  for (int i = first; i < first + 32; ++i) {
+    const Fiber& fiber = fibers_[i];
+    if (std::strcmp(fiber.waits_for, leader.waits_for)) {
+      throw std::logic_error("lanes of a warp are at '" + std::string(leader.waits_for) +
+                             "' and '" + fiber.waits_for + "'");
+    }
+  }
+  if (leader.scope == Scope::kWarp) release(first, 32, Scope::kWarp);
+}
+
+// Threads that all wait for each other go on.
+void EmulatedCluster::release(int first, int count, Scope scope) {
+  int waiting = 0, done = 0;
+  for (int i = first; i < first + count; ++i) {
+    waiting += fibers_[i].scope == scope, done += fibers_[i].done;
+  }
+  if (waiting && done) throw std::logic_error("threads have left that others wait for");
+  if (waiting < count) return;
+  for (int i = first; i < first + count; ++i) {
+    fibers_[i].waits_for = "", fibers_[i].scope = Scope::kNone;
+  }
+}
+
+void EmulatedCluster::require_shared(const void* at, int bytes) const {
+  const char* begin = static_cast<const char*>(at);
+  const char* shared = blocks_[block()].data();
+  if (begin < shared || begin + bytes > shared + shared_bytes_ ||
+      reinterpret_cast<uintptr_t>(at) % 16) {
+    throw std::logic_error("16 bytes outside shared memory or not aligned");
+  }
+}
+
+void EmulatedCluster::load(uint32_t (&to)[4], const void* row, bool transposed) {
+  require_shared(row, 16);
+  const int lane = thread() % 32;
+  Exchange& warp = exchange();
+  warp.row[lane] = row;
+  sync(transposed ? "load_transposed" : "load_matrices", Scope::kWarp);
+  for (int i = 0; i < 4; ++i) {
+    uint32_t halves[2];
+    for (int j = 0; j < 2; ++j) {
+      const int across = lane % 4 * 2 + j, down = lane / 4;
+      const void* from = warp.row[8 * i + (transposed ? across : down)];
+      halves[j] = static_cast<const uint16_t*>(from)[transposed ? down : across];
+    }
+    to[i] = halves[0] | halves[1] << 16;
+  }
+  sync(transposed ? "load_transposed" : "load_matrices", Scope::kWarp);
+}
+
+void EmulatedCluster::land(const EmulatedCopy& copy) {
+  if (copy.inside) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
+}
+
+void EmulatedCluster::copy(void* shared, const void* global, bool inside) {
+  require_shared(shared, 16);
+  if (reinterpret_cast<uintptr_t>(global) % 16) throw std::logic_error("a copy is not aligned");
+  fibers_[thread_].groups.back().push_back({shared, global, inside});
+  if (!late_) land(fibers_[thread_].groups.back().back());
+}
+
+void EmulatedCluster::commit() { fibers_[thread_].groups.emplace_back(); }
+
+// Lands all committed groups but the youngest `open`; the last group is not committed yet.
+void EmulatedCluster::wait(int open) {
+  auto& groups = fibers_[thread_].groups;
+  while (static_cast<int>(groups.size()) > open + 1) {
+    if (late_) {
+      for (const EmulatedCopy& copy : groups.front()) land(copy);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+void multiply_as(float (&widen)(uint16_t), float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                 uint32_t b1) {
+  EmulatedCluster::Exchange& warp = emulated->exchange();
+  const int lane = thread_index() % 32, row = lane / 4;
+  for (int i = 0; i < 4; ++i) warp.a[lane][i] = a[i];
+  warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+  emulated->sync("multiply", EmulatedCluster::Scope::kWarp);
+  const auto element = [&](uint32_t word, int half) {
+    return static_cast<double>(widen(static_cast<uint16_t>(word >> 16 * half)));
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int column = lane % 4 * 2 + i % 2;
+    double total = 0;
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t left = warp.a[row * 4 + k % 8 / 2][k / 8 * 2 + i / 2];
+      const uint32_t right = warp.b[column * 4 + k % 8 / 2][k / 8];
+      total += element(left, k % 2) * element(right, k % 2);
+    }
+    sum[i] = static_cast<float>(sum[i] + total);
+  }
+  emulated->sync("multiply", EmulatedCluster::Scope::kWarp);
+}
+
+}  // namespace fused_lora

@@ -1,0 +1,121 @@
+// csrc/common/warp.h on a CPU: a block of threads as fibers, which take turns only where a kernel
+// waits or a warp acts together; or a cluster of blocks. Each turn goes from the first thread to
+// the last, or the other way round; copies land as they are issued, or not before they are waited
+// for. A kernel that is right in all four worlds waits where it must.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <vector>
+
+#include "common/dtype.h"
+
+namespace fused_lora {
+
+struct EmulatedCopy {
+  void* to;
+  const void* from;
+  bool inside;
+};
+
+class EmulatedCluster {
+ public:
+  static constexpr int kThreads = 256;  // of a block
+  enum class Scope { kNone, kWarp, kBlock, kCluster };
+
+  EmulatedCluster(int blocks, bool backwards, bool late);
+
+  // Shared memory of each block in the next run: NaN, then a fence.
+  void share(int bytes);
+  char* shared() { return blocks_[block()].data(); }
+
+  // `body` once per thread. Throws where a fence is broken or threads of a warp part ways.
+  void run(const std::function<void()>& body);
+
+  int block() const { return thread_ / kThreads; }
+  int thread() const { return thread_ % kThreads; }
+  void sync(const char* what, Scope scope);
+  float remote(const float* mine, int block);
+  void load(uint32_t (&to)[4], const void* row, bool transposed);
+  void copy(void* shared, const void* global, bool inside);
+  void commit();
+  void wait(int open);
+
+  // What the lanes of a warp bring to one instruction.
+  struct Exchange {
+    const void* row[32];
+    uint32_t a[32][4], b[32][2];
+  };
+  Exchange& exchange() { return exchanges_[thread_ / 32]; }
+
+ private:
+  struct Fiber {
+    jmp_buf place;
+    bool started = false;
+    std::vector<char> stack;
+    const char* waits_for = "";
+    Scope scope = Scope::kNone;
+    bool done = false;
+    std::vector<std::vector<EmulatedCopy>> groups{1};
+  };
+
+  static void enter();
+  void start(Fiber& fiber);
+  void turn(int thread);
+  void release_warp(int first);
+  void release(int first, int count, Scope scope);
+  void check_fences() const;
+  void require_shared(const void* at, int bytes) const;
+  static void land(const EmulatedCopy& copy);
+
+  std::vector<std::vector<char>> blocks_;
+  int shared_bytes_ = 0;
+  bool backwards_, late_;
+  int thread_ = 0;
+  jmp_buf scheduler_;
+  std::vector<Fiber> fibers_;
+  std::vector<Exchange> exchanges_;
+  std::function<void()> body_;
+  std::exception_ptr error_;
+};
+
+extern EmulatedCluster* emulated;  // the one that runs
+
+#define FL_CLUSTERS true
+
+inline int thread_index() { return emulated->thread(); }
+inline void sync_warp() { emulated->sync("sync_warp", EmulatedCluster::Scope::kWarp); }
+inline void sync_block() { emulated->sync("sync_block", EmulatedCluster::Scope::kBlock); }
+inline void sync_cluster() { emulated->sync("sync_cluster", EmulatedCluster::Scope::kCluster); }
+inline float load_cluster(const float* mine, int rank) { return emulated->remote(mine, rank); }
+inline void load_matrices(uint32_t (&to)[4], const void* row) { emulated->load(to, row, false); }
+inline void load_transposed(uint32_t (&to)[4], const void* row) { emulated->load(to, row, true); }
+inline void copy_16(void* shared, const void* global, bool inside) {
+  emulated->copy(shared, global, inside);
+}
+inline void commit_copies() { emulated->commit(); }
+
+template <int open>
+void wait_copies() {
+  emulated->wait(open);
+}
+
+// Products and their sum are exact in double; the addition to `sum` rounds once.
+void multiply_as(float (&widen)(uint16_t), float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                 uint32_t b1);
+
+template <typename T>
+float widen_bits(uint16_t bits) {
+  return widen(T{bits});
+}
+
+template <typename T>
+void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply_as(widen_bits<T>, sum, a, b0, b1);
+}
+
+}  // namespace fused_lora

@@ -1,0 +1,68 @@
+// The launch of lora_grad.cu on a CPU: the same kernels, a block at a time, over an emulated block.
+
+#include <stdexcept>
+
+#include "lora_grad/add_partials.h"
+#include "lora_grad/one_pass.h"
+
+namespace fused_lora {
+namespace {
+
+bool backwards = false, late = false;
+
+struct Run {
+  const GradProblem& problem;
+  const GradPlan& plan;
+  float* partial;
+  bool* found;
+
+  template <int S, int RB, bool forms>
+  void operator()() const {
+    if (plan.most_strips != S || plan.rank_blocks != RB || plan.shape.forms() != forms) return;
+    *found = true;
+    if (problem.type == DType::kBFloat16) {
+      blocks<OnePass<BFloat16, S, RB, forms>>();
+    } else {
+      blocks<OnePass<Float16, S, RB, forms>>();
+    }
+  }
+
+  template <typename Kernel>
+  void blocks() const {
+    const int64_t size = static_cast<int64_t>(plan.columns()) * 16 * plan.rank_blocks;
+    const int together = plan.in_clusters() ? plan.chunks : 1;
+    EmulatedCluster cluster(together, backwards, late);
+    for (int i = 0; i < plan.slices * plan.chunks; i += together) {
+      const int slice = i / plan.chunks;
+      cluster.share(plan.smem_bytes);
+      cluster.run([&] {
+        Kernel(problem, plan, cluster.shared(), slice, i % plan.chunks + cluster.block())
+            .run(partial + slice * size);
+      });
+    }
+  }
+};
+
+}  // namespace
+
+int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,
+                     void*) {
+  if (device < 0) return 101;
+  bool found = false;
+  each_grad_shape(Run{problem, plan, partial, &found});
+  if (!found) throw std::logic_error("no kernel of the plan's shape");
+  const int sums = plan.columns() * 16 * plan.rank_blocks;
+  EmulatedCluster block(1, backwards, late);
+  for (int i = 0; i < sums / 32; ++i) {
+    float shared[kGradWarps][32];
+    block.run([&] { add_partials(problem, plan, partial, shared, i); });
+  }
+  return 0;
+}
+
+}  // namespace fused_lora
+
+// In which order threads take turns, and when copies land, from now on.
+extern "C" void host_world(bool threads_backwards, bool copies_late) {
+  fused_lora::backwards = threads_backwards, fused_lora::late = copies_late;
+}

@@ -1,0 +1,276 @@
+"""lora_grads: the kernels' own source over an emulated block, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.cuda import lora_grad as cuda
+from fused_lora.kernels.cuda import native
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_grad_call import GradCall
+from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.reference import lora_linear as reference
+from fused_lora.testing.yardstick import error, judge
+from fused_lora.types import Needs, Span
+
+from .grad_cases import BF16, CASES, F16, F32, Case, Problem, few_bits, padded
+
+IDS = [case.why for case in CASES]
+SMALL = Case("two adapters, a tail", 41, 72, 40, (Span(0, 16, 5), Span(16, 40, 11)))
+ALL = Needs(x=False, bias=True)
+NEEDS = [
+    Needs(False, bias=bias, a=a, b=b)
+    for a in (True, False)
+    for b in (True, False)
+    for bias in (True, False)
+    if a or b or bias
+]
+BUDGET = 1e-6
+
+
+@pytest.fixture
+def on_host(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The launcher uses the module whose kernels run on the CPU."""
+    monkeypatch.setattr(native, "load", lambda: host)
+    yield host
+    world(host, False, False)
+
+
+def world(host: ModuleType, backwards: bool, late: bool) -> None:
+    """In which order emulated threads take turns, and when their copies land."""
+    ctypes.CDLL(host.__file__).host_world(backwards, late)
+
+
+def run(p: Problem, needs: Needs, processors: int = 2, **options: object) -> Grads:
+    chip = Chip(p.case.arch, processors)
+    return cuda.lora_grads(p.x, p.dy, p.adapters, needs, **p.given, **options, chip=chip)
+
+
+def flat(grads: Grads) -> dict[str, Tensor]:
+    """Each kind of gradient as one vector."""
+    named = {"a": grads.a, "b": grads.b, "bias": [grads.bias]}
+    there = {name: [t.flatten() for t in ts if t is not None] for name, ts in named.items()}
+    return {name: torch.cat(ts) for name, ts in there.items() if ts}
+
+
+def check(ours: Grads, truth: Grads, budget: float = BUDGET) -> None:
+    got, wanted = flat(ours), flat(truth)
+    assert got.keys() == wanted.keys()
+    for name in got:
+        assert error(got[name], wanted[name]) <= budget, name
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_emulated_kernel_equals_float64(on_host: ModuleType, case: Case) -> None:
+    for backwards, late in [(False, True), (True, False)]:
+        world(on_host, backwards, late)
+        problem, needs = Problem(case), Needs(x=False)
+        check(run(problem, needs), problem.expected(needs))
+
+
+@pytest.mark.parametrize("given", ["", "h", "dh", "h dh"])
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_every_subset_of_gradients(on_host: ModuleType, needs: Needs, given: str) -> None:
+    p = Problem(replace(SMALL, given=given))
+    ours, truth = run(p, needs), p.expected(needs)
+    check(ours, truth)
+    assert [t is None for t in ours.a] == [not needs.a] * 2
+    assert [t is None for t in ours.b] == [not needs.b] * 2
+
+
+def test_one_side_is_enough(on_host: ModuleType) -> None:
+    p, chip = Problem(SMALL), Chip(80, 2)
+    truth = p.expected(Needs())
+    check(Grads(None, None, None, cuda.a_grads(p.dh, p.x, p.adapters, chip=chip), []),
+          truth._replace(b=[]))  # fmt: skip
+    check(Grads(None, None, None, [], cuda.b_grads(p.h, p.dy, p.adapters, chip=chip)),
+          truth._replace(a=[]))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_into_an_owners_block(on_host: ModuleType, dtype: torch.dtype) -> None:
+    """A transposed block of a larger tensor: added to, rounded once, all beside it as it was."""
+    p, needs = Problem(SMALL), Needs()
+    owners = [
+        [few_bits(t.shape[1] + 4, t.shape[0] + 3).to(dtype) for t in halves]
+        for halves in p.adapters[:2]
+    ]
+    before = [[owner.clone() for owner in halves] for halves in owners]
+    blocks = [
+        [owner[1 : t.shape[1] + 1, 2 : t.shape[0] + 2].T for owner, t in zip(*halves, strict=True)]
+        for halves in zip(owners, p.adapters[:2], strict=True)
+    ]
+    ours = run(p, needs, into=tuple(blocks))
+    truth = p.expected(needs)
+    assert ours.a[0] is blocks[0][0] and ours.b[1] is blocks[1][1]
+    rows = zip((*owners[0], *owners[1]), (*before[0], *before[1]), truth.a + truth.b, strict=True)
+    for owner, was, grad in rows:
+        rows, columns = grad.shape
+        was[1 : columns + 1, 2 : rows + 2] += grad.T
+        assert torch.equal(owner, was)
+
+
+def test_same_inputs_same_bits_in_every_world(on_host: ModuleType) -> None:
+    """And the number of slices does not move a gradient by more than fp32 sums do."""
+    p = Problem(SMALL)
+    p.x, p.dy = (torch.randn(t.shape).to(BF16) for t in (p.x, p.dy))
+    runs = []
+    for backwards in (False, True):
+        for late in (False, True):
+            world(on_host, backwards, late)
+            runs.append(flat(run(p, ALL)))
+    for other in runs[1:]:
+        assert all(torch.equal(runs[0][name], other[name]) for name in runs[0])
+    for name, value in flat(run(p, ALL, processors=1)).items():
+        assert error(value, runs[0][name]) < 1e-6 or name == "bias"
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("given", ["", "h dh"])
+def test_ordinary_numbers_keep_the_yardstick(
+    on_host: ModuleType, dtype: torch.dtype, given: str
+) -> None:
+    p = Problem(Case("qkv", 197, 136, 216, CASES[10].spans, dtype, dtype, given=given))
+    p.x, p.dy = (torch.randn(t.shape).to(dtype) for t in (p.x, p.dy))
+    a, b = ([torch.randn(t.shape).to(dtype) / 8 for t in halves] for halves in p.adapters[:2])
+    p.adapters = p.adapters._replace(a=a, b=b)
+    p.h, p.dh = p.shrunk()
+
+    def plain(x: Tensor, dy: Tensor, a: list[Tensor], b: list[Tensor]) -> Grads:
+        w = x.new_zeros(dy.shape[1], x.shape[1])
+        scales, spans = p.adapters[2:]
+        return reference.backward(dy, x, w, a, b, scales, spans, Needs(x=False, bias=True))
+
+    wide = [[t.double() for t in halves] for halves in (a, b)]
+    truth = flat(plain(p.x.double(), p.dy.double(), *wide))
+    theirs = flat(plain(p.x, p.dy, a, b))
+    for name, ours in flat(run(p, ALL)).items():
+        verdict = judge(name, ours, theirs[name], truth[name], dtype)
+        assert verdict.passed, str(verdict)
+
+
+def test_no_rows_give_zeros(on_host: ModuleType) -> None:
+    ours = run(Problem(replace(SMALL, m=0)), ALL)
+    assert all((grad == 0).all() for grad in flat(ours).values())
+
+
+FITS = [
+    (384, 384, 16, 89, True), (384, 1536, 16, 80, False), (384, 1536, 16, 90, True),
+    (384, 384, 64, 80, False),
+    (384, 384, 64, 90, True), (768, 768, 16, 80, True), (768, 768, 16, 89, False),
+    (768, 768, 32, 80, False), (768, 768, 32, 90, True), (768, 768, 48, 90, True),
+    (1024, 1024, 16, 80, False), (1024, 1024, 16, 100, True), (1024, 1024, 64, 90, True),
+    (768, 3072, 16, 90, True), (4096, 4096, 16, 90, True), (4096, 4096, 64, 90, False),
+    (768, 768, 16, 120, True), (768, 3072, 16, 80, False),
+    (64, 64, 64, 90, True), (64, 64, 65, 90, False), (60, 64, 4, 90, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("k, n, ranks, arch, wanted", FITS)
+def test_fits(on_host: ModuleType, k: int, n: int, ranks: int, arch: int, wanted: bool) -> None:
+    assert cuda.fits(k, n, ranks, arch) is wanted
+
+
+def test_given_fits_whatever_the_width(on_host: ModuleType) -> None:
+    for arch in (80, 86, 89, 90, 100, 120):
+        for ranks in range(1, 65):
+            assert cuda.fits(4096, 16384, ranks, arch, given=True)
+    assert not cuda.fits(4096, 16384, 65, 90, given=True)
+
+
+LIMIT_BYTES = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}
+
+
+def test_plans_stay_within_shared_memory(on_host: ModuleType) -> None:
+    flags = dict(needs_a=True, needs_b=True, needs_bias=False, rows=10**6, processors=132)
+    for arch, limit in LIMIT_BYTES.items():
+        sizes = [(384, 384), (768, 768), (768, 3072), (4096, 4096)]
+        for (k, n), ranks in product(sizes, (4, 16, 32, 48, 64)):
+            for given in (False, True):
+                shape = dict(k=k, n=n, ranks=ranks, h_given=given, dh_given=given, arch=arch)
+                plan = on_host.plan_lora_grad(**shape, **flags)
+                assert plan is None or 0 < plan.smem_bytes <= limit
+                assert plan is None or plan.partial_floats * 4 < 64 << 20
+
+
+def test_sentences(on_host: ModuleType) -> None:
+    p = Problem(SMALL)
+    good = GradCall(p.x, p.dy, p.adapters, Needs(), None, None)
+    wide = Problem(replace(SMALL, n=4096, spans=(Span(0, 4096, 16),)))
+    bad = {
+        "x is needed": good._replace(x=None),
+        "dy is needed": good._replace(dy=None, h=p.h),
+        "5 adapters": good._replace(adapters=Adapters(*([t[0]] * 5 for t in p.adapters))),
+        "float32": good._replace(x=p.x.float(), dy=p.dy.float()),
+        "all bfloat16 or all float16": good._replace(h=p.h.half()),
+        "one dtype": good._replace(
+            adapters=p.adapters._replace(a=[t.half() for t in p.adapters.a])
+        ),
+        "rows of x": good._replace(x=p.x.T.contiguous().T),
+        "16 bytes": good._replace(dy=p.dy[:, 4:12]),
+        "cannot hold rank 16": GradCall(wide.x, wide.dy, wide.adapters, Needs(), None, None),
+    }
+    assert good.why_not(Chip(80, 2)) is None
+    for sentence, call in bad.items():
+        assert sentence in call.why_not(Chip(80, 2))
+
+
+def test_the_module_refuses_what_would_read_out_of_place(on_host: ModuleType) -> None:
+    p = Problem(SMALL)
+    plan = GradCall(p.x, p.dy, p.adapters, Needs(), None, None).plan(Chip(80, 2))
+    types = dict.fromkeys(("type", "adapter", "grad", "dbias_type"), on_host.DType.bfloat16)
+    group = on_host.GradGroup(
+        **dict.fromkeys(("a", "b", "da", "db", "first_column", "first_rank"), 0),
+        **dict.fromkeys(("a_strides", "b_strides", "da_strides", "db_strides"), (1, 1)),
+        **dict(columns=40, rank=16, scale=1.0),
+    )
+    whole = dict(groups=[group], x=p.x.data_ptr(), dy=p.dy.data_ptr(), h=0, dh=0, x_row=72,
+                 dy_row=40, h_row=0, dh_row=0, dbias=0, rows=41, add=False)  # fmt: skip
+    bad = {
+        "x must begin": dict(x=p.x.data_ptr() + 2),
+        "h and dh": dict(h=p.h.data_ptr()),
+        "dbias": dict(dbias=p.x.data_ptr()),
+        "bfloat16 and float16": dict(type=on_host.DType.float32),
+        "1 to 4 groups": dict(groups=[]),
+        "group 1": dict(groups=[group, group]),
+    }
+    for message, change in bad.items():
+        problem = on_host.GradProblem(plan=plan, **(types | whole | change))
+        with pytest.raises(ValueError, match=message):
+            on_host.lora_grad(problem=problem, plan=plan, partial=0, device=0, stream=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_kernel_equals_float64(case: Case) -> None:
+    if reason := native.why_not():
+        pytest.skip(reason)
+    on_cpu, needs = Problem(case), Needs(x=False)
+    p = Problem(case)
+    p.x, p.dy = (padded(t, case.rows, case.dtype, "cuda") for t in (p.x, p.dy))
+    p.h, p.dh = p.h.cuda(), p.dh.cuda()
+    p.adapters = p.adapters._replace(
+        a=[t.cuda() for t in p.adapters.a], b=[t.cuda() for t in p.adapters.b]
+    )
+    if reason := cuda.why_not(p.x, p.dy, p.adapters, needs, **p.given):
+        pytest.skip(reason)
+    ours = cuda.lora_grads(p.x, p.dy, p.adapters, needs, **p.given)
+    again = cuda.lora_grads(p.x, p.dy, p.adapters, needs, **p.given)
+    check(Grads(*ours[:3], *([t.cpu() for t in halves] for halves in ours[3:])),
+          on_cpu.expected(needs))  # fmt: skip
+    assert all(torch.equal(flat(ours)[name], value) for name, value in flat(again).items())
