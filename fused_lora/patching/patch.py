@@ -16,7 +16,7 @@ from fused_lora.nn import (
     FusedLoRALinear,
     adopt_around,
 )
-from fused_lora.nn.around import standing_in
+from fused_lora.nn.around import opaque, standing_in
 from fused_lora.ops.sharded import is_sharded
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
@@ -221,7 +221,7 @@ def _adopt(targets: list[Target], generator: torch.Generator | None) -> None:
         for target in targets:
             linear = target.linear
             options = vars(target.config) | {"generator": generator}
-            if type(linear) is not nn.Linear:
+            if opaque(linear):
                 spans = None if "" in target.spans else target.spans
                 ranks = target.ranks[""] if spans is None else target.ranks
                 done.append(adopt_around(linear, ranks, spans, **options))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
 
-from fused_lora.nn import AdapterConfig
+from fused_lora.nn import AdaptedLinear, AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
+from fused_lora.nn.around import opaque
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.options import QKV_MODES, Choice, check_patterns, selected, value_for
@@ -84,8 +86,8 @@ def _target(found: Found, choice: Choice) -> Target:
 
 
 def _adoptable(found: Found, keep_forward: bool) -> nn.Linear:
-    if keep_forward and isinstance(found.module, nn.Linear) and type(found.module) is not nn.Linear:
-        return found.module
+    if keep_forward and opaque(found.module) and not isinstance(found.module, AdaptedLinear):
+        return cast(nn.Linear, found.module)
     try:
         linear = check_adoptable(found.module, found.name)
     except TypeError as error:
