@@ -2,8 +2,10 @@
 
 from fused_lora.distill.share import share_adapters, unshare_adapters
 from fused_lora.io import AdapterFileError, load, load_lora_state_dict, lora_state_dict, save
-from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
+from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear, adopt_around
+from fused_lora.ops.lora_expand import expand_add
 from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops.lora_shrink import shrink
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import explain
 from fused_lora.patching.patch import patch, unpatch
@@ -19,7 +21,9 @@ __all__ = [
     "PatchError",
     "PatchReport",
     "__version__",
+    "adopt_around",
     "disable",
+    "expand_add",
     "explain",
     "load",
     "load_lora_state_dict",
@@ -29,6 +33,7 @@ __all__ = [
     "patch",
     "save",
     "share_adapters",
+    "shrink",
     "unmerge",
     "unpatch",
     "unshare_adapters",

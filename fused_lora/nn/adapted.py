@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_lora.nn.borrow import borrow
 from fused_lora.nn.box import Box
@@ -351,5 +352,10 @@ def check_adoptable(linear: nn.Module, where: str) -> nn.Linear:
             f"{where} is a {type(linear).__module__}.{type(linear).__name__}, not a plain "
             "torch.nn.Linear: its own forward would be lost; keep_forward=True keeps it and adds "
             "the adapters to its result"
+        )
+    if is_traceable_wrapper_subclass(linear.weight):
+        raise TypeError(
+            f"{where}.weight is a {type(linear.weight).__name__}, not a plain tensor: "
+            "keep_forward=True leaves it alone and adds the adapters to the linear's result"
         )
     return linear

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
@@ -98,15 +99,24 @@ def adopt_around(
     return become(around(type(linear)), linear, columns, ranks, config, generator)  # type: ignore[arg-type]
 
 
+def opaque(linear: nn.Module) -> bool:
+    """Whether ``linear`` is an ``nn.Linear`` whose weight is no matrix that one could read."""
+    if not isinstance(linear, nn.Linear):
+        return False
+    return type(linear) is not nn.Linear or is_traceable_wrapper_subclass(linear.weight)
+
+
 @contextmanager
 def standing_in(linears: Iterable[nn.Module]) -> Iterator[None]:
     """Within, each linear answers with an empty y: for a trial forward on the meta device."""
-    linears = [linear for linear in linears if type(linear) is not nn.Linear]
-    for linear in linears:
+    weights = {linear: linear.weight for linear in linears if opaque(linear)}
+    for linear in weights:
         n = linear.out_features
         linear.__dict__["forward"] = lambda x, n=n: x.new_empty(*x.shape[:-1], n)
+        linear._parameters["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)
     try:
         yield
     finally:
-        for linear in linears:
+        for linear, weight in weights.items():
+            linear._parameters["weight"] = cast(nn.Parameter, weight)
             del linear.__dict__["forward"]

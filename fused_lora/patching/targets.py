@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
+from fused_lora.nn.around import opaque
 from fused_lora.nn.read import READABLE
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.errors import PatchError
@@ -157,7 +158,7 @@ def _shape(found: Found) -> tuple[int, int]:
 
 def keeps_its_forward(module: nn.Module) -> bool:
     """Whether this is a linear of another class, to which adapters can only be added."""
-    return isinstance(module, nn.Linear) and type(module) not in READABLE
+    return opaque(module) and type(module) not in READABLE
 
 
 def _check_adoptable(model: nn.Module, found: Found) -> None:

@@ -152,3 +152,34 @@ def test_what_cannot_be_had():
     with pytest.raises(RuntimeError, match="merge: a Int8Linear computes with a weight of its own"):
         fused_lora.merge(model)
     assert not any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    plain = nn.Linear(192, 128)
+    kind = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
+    options = {"has_fp16_weights": False} if bits == 8 else {"compute_dtype": torch.float32}
+    linear = kind(192, 128, **options)
+    linear.load_state_dict(plain.state_dict())
+    train_around(linear.to("cpu"), 192)
+
+
+def test_torchao():
+    quantization = pytest.importorskip("torchao.quantization")
+    holder = nn.Sequential(nn.Linear(192, 128))
+    quantization.quantize_(holder, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(TypeError, match="weight is a Int8Tensor, not a plain tensor"):
+        FusedLoRALinear.adopt(holder[0])
+    train_around(holder[0], 192)
+
+
+def train_around(linear, k):
+    x, kind = torch.randn(5, k), type(linear)
+    y = linear(x)
+    module = wake(adopt_around(linear, 4, scale=0.5))
+    expected = y + 0.5 * (x @ module.lora_A.T) @ module.lora_B.T
+    torch.testing.assert_close(module(x), expected)
+    module(x).square().sum().backward()
+    assert all(p.grad is not None for p in module.lora_parameters())
+    assert torch.equal(module.release()(x), y) and type(module) is kind
