@@ -62,6 +62,8 @@ def _ancestors(name: str) -> Iterator[str]:
 def _parts(projections: list[Found]) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for each in projections:
+        if each.tensor != "weight":
+            raise PatchError(f"{each.name} is a bare parameter, not a linear: it cannot be shared")
         roles = each.roles * _halves(each, projections)
         width = int(each.module.out_features) // len(roles)  # type: ignore[arg-type]
         for i, role in enumerate(roles):

@@ -16,12 +16,13 @@ from fused_lora.distill.blocks import blocks_of
 from fused_lora.distill.deal import Deal, deals
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.shared import SharedLoRALinear
+from fused_lora.patching.asked import patterns_of
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_of
-from fused_lora.patching.asked import patterns_of
 from fused_lora.patching.patch import RECORD, adapted, check_trainable, freeze
 from fused_lora.patching.report import PatchReport, Row
-from fused_lora.patching.trace import rows_per_call
+from fused_lora.patching.rule import find
+from fused_lora.patching.trace import observe
 
 MAPPINGS: Mapping[str, Callable[[int, int, int], int]] = {
     "first": lambda i, students, teachers: i,
@@ -72,12 +73,7 @@ def share_adapters(
     _check_models(teacher, student)
     check_trainable(student, trained)
     found = deals(_pairs(teacher, student, mapping), rank)
-    watched = [(deal.name, deal.linear) for deal in found]
-    rows = rows_per_call(student, watched, example_input)
-    if idle := [name for name, _ in watched if name not in rows]:
-        raise PatchError(
-            f"{idle[0]} is never called by the student's forward: sharing does nothing"
-        )
+    rows = _rows_per_image(student, {deal.name for deal in found}, example_input)
     _adopt(found)
     froze = freeze(student, trained)
     report = _report(student, found, rows, froze, batch_size)
@@ -143,6 +139,18 @@ def _chooser(
     if mapping not in MAPPINGS:
         raise PatchError(f"mapping must be one of {[*MAPPINGS]} or a function, got {mapping!r}")
     return lambda i: MAPPINGS[mapping](i, students, teachers)
+
+
+def _rows_per_image(student: nn.Module, names: set[str], example: Any) -> dict[str, int]:
+    watched = [each for each in find(student) if each.name in names]
+    sights = observe(student, watched, example)
+    for name, sight in sights.items():
+        if sight.read or not sight.called:
+            raise PatchError(
+                f"{name} is never called by the student's forward, or its weight is read beside "
+                "it: sharing would do nothing there"
+            )
+    return {name: sight.rows for name, sight in sights.items()}
 
 
 def _adopt(found: list[Deal]) -> None:

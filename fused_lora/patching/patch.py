@@ -131,7 +131,8 @@ def patch(
     _refuse_patched(model)
     found = find_wanted(model, choice)
     check_trainable(model, trained)
-    with standing_in(each.module for each in found if keep_forward):
+    around = (each.module for each in found if keep_forward and keeps_its_forward(each.module))
+    with standing_in(around):
         sights = observe(model, found, example_input)
     chosen = choose_targets(model, found, sights, choice)
     rows = {name: sight.rows for name, sight in sights.items()}
