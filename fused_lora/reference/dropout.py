@@ -41,5 +41,6 @@ def keep(
 
 def dropout(x: Tensor, p: float, seed: int, step: int) -> Tensor:
     """D x for x [M, K]."""
-    mask = keep(*x.shape, p, seed, step, x.device)
+    rows, columns = x.shape
+    mask = keep(rows, columns, p, seed, step, x.device)
     return torch.where(mask, x * (65536 / (65536 - threshold(p))), 0)
