@@ -36,6 +36,7 @@ def numbers(report: str, pattern: str) -> list[int]:
     return [int(found) for found in re.findall(pattern, report)]
 
 
+@pytest.mark.slow
 def test_no_kernel_spills(request: pytest.FixtureRequest) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
