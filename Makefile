@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_support/*.py csrc/*.* csrc/*/*.*)
-CPP := $(wildcard csrc/*.* csrc/*/*.*) $(shell find tests -name "*.cpp")
+CPP := $(wildcard csrc/*.* csrc/*/*.*) $(shell find tests -name "*.cpp" -o -name "*.h")
 
 .PHONY: venv install bench families test lint format wheel clean
 

@@ -22,16 +22,26 @@ FL_DEVICE float element(const void* base, int64_t index, DType type) {
   return type == DType::kBFloat16 ? widen(BFloat16{bits}) : widen(Float16{bits});
 }
 
-// a[r, column] of the stacked a, or b[column, r] of the b beside and below each other.
-FL_DEVICE float border(const GradProblem& problem, bool is_dy, int column, int r) {
+// One rank of a over the columns of x, or of b over those of dy that its adapter owns.
+struct Line {
+  const void* at;
+  int64_t first, step;  // elements
+  int32_t begin, end;   // columns
+};
+
+FL_DEVICE Line line_of(const GradProblem& problem, bool is_dy, int r) {
   const int g = group_of(problem, r);
-  if (g == problem.groups) return 0.0f;
+  if (g == problem.groups) return {};
   const GradGroup& group = problem.group[g];
   const int64_t rank = r - group.first_rank;
-  if (!is_dy) return element(group.a, rank * group.a_r + column * group.a_k, problem.adapter);
-  const int64_t n = column - group.first_column;
-  if (n < 0 || n >= group.columns) return 0.0f;
-  return element(group.b, n * group.b_n + rank * group.b_r, problem.adapter);
+  if (!is_dy) return {group.a, rank * group.a_r, group.a_k, 0, problem.x.columns};
+  const int32_t begin = group.first_column;
+  return {group.b, rank * group.b_r, group.b_n, begin, begin + group.columns};
+}
+
+FL_DEVICE float on(const Line& line, int column, DType type) {
+  if (column < line.begin || column >= line.end) return 0.0f;
+  return element(line.at, line.first + (column - line.begin) * line.step, type);
 }
 
 template <typename T>
@@ -45,13 +55,15 @@ struct alignas(16) Fragment {
 
 // This lane's part of the block of columns and ranks that start here.
 template <typename T>
-FL_DEVICE Fragment fragment_of(const GradProblem& problem, bool is_dy, int column, int r, int end,
+FL_DEVICE Fragment fragment_of(const GradProblem& problem, bool is_dy, int column, int r,
                                int lane) {
+  const Line lines[2] = {line_of(problem, is_dy, r + lane / 4),
+                         line_of(problem, is_dy, r + lane / 4 + 8)};
   float value[8];
   FL_UNROLL
   for (int i = 0; i < 8; ++i) {
     const int c = column + 2 * (lane % 4) + i % 2 + (i & 2) * 4;
-    value[i] = c < end ? border(problem, is_dy, c, r + lane / 4 + (i & 4) * 2) : 0.0f;
+    value[i] = on(lines[i / 4], c, problem.adapter);
   }
   Fragment fragment;
   FL_UNROLL

@@ -139,8 +139,8 @@ class OnePass {
       Fragment made[2];
       FL_UNROLL
       for (int j = 0; j < 2; ++j) {
-        made[j] = fragment_of<T>(problem_, is_dy_, first_ + (i + j) / RB * 16, (i + j) % RB * 16,
-                                 first_ + width_, lane());
+        made[j] =
+            fragment_of<T>(problem_, is_dy_, first_ + (i + j) / RB * 16, (i + j) % RB * 16, lane());
       }
       FL_UNROLL
       for (int j = 0; j < 2; ++j) fragment(i + j) = made[j];

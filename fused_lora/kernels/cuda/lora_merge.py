@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -70,8 +71,13 @@ def pack(merges: Sequence[Merge]) -> MergeTable:
         w=_dtype(module, first.w), out=_dtype(module, first.out), adapter=_dtype(module, first.a)
     )
     packed, tiles = module.pack_merge_items([_item(module, merge) for merge in merges], types)
-    table = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(first.w.device)
-    return MergeTable(merges, table, tiles, types)
+    return MergeTable(merges, _on_device(packed, first.w.device), tiles, types)
+
+
+@lru_cache(maxsize=64)
+def _on_device(packed: bytes, device: torch.device) -> Tensor:
+    """A table, copied once: its bytes name every pointer, stride and size it stands for."""
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(device)
 
 
 def launch(table: MergeTable, rounding: str = "nearest", seed: int = 0, step: int = 0) -> None:

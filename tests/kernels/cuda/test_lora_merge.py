@@ -89,6 +89,15 @@ def test_every_tile_is_found_once(on_host: ModuleType) -> None:
     assert got.tolist() == wanted
 
 
+def test_a_table_is_built_once(on_host: ModuleType) -> None:
+    """The same tensors are launched from the same table, others from their own."""
+    w, a, b = torch.ones(2, 4, 6), torch.ones(2, 6), torch.ones(4, 2)
+    tables = [cuda.pack([cuda.Merge(w[i], w[i], a, b, s)]).table for i, s in
+              ((0, 0.5), (0, 0.5), (1, 0.5), (0, 0.25))]  # fmt: skip
+    addresses = [table.data_ptr() for table in tables]
+    assert addresses[0] == addresses[1] and len(set(addresses)) == 3
+
+
 def test_nothing_to_do_needs_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: pytest.fail("the module was asked for"))
     cuda.lora_merge([], [], [], [], [])

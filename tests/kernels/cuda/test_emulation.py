@@ -1,0 +1,40 @@
+"""The emulated block sees what a GPU may punish: reads too early, and work out of bounds."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import product
+from types import ModuleType
+
+import pytest
+
+WORLDS = list(product((False, True), repeat=2))  # threads backwards, copies late
+
+
+@pytest.fixture
+def library(host: ModuleType) -> ctypes.CDLL:
+    """The parts of the module that only tests see."""
+    return ctypes.CDLL(host.__file__)
+
+
+def test_a_kernel_that_waits_is_right_in_every_world(library: ctypes.CDLL) -> None:
+    assert [library.host_misses(True, True, *world) for world in WORLDS] == [0] * 4
+    assert [library.host_remote_misses(True, backwards) for backwards in (False, True)] == [0, 0]
+
+
+def test_a_missing_wait_is_seen(library: ctypes.CDLL) -> None:
+    assert any(library.host_misses(False, True, *world) for world in WORLDS)
+
+
+def test_a_missing_barrier_is_seen(library: ctypes.CDLL) -> None:
+    assert any(library.host_misses(True, False, *world) for world in WORLDS)
+    assert any(library.host_remote_misses(False, backwards) for backwards in (False, True))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    range(5),
+    ids=["write beyond", "warp parts", "block parts", "load beyond", "copy not aligned"],
+)
+def test_what_is_refused(library: ctypes.CDLL, kind: int) -> None:
+    assert library.host_refuses(kind)
