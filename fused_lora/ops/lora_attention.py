@@ -1,7 +1,7 @@
 """lora_attention: the first half of a transformer block in one node that can let go of q, k and v.
 
-    qkv = lora_linear(LayerNorm(x)),  out = softmax(q kT / sqrt D) v,
-    y = x + gamma mask lora_linear(out)
+qkv = lora_linear(LayerNorm(x)),  out = softmax(q kT / sqrt D) v,
+y = x + gamma mask lora_linear(out)
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def lora_attention(
     if proj.w.shape[0] != x.shape[2]:
         raise ValueError(f"lora_attention: proj has {proj.w.shape[0]} columns, x {x.shape[2]}")
     check_frozen(gamma=gamma, mask=mask)
-    recipe = _recipe(norm.eps, qkv.frame, Attention(heads, x.shape[1]), proj.frame, compute_dtype(x))
+    recipe = _recipe(
+        norm.eps, qkv.frame, Attention(heads, x.shape[1]), proj.frame, compute_dtype(x)
+    )
     operands = (norm.gamma, norm.beta, *qkv.tensors, *proj.tensors)
     return chain(recipe, x, operands, None, gamma, mask)
 

@@ -163,8 +163,9 @@ def test_composed_is_the_same(recompute, form, monkeypatch):
     monkeypatch.setattr(
         Chain,
         "apply",
-        lambda recipe, residual, gamma, mask, source, *operands: seen.append(1)
-        or composed(recipe, source, operands, residual, gamma, mask),
+        lambda recipe, residual, gamma, mask, source, *operands: (
+            seen.append(1) or composed(recipe, source, operands, residual, gamma, mask)
+        ),
     )
     same(y, lora_mlp(x, fc1, fc2, activation, **options), (x, fc1, fc2))
     assert seen
