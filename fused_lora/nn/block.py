@@ -71,9 +71,9 @@ class FusedLoRABlock(Fused):
         if why_not_mlp_half(self):
             return x + drop(scale(mlp(self.norm2(x))))
         norm, gamma = parts.norm_of(self.norm2), parts.gamma_of(scale)
-        around = {"norm": norm, "around": True, "gamma": gamma}
         mask = parts.mask_of(drop, x, gamma)
-        return lora_mlp(x, **mlp_options(mlp), **around, mask=mask, recompute=self.recompute)
+        around: dict[str, Any] = {"norm": norm, "around": True, "gamma": gamma, "mask": mask}
+        return lora_mlp(x, **mlp_options(mlp), **around, recompute=self.recompute)
 
 
 def attend(attn: Any, qkv: Tensor, masked: dict[str, Any]) -> Tensor:

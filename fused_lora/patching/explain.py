@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fused_lora.nn import AdaptedLinear
+from fused_lora.nn import AdaptedLinear, FusedLoRABlock
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.planning import plan_for, problem
@@ -47,7 +47,8 @@ def explain(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> str:
-    """Per distinct projection: the chosen plan, the losing ones with their estimates, and why not.
+    """Per distinct projection: the chosen plan, the losing ones with their estimates, and why not;
+    per kind of fused block what it keeps.
 
     Args:
         model: a patched model.
@@ -72,10 +73,31 @@ def explain(
         question = problem_of(module, rows, dtype)
         shapes.setdefault(question, []).append(name)
         where[question] = module
-    return "\n\n".join(
+    paragraphs = [
         _paragraph(question, names, where[question], dtype, device)
         for question, names in shapes.items()
-    )
+    ]
+    return "\n\n".join([*paragraphs, *_of_blocks(model, rows_per_image, batch_size)])
+
+
+def _of_blocks(
+    model: nn.Module, rows_per_image: dict[nn.Module, int], batch_size: int
+) -> list[str]:
+    """What fused blocks keep for backward, and what they would in the other modes."""
+    from fused_lora.patching.budget import need_of
+
+    said: dict[str, list[str]] = {}
+    for name, block in model.named_modules():
+        if isinstance(block, FusedLoRABlock):
+            rows = rows_per_image.get(block.attn.qkv, 1) * batch_size
+            kept = need_of(name, block, rows).kept
+            sizes = ", ".join(f"{mode} {nbytes / 1e6:,.1f} MB" for mode, nbytes in kept.items())
+            words = f"  block of {rows} rows, recompute {block.recompute}; would keep: {sizes}"
+            said.setdefault(words, []).append(name or "the model itself")
+    return [
+        f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f"\n{words}"
+        for words, names in said.items()
+    ]
 
 
 def check_batch_size(batch_size: int) -> None:

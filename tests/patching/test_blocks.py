@@ -71,6 +71,17 @@ class TestReport:
         assert not fused_modules(model)
 
 
+def test_explain_says_what_blocks_keep():
+    model = build()
+    report = fused_lora.patch(model, rank=4, level="block", batch_size=8)
+    text = fused_lora.explain(model, batch_size=8).split("\n\n")[-1]
+    assert text.startswith("blocks.0 and 1 more\n  block of 136 rows, recompute elementwise")
+    assert f"elementwise {report.blocks[0].kept_bytes / 1e6:,.1f} MB" in text
+    fused_lora.unpatch(model)
+    fused_lora.patch(model, rank=4, level="linear")
+    assert "recompute" not in fused_lora.explain(model, batch_size=8)
+
+
 def test_recompute_by_layer():
     model = build(depth=3)
     fused_lora.patch(
