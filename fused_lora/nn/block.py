@@ -97,8 +97,14 @@ def why_not_block(block: Any) -> str | None:
     """Why neither half of ``block`` can be fused over; None where one can."""
     if parts.kind(block) not in parts.BLOCKS:
         return f"{type(block).__name__} is no block whose forward is known"
-    first, second = why_not_attention_half(block), why_not_mlp_half(block)
-    return f"{first}; {second}" if first and second else None
+    reasons = why_not_halves(block)
+    return "; ".join(reasons) if len(reasons) == 2 else None
+
+
+def why_not_halves(block: Any) -> list[str]:
+    """A sentence for each half of a known block that goes through its modules."""
+    halves = {"attention": why_not_attention_half(block), "MLP": why_not_mlp_half(block)}
+    return [f"{half}: {reason}" for half, reason in halves.items() if reason]
 
 
 def why_not_attention_half(block: Any) -> str | None:

@@ -260,6 +260,18 @@ def test_empty_and_strided_and_again(recompute):
     assert torch.equal(one, torch.autograd.grad(y.sum(), wide)[0])
 
 
+@each_mode
+def test_a_wide_x_around_it_under_autocast(recompute):
+    """The residual's gradient reaches x in x's own precision."""
+    fc1, fc2, *_ = mlp_of("plain", torch.float32)
+    x = torch.randn(2, 5, D, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_mlp(x, fc1, fc2, around=True, gamma=torch.zeros(D), recompute=recompute)
+    dy = torch.randn(2, 5, D)
+    assert torch.equal(y, x)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy)
+
+
 def test_double_backward_fails_loudly():
     x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
     fc1, fc2, *_ = mlp_of("plain")

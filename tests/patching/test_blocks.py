@@ -55,9 +55,15 @@ class TestReport:
         model.blocks[0].norm1.register_forward_hook(lambda *_: None)
         report = fused_lora.patch(model, rank=4, level="block")
         assert report.blocks[0].reason == (
-            "hooks on the block's children; hooks on the MLP's children"
+            "attention: hooks on the block's children; MLP: hooks on the MLP's children"
         )
         assert [row.level for row in report.blocks] == ["linear", "block"]
+
+    def test_one_half(self):
+        model = build()
+        model.blocks[0].mlp.act.register_forward_hook(lambda *_: None)
+        text = str(fused_lora.patch(model, rank=4, level="block"))
+        assert "MB; one half left to its modules, MLP: hooks on the MLP's children" in text
 
     def test_only_some_projections(self):
         model = build()
