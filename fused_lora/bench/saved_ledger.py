@@ -67,9 +67,9 @@ def _saved(y: Tensor) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _of(node: Any) -> Iterator[tuple[str, Tensor]]:
+    ours = node.name() == "ChainBackward"
     if isinstance(node, BackwardCFunction):
         tensors = node.saved_tensors
-        ours = node.name() == "ChainBackward"
         names = labels(node) if ours else [str(i) for i in range(len(tensors))]
         yield from ((n, t) for n, t in zip(names, tensors, strict=True) if t is not None)
         return

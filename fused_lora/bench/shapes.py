@@ -47,8 +47,8 @@ _SIX = ("frozen", "naive", "naive_joint", "peft", "addmm", "fused", "fused_joint
 _STEP = ("frozen", "naive", "peft", "fused", "fused_joint")
 
 _BLOCK = ("fused_block", "fused_block_gemm", "peft_checkpoint")
-_KEPT = (*_STEP[:3], "peft_bf16", "peft_checkpoint", *_STEP[3:])
-_KEPT = (*_KEPT, "fused_block_none", *_BLOCK[:2])
+_PEFT = ("peft_bf16", "peft_checkpoint")
+_KEPT = (*_STEP[:3], *_PEFT, *_STEP[3:], "fused_block_none", *_BLOCK[:2])
 _COUNTED = Grid(_SMALL_BASE, (16, 256), (2,), DTYPES, _KEPT, (), 1)
 
 CPU_GRIDS = {

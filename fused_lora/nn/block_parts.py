@@ -6,12 +6,14 @@ read. Everything is asked again at every call, since dropout, hooks and merged w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.block_swap import kind
-from fused_lora.ops.operand import Adapted, Norm
+from fused_lora.ops.operand import Adapted, Norm, compute_dtype
 
 BLOCKS = frozenset({"timm.models.vision_transformer.Block"})
 ATTENTIONS = frozenset(
@@ -33,7 +35,12 @@ ACTIVATIONS = {
 }
 
 
-def why_not_linear(linear: nn.Module) -> str | None:
+def absent(module: Any) -> bool:
+    """Whether there is nothing in this place."""
+    return module is None or kind(module) == IDENTITY
+
+
+def why_not_linear(linear: Any) -> str | None:
     """Why an adapted linear has to be called as a module."""
     if not isinstance(linear, AdaptedLinear):
         return f"{type(linear).__name__} without adapters"
@@ -47,30 +54,30 @@ def why_not_linear(linear: nn.Module) -> str | None:
     return None if ours else f"{type(linear).__name__}, whose forward is its own"
 
 
-def why_not_norm(norm: nn.Module) -> str | None:
+def why_not_norm(norm: Any) -> str | None:
     """Why a norm is no LayerNorm over the last dimension."""
-    if kind(norm) not in NORMS or len(norm.normalized_shape) != 1:  # type: ignore[arg-type]
+    if kind(norm) not in NORMS or len(norm.normalized_shape) != 1:
         return f"norm of type {type(norm).__name__}"
     return "timm's fast norm" if getattr(norm, "_fast_norm", False) else None
 
 
-def why_not_branch(scale: nn.Module, drop: nn.Module) -> str | None:
+def why_not_branch(scale: Any, drop: Any) -> str | None:
     """Why LayerScale and drop path are not the factors they should be."""
-    if kind(scale) not in LAYER_SCALES | {IDENTITY}:
+    if not absent(scale) and kind(scale) not in LAYER_SCALES:
         return f"layer scale of type {type(scale).__name__}"
-    if kind(scale) != IDENTITY and scale.gamma.requires_grad:  # type: ignore[union-attr]
+    if not absent(scale) and scale.gamma.requires_grad:
         return "a LayerScale that trains"
-    if kind(drop) not in DROP_PATHS | {IDENTITY}:
+    if not absent(drop) and kind(drop) not in DROP_PATHS:
         return f"drop path of type {type(drop).__name__}"
     return None
 
 
-def active_dropout(*drops: nn.Module) -> bool:
+def active_dropout(*drops: Any) -> bool:
     """Whether any of these drops something now; what is no ``nn.Dropout`` might."""
     return any(
         type(drop) is not nn.Dropout or (drop.training and drop.p > 0)
         for drop in drops
-        if kind(drop) != IDENTITY
+        if not absent(drop)
     )
 
 
@@ -86,15 +93,17 @@ def norm_of(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def gamma_of(scale: nn.Module) -> Tensor | None:
+def gamma_of(scale: Any) -> Tensor | None:
     """LayerScale's factor, if there is one."""
-    return None if kind(scale) == IDENTITY else scale.gamma  # type: ignore[return-value]
+    return None if absent(scale) else scale.gamma
 
 
-def mask_of(drop: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+def mask_of(drop: Any, x: Tensor, gamma: Tensor | None) -> Tensor | None:
     """Drop path's factor per sample, drawn by the module itself; None where it draws nothing."""
-    if kind(drop) == IDENTITY or not drop.training or not drop.drop_prob:
+    if absent(drop) or not drop.training or not drop.drop_prob:
         return None
+    dtype = compute_dtype(x)  # what the module would see: the projection's, or LayerScale's
+    dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
     return drop(torch.ones((x.shape[0],) + (1,) * (x.dim() - 1), dtype=dtype, device=x.device))
 
 

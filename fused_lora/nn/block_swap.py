@@ -40,8 +40,8 @@ class Fused(nn.Module):
             raise TypeError(f"{type(module).__name__} is fused already")
         if kind(module) not in cls.known:
             raise TypeError(f"{kind(module)} is not one of {sorted(cls.known)}")
-        module.__class__ = fused_class(cls, type(module))
-        module.recompute = recompute
+        module.__class__ = fused_class(cls, type(module))  # type: ignore[arg-type]
+        module.__dict__["_recompute"] = recompute
         return module  # type: ignore[return-value]
 
     def release(self) -> nn.Module:
@@ -56,7 +56,7 @@ class Fused(nn.Module):
 
 
 @lru_cache(maxsize=64)
-def fused_class(root: type[Fused], plain: type[nn.Module]) -> Any:
+def fused_class(root: Any, plain: Any) -> Any:
     """The class of an adopted ``plain``; ``isinstance`` goes on answering as before."""
     names = {"plain": plain, "__module__": root.__module__, "__doc__": root.__doc__}
     return type(f"FusedLoRA{plain.__name__}", (root, plain), names)
@@ -66,7 +66,7 @@ def _root(made: type[Fused]) -> type[Fused]:
     return made.__mro__[1]
 
 
-def _blank(root: type[Fused], plain: type[nn.Module]) -> nn.Module:
+def _blank(root: Any, plain: Any) -> nn.Module:
     made = fused_class(root, plain)
     return made.__new__(made)
 
@@ -87,10 +87,10 @@ def kind(module: nn.Module) -> str:
 
     Of a fused module it is the class that it had.
     """
-    return _place(type(module))
+    return _place(type(module))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1024)
-def _place(cls: type[nn.Module]) -> str:
+def _place(cls: Any) -> str:
     cls = cls.plain if issubclass(cls, Fused) else cls
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fused_lora.nn.block import FusedLoRABlock, why_not_block
+from fused_lora.nn.block import FusedLoRABlock, why_not_block, why_not_halves
 from fused_lora.nn.block_mlp import FusedLoRAMlp, why_not_mlp
 from fused_lora.nn.block_swap import Fused
 from fused_lora.ops.operand import RECOMPUTE
@@ -86,8 +86,9 @@ def fuse(
     needs = [need_of(name, block, rows_of(name, seen) * batch_size) for name, block in fits]
     modes = _modes(model, needs, rows, choice)
     for need, (name, block) in zip(needs, fits, strict=True):
-        FusedLoRABlock.adopt(block, modes[name])
-        rows.append(BlockRow(name, "block", modes[name], kept_bytes=need.kept[modes[name]]))
+        mode, half = modes[name], "; ".join(why_not_halves(block))
+        FusedLoRABlock.adopt(block, mode)
+        rows.append(BlockRow(name, "block", mode, half, need.kept[mode]))
     for name, module in model.named_modules():
         if not isinstance(module, Fused) and why_not_mlp(module) is None:
             mode = modes.get(name.rpartition(".")[0]) or choice.mode_of(name)

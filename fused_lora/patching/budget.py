@@ -6,6 +6,8 @@ Counts are those of a forward in the weights' own dtype; under autocast a block 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +31,7 @@ class BlockNeed:
     kept: dict[str, int]  # by recompute mode
 
 
-def need_of(name: str, block: nn.Module, rows: int) -> BlockNeed:
+def need_of(name: str, block: Any, rows: int) -> BlockNeed:
     """Count ``block`` on ``rows`` rows of x."""
     kept = dict.fromkeys(RECOMPUTE, 0)
     for half in (_attention, _mlp):
@@ -38,43 +40,43 @@ def need_of(name: str, block: nn.Module, rows: int) -> BlockNeed:
     return BlockNeed(name, kept)
 
 
-def _attention(block: nn.Module, mode: str, rows: int) -> int:
+def _attention(block: Any, mode: str, rows: int) -> int:
     attn = block.attn
     mode = "none" if why_not_attention_half(block) else mode
-    width, inner = attn.qkv.in_features, attn.proj.in_features  # type: ignore[union-attr]
-    item, stat = _sizes(attn.proj.weight.dtype.itemsize)  # type: ignore[union-attr]
-    normed = kind_is_norm(attn.q_norm) + kind_is_norm(attn.k_norm)  # type: ignore[arg-type]
-    lean = mode == "gemm" and not why_not_lean(attn)  # type: ignore[arg-type]
+    width, inner = attn.qkv.in_features, attn.proj.in_features
+    item, stat = _sizes(attn.proj.weight.dtype.itemsize)
+    normed = _keeps_output(attn.q_norm) + _keeps_output(attn.k_norm)
+    lean = mode == "gemm" and not why_not_lean(attn)
     columns = width + inner + (0 if lean else (3 + normed) * inner)
     columns += width if mode == "none" else 0
-    statistics = attn.num_heads * (1 + 2 * normed) + (2 if mode == "none" else 0)  # type: ignore[operator]
-    low = 0 if mode == "gemm" else _low(attn.qkv, rows) + _low(attn.proj, rows)  # type: ignore[arg-type,union-attr]
+    statistics = attn.num_heads * (1 + 2 * normed) + (2 if mode == "none" else 0)
+    low = 0 if mode == "gemm" else _low(attn.qkv, rows) + _low(attn.proj, rows)
     return rows * (columns * item + statistics * stat) + low
 
 
-def _mlp(block: nn.Module, mode: str, rows: int) -> int:
+def _mlp(block: Any, mode: str, rows: int) -> int:
     mode = "none" if why_not_mlp_half(block) else mode
-    *firsts, fc2 = linears(block.mlp)  # type: ignore[arg-type]
-    item, stat = _sizes(fc2.weight.dtype.itemsize)  # type: ignore[union-attr,arg-type]
-    u = sum(first.out_features for first in firsts)  # type: ignore[misc]
+    *firsts, fc2 = linears(block.mlp)
+    item, stat = _sizes(fc2.weight.dtype.itemsize)
+    u = sum(first.out_features for first in firsts)
     columns, statistics = firsts[0].in_features, 0
-    columns += u if mode != "gemm" else 0  # type: ignore[operator]
+    columns += u if mode != "gemm" else 0
     if mode == "none":
-        columns, statistics = columns + firsts[0].in_features + fc2.in_features, 2  # type: ignore[operator]
+        columns, statistics = columns + firsts[0].in_features + fc2.in_features, 2
     low = 0 if mode == "gemm" else sum(_low(linear, rows) for linear in (*firsts, fc2))
-    return rows * (columns * item + statistics * stat) + low  # type: ignore[operator]
+    return rows * (columns * item + statistics * stat) + low
 
 
 def _sizes(item: int) -> tuple[int, int]:
     return item, max(item, STATISTIC)
 
 
-def kind_is_norm(module: nn.Module) -> bool:
+def _keeps_output(module: Any) -> bool:
     """Whether a q_norm or k_norm does something, and so keeps its output."""
     return not isinstance(module, nn.Identity)
 
 
-def _low(linear: nn.Module, rows: int) -> int:
+def _low(linear: Any, rows: int) -> int:
     """Bytes of h or w', as the plan keeps it."""
     if not isinstance(linear, AdaptedLinear):
         return 0
@@ -103,7 +105,7 @@ def choose_modes(needs: list[BlockNeed], fixed: int, budget: int) -> dict[str, s
     """
     modes = dict.fromkeys([need.name for need in needs], RECOMPUTE[0])
     total = fixed + sum(need.kept[RECOMPUTE[0]] for need in needs)
-    for before, after in zip(RECOMPUTE, RECOMPUTE[1:]):
+    for before, after in pairwise(RECOMPUTE):
         for need in needs:
             if total <= budget:
                 return modes

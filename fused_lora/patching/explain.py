@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fused_lora.nn import AdaptedLinear, FusedLoRARead
+from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRARead
 from fused_lora.ops.backends import refusals
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
@@ -47,7 +47,8 @@ def explain(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> str:
-    """Per distinct projection: the chosen plan, the losing ones with their estimates, and why not.
+    """Per distinct projection: the chosen plan, the losing ones with their estimates, and why not;
+    per kind of fused block what it keeps.
 
     Args:
         model: a patched model.
@@ -81,6 +82,7 @@ def explain(
         for question, names in shapes.items()
     ]
     planned += [f"{_first(names)}\n  {why}" for why, names in unplanned.items()]
+    planned += _of_blocks(model, rows_per_image, batch_size)
     return "\n\n".join(planned)
 
 
@@ -95,6 +97,23 @@ def _why_unplanned(module: AdaptedLinear) -> str:
 
 def _first(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _of_blocks(
+    model: nn.Module, rows_per_image: dict[nn.Module, int], batch_size: int
+) -> list[str]:
+    """What fused blocks keep for backward, and what they would in the other modes."""
+    from fused_lora.patching.budget import need_of
+
+    said: dict[str, list[str]] = {}
+    for name, block in model.named_modules():
+        if isinstance(block, FusedLoRABlock):
+            rows = rows_per_image.get(block.attn.qkv, 1) * batch_size
+            kept = need_of(name, block, rows).kept
+            sizes = ", ".join(f"{mode} {nbytes / 1e6:,.1f} MB" for mode, nbytes in kept.items())
+            words = f"  block of {rows} rows, recompute {block.recompute}; would keep: {sizes}"
+            said.setdefault(words, []).append(name or "the model itself")
+    return [f"{_first(names)}\n{words}" for words, names in said.items()]
 
 
 def check_batch_size(batch_size: int) -> None:

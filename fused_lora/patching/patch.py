@@ -87,9 +87,9 @@ def patch(
         seed: of the adapters' initial values; None draws from torch's global generator.
         allow_large_rank: accept ranks above min(in_features, columns), which cost more than they
             can express; otherwise they are an error.
-        level: "linear" adapts each linear by itself; "block" also stands in for the forward of
-            blocks and MLPs that are known, so that norms and activations are not kept but made
-            again in backward, and leaves others to their modules, with the reason in the report.
+        level: "block" stands in for the forward of blocks and MLPs that are known, so that norms
+            and activations are not kept but made again in backward, and leaves others to their
+            modules, with the reason in the report; "linear" adapts each linear and nothing else.
         recompute: of fused blocks: "none", "elementwise" (the default) or "gemm", which makes qkv
             and fc1's output again as well; or a mapping from regular expression on a block's name
             to one of them.

@@ -26,7 +26,7 @@ class BlockRow:
     name: str  # dotted
     level: str  # "block" | "mlp" | "linear"
     recompute: str = ""  # what backward makes again; empty at the level of linears
-    reason: str = ""  # why it was left to its modules
+    reason: str = ""  # why it, or a half of it, was left to its modules
     kept_bytes: int = 0  # of activations, for backward, at the report's batch size
 
     @property
@@ -35,7 +35,8 @@ class BlockRow:
         if self.level == "linear":
             return f"left to its modules: {self.reason}"
         kept = f", keeps {self.kept_bytes / 1e6:,.1f} MB" if self.kept_bytes else ""
-        return f"fused, recompute {self.recompute}{kept}"
+        half = f"; one half left to its modules, {self.reason}" if self.reason else ""
+        return f"fused, recompute {self.recompute}{kept}{half}"
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 
@@ -95,10 +96,8 @@ def test_one_block_with_a_mask(recompute):
     x = torch.randn(2, 17, 48, dtype=torch.float64)
     mask = torch.rand(2, 1, 17, 17) > 0.3
     for call in ({"attn_mask": mask | torch.eye(17).bool()}, {"is_causal": True}):
-        both = [
-            outcome(m.blocks[1], x, lambda x, m=m: m.blocks[1](x, **call)) for m in (fused, base)
-        ]
-        assert_same(*both)
+        both = (model.blocks[1] for model in (fused, base))
+        assert_same(*[outcome(block, x, functools.partial(block, **call)) for block in both])
 
 
 class TestFallsBack:

@@ -23,13 +23,11 @@ def matrix(
     """An adapted [n, k], every operand a leaf; ``trains`` switches w, bias, a or b off."""
     width = n // groups
     spans = tuple(Span(g * width, (g + 1) * width, rank) for g in range(groups))
-    leaf = lambda name, *shape: (
-        (torch.randn(shape) / shape[-1] ** 0.5)
-        .to(dtype)
-        .requires_grad_(  # noqa: E731
-            trains.get(name, True)
-        )
-    )
+
+    def leaf(name: str, *shape: int) -> Tensor:
+        value = (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
+        return value.requires_grad_(trains.get(name, True))
+
     a = [leaf("a", rank, k) for _ in spans]
     b = [leaf("b", width, rank) for _ in spans]
     return Adapted(leaf("w", n, k), leaf("bias", n), a, b, (0.5,) * groups, spans)
@@ -84,7 +82,9 @@ def cast(t, dtype: torch.dtype):
         return t.detach().to(dtype).requires_grad_(t.requires_grad)
     if isinstance(t, Adapted):
         halves = ([cast(half, dtype) for half in side] for side in (t.a, t.b))
-        return t._replace(w=cast(t.w, dtype), bias=cast(t.bias, dtype), **dict(zip("ab", halves)))
+        return t._replace(
+            w=cast(t.w, dtype), bias=cast(t.bias, dtype), **dict(zip("ab", halves, strict=True))
+        )
     if isinstance(t, Norm):
         return Norm(cast(t.gamma, dtype), cast(t.beta, dtype), t.eps)
     return tuple(cast(part, dtype) for part in t)

@@ -137,7 +137,7 @@ def test_within_the_yardstick(recompute, dtype, rank):
     def outcome(function, dtype):
         given = cast((x, before, fc1, fc2), dtype)
         y = function(*given)
-        return [y, *torch.autograd.grad(y, leaves(*given), weight.to(dtype))]
+        return [y.detach(), *torch.autograd.grad(y, leaves(*given), weight.to(dtype))]
 
     def expected(x, before, fc1, fc2):
         return x + plain.plain_mlp(plain.plain_norm(x, before), fc1, fc2, "gelu", None)
@@ -258,6 +258,18 @@ def test_empty_and_strided_and_again(recompute):
     y = lora_mlp(x, fc1, fc2, norm=norm(D), around=True, recompute=recompute)
     one = torch.autograd.grad(y.sum(), wide, retain_graph=True)[0]
     assert torch.equal(one, torch.autograd.grad(y.sum(), wide)[0])
+
+
+@each_mode
+def test_a_wide_x_around_it_under_autocast(recompute):
+    """The residual's gradient reaches x in x's own precision."""
+    fc1, fc2, *_ = mlp_of("plain", torch.float32)
+    x = torch.randn(2, 5, D, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_mlp(x, fc1, fc2, around=True, gamma=torch.zeros(D), recompute=recompute)
+    dy = torch.randn(2, 5, D)
+    assert torch.equal(y, x)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy)
 
 
 def test_double_backward_fails_loudly():

@@ -55,9 +55,15 @@ class TestReport:
         model.blocks[0].norm1.register_forward_hook(lambda *_: None)
         report = fused_lora.patch(model, rank=4, level="block")
         assert report.blocks[0].reason == (
-            "hooks on the block's children; hooks on the MLP's children"
+            "attention: hooks on the block's children; MLP: hooks on the MLP's children"
         )
         assert [row.level for row in report.blocks] == ["linear", "block"]
+
+    def test_one_half(self):
+        model = build()
+        model.blocks[0].mlp.act.register_forward_hook(lambda *_: None)
+        text = str(fused_lora.patch(model, rank=4, level="block"))
+        assert "MB; one half left to its modules, MLP: hooks on the MLP's children" in text
 
     def test_only_some_projections(self):
         model = build()
@@ -69,6 +75,17 @@ class TestReport:
         model = build()
         assert not fused_lora.patch(model, rank=4, level="linear").blocks
         assert not fused_modules(model)
+
+
+def test_explain_says_what_blocks_keep():
+    model = build()
+    report = fused_lora.patch(model, rank=4, level="block", batch_size=8)
+    text = fused_lora.explain(model, batch_size=8).split("\n\n")[-1]
+    assert text.startswith("blocks.0 and 1 more\n  block of 136 rows, recompute elementwise")
+    assert f"elementwise {report.blocks[0].kept_bytes / 1e6:,.1f} MB" in text
+    fused_lora.unpatch(model)
+    fused_lora.patch(model, rank=4, level="linear")
+    assert "recompute" not in fused_lora.explain(model, batch_size=8)
 
 
 def test_recompute_by_layer():

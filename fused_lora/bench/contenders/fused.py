@@ -15,7 +15,8 @@ class Fused(Contender):
     """``fused_lora.patch`` on a model; on a bare layer set, its modules one by one."""
 
     name, title = "fused", "fused_lora"
-    level: dict[str, str] = {"level": "linear"}  # the choices of ``patch`` that tell these apart
+    level: str = "linear"
+    recompute: str | None = None  # the choices of ``patch`` that tell these apart
 
     def why_not(self, dtype: str) -> str | None:
         """The patcher is a room of its own."""
@@ -27,8 +28,15 @@ class Fused(Contender):
         if hasattr(model, "blocks"):
             import fused_lora
 
-            options = {"qkv": self.form, "scale": 1.0, "allow_large_rank": True}
-            fused_lora.patch(model, rank=rank, **options, **self.level)
+            fused_lora.patch(
+                model,
+                rank,
+                qkv=self.form,
+                scale=1.0,
+                allow_large_rank=True,
+                level=self.level,
+                recompute=self.recompute,
+            )
         else:
             self._adopt(model, rank)
         return model
@@ -55,7 +63,7 @@ class FusedBlock(Fused):
     """Whole blocks, which make norms and activations again in backward."""
 
     name, title = "fused_block", "fused_lora (block)"
-    level = {"level": "block", "recompute": "elementwise"}
+    level, recompute = "block", "elementwise"
 
 
 @register
@@ -63,7 +71,7 @@ class FusedBlockNone(Fused):
     """Whole blocks that keep everything."""
 
     name, title = "fused_block_none", "fused_lora (block, keeps all)"
-    level = {"level": "block", "recompute": "none"}
+    level, recompute = "block", "none"
 
 
 @register
@@ -71,4 +79,4 @@ class FusedBlockGemm(Fused):
     """Whole blocks, which make qkv and the output of fc1 again as well."""
 
     name, title = "fused_block_gemm", "fused_lora (block, GEMMs again)"
-    level = {"level": "block", "recompute": "gemm"}
+    level, recompute = "block", "gemm"

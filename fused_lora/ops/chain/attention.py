@@ -40,11 +40,11 @@ class Attention(Stage):
         """The gradient of qkv, packed as qkv is."""
         assert x is not None
         qkv = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
-        dout = dy[0].view(-1, self.tokens, self.heads, qkv[0].shape[-1]).transpose(1, 2)
+        d_out = dy[0].view(-1, self.tokens, self.heads, qkv[0].shape[-1]).transpose(1, 2)
         if run.extra:
-            dqkv = flash_backward(dout, *qkv, *run.extra, 0.0, False)
+            dqkv = flash_backward(d_out, *qkv, *run.extra, 0.0, False)
         else:
-            dqkv = _again(qkv, dout)
+            dqkv = _again(qkv, d_out)
         return (packed(dqkv).flatten(0, 1),), ()
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
@@ -101,8 +101,8 @@ def _serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.is_cpu and torch._fused_sdp_choice(q, k, v) == SDPBackend.FLASH_ATTENTION.value
 
 
-def _again(qkv: Tensors, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _again(qkv: Tensors, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
-        leaves = [part.detach().requires_grad_() for part in qkv]
-        out = F.scaled_dot_product_attention(*leaves)
-    return torch.autograd.grad(out, leaves, dout)  # type: ignore[return-value]
+        q, k, v = (part.detach().requires_grad_() for part in qkv)
+        out = F.scaled_dot_product_attention(q, k, v)
+    return torch.autograd.grad(out, (q, k, v), dy)  # type: ignore[return-value]

@@ -84,23 +84,23 @@ class Chain(torch.autograd.Function):
             z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
             y = finish(z, source if recipe.around else residual, combined((gamma, mask)))
         _save(ctx, recipe, values, runs, asked, (gamma, mask, *operands))
-        ctx.shape, ctx.dtype = source.shape, None if residual is None else residual.dtype
+        ctx.like = source.shape, source.dtype, None if residual is None else residual.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Gradients of residual, source and operands, where asked for."""
         refuse_double_backward()
-        needed = ctx.needs_input_grad
+        needed, (shape, dtype, beside) = ctx.needs_input_grad, ctx.like
         with without_autocast(dy.device):
             walk, factor = _load(ctx)
             dz = dy if factor is None else dy * factor
             dx, down = walk.through(dz.reshape(-1, dz.shape[-1]))
-            dx = dx if dx is None else dx.view(ctx.shape)
+            dx = dx if dx is None else dx.view(shape).to(dtype)
             if walk.recipe.around and dx is not None:
                 dx = dx.add_(dy)
         down = [grad if need else None for grad, need in zip(down, needed[FIXED:], strict=True)]
-        return None, dy.to(ctx.dtype) if needed[1] else None, None, None, dx, *down
+        return None, dy.to(beside) if needed[1] else None, None, None, dx, *down
 
 
 class _Backward:

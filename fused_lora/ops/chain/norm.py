@@ -21,8 +21,8 @@ class LayerNorm(Stage):
 
     def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
         """n [M, K] of x [M, K]."""
-        wide = _wide(x[0], own[0])
-        n, mean, rstd = torch.native_layer_norm(wide, wide.shape[1:], *own, self.eps)
+        wide, gamma, beta = _alike(x[0], own)
+        n, mean, rstd = torch.native_layer_norm(wide, wide.shape[1:], gamma, beta, self.eps)
         return Run((n.to(self.dtype),), (mean, rstd))
 
     def backward(
@@ -30,17 +30,25 @@ class LayerNorm(Stage):
     ) -> tuple[Tensors | None, Optional]:
         """dx [M, K] in x's dtype, and those of gamma and beta."""
         assert x is not None
-        wide = _wide(x[0], own[0])
+        wide, gamma, beta = _alike(x[0], own)
+        mask, dn = [asked.x, *asked.own], dy[0].to(wide.dtype)
         dx, *down = torch.ops.aten.native_layer_norm_backward(
-            dy[0].to(wide.dtype), wide, wide.shape[1:], *run.extra, *own, [asked.x, *asked.own]
+            dn, wide, wide.shape[1:], *run.extra, gamma, beta, mask
         )
-        return (dx.to(x[0].dtype),) if asked.x else None, tuple(down)
+        pairs = zip(down, own, strict=True)
+        own_grads = tuple(d if d is None or t is None else d.to(t.dtype) for d, t in pairs)
+        return (dx.to(x[0].dtype),) if asked.x else None, own_grads
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """As torch has it."""
-        return (F.layer_norm(x[0], x[0].shape[1:], *own, self.eps),)
+        gamma, beta = own
+        return (F.layer_norm(x[0], x[0].shape[1:], gamma, beta, self.eps),)
 
 
-def _wide(x: Tensor, gamma: Tensor | None) -> Tensor:
-    """x in gamma's dtype where the kernels take no mixture of the two."""
-    return x if gamma is None or x.device.type == "cpu" else x.to(gamma.dtype)
+def _alike(x: Tensor, own: Optional) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x, gamma and beta in one dtype, but on the CPU, whose kernels take a narrow x as it is."""
+    gamma, beta = own
+    if gamma is None or gamma.dtype is x.dtype or x.is_cpu:
+        return x, gamma, beta
+    dtype = torch.promote_types(x.dtype, gamma.dtype)
+    return x.to(dtype), gamma.to(dtype), None if beta is None else beta.to(dtype)
