@@ -1,14 +1,19 @@
 """fused-lora tune on small tiles: what wins is kept, and the next process launches it."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fused_lora import cli
 from fused_lora.bench.tune import command
+from fused_lora.bench.tune.launched import launched
 from fused_lora.kernels.triton import launches, winners
 from fused_lora.kernels.triton.tiles import GradTile, ThinTile, Tile
 from fused_lora.trust import triton_checks, verify
+from fused_lora.trust.equations import equations
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
+from tests.trust.conftest import RESULTS
 
 CPU = torch.device("cpu")
 TILES = {
@@ -57,33 +62,39 @@ def fresh():
 
 
 def tune():
-    shape = ["--shapes", "70x40x48", "--rank", "4", "--device", "cpu"]
+    shape = ["--shapes", "33x24x32", "--rank", "4", "--device", "cpu"]
     return cli.main(["tune", *shape, "--budget-seconds", "0.001"])
 
 
 def test_the_fastest_tile_is_kept_and_launched(tuning, capsys):
-    shape = (70, 48, 40, torch.bfloat16, CPU)
+    shape = (33, 32, 24, torch.bfloat16, CPU)
     before = launches.tile_of("extended", *shape)
     tuning.setitem(TILES, "extended", [before, Tile(32, 32, 32, 2, 4)])
     every = [launches.Launch(kernel, tile) for kernel, tiles in TILES.items() for tile in tiles]
     tuning.setattr(command, "launches", lambda dtype, device: every)
     assert tune() == 0
-    assert "extended bfloat16 70x48x40" in capsys.readouterr().out
+    assert "extended bfloat16 33x32x24" in capsys.readouterr().out
     assert launches.tile_of("extended", *shape) is before  # this process has begun with it
     fresh()
     assert launches.tile_of("extended", *shape) == Tile(32, 32, 32, 2, 4)
-    assert launches.tile_of("extended", 71, 48, 40, torch.bfloat16, CPU) == before
+    assert launches.tile_of("extended", 34, 32, 24, torch.bfloat16, CPU) == before
 
 
 def test_a_wrong_tile_cannot_win(tuning):
-    def run(p, tile, right=triton_checks.RUNS["extended"]):
-        found = right(p, Tile(64, 64, 64, 3, 4))
-        return {name: t * (tile.block_m != 32) for name, t in found.items()}
+    def run(p, tile, names):
+        right = equations(p.to(p.x.dtype))
+        return {name: right[name] * (tile.block_m != 32) for name in names}
 
     tuning.setenv("FUSED_LORA_VERIFY", "first")
-    tuning.setitem(triton_checks.RUNS, "extended", run)
+    for kernel, names in RESULTS.items():
+        tuning.setitem(triton_checks.RUNS, kernel, partial(run, names=names))
+    tuning.setattr(command, "launched", lambda *asked: [only("extended", *asked)])
     with pytest.warns(RuntimeWarning, match="triton extended .32x32x32"):
         tune()
     fresh()
-    assert not any(name.startswith("extended") for name in winners._winners(CPU))
+    assert not winners._winners(CPU)
     assert verify.path().exists()
+
+
+def only(kernel, *asked):
+    return next(job for job in launched(*asked) if job.kernel == kernel)
