@@ -34,3 +34,10 @@ def architecture(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def words(noise: tuple[int, int] | None) -> tuple[int, ...]:
+    """Seed and step as two 32-bit words each, low first, signed: an int32 whatever the bits."""
+    seed, step = noise or (0, 0)
+    halves = (seed, seed >> 32, step, step >> 32)
+    return tuple((half + (1 << 31)) % (1 << 32) - (1 << 31) for half in halves)

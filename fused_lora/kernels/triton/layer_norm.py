@@ -150,7 +150,7 @@ def input_grad(
 ) -> Tensor:
     """dx, in dy's dtype or ``out``'s."""
     dx = dy.new_empty(tuple(dy.shape)) if out is None else out
-    _check(dy, x, dx, *(() if residual is None else (residual,)))
+    _check([weight], dy, x, dx, *(() if residual is None else (residual,)))
     if dx.numel() == 0:
         return dx
     rows, columns = dy.shape
@@ -176,7 +176,7 @@ def _launch_forward(
     out: Tensor | None,
 ) -> Normed:
     y = x.new_empty(tuple(x.shape)) if out is None else out
-    _check(x, y)
+    _check([weight, bias], x, y)
     if y.numel() == 0:
         return Normed(y, mean, rstd)
     rows, columns = x.shape
@@ -190,7 +190,9 @@ def _launch_forward(
     return Normed(y, mean, rstd)
 
 
-def _check(*matrices: Tensor) -> None:
+def _check(vectors: list[Tensor | None], *matrices: Tensor) -> None:
+    for vector in vectors:
+        assert vector is None or (vector.shape == matrices[0].shape[1:] and vector.is_contiguous())
     for matrix in matrices:
         assert matrix.shape == matrices[0].shape and matrix.stride(1) == 1, matrix.stride()
     assert matrices[0].shape[1] <= MOST_WIDTH, matrices[0].shape

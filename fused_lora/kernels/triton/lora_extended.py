@@ -26,6 +26,7 @@ from torch import Tensor
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import lora_extended_bulk
 from fused_lora.kernels.triton.border import Border, of_a, of_b
+from fused_lora.kernels.triton.dropout import Dropout
 from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, on_device
 from fused_lora.kernels.triton.lora_shrink import shrink, shrink_grad
@@ -54,6 +55,7 @@ def _extended(
     y,  # [M, N]
     y_row,
     epilogue,
+    dropout,  # of the extension's columns, or None
     rows,
     columns,
     depth,
@@ -76,8 +78,10 @@ def _extended(
     inside_m, inside_n = (m < rows)[:, None], (n < columns)[None, :]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    last = tile_n * BLOCK_N + BLOCK_N
-    acc = expand(acc, h, h_row, border, m, n, rows, last - BLOCK_N, last, PRECISION, BLOCK_R)
+    acc = expand(
+        *(acc, h, h_row, border, m, n, rows, tile_n * BLOCK_N, columns, dropout),
+        *(PRECISION, BLOCK_R),
+    )
 
     x_tile = x + m64 * x_row + k[None, :]
     w_tile = w + n.to(tl.int64)[None, :] * w_row + k.to(tl.int64)[:, None] * w_column
@@ -103,13 +107,14 @@ def forward(
     factor: Tensor | None = None,  # [N], contiguous: LayerScale
     residual: Tensor | None = None,  # [M, N], rows contiguous
     out: Tensor | None = None,  # [M, N], rows contiguous: the left of a bordered buffer
+    dropout: Dropout | None = None,  # of the shrink
 ) -> Output:
     """y = residual + factor act(x wT + bias + s h bT), and what a backward pass may keep."""
-    h = shrink(x, adapters) if h is None else h
+    h = shrink(x, adapters, dropout=dropout) if h is None else h
     y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
     u = None if activation == "none" else x.new_empty(x.shape[0], w.shape[0])
     ending = epilogue(bias, factor, residual, u)
-    _launch(x, w, h, of_b(adapters), y, ending, activation, False, tile)
+    _launch(x, w, h, of_b(adapters), y, ending, None, activation, False, tile)
     return Output(y, h, u)
 
 
@@ -124,13 +129,14 @@ def input_grad(
     u: Tensor | None = None,  # [M, K], rows contiguous, with an activation
     residual: Tensor | None = None,  # [M, K], rows contiguous: a gradient that joins
     out: Tensor | None = None,  # [M, K], rows contiguous: the left of a bordered buffer
+    dropout: Dropout | None = None,  # that the forward's shrink had
 ) -> tuple[Tensor, Tensor]:
-    """dx = dy w + dh a [M, K], and dh; with an activation du = act'(u) dx in its place."""
+    """dx = dy w + D (dh a) [M, K], and dh; with an activation du = act'(u) dx in its place."""
     assert (u is None) == (activation == "none"), activation
     dh = shrink_grad(dy, adapters) if dh is None else dh
     dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out
     ending = epilogue(residual=residual, u=u)
-    _launch(dy, w.t(), dh, of_a(adapters), dx, ending, activation, True, tile)
+    _launch(dy, w.t(), dh, of_a(adapters), dx, ending, dropout, activation, True, tile)
     return dx, dh
 
 
@@ -141,6 +147,7 @@ def _launch(
     border: Border,
     y: Tensor,
     ending: Epilogue,
+    dropout: Dropout | None,
     activation: str,
     slope: bool,
     tile: Tile | None,
@@ -151,11 +158,13 @@ def _launch(
     assert x.stride(1) == h.stride(1) == y.stride(1) == 1, (x.stride(), h.stride(), y.stride())
     assert y.shape == (rows, columns), y.shape
     assert all(t is None or t.shape == y.shape for t in (ending.residual, ending.u)), y.shape
+    assert all(t is None or t.shape == (columns,) for t in (ending.bias, ending.factor)), columns
     assert activation in ("none", "erf", "tanh"), activation
     if y.numel() == 0:
         return
-    bulk = lora_extended_bulk.describable(x, w)
-    tile = tile or gemm_tile(rows, columns, x.element_size(), ending.heavy, x.device, bulk)
+    bulk = dropout is None and lora_extended_bulk.describable(x, w)  # Philox takes registers
+    heavy, active = ending.heavy or dropout is not None, activation != "none"
+    tile = tile or gemm_tile(rows, columns, x.element_size(), heavy, x.device, bulk, active)
     if isinstance(tile, BulkTile):
         assert bulk, (x.stride(), w.stride())
         lora_extended_bulk.launch(x, w, h, border, y, ending, activation, slope, tile)
@@ -164,7 +173,7 @@ def _launch(
     with on_device(x.device):
         _extended[grid](
             *(x, x.stride(0), w, w.stride(0), w.stride(1), h, h.stride(0), border),
-            *(y, y.stride(0), ending, rows, columns, depth),
+            *(y, y.stride(0), ending, dropout, rows, columns, depth),
             ACTIVATION=activation,
             SLOPE=slope,
             PRECISION=input_precision(x.dtype),

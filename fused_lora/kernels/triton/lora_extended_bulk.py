@@ -60,13 +60,13 @@ def _extended_bulk(
         m0, n0 = tile_m * BLOCK_M, tile_n * WIDTH
         m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        acc = expand(acc, h, h_row, border, m, n, rows, n0, n0 + BLOCK_N, PRECISION, BLOCK_R)
+        acc = expand(acc, h, h_row, border, m, n, rows, n0, columns, None, PRECISION, BLOCK_R)
         if REST_N:
             n1 = n0 + BLOCK_N
             n_rest = n1 + tl.arange(0, REST_N)
             rest = tl.zeros([BLOCK_M, REST_N], tl.float32)
             rest = expand(
-                rest, h, h_row, border, m, n_rest, rows, n1, n1 + REST_N, PRECISION, BLOCK_R
+                rest, h, h_row, border, m, n_rest, rows, n1, columns, None, PRECISION, BLOCK_R
             )
         for k0 in range(0, depth, BLOCK_K):
             left = x.load([m0, k0])

@@ -1,8 +1,8 @@
-"""RANK gradients: db_g = s_g dy[:, span_g]T h_g and da_g = dh_gT x.
+"""RANK gradients: db_g = s_g dy[:, span_g]T h_g and da_g = dh_gT (D x), D dropout or 1.
 
     border[r, c] = s_r sum_m t[m, r] z[m, c]     t [M, sum R]   z [M, C]   for c in r's group's span
 
-    da    t = dh, z = x           db, transposed    t = h, z = dy
+    da    t = dh, z = D x         db, transposed    t = h, z = dy
 
          columns
     rows [ z | z | z ]   Pass 1: one program per (column block, rank block, slice of rows), fp32
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton.border import Border, of_a, of_b
+from fused_lora.kernels.triton.dropout import Dropout, kept
 from fused_lora.kernels.triton.launch import input_precision, multiprocessors, on_device
 from fused_lora.kernels.triton.primitives import column_range, rank_scales, store_border
 from fused_lora.kernels.triton.tiles import CONTRACTED, GradTile, grad_tile, power_of_two
@@ -40,6 +41,7 @@ def _partial_sums(
     z_row,
     border,  # [R, C], only its shape
     partial,  # [slices, R, C] fp32
+    dropout,  # of z, or None
     rows,
     ranks,
     columns,
@@ -69,8 +71,12 @@ def _partial_sums(
             mask=(m < end)[:, None] & (c < columns)[None, :],
             other=0.0,
         )
+        if dropout is not None:
+            z_tile = tl.where(kept(dropout, m, first_c, columns, BLOCK_C), z_tile, 0.0)
         acc = tl.dot(t_tile, z_tile, acc, input_precision=PRECISION)
-    partial += tl.program_id(2) * ranks * columns
+    if dropout is not None:
+        acc *= dropout.inverse
+    partial += tl.program_id(2).to(tl.int64) * ranks * columns
     inside = (r < ranks)[:, None] & (c < columns)[None, :]
     tl.store(partial + r[:, None] * columns + c[None, :], acc, mask=inside)
 
@@ -88,7 +94,7 @@ def _add_slices(
 ):
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     s = tl.arange(0, SLICES)
-    at = partial + s[:, None] * (ranks * columns) + e[None, :]
+    at = partial + s.to(tl.int64)[:, None] * (ranks * columns) + e[None, :]
     inside = (s < slices)[:, None] & (e < ranks * columns)[None, :]
     total = tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
     r, c = e // columns, e % columns
@@ -101,10 +107,12 @@ def a_grads(
     adapters: Adapters,
     into: Sequence[Tensor] | None = None,  # G of [R_g, K], any strides: add to these
     tile: GradTile | None = None,
+    *,
+    dropout: Dropout | None = None,  # on x, that the forward's shrink had
 ) -> list[Tensor]:
-    """da_g = dh_gT x, in a's dtype or added ``into`` given tensors."""
+    """da_g = dh_gT (D x), in a's dtype or added ``into`` given tensors."""
     grads = [torch.empty_like(a_g) for a_g in adapters.a] if into is None else list(into)
-    _launch(dh, x, of_a(adapters, grads), into is not None, tile)
+    _launch(dh, x, of_a(adapters, grads), into is not None, dropout, tile)
     return grads
 
 
@@ -117,24 +125,32 @@ def b_grads(
 ) -> list[Tensor]:
     """db_g = s_g dy[:, span_g]T h_g, in b's dtype or added ``into`` given tensors."""
     grads = [torch.empty_like(b_g) for b_g in adapters.b] if into is None else list(into)
-    _launch(h, dy, of_b(adapters, grads), into is not None, tile)
+    _launch(h, dy, of_b(adapters, grads), into is not None, None, tile)
     return grads
 
 
-def _launch(t: Tensor, z: Tensor, border: Border, add: bool, tile: GradTile | None) -> None:
+def _launch(
+    t: Tensor,
+    z: Tensor,
+    border: Border,
+    add: bool,
+    dropout: Dropout | None,
+    tile: GradTile | None,
+) -> None:
     (rows, ranks), columns = t.shape, z.shape[1]
     assert z.shape[0] == rows and ranks == border.rank, (t.shape, z.shape)
     assert t.stride(1) == 1 and z.stride(1) == 1 and t.dtype is z.dtype, (t.stride(), z.stride())
     if ranks * columns == 0:
         return
-    tile = tile or grad_tile(ranks, z.element_size())
+    tile = tile or grad_tile(ranks, z.element_size(), dropout is not None)
     blocks = (triton.cdiv(columns, tile.block_c), triton.cdiv(ranks, tile.block_r))
     slices, slice_rows = _slices(rows, blocks[0] * blocks[1], tile.block_m, t.device)
     grid = (*blocks, slices)
     partial = t.new_empty((slices, ranks, columns), dtype=torch.float32)
     with on_device(t.device):
         _partial_sums[grid](
-            *(t, t.stride(0), z, z.stride(0), border, partial, rows, ranks, columns, slice_rows),
+            *(t, t.stride(0), z, z.stride(0), border, partial, dropout),
+            *(rows, ranks, columns, slice_rows),
             PRECISION=input_precision(t.dtype),
             **tile.arguments(),
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton.border import of_a, of_b
-from fused_lora.kernels.triton.launch import on_device
+from fused_lora.kernels.triton.launch import on_device, words
 from fused_lora.kernels.triton.philox import random16, random16_of_blocks, stochastic_round
 from fused_lora.kernels.triton.primitives import column_scales, load_border, rank_range
 from fused_lora.kernels.triton.tiles import MergeTile
@@ -128,10 +128,3 @@ def lora_merge(
             **tile.arguments(),
         )
     return out
-
-
-def words(noise: tuple[int, int] | None) -> tuple[int, ...]:
-    """Seed and step as two 32-bit words each, low first, signed: an int32 whatever the bits."""
-    seed, step = noise or (0, 0)
-    halves = (seed, seed >> 32, step, step >> 32)
-    return tuple((half + (1 << 31)) % (1 << 32) - (1 << 31) for half in halves)

@@ -5,7 +5,7 @@
 A table on the device holds a row of integers per merge; a program finds the one its tile belongs to
 by bisection. Sizes read from a table carry no alignment, so that of all merges is a constant of the
 kernel. Products, sums and random bits are those of lora_merge.py. The adapters of one fused matrix
-are merges of blocks of its rows; rank 0 copies a block.
+are merges of blocks of its rows; rank 0 copies a block. No two may write the same elements.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.kernels.triton.launch import on_device
-from fused_lora.kernels.triton.lora_merge import TILE, store_merged, words
+from fused_lora.kernels.triton.launch import on_device, words
+from fused_lora.kernels.triton.lora_merge import TILE, store_merged
 from fused_lora.kernels.triton.tiles import MergeTile
 
 FIELDS = tl.constexpr(16)  # integers per row of the table

@@ -118,7 +118,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     (rows, depth), columns, ranks = x.shape, w.shape[0], shrink.rank
     assert w.shape[1] == depth and x.dtype is w.dtype, (x.shape, w.shape, x.dtype, w.dtype)
-    assert x.stride(1) == 1, x.stride()
+    assert x.stride(1) == 1 and (bias is None or bias.shape == (columns,)), (x.stride(), columns)
     assert columns > 0 and ranks <= MOST_RANKS, (columns, ranks)
     y, h = x.new_empty(rows, columns), x.new_empty(rows, ranks)
     if rows == 0:

@@ -1,9 +1,10 @@
 """The thin products with a border: h = x aT and dh_g = s_g dy[:, span_g] b_g.
 
-    out[m, r] = s_r sum_c x[m, c] border[r, c]        x [M, C]   border [sum R, C]   out [M, sum R]
+    out[m, r] = s_r sum_c D x[m, c] border[r, c]     x [M, C]   border [sum R, C]   out [M, sum R]
 
 All groups in one launch, x read once while sum R <= 64. The border is cast to x's dtype on load,
-sums and the scale are fp32, and each output is rounded once.
+sums and the scale are fp32, and each output is rounded once. D is dropout, see dropout.py; without
+it D x is x.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton.border import Border, of_a, of_b
+from fused_lora.kernels.triton.dropout import Dropout, kept
 from fused_lora.kernels.triton.launch import input_precision, on_device
 from fused_lora.kernels.triton.primitives import column_range, load_border, rank_scales
 from fused_lora.kernels.triton.tiles import ThinTile, thin_tile
@@ -26,7 +28,9 @@ def _shrink(
     border,  # [R, C]
     out,  # [M, R]
     out_row,
+    dropout,  # of x, or None
     rows,
+    columns,
     ranks,
     PRECISION: tl.constexpr,  # of fp32 products
     BLOCK_M: tl.constexpr,
@@ -44,9 +48,13 @@ def _shrink(
         x_tile = tl.load(
             x_rows + c[None, :], mask=(m < rows)[:, None] & (c < high)[None, :], other=0.0
         )
+        if dropout is not None:
+            x_tile = tl.where(kept(dropout, m, c0, columns, BLOCK_C), x_tile, 0.0)
         border_tile = load_border(border, r[None, :], c[:, None], x.dtype.element_ty)
         acc = tl.dot(x_tile, border_tile, acc, input_precision=PRECISION)
     acc *= rank_scales(border, r)[None, :]
+    if dropout is not None:
+        acc *= dropout.inverse
     out_tile = out + m.to(tl.int64)[:, None] * out_row + r[None, :]
     mask = (m < rows)[:, None] & (r < ranks)[None, :]
     tl.store(out_tile, acc.to(out.dtype.element_ty), mask=mask)
@@ -57,9 +65,11 @@ def shrink(
     adapters: Adapters,
     out: Tensor | None = None,  # [M, sum R], rows contiguous: the right end of [x | h]
     tile: ThinTile | None = None,
+    *,
+    dropout: Dropout | None = None,  # on x
 ) -> Tensor:
-    """h = x aT, [M, sum R], in x's dtype."""
-    return _launch(x, of_a(adapters), out, tile)
+    """h = (D x) aT, [M, sum R], in x's dtype."""
+    return _launch(x, of_a(adapters), out, dropout, tile)
 
 
 def shrink_grad(
@@ -69,21 +79,27 @@ def shrink_grad(
     tile: ThinTile | None = None,
 ) -> Tensor:
     """dh = s dy b, [M, sum R], in dy's dtype."""
-    return _launch(dy, of_b(adapters), out, tile)
+    return _launch(dy, of_b(adapters), out, None, tile)
 
 
-def _launch(x: Tensor, border: Border, out: Tensor | None, tile: ThinTile | None) -> Tensor:
-    rows, ranks = x.shape[0], border.rank
+def _launch(
+    x: Tensor,
+    border: Border,
+    out: Tensor | None,
+    dropout: Dropout | None,
+    tile: ThinTile | None,
+) -> Tensor:
+    (rows, columns), ranks = x.shape, border.rank
     out = x.new_empty(rows, ranks) if out is None else out
     assert x.stride(1) == 1 and out.stride(1) == 1, (x.stride(), out.stride())
     assert out.shape == (rows, ranks) and out.dtype is x.dtype, (out.shape, out.dtype)
     if out.numel() == 0:
         return out
-    tile = tile or thin_tile(rows, ranks, x.element_size(), x.device)
+    tile = tile or thin_tile(rows, ranks, x.element_size(), x.device, dropout is not None)
     grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(ranks, tile.block_r))
     with on_device(x.device):
         _shrink[grid](
-            *(x, x.stride(0), border, out, out.stride(0), rows, ranks),
+            *(x, x.stride(0), border, out, out.stride(0), dropout, rows, columns, ranks),
             PRECISION=input_precision(x.dtype),
             **tile.arguments(),
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_lora.kernels.triton.dropout import kept
+
 
 @triton.jit
 def _inside(border, g: tl.constexpr, r, c):
@@ -102,20 +104,25 @@ def expand(
     n,
     rows,
     first,
-    last,
+    columns,
+    dropout,  # of the columns, or None
     PRECISION: tl.constexpr,  # of fp32 products
     BLOCK_R: tl.constexpr,
 ):
-    """acc + s h border over the ranks that own any of columns n = [first, last)."""
+    """acc + s h border over the ranks that own any of columns n, which begin at ``first``."""
+    BLOCK_N: tl.constexpr = acc.shape[1]
     h_rows = h + m.to(tl.int64)[:, None] * h_row
-    low, high = rank_range(border, first, last)
+    low, high = rank_range(border, first, first + BLOCK_N)
     for r0 in tl.range(low, high, BLOCK_R, num_stages=2):
         r = r0 + tl.arange(0, BLOCK_R)
         inside = (m < rows)[:, None] & (r < high)[None, :]
         h_tile = tl.load(h_rows + r[None, :], mask=inside, other=0.0)
         border_tile = load_border(border, r[:, None], n[None, :], h.dtype.element_ty)
         acc = tl.dot(h_tile, border_tile, acc, input_precision=PRECISION)
-    return acc * column_scales(border, n)[None, :]
+    acc *= column_scales(border, n)[None, :]
+    if dropout is not None:
+        acc = tl.where(kept(dropout, m, first, columns, BLOCK_N), acc * dropout.inverse, 0.0)
+    return acc
 
 
 @triton.jit

@@ -186,12 +186,16 @@ _BULK: dict[int, tuple[BulkTile, ...]] = {
     100: _LARGE,
     120: (BulkTile(128, 128, 64, 3, 8),),
 }
-# What the compiler is seen to spill in spite of the rule, a few bytes of it.
-_HEAVY_SPILLS: dict[int, tuple[Tile, ...]] = {100: (_NARROW[0],), 120: (SAFE,)}
+# GELU or its slope is seen to spill here in spite of the rule, 8 to 136 bytes.
+_SPILLS: dict[int, tuple[Tile, ...]] = {
+    90: (_LARGE[1],),
+    100: (_NARROW[0], _LARGE[2]),
+    120: (SAFE, *_BULK[120]),
+}
 
 
 def candidates(
-    arch: int, itemsize: int, heavy: bool = False, bulk: bool = False
+    arch: int, itemsize: int, heavy: bool = False, bulk: bool = False, activation: bool = False
 ) -> tuple[Tile, ...]:
     """The extended GEMM's tiles for sm_``arch``, largest first.
 
@@ -200,18 +204,26 @@ def candidates(
         itemsize: bytes of an element of x.
         heavy: whether the epilogue does more than add a bias.
         bulk: whether descriptors can be made of x and w, which the persistent form needs.
+        activation: whether the epilogue applies GELU or its slope; heavy too, then.
     """
     family = _family(arch)
     tiles = (*(_BULK[family] if bulk else ()), *_HALF[family]) if itemsize == 2 else _SINGLE
-    spills = _HEAVY_SPILLS.get(family, ()) if heavy else ()
-    return tuple(t for t in tiles if t.fits(arch, itemsize, heavy) and t not in spills)
+    spills = _SPILLS.get(family, ()) if activation else ()
+    fits = (t for t in tiles if t.fits(arch, itemsize, heavy or activation))
+    return tuple(t for t in fits if t not in spills)
 
 
 def gemm_tile(
-    rows: int, columns: int, itemsize: int, heavy: bool, device: torch.device, bulk: bool = False
+    rows: int,
+    columns: int,
+    itemsize: int,
+    heavy: bool,
+    device: torch.device,
+    bulk: bool = False,
+    activation: bool = False,
 ) -> Tile:
     """The candidate that keeps the busiest multiprocessor busy shortest."""
-    tiles = candidates(architecture(device), itemsize, heavy, bulk)
+    tiles = candidates(architecture(device), itemsize, heavy, bulk, activation)
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
@@ -251,19 +263,24 @@ def _busiest(tile: Tile, rows: int, columns: int, processors: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def thin_tile(rows: int, ranks: int, itemsize: int, device: torch.device) -> ThinTile:
+def thin_tile(
+    rows: int, ranks: int, itemsize: int, device: torch.device, dropout: bool = False
+) -> ThinTile:
     """Short in rows where there are few, so that every multiprocessor has some."""
     if itemsize == 4:
         return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4)
-    few = rows < 128 * multiprocessors(device)
-    return ThinTile(64 if few else 128, power_of_two(ranks, 16, 64), 64, 4, 4)
+    ranks = power_of_two(ranks, 16, 64)
+    if dropout or rows < 128 * multiprocessors(device):
+        return ThinTile(64, ranks, 64, 4, 8 if dropout else 4)
+    roomy = shared_bytes(architecture(device)) > LEAST_SHARED_KIB << 10
+    return ThinTile(128, ranks, 64, 4 if roomy else 3, 8 if ranks == 64 else 4)
 
 
-def grad_tile(ranks: int, itemsize: int) -> GradTile:
+def grad_tile(ranks: int, itemsize: int, dropout: bool = False) -> GradTile:
     """One row block of ranks where they fit, wide in columns so that h is read seldom."""
     if itemsize == 4:
         return GradTile(power_of_two(ranks, 16, 32), 64, 32, 4, 4)
-    return GradTile(power_of_two(ranks, 16, 64), 128, 64, 4, 4)
+    return GradTile(power_of_two(ranks, 16, 64), 128, 64, 4, 8 if dropout else 4)
 
 
 def power_of_two(size: int, least: int, most: int) -> int:

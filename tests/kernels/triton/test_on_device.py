@@ -7,13 +7,20 @@ pytest.importorskip("triton")
 
 from fused_lora.kernels.triton import lora_extended, lora_one_pass
 from fused_lora.kernels.triton.available import why_not
+from fused_lora.kernels.triton.launch import architecture
 from fused_lora.kernels.triton.lora_merge import lora_merge
-from fused_lora.kernels.triton.tiles import candidates
+from fused_lora.kernels.triton.tiles import candidates, one_pass_candidates
 from fused_lora.reference import philox
+from fused_lora.testing.yardstick import error
 from fused_lora.types import Span
 from tests.kernels.triton.cases import CASES, DTYPES, IDS, Case, adapters, build
 from tests.kernels.triton.gain import gain
 from tests.kernels.triton.guards import fenced
+from tests.kernels.triton.interpreted import test_dropout as dropout
+from tests.kernels.triton.interpreted import test_gelu as gelu
+from tests.kernels.triton.interpreted import test_layer_norm as layer_norm
+from tests.kernels.triton.interpreted import test_lora_extended_bulk as bulk
+from tests.kernels.triton.interpreted import test_lora_merge_many as merges
 from tests.kernels.triton.parity import check, one_pass_run, triton_run
 from tests.ops.problems import draw
 
@@ -35,7 +42,7 @@ def device():
     if said := why_not():
         pytest.skip(said)
     with torch.device("cuda"):
-        yield
+        yield torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.mark.parametrize("case", [*CASES, *VIT], ids=ALL_IDS)
@@ -53,14 +60,49 @@ def test_parity_on_random_problems(shard):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_tile_gives_the_same_product(dtype):
+def test_every_tile_gives_the_same_products(dtype, device):
+    p, arch = build(VIT[0], dtype, torch.float32), architecture(device)
+    first, *others = candidates(arch, dtype.itemsize, bulk=True, activation=True)
+    for tile in others:
+        for (name, one), (_, other) in zip(bulk.runs(p, first), bulk.runs(p, tile), strict=True):
+            assert error(other, one.double()) <= torch.finfo(dtype).eps, f"{name} in {tile}"
+    y = lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=first).y
+    for tile in candidates(arch, dtype.itemsize, bulk=True):
+        other = lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=tile).y
+        assert error(other, y.double()) <= torch.finfo(dtype).eps, tile
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_one_pass_tile_gives_the_same_product(dtype, device):
     p = build(VIT[0], dtype, torch.float32)
-    first, *others = [
-        lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=tile).y
-        for tile in candidates(80, dtype.itemsize)
-    ]
-    for y in others:
-        torch.testing.assert_close(y, first)
+    for tile in one_pass_candidates(architecture(device), dtype.itemsize):
+        y = lora_one_pass.forward(p.x, p.w, p.bias, adapters(p), tile).y
+        other = lora_extended.forward(p.x, p.w, p.bias, adapters(p)).y
+        assert error(y, other.double()) <= 2 * torch.finfo(dtype).eps, tile
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_and_elements(dtype, monkeypatch):
+    layer_norm.test_parity(8 * 197, 768, True, dtype, monkeypatch)
+    layer_norm.test_rebuilt_bits_in_a_bordered_buffer(dtype)
+    for kind in (("erf", "none"), ("tanh", "tanh")):
+        gelu.test_parity(8 * 197, 3072, dtype, *kind, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout(dtype):
+    for case in dropout.CASES:
+        dropout.test_parity(case, dtype)
+    dropout.test_the_mask_itself()
+
+
+def test_many_merges():
+    for sizes in (merges.ALIGNED, merges.ODD):
+        for dtype in DTYPES:
+            merges.test_to_nearest(sizes, dtype)
+        for dtype in DTYPES[1:]:
+            merges.test_stochastic_rounding_has_the_references_bits(sizes, dtype)
+    merges.test_blocks_of_the_rows_of_one_matrix_in_place()
 
 
 @pytest.mark.parametrize("case", VIT, ids=ALL_IDS[len(IDS) :])

@@ -27,7 +27,10 @@ from fused_lora.kernels.triton import (
     lora_merge_many,
     lora_one_pass,
     lora_shrink,
+    tiles,
 )
+from fused_lora.kernels.triton.dropout import dropout
+from fused_lora.kernels.triton.launch import multiprocessors
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.tiles import Tile, candidates, one_pass_candidates, shared_bytes
 from fused_lora.types import Span
@@ -60,14 +63,21 @@ def group(groups: int, rank: int) -> Adapters:
 
 def thin_launches(x: Tensor) -> Iterator[Launch]:
     """Shrink, the gradients and the merge, with the smallest rank block and the largest."""
+    tall = x.new_zeros(128 * multiprocessors(x.device), K)
     for adapters in (group(1, 16), group(3, 64)):
         h = x.new_zeros(M, adapters.rank)
+        yield lambda a=adapters: lora_shrink.shrink(tall, a)
         yield lambda a=adapters: lora_shrink.shrink(x, a)
         yield lambda a=adapters: lora_shrink.shrink_grad(x, a)
         yield lambda a=adapters, h=h: lora_grad.a_grads(h, x, a)
         yield lambda a=adapters: lora_merge(x.new_zeros(N, K), *a)
         if x.dtype is torch.bfloat16:
             yield lambda a=adapters: lora_merge(x.new_zeros(N, K), *a, noise=(1, 2))
+    if x.dtype is torch.bfloat16:
+        mask, wide, h = dropout(0.1, 1, 2), group(3, 64), x.new_zeros(M, 192)
+        yield lambda: lora_shrink.shrink(x, wide, dropout=mask)
+        yield lambda: lora_grad.a_grads(h, x, wide, dropout=mask)
+        yield lambda: lora_extended.input_grad(x, x.new_zeros(N, K), wide, h, dropout=mask)
     w = x.new_zeros(N, K)
     table = lora_merge_many.pack([lora_merge_many.Merge(w, w, torch.zeros(64, K), w[:, :64])])
     yield lambda: lora_merge_many.launch(table, None if x.dtype is torch.float32 else (1, 2))
@@ -85,9 +95,9 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         yield lambda t=tile: input_grad(x, w, one, dh=h, tile=t)
     for tile in candidates(arch, size, heavy=True, bulk=True):
         yield lambda t=tile: forward(x, w, bias, one, h=h, tile=t, factor=bias, residual=x)
-        if size == 2:
-            yield lambda t=tile: forward(x, w, bias, one, "erf", h, t)
-            yield lambda t=tile: input_grad(x, w, one, h, t, activation="erf", u=x)
+    for tile in candidates(arch, size, bulk=True, activation=True) if size == 2 else ():
+        yield lambda t=tile: forward(x, w, bias, one, "erf", h, t)
+        yield lambda t=tile: input_grad(x, w, one, h, t, activation="erf", u=x)
 
 
 def row_launches(x: Tensor) -> Iterator[Launch]:
@@ -155,7 +165,9 @@ def complaints(kernel: Resources, arch: int, kind: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("kind, arch", ON)
-def test_every_configuration_fits(arch, kind, record_property):
+def test_every_configuration_fits(arch, kind, record_property, monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda device: arch)
+    tiles.thin_tile.cache_clear()
     x = torch.zeros(M, K, dtype=CLASSES[kind])
     with fp32_products("tf32" if kind == "tf32" else "ieee"), compiled(arch) as kernels:
         for launch in all_launches(x, arch):

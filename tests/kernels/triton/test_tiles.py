@@ -11,11 +11,14 @@ ARCHS = (80, 86, 89, 90, 100, 103, 120, 121, 130)  # the last is not known yet
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("activation", [False, True])
-def test_every_chip_has_tiles_that_fit(arch, itemsize, activation):
-    found = tiles.candidates(arch, itemsize, activation)
-    assert found
-    assert all(tile.fits(arch, itemsize, activation) for tile in found)
+@pytest.mark.parametrize("heavy, activation", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("bulk", [False, True])
+def test_every_chip_has_tiles_that_fit(arch, itemsize, heavy, activation, bulk):
+    found = tiles.candidates(arch, itemsize, heavy, bulk, activation)
+    assert all(tile.fits(arch, itemsize, heavy) for tile in found)
+    persistent = [tile for tile in found if isinstance(tile, tiles.BulkTile)]
+    assert len(persistent) < len(found), "operands that no descriptor describes"
+    assert not persistent or (bulk and arch >= 90 and itemsize == 2)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -26,8 +29,17 @@ def test_every_chip_has_one_pass_tiles_that_fit(arch, itemsize):
 
 
 def test_an_activation_has_no_tile_that_would_spill():
-    widest = [max(t.block_n for t in tiles.candidates(90, 2, gelu)) for gelu in (False, True)]
-    assert widest == [256, 128]
+    endings = ({}, {"heavy": True}, {"activation": True})
+    widest = [max(t.width for t in tiles.candidates(90, 2, bulk=True, **e)) for e in endings]
+    assert widest == [256, 192, 128]
+
+
+def test_384_and_768_columns_fill_a_large_chip(monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
+    for columns in (384, 768):
+        tile = tiles.gemm_tile(128 * 197, columns, 2, False, CPU, bulk=True)
+        assert tile.width == 192
 
 
 def test_few_rows_take_small_tiles_and_many_take_large_ones(monkeypatch):
