@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
@@ -28,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-lora", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_env, _add_explain, _add_distill, _add_bench):
+    for add in (_add_env, _add_explain, _add_selftest, _add_tune, _add_distill, _add_bench):
         add(commands)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.run is not _run_bench:
+    if rest and args.run not in (_run_bench, _run_tune):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
@@ -108,6 +109,46 @@ def _run_distill(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{text(said)}\nrun: {folder}")
     return 0
+
+
+def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "selftest",
+        help="check every kernel on this device",
+        description="Check every kernel against float64 on this device and print the table. The "
+        "exit status is 1 if one fails; 0 without a device, where nothing can run.",
+    )
+    command.add_argument("--device", help="cuda, cuda:1, ... (the current one)")
+    command.add_argument("--dtype", help="of float32, tf32, bfloat16, float16, by commas (all)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    command.set_defaults(run=_run_selftest)
+
+
+def _run_selftest(args: argparse.Namespace) -> int:
+    from fused_lora.trust.selftest import DTYPES, selftest, summary
+
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json: no folder {str(args.json.parent)!r}")
+    dtypes = args.dtype.split(",") if args.dtype else tuple(DTYPES)
+    results = selftest(args.device, dtypes, tell=lambda result: print(result, flush=True))
+    if args.json:
+        rows = "".join(json.dumps(result.row()) + "\n" for result in results)
+        args.json.write_text(rows, encoding="utf-8")
+    print(summary(results, args.device or "this device"))
+    return 1 if any(result.word == "FAILED" for result in results) else 0
+
+
+def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "tune", add_help=False, help="measure which tiles are fastest on this device"
+    )
+    command.set_defaults(run=_run_tune)
+
+
+def _run_tune(args: argparse.Namespace) -> int:
+    from fused_lora.bench.tune import command
+
+    return command.run(args.rest)
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

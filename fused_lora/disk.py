@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,35 @@ def read(path: Path) -> dict[str, Any]:
 def merge(path: Path, rows: Mapping[str, Any]) -> None:
     """Add ``rows`` to those of ``path``; a folder that cannot be written is passed over.
 
-    Of two processes that add at the same moment one may lose its rows, never the file its form.
+    Writers take turns. Where the file system has no locks, one of two that write at the same moment
+    may lose its rows, never the file its form.
     """
-    name = None
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
+        with _turn(path.parent):
+            _replace(path, json.dumps(read(path) | dict(rows), indent=1))
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Inside, no other process writes into ``folder`` by this function."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
+    try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(read(path) | dict(rows), file, indent=1)
+            file.write(text)
         Path(name).replace(path)
-        return
-    if name:  # a full disk
+    except OSError:  # a full disk
         Path(name).unlink(missing_ok=True)
+        raise

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 Step = Callable[[], None]
+FLOOD_BYTES = 256 << 20  # twice the largest L2 there is
 
 
 class Clock(Protocol):
@@ -36,11 +37,19 @@ class CpuClock:
 
 
 class CudaClock(CpuClock):
-    """Device time between two events, each run begun on an idle device."""
+    """Device time between two events, each run begun on an idle device.
+
+    With a cold cache, what L2 holds is overwritten first.
+    """
+
+    def __init__(self, cold: bool = False) -> None:
+        self._flood = torch.empty(FLOOD_BYTES, dtype=torch.int8, device="cuda") if cold else None
 
     def measure_ms(self, step: Step) -> float:
         """Time from the first kernel of one call to its last."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self._flood is not None:
+            self._flood.zero_()
         torch.cuda.synchronize()
         begin.record()
         step()
@@ -49,6 +58,6 @@ class CudaClock(CpuClock):
         return begin.elapsed_time(end)
 
 
-def clock_for(device: str) -> Clock:
-    """The clock that ``device`` is timed with."""
-    return CudaClock() if device.startswith("cuda") else CpuClock()
+def clock_for(device: str, cold: bool = False) -> Clock:
+    """The clock that ``device`` is timed with; ``cold`` is for a GPU's L2."""
+    return CudaClock(cold) if device.startswith("cuda") else CpuClock()

@@ -26,7 +26,10 @@ def run(argv: Sequence[str] | None = None) -> int:
         return _rewrite(parser, options.readme, options.rows or RESULTS)
     if not options.out.absolute().parent.is_dir():
         parser.error(f"argument --out: no folder {str(options.out.parent)!r}")
-    grid = command_line.chosen(options)
+    try:
+        grid = command_line.chosen(options)
+    except ValueError as error:
+        parser.error(str(error))
     if options.suite in JOBS:
         return JOBS[options.suite](options, grid)
     rows, refusals = measure(options.suite, grid, options.device, options.rows, options.verbose)

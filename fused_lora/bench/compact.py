@@ -58,6 +58,8 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
     """Every case in which ``fused`` ran, in the order of suites, precisions, models and ranks."""
     cases: dict[Case, dict[str, Row]] = {}
     for row in rows:
+        if (row.case.mode, row.case.cache) != ("eager", "warm"):
+            continue
         cases.setdefault(row.case, {})[row.contender] = row
     found = [Comparison(case, group) for case, group in cases.items() if "fused" in group]
     return sorted(found, key=lambda each: _order(each.case))

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
+import torch
+
 from fused_lora.bench.clock import Clock, clock_for
 from fused_lora.bench.phases import Phases, Shares
 from fused_lora.bench.progress import Progress
 from fused_lora.bench.provenance import provenance
 from fused_lora.bench.race import race
 from fused_lora.bench.registry import CONTENDERS, SUITES, Contender
+from fused_lora.bench.roofline import Roof, measured
 from fused_lora.bench.rows import Case, Refusal, Row, append
 from fused_lora.bench.shapes import SHAPES, Grid
 from fused_lora.bench.workload import Workload
@@ -37,10 +40,21 @@ def measure(
     shares = Shares([_weight(case) for case in cases], grid.budget_s, clock)
     rows: list[Row] = []
     refusals: list[Refusal] = []
+    roofs: dict[torch.dtype, Roof] = {}
     for workload, case, phases in _workloads(cases, device, clock):
+        if workload.linears(case.rank) and workload.compute not in roofs:
+            with phases.of("roofline"):
+                roofs[workload.compute] = measured(device, workload.compute, clock)
         entered = able(grid.contenders, case.dtype)
         found, refused = race(
-            workload, case, entered, phases, shares.next_s(), origin, progress.tell
+            workload,
+            case,
+            entered,
+            phases,
+            shares.next_s(),
+            origin,
+            progress.tell,
+            roofs.get(workload.compute),
         )
         rows += found
         if folder:
@@ -56,7 +70,8 @@ def _cases(suite: str, grid: Grid) -> Iterator[Case]:
     for name in grid.models:
         batches = (1,) if name in grid.one_image else grid.batches
         for batch, dtype, rank in product(batches, grid.dtypes, grid.ranks):
-            yield Case(suite, name, batch, SHAPES[name].tokens, rank, dtype)
+            for mode, cache in product(grid.modes, grid.caches):
+                yield Case(suite, name, batch, SHAPES[name].tokens, rank, dtype, mode, cache)
 
 
 def _weight(case: Case) -> float:

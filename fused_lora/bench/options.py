@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fused_lora.bench.registry import CONTENDERS, JOBS, SUITES
-from fused_lora.bench.shapes import DTYPES, SHAPES, Grid, grid
+from fused_lora.bench.shapes import CACHES, DTYPES, MODES, SHAPES, Grid, grid
 
 EPILOG = "Lists are separated by commas. Without options the grid suits the device."
 
@@ -27,7 +27,7 @@ def _listed(kind: str, known: Sequence[str]) -> Callable[[str], tuple[str, ...]]
     return parse
 
 
-def _positive(text: str) -> tuple[int, ...]:
+def positive(text: str) -> tuple[int, ...]:
     numbers = []
     for word in text.split(","):
         if not word.strip().isdecimal() or int(word) == 0:
@@ -36,7 +36,7 @@ def _positive(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
@@ -68,11 +68,13 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--suite", choices=[*SUITES, *JOBS], default="train_step")
     add("--models", type=_listed("model", list(SHAPES)), metavar="NAMES", help="timm names")
-    add("--ranks", type=_positive, metavar="LIST")
-    add("--batch", type=_positive, metavar="LIST", help="images of one step")
+    add("--ranks", type=positive, metavar="LIST")
+    add("--batch", type=positive, metavar="LIST", help="images of one step")
     add("--dtype", type=_listed("dtype", DTYPES), metavar="NAMES", help="fp32, bf16, amp")
+    add("--mode", type=_listed("mode", MODES), metavar="NAMES", help="eager, graph")
+    add("--cache", type=_listed("cache", CACHES), metavar="NAMES", help="warm, cold: a GPU's L2")
     add("--contenders", type=_listed("contender", list(CONTENDERS)), metavar="NAMES")
-    add("--budget-seconds", type=_seconds, metavar="S", help="in all; rounds are at least 3")
+    add("--budget-seconds", type=seconds_of, metavar="S", help="in all; rounds are at least 3")
     add("--ledger", action="store_true", help="saved_bytes: also which operation keeps what")
     add("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("report.html"), help="the report (report.html)")
@@ -83,7 +85,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(options: argparse.Namespace) -> Grid:
-    """The default grid of suite and device, with what the command line says in its place."""
+    """The default grid of suite and device, with what the command line says in its place.
+
+    Raises:
+        ValueError: a graph or a cold cache where there is none.
+    """
+    beyond = {*(options.mode or ()), *(options.cache or ())} & {"graph", "cold"}
+    if beyond and not options.device.startswith("cuda"):
+        raise ValueError(f"{', '.join(sorted(beyond))}: a GPU's, got --device {options.device}")
+    if "graph" in beyond and options.suite != "six_projections":
+        raise ValueError(f"only six_projections is recorded as a graph, not {options.suite}")
     said = {
         "models": options.models,
         "ranks": options.ranks,
@@ -91,6 +102,8 @@ def chosen(options: argparse.Namespace) -> Grid:
         "one_image": () if options.batch else None,
         "dtypes": options.dtype,
         "contenders": options.contenders,
+        "modes": options.mode,
+        "caches": options.cache,
         "budget_s": options.budget_seconds,
     }
     found = grid(options.suite, options.device)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from fused_lora.bench import gate
-from fused_lora.bench.clock import Step
+from fused_lora.bench.clock import Step, clock_for
+from fused_lora.bench.graph import recorded
 from fused_lora.bench.judge import Judge, install
 from fused_lora.bench.phases import Phases
 from fused_lora.bench.provenance import Provenance
 from fused_lora.bench.registry import Contender
+from fused_lora.bench.roofline import Roof
 from fused_lora.bench.rows import Case, Refusal, Row
 from fused_lora.bench.saved import SavedBytes, WideCopies, step_peak_bytes
 from fused_lora.bench.timing import Times, interleave
@@ -94,6 +96,7 @@ def race(
     budget_s: float,
     origin: Provenance,
     tell: Tell = lambda words: None,
+    roof: Roof | None = None,
 ) -> tuple[list[Row], list[Refusal]]:
     """Measure ``contenders`` in ``case``: rows of those that pass the gate, refusals of others.
 
@@ -114,12 +117,28 @@ def race(
             continue
         entrants[contender.name] = entrant
     steps: dict[str, Step] = {name: entrant.step for name, entrant in entrants.items()}
+    if case.mode == "graph":
+        with phases.of("record"):
+            steps = _recorded(steps, case, refusals)
+    clock = clock_for(workload.device, cold=True) if case.cache == "cold" else phases.clock
     left_s = budget_s - (phases.clock.now() - begin)
     with phases.of("time"):
-        times = interleave(
-            steps, phases.clock, left_s, tell=lambda name: tell(f"{case}: timing {name}")
-        )
-    return [record(case, entrants[name], times, origin) for name in times], refusals
+        times = interleave(steps, clock, left_s, tell=lambda name: tell(f"{case}: timing {name}"))
+    linears = workload.linears(case.rank)
+    least_ms = roof.least_ms(linears, workload.compute.itemsize) if roof and linears else None
+    rows = [record(case, entrants[name], times, origin) for name in times]
+    return [replace(row, roofline_ms=least_ms) for row in rows], refusals
+
+
+def _recorded(steps: dict[str, Step], case: Case, refusals: list[Refusal]) -> dict[str, Step]:
+    """The replays of those that can be recorded as a graph."""
+    replays = {}
+    for name, step in steps.items():
+        try:
+            replays[name] = recorded(step)
+        except Exception as error:  # told, as in judging
+            refusals.append(Refusal(case, name, f"{type(error).__name__}: {error}"))
+    return replays
 
 
 def record(case: Case, entrant: Entrant, times: dict[str, Times], origin: Provenance) -> Row:

@@ -25,9 +25,13 @@ class Case:
     tokens: int
     rank: int
     dtype: str  # fp32 | bf16 | amp
+    mode: str = "eager"  # eager | graph: launched by the host, or replayed
+    cache: str = "warm"  # warm | cold: what a GPU's L2 holds when a step begins
 
     def __str__(self) -> str:
-        return f"{self.model}, batch {self.batch}, rank {self.rank}, {self.dtype}"
+        said = f"{self.model}, batch {self.batch}, rank {self.rank}, {self.dtype}"
+        usual = (self.mode, self.cache) == ("eager", "warm")
+        return said if usual else f"{said}, {self.mode}, {self.cache} cache"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Row:
     wide_copies: int  # fp32 copies of 16-bit activations in the forward pass
     peak_bytes: int | None  # of one step beyond what was allocated; None off CUDA
     provenance: Provenance
+    roofline_ms: float | None = None  # no step of this case is faster; None: not computed
 
     def to_json(self) -> str:
         """One line."""

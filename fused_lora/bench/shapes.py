@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DTYPES = ("fp32", "bf16", "amp")  # amp: fp32 weights, bf16 autocast
+MODES = ("eager", "graph")  # launched by the host, or replayed as a CUDA graph
+CACHES = ("warm", "cold")  # what a GPU's L2 holds when a step begins
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Grid:
     contenders: tuple[str, ...]
     one_image: tuple[str, ...]  # models given a single image instead of ``batches``
     budget_s: float  # for all cases together; the minimum of rounds is run whatever it says
+    modes: tuple[str, ...] = MODES[:1]
+    caches: tuple[str, ...] = CACHES[:1]
 
 
 SHAPES = {
@@ -66,9 +70,9 @@ CUDA_GRIDS = {
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (8, 128), ("bf16",), (), (), 240),
     "six_projections": Grid(
         (*_SMALL_BASE, "vit_large_patch16_224"),
-        _RANKS,
-        (8, 128),
-        ("amp", "bf16", "fp32"),
+        (16, 64, 256, 512),
+        (32, 100, 128, 256),  # M = 6304, 19700, 25216, 50432
+        ("bf16",),
         (*_SIX[:4], "peft_bf16", *_SIX[4:]),
         (),
         240,

@@ -10,7 +10,7 @@ from fused_lora.bench.registry import CONTENDERS
 from fused_lora.bench.rows import Case, Row
 
 HEADS = (
-    *("contender", "ms", "quartiles", "x frozen", "x naive", "x PEFT"),
+    *("contender", "ms", "quartiles", "x frozen", "x naive", "x PEFT", "x roofline"),
     *("saved MB", "error", "grad error"),
 )
 
@@ -30,6 +30,7 @@ def cells(row: Row) -> tuple[str, ...]:
         times(row.ratio_frozen),
         times(row.ratio_naive),
         times(row.ratio_peft),
+        times(row.median_ms / row.roofline_ms if row.roofline_ms else None),
         f"{row.saved_bytes / 1e6:.1f}",
         small(row.errors.get("y")),
         small(max((e for q, e in row.errors.items() if q != "y"), default=None)),

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fused_lora.bench.adapters import gradients
 from fused_lora.bench.gate import Outcome
+from fused_lora.bench.roofline import Linear
 from fused_lora.bench.shapes import Shape
 
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.bfloat16}
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.float32}
 
 
@@ -43,7 +45,7 @@ class Workload:
 
     def __init__(self, shape: Shape, batch: int, dtype: str, device: str) -> None:
         self.shape, self.batch, self.dtype, self.device = shape, batch, dtype, device
-        self.stored = STORED[dtype]
+        self.stored, self.compute = STORED[dtype], COMPUTE[dtype]
 
     @property
     def activation(self) -> int:
@@ -61,6 +63,10 @@ class Workload:
     def backward(self, outputs: tuple[Tensor, ...]) -> None:
         """Send a gradient back from ``outputs``."""
         raise NotImplementedError
+
+    def linears(self, rank: int) -> list[Linear]:
+        """The projections that a step consists of; none where it is more than those."""
+        return []
 
     def sections(self, model: nn.Module) -> Iterable[nn.Module]:
         """The blocks whose saved bytes are told apart."""

@@ -30,6 +30,11 @@ SHAPES = (  # sizes that no block divides; whole blocks, with borders of groups 
     Shape(256, 256, 384, tuple(Span(128 * g, 128 * g + 128, 16) for g in range(3)), False, True, 0),
 )
 
+ALIGNED = (  # the first in rows of whole 16 bytes, for what reads by descriptors
+    Shape(197, 72, 88, (Span(0, 88, 5),), bias=True, wide=False, inside=8),
+    SHAPES[1],
+)
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -48,10 +53,10 @@ class Operands:
         return Operands(x, w, bias, dy, self.adapters.to(dtype) if adapters else self.adapters)
 
 
-def problems(dtype: torch.dtype, device: torch.device) -> Iterator[Operands]:
+def problems(dtype: torch.dtype, device: torch.device, aligned: bool = False) -> Iterator[Operands]:
     """The operands of every shape; no random state but their own is touched."""
     generator = torch.Generator().manual_seed(20)
-    for shape in SHAPES:
+    for shape in ALIGNED if aligned else SHAPES:
         yield _operands(shape, dtype, device, generator)
 
 

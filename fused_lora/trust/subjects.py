@@ -35,6 +35,7 @@ class Checked:
     subject: Subject
     run: Callable[[Operands], Named]  # every result by name
     noisy: Callable[[Operands], Tensor] | None = None  # w' of stochastic rounding
+    aligned: bool = False  # rows of whole 16 bytes alone
 
     def check(self, device: torch.device) -> Verdict:
         """The verdict of ``device``, found now."""
@@ -42,7 +43,7 @@ class Checked:
 
     def _comparisons(self, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison | str]:
         band = TF32_BAND if self.subject.dtype == "tf32" else None
-        for p in problems(dtype, device):
+        for p in problems(dtype, device, self.aligned):
             plain, truth = (equations(p.to(kind)) for kind in (dtype, torch.float64))
             yield from compare(partial(self.run, p), plain, truth, dtype, band)
             if self.noisy and dtype is not torch.float32:
@@ -57,6 +58,7 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
         subject,
         partial(triton_checks.run, launch),
         noisy if launch.kernel == "merge" else None,
+        launch.bulk,
     )
 
 

@@ -44,6 +44,20 @@ def verdict(checked: Checked, device: torch.device) -> Verdict:
         return _known.get((checked.subject, device)) or _check(checked, device)
 
 
+def renew(checked: Checked, device: torch.device) -> Verdict:
+    """The verdict found now, whatever is known; kept, and not told.
+
+    Raises:
+        NotNow: nothing can be checked at this moment.
+    """
+    if reason := why_not_now(device):
+        raise NotNow(reason)
+    found = checked.check(device)
+    disk.merge(path(), {_key(checked.subject, device): found.row()})
+    _known[checked.subject, device] = found
+    return found
+
+
 def mode() -> str:
     """The value of FUSED_LORA_VERIFY."""
     said = env.text("FUSED_LORA_VERIFY") or "first"
@@ -68,9 +82,7 @@ def forget() -> None:
 
 
 def _check(checked: Checked, device: torch.device) -> Verdict:
-    found = checked.check(device)
-    disk.merge(path(), {_key(checked.subject, device): found.row()})
-    return _remember(checked.subject, device, found)
+    return _remember(checked.subject, device, renew(checked, device))
 
 
 def _remember(subject: Subject, device: torch.device, found: Verdict) -> Verdict:

@@ -265,7 +265,7 @@ class TestDisk:
                 json.loads(path.read_text())  # whole at every moment
         assert [one.returncode for one in started] == [0] * 4
         rows = json.loads(path.read_text())
-        assert all(row == [int(key.split()[1])] * 500 for key, row in rows.items())
+        assert rows == {f"{n} {i}": [i] * 500 for n in range(4) for i in range(40)}
         assert list(tmp_path.iterdir()) == [path]
 
 

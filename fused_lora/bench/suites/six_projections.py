@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from fused_lora.bench.registry import suite
+from fused_lora.bench.roofline import Linear
 from fused_lora.bench.shapes import Shape
 from fused_lora.bench.workload import Workload
 
@@ -50,6 +53,16 @@ class SixProjections(Workload):
             std = linear.in_features**-0.5
             linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * std)
         self._dy: dict[tuple, Tensor] = {}
+
+    def linears(self, rank: int) -> list[Linear]:
+        """The four, three adapters on the first."""
+        m = self.batch * self.shape.tokens
+        found = []
+        for name, linear in cast(Projections, self.base).layers().items():
+            adapters = 3 if name == "qkv" else 1
+            k, n = linear.in_features, linear.out_features
+            found.append(Linear(m, k, n, adapters * rank, adapters))
+        return found
 
     def forward(self, model: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The four outputs; last step's input gradients are dropped first."""

@@ -31,8 +31,16 @@ class Launch(NamedTuple):
     @property
     def configuration(self) -> str:
         """The tile in a few words, as tables show it."""
-        sizes = "x".join(str(v) for k, v in vars(self.tile).items() if k.startswith("block"))
-        return f"{sizes} {self.tile.stages} stages {self.tile.warps} warps"
+        sizes = [str(v) for k, v in vars(self.tile).items() if k.startswith("block")]
+        if isinstance(self.tile, tiles.BulkTile) and self.tile.rest_n:
+            sizes[1] += f"+{self.tile.rest_n}"
+        form = "bulk " if self.bulk else ""
+        return f"{form}{'x'.join(sizes)} {self.tile.stages} stages {self.tile.warps} warps"
+
+    @property
+    def bulk(self) -> bool:
+        """Whether it reads by descriptors."""
+        return isinstance(self.tile, tiles.BulkTile)
 
 
 @lru_cache(maxsize=4096)
@@ -44,7 +52,8 @@ def tile_of(
         return found
     size = dtype.itemsize
     if kernel == "extended":
-        return tiles.gemm_tile(rows, columns, size, False, device)
+        bulk = depth * size % 16 == columns * size % 16 == 0  # as descriptors need rows to be
+        return tiles.gemm_tile(rows, columns, size, False, device, bulk)
     if kernel == "one_pass":
         return tiles.one_pass_tile(rows, columns, size, device)
     if kernel == "shrink":

@@ -20,7 +20,9 @@ from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.launches import tile_of
+from fused_lora.kernels.triton.lora_extended_bulk import describable
 from fused_lora.kernels.triton.lora_merge import lora_merge
+from fused_lora.kernels.triton.tiles import BulkTile
 from fused_lora.types import Forward, Gradient, Keep, Needs, Plan
 
 
@@ -44,6 +46,7 @@ def forward(
     else:
         tile = _tile("extended", x, w.shape[0], x.shape[1])
         tail = None if bordered is None else bordered[:, x.shape[1] :]
+        x, w = (readable(t, tile) for t in (x, w))
         h = shrink(x, adapters, tail)
         y = lora_extended.forward(x, w, bias, adapters, h=h, tile=tile).y
     return y, h.contiguous() if plan.keep is Keep.HIDDEN else None
@@ -77,6 +80,13 @@ def backward(
 def rows(t: Tensor) -> Tensor:
     """``t``, copied unless its rows are contiguous; of a single column, torch calls any so."""
     return t if t.stride(1) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
+def readable(t: Tensor, tile: object) -> Tensor:
+    """``t``, copied where ``tile`` reads by descriptors and none can be made of it."""
+    if not isinstance(tile, BulkTile) or describable(t) or t.numel() == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def uniform(adapters: Adapters) -> Adapters:
@@ -124,6 +134,7 @@ def _input_grad(
     tile = _tile(plan.dx.value, dy, w.shape[1], dy.shape[1])
     if plan.dx is Forward.ONE_PASS:
         return lora_one_pass.input_grad(dy, w, adapters, tile=tile)
+    dy, w = (readable(t, tile) for t in (dy, w))
     dh = shrink_grad(dy, adapters)
     return lora_extended.input_grad(dy, w, adapters, dh=dh, tile=tile)
 

@@ -16,7 +16,7 @@ import torch
 
 from fused_lora import disk, env
 from fused_lora.kernels.triton.identity import identity
-from fused_lora.kernels.triton.tiles import GradTile, MergeTile, ThinTile, Tile
+from fused_lora.kernels.triton.tiles import BulkTile, GradTile, MergeTile, ThinTile, Tile
 
 AnyTile = Tile | ThinTile | GradTile | MergeTile
 FORMAT = "tiles 1"
@@ -66,8 +66,9 @@ def _tile(name: str, row: object) -> AnyTile | None:
     kind = KINDS.get(name.split(" ")[0])
     if kind is None or not isinstance(row, dict):
         return None
-    if not all(isinstance(size, int) and size > 0 for size in row.values()):
+    if not all(isinstance(size, int) and size >= 0 for size in row.values()):
         return None
+    kind = BulkTile if "rest_n" in row else kind
     try:
         return kind(**row)
     except TypeError:  # a knob that came or went

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fused_lora.kernels.triton import lora_linear as triton
+from fused_lora.kernels.triton.tiles import BulkTile
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.planning import problem
 from fused_lora.plan.strategies import candidates, keeps_x
@@ -93,6 +94,18 @@ def test_a_single_column_whatever_torch_calls_contiguous():
     assert p.x.is_contiguous() and p.x.stride(1) == 7
     for plan in plans(p, Needs())[::4]:
         check(p, plan, Needs())
+
+
+def test_operands_without_descriptors_are_copied_for_a_tile_that_needs_them(monkeypatch):
+    tile = BulkTile(64, 64, 64, 2, 4)
+    small = triton.tile_of
+    choose = lambda kernel, *shape: tile if kernel == "extended" else small(kernel, *shape)  # noqa: E731
+    monkeypatch.setattr(triton, "tile_of", choose)
+    p = build(Case("aligned sizes", 37, 72, 88, (Span(0, 88, 5),)), torch.bfloat16, torch.float32)
+    p.x, p.dy = torch.randn(37, 73).bfloat16()[:, 1:], torch.randn(37, 91).bfloat16()[:, 3:]
+    for plan in plans(p, Needs()):
+        if str(plan) == "triton:extended/extended/rank/hidden":
+            check(p, plan, Needs())
 
 
 def test_a_producers_bordered_buffer_takes_h():

@@ -1,0 +1,37 @@
+"""Every kernel in every configuration class that this library may choose on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fused_lora.kernels.triton import tiles
+from fused_lora.kernels.triton.launch import architecture
+from fused_lora.kernels.triton.launches import Launch
+from fused_lora.trust.subjects import DTYPES, Checked, of_compiled_merge, of_launch
+
+ROWS = (197, 1 << 20)  # few and many, as tiles are chosen by
+RANKS = (16, 32, 64)  # every block of ranks
+
+
+def everything(dtypes: Sequence[str], device: torch.device) -> Iterator[Checked]:
+    """What a self-test of ``device`` checks, by dtype."""
+    for dtype in dtypes:
+        yield from (of_launch(launch, dtype) for launch in launches(DTYPES[dtype], device))
+        if dtype != "tf32":  # its products are fp32 whatever torch allows
+            yield of_compiled_merge(dtype)
+
+
+def launches(dtype: torch.dtype, device: torch.device) -> list[Launch]:
+    """Every kernel of Triton in every tile of ``device``."""
+    arch, size = architecture(device), dtype.itemsize
+    thin = dict.fromkeys(tiles.thin_tile(m, r, size, device) for m in ROWS for r in RANKS)
+    grad = dict.fromkeys(tiles.grad_tile(r, size) for r in RANKS)
+    return [
+        *(Launch("shrink", tile) for tile in thin),
+        *(Launch("extended", tile) for tile in tiles.candidates(arch, size, bulk=True)),
+        *(Launch("one_pass", tile) for tile in tiles.one_pass_candidates(arch, size)),
+        *(Launch("grad", tile) for tile in grad),
+        Launch("merge", tiles.MergeTile()),
+    ]
