@@ -63,6 +63,9 @@ CPU_GRIDS = {
     "train_step": Grid(
         _SMALL_BASE, (16, 128, 512), (2,), ("fp32",), (*_STEP, *_BLOCK), _SMALL_BASE[1:], 150
     ),
+    "wecolora_step": Grid(
+        _SMALL_BASE[1:], (128,), (8,), ("fp32",), ("frozen", "naive", "peft", "fused"), (), 120
+    ),
 }
 CUDA_GRIDS = {
     "saved_bytes": _COUNTED,
@@ -85,6 +88,15 @@ CUDA_GRIDS = {
         (*_STEP[:3], "peft_bf16", "addmm", *_STEP[3:], *_BLOCK),
         (),
         600,
+    ),
+    "wecolora_step": Grid(
+        _SMALL_BASE[1:],
+        (128, 256, 512),
+        (8, 128),
+        ("amp", "fp32"),
+        ("frozen", "naive", "peft", "peft_bf16", "fused"),
+        (),
+        240,
     ),
 }
 
