@@ -122,5 +122,5 @@ def _paragraph(
         estimate = f"{row.plan!s:38}  {row.plan.time_us:12,.1f} us  {ratio:5.2f}x"
         lines.append(f"  lost    {estimate}  {row.note}".rstrip())
     if module.config.dropout:
-        lines.append("  dropout: in training the adapters are composed from plain torch instead")
+        lines.append("  dropout: in training a plain linear, and the adapters added to its result")
     return "\n".join(lines)
