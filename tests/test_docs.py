@@ -1,4 +1,4 @@
-"""Every Python block of the pages in docs/ runs, page by page; every public name is in the reference."""
+"""Every Python block of docs/ runs, page by page; the reference is what the docstrings say."""
 
 from __future__ import annotations
 
