@@ -159,5 +159,5 @@ def _paragraph(
     refused = [*refusals(question, compute, target), *wrong]
     lines += [f"  not     {reason}" for reason in refused]
     if module.config.dropout:
-        lines.append("  dropout: in training the adapters are composed from plain torch instead")
+        lines.append("  dropout: in training a plain linear, and the adapters added to its result")
     return "\n".join(lines)
