@@ -336,5 +336,5 @@ def _report(
         sum(count for count, _ in counts),
         froze,
         rows_per_image,
-        left,
+        left_alone=left,
     )
