@@ -34,14 +34,20 @@ void EmulatedCluster::run(const std::function<void()>& body) {
   const int threads = static_cast<int>(fibers_.size());
   for (Fiber& fiber : fibers_) fiber.started = fiber.done = false;
   for (bool busy = true; busy;) {
-    for (int i = 0; i < threads; ++i) turn(backwards_ ? threads - 1 - i : i);
-    for (int first = 0; first < threads; first += 32) release_warp(first);
+    for (int i = 0; i < threads; i += 32) run_warp(backwards_ ? threads - 32 - i : i);
     for (int first = 0; first < threads; first += kThreads) release(first, kThreads, Scope::kBlock);
     release(0, threads, Scope::kCluster);
     busy = false;
     for (const Fiber& fiber : fibers_) busy |= !fiber.done;
   }
   check_fences();
+}
+
+// As far as it gets without other warps: no kernel may count on them being as far.
+void EmulatedCluster::run_warp(int first) {
+  do {
+    for (int i = 0; i < 32; ++i) turn(backwards_ ? first + 31 - i : first + i);
+  } while (release_warp(first));
 }
 
 void EmulatedCluster::check_fences() const {
@@ -98,8 +104,8 @@ float EmulatedCluster::remote(const float* mine, int block) {
   return *reinterpret_cast<const float*>(blocks_[block].data() + offset);
 }
 
-// A warp that has come to one instruction together goes on; to different ones is an error.
-void EmulatedCluster::release_warp(int first) {
+// Whether a warp goes on, having come to one instruction together; to different ones is an error.
+bool EmulatedCluster::release_warp(int first) {
   const Fiber& leader = fibers_[first];
   for (int i = first; i < first + 32; ++i) {
     const Fiber& fiber = fibers_[i];
@@ -108,7 +114,9 @@ void EmulatedCluster::release_warp(int first) {
                              "' and '" + fiber.waits_for + "'");
     }
   }
-  if (leader.scope == Scope::kWarp) release(first, 32, Scope::kWarp);
+  if (leader.scope != Scope::kWarp) return false;
+  release(first, 32, Scope::kWarp);
+  return true;
 }
 
 // Threads that all wait for each other go on.
