@@ -34,14 +34,26 @@ void EmulatedCluster::run(const std::function<void()>& body) {
   const int threads = static_cast<int>(fibers_.size());
   for (Fiber& fiber : fibers_) fiber.started = fiber.done = false;
   for (bool busy = true; busy;) {
-    for (int i = 0; i < threads; ++i) turn(backwards_ ? threads - 1 - i : i);
-    for (int first = 0; first < threads; first += 32) release_warp(first);
-    for (int first = 0; first < threads; first += kThreads) release(first, kThreads, Scope::kBlock);
+    for (int i = 0; i < threads; i += kThreads) run_block(backwards_ ? threads - kThreads - i : i);
     release(0, threads, Scope::kCluster);
     busy = false;
     for (const Fiber& fiber : fibers_) busy |= !fiber.done;
   }
   check_fences();
+}
+
+// As far as it gets without other blocks, and each of its warps without other warps: no kernel may
+// count on them being as far.
+void EmulatedCluster::run_block(int first) {
+  do {
+    for (int i = 0; i < kThreads; i += 32) run_warp(first + (backwards_ ? kThreads - 32 - i : i));
+  } while (release(first, kThreads, Scope::kBlock));
+}
+
+void EmulatedCluster::run_warp(int first) {
+  do {
+    for (int i = 0; i < 32; ++i) turn(backwards_ ? first + 31 - i : first + i);
+  } while (release_warp(first));
 }
 
 void EmulatedCluster::check_fences() const {
@@ -94,12 +106,13 @@ void EmulatedCluster::sync(const char* what, Scope scope) {
 
 float EmulatedCluster::remote(const float* mine, int block) {
   const auto offset = reinterpret_cast<const char*>(mine) - shared();
+  if (fibers_[block * kThreads].done) throw std::logic_error("a remote read of a block that left");
   if (offset < 0 || offset + 4 > shared_bytes_) throw std::logic_error("a remote read outside");
   return *reinterpret_cast<const float*>(blocks_[block].data() + offset);
 }
 
-// A warp that has come to one instruction together goes on; to different ones is an error.
-void EmulatedCluster::release_warp(int first) {
+// Whether a warp goes on, having come to one instruction together; to different ones is an error.
+bool EmulatedCluster::release_warp(int first) {
   const Fiber& leader = fibers_[first];
   for (int i = first; i < first + 32; ++i) {
     const Fiber& fiber = fibers_[i];
@@ -108,20 +121,21 @@ void EmulatedCluster::release_warp(int first) {
                              "' and '" + fiber.waits_for + "'");
     }
   }
-  if (leader.scope == Scope::kWarp) release(first, 32, Scope::kWarp);
+  return leader.scope == Scope::kWarp && release(first, 32, Scope::kWarp);
 }
 
 // Threads that all wait for each other go on.
-void EmulatedCluster::release(int first, int count, Scope scope) {
+bool EmulatedCluster::release(int first, int count, Scope scope) {
   int waiting = 0, done = 0;
   for (int i = first; i < first + count; ++i) {
     waiting += fibers_[i].scope == scope, done += fibers_[i].done;
   }
   if (waiting && done) throw std::logic_error("threads have left that others wait for");
-  if (waiting < count) return;
+  if (waiting < count) return false;
   for (int i = first; i < first + count; ++i) {
     fibers_[i].waits_for = "", fibers_[i].scope = Scope::kNone;
   }
+  return true;
 }
 
 void EmulatedCluster::require_shared(const void* at, int bytes) const {

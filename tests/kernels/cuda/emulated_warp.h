@@ -1,7 +1,7 @@
-// csrc/common/warp.h on a CPU: a block of threads as fibers, which take turns only where a kernel
-// waits or a warp acts together; or a cluster of blocks. Each turn goes from the first thread to
-// the last, or the other way round; copies land as they are issued, or not before they are waited
-// for. A kernel that is right in all four worlds waits where it must.
+// csrc/common/warp.h on a CPU: the threads of a block or cluster as fibers. A warp, and a block,
+// runs as far as it gets without the others, from the first warp to the last or the other way
+// round; copies land as they are issued, or not before they are waited for. A kernel that is right
+// in all four worlds waits where it must.
 #pragma once
 
 #include <setjmp.h>
@@ -66,8 +66,10 @@ class EmulatedCluster {
   static void enter();
   void start(Fiber& fiber);
   void turn(int thread);
-  void release_warp(int first);
-  void release(int first, int count, Scope scope);
+  void run_block(int first);
+  void run_warp(int first);
+  bool release_warp(int first);
+  bool release(int first, int count, Scope scope);
   void check_fences() const;
   void require_shared(const void* at, int bytes) const;
   static void land(const EmulatedCopy& copy);
