@@ -57,12 +57,12 @@ base=vit_base_patch16_224 small=vit_small_patch16_224 large=vit_large_patch16_22
 if [ $dry = 1 ]; then
   export DTYPES=bfloat16
   tiny="--device cpu --models $small --batch 1 --ranks 4 --dtype fp32 --contenders frozen,naive,fused"
-  step environment 60 '"$PYTHON" -m fused_lora.cli env'
-  step selftest 60 "$selftests"
-  step gpu-tests 60 '"$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_triton_on_device.py -m gpu'
-  step six-projections 60 "$bench $tiny --suite six_projections --budget-seconds 1 --out \$OUT/report-six.html"
-  step broken 60 "${DRY_STEP:-true}"
-  step train-step 60 "$bench $tiny --suite train_step --budget-seconds 1 --out \$OUT/report-step.html"
+  step environment 300 '"$PYTHON" -m fused_lora.cli env'
+  step selftest 300 "$selftests"
+  step gpu-tests 300 '"$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_triton_on_device.py -m gpu'
+  step six-projections 300 "$bench $tiny --suite six_projections --budget-seconds 1 --out \$OUT/report-six.html"
+  step broken 300 "${DRY_STEP:-true}"
+  step train-step 300 "$bench $tiny --suite train_step --budget-seconds 1 --out \$OUT/report-step.html"
 else
   export DTYPES="bfloat16 float32"
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c 'import torch
