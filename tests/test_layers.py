@@ -36,7 +36,9 @@ WITHOUT_TRITON = {
     "tiles",
     "winners",
 }  # in that room, importable without
-LATE = {"triton", "timm", "transformers", "peft", "safetensors", "torchvision", "numpy"}
+LATE = {"triton", "timm", "transformers", "peft", "safetensors", "torchvision", "numpy"} | {
+    *("sklearn", "tqdm", "tomli", "PIL", "datasets", "tensorboard")
+}
 
 
 def module_name(path: Path) -> str:
@@ -146,6 +148,9 @@ def test_imports_go_down(path: Path) -> None:
         ("fused_lora.ops.x", "from fused_lora.testing import truth", "only the cli"),
         ("fused_lora.trust.x", "from fused_lora.bench import clock", "only the cli"),
         ("fused_lora.trust.x", "from fused_lora.ops import planning", "does not stand below"),
+        ("fused_lora.distill.x", "from fused_lora.bench import judge", "only the cli"),
+        ("fused_lora.distill.x", "from sklearn.cluster import KMeans", "inside the function"),
+        ("fused_lora.patching.x", "from fused_lora.distill import stack", "does not stand below"),
         ("fused_lora.kernels.aten.x", "from fused_lora.kernels.cuda import native", "ignorant"),
         ("fused_lora.kernels.triton", "import triton", "inside the function"),
         ("fused_lora.kernels.triton.tiles", "import triton.language as tl", "inside the function"),
