@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-BLOCKED = ["triton", "fused_lora._native", "timm", "peft", "safetensors", "transformers"] + [
-    *("sklearn", "torchvision", "tqdm", "datasets", "tomli")
-]
+BLOCKED = ["triton", "fused_lora._native", "timm", "peft", "safetensors", "transformers"]
+BLOCKED += ["sklearn", "torchvision", "tqdm", "datasets", "tomli"]
 
 # torch itself may try triton and must be let fail; numpy is torch's own affair.
 BLOCKER = f"""
