@@ -273,7 +273,7 @@ def thin_tile(
     if dropout or rows < 128 * multiprocessors(device):
         return ThinTile(64, ranks, 64, 4, 8 if dropout else 4)
     roomy = shared_bytes(architecture(device)) > LEAST_SHARED_KIB << 10
-    return ThinTile(128, ranks, 64, 4 if roomy else 3, 8 if ranks == 64 else 4)
+    return ThinTile(128, ranks, 64, 4, 4) if roomy else ThinTile(128, ranks, 64, 3, 8)
 
 
 def grad_tile(ranks: int, itemsize: int, dropout: bool = False) -> GradTile:
