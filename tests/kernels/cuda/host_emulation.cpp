@@ -29,7 +29,7 @@ int misses(EmulatedCluster& cluster, bool waits, bool syncs) {
 }
 
 // The same of the other block of a cluster.
-int remote_misses(EmulatedCluster& cluster, bool syncs) {
+int remote_misses(EmulatedCluster& cluster, bool syncs, bool stays) {
   int missing = 0;
   cluster.share(kBytes);
   cluster.run([&] {
@@ -38,6 +38,7 @@ int remote_misses(EmulatedCluster& cluster, bool syncs) {
     if (syncs) sync_cluster();
     const int other = 1 - cluster.block();
     missing += !(load_cluster(mine, other) == static_cast<float>(other));
+    if (stays) sync_cluster();
   });
   return missing;
 }
@@ -67,9 +68,14 @@ int host_misses(bool waits, bool syncs, bool backwards, bool late) {
   return misses(cluster, waits, syncs);
 }
 
-int host_remote_misses(bool syncs, bool backwards) {
+// -1 where a block reads of one that has left.
+int host_remote_misses(bool syncs, bool stays, bool backwards) {
   EmulatedCluster cluster(2, backwards, false);
-  return remote_misses(cluster, syncs);
+  try {
+    return remote_misses(cluster, syncs, stays);
+  } catch (const std::logic_error&) {
+    return -1;
+  }
 }
 
 // Whether the emulation refuses a kernel that is wrong in this way.
