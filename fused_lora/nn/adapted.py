@@ -69,7 +69,7 @@ class AdaptedLinear(WithVariants):
             check_rank(ranks[name], type(self).__name__ + (name and f" {name}"))
         spans = {name: Span(*columns[name], ranks[name]) for name in columns}
         self._describe(spans, [config.scale_for(ranks[name]) for name in columns], config)
-        check_start(config.init, self.base, self._spans, self.scales)
+        check_start(config.init, self.base, self._spans, list(self.scales))
         for name, span in spans.items():
             a, b = self._empty(span.rank, self.in_features), self._empty(span.width, span.rank)
             self.register_parameter(key_of("lora_A", name), a)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_lora.nn.adapted import AdaptedLinear
@@ -108,15 +110,19 @@ def opaque(linear: nn.Module) -> bool:
 
 @contextmanager
 def standing_in(linears: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, each linear answers with an empty y: for a trial forward on the meta device."""
+    """Within, each has a plain weight and forward: for a trial forward on the meta device."""
     weights = {linear: linear.weight for linear in linears if opaque(linear)}
     for linear in weights:
-        n = linear.out_features
-        linear.__dict__["forward"] = lambda x, n=n: x.new_empty(*x.shape[:-1], n)
-        linear._parameters["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)
+        matrix = torch.empty(linear.out_features, linear.in_features, device="meta")
+        linear.__dict__["forward"] = partial(_plainly, linear)
+        linear._parameters["weight"] = nn.Parameter(matrix, requires_grad=False)
     try:
         yield
     finally:
         for linear, weight in weights.items():
             linear._parameters["weight"] = cast(nn.Parameter, weight)
             del linear.__dict__["forward"]
+
+
+def _plainly(linear: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x.to(linear.weight.dtype), linear.weight).to(x.dtype)
