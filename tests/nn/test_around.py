@@ -84,7 +84,7 @@ def test_a_quantised_model_is_patched_trained_saved_and_taken_back(kind, tmp_pat
     report = fused_lora.patch(model, rank=4, keep_forward=True)
     assert len(report.rows) == 8
     assert sum(row.plan == "added to its own forward" for row in report.rows) == 6
-    assert "blocks.0.attn.qkv\n  added to its own forward" in fused_lora.explain(model)
+    assert "blocks.0.attn.qkv and 5 more\n  added to its own forward" in fused_lora.explain(model)
     torch.testing.assert_close(model(x), y)
     wake(model)(x).square().mean().backward()
     for name, parameter in model.named_parameters():
