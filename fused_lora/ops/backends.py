@@ -15,7 +15,7 @@ from fused_lora.trust.verdict import Verdict
 from fused_lora.trust.verify import verdict
 from fused_lora.types import Backend, Impl, Plan
 
-CUDA = "the compiled module holds lora_merge alone, no kernel of lora_linear"
+CUDA = "the compiled module has no kernel of lora_linear: its lora_grad is not in the plan yet"
 ASKED: dict[Impl, tuple[Backend, ...]] = {
     Impl.AUTO: tuple(Backend),
     Impl.ATEN: (Backend.ATEN,),
