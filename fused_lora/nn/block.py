@@ -38,7 +38,8 @@ class FusedLoRABlock(Fused):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the plain class has it."""
-        if parts.why_not_input(x, self.attn.qkv.weight):
+        known = parts.kind(self.attn) in parts.ATTENTIONS
+        if parts.why_not_input(x, self.attn.qkv.weight if known else self.mlp.fc2.weight):
             return super().forward(x, *args, **kwargs)
         return self._mlp_half(self._attention_half(x, *args, **kwargs))
 

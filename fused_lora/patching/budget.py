@@ -14,6 +14,8 @@ from torch import nn
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.block import why_not_attention_half, why_not_lean, why_not_mlp_half
 from fused_lora.nn.block_mlp import linears
+from fused_lora.nn.block_parts import ATTENTIONS, MLPS
+from fused_lora.nn.block_swap import kind
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import plan_of
@@ -32,9 +34,10 @@ class BlockNeed:
 
 
 def need_of(name: str, block: Any, rows: int) -> BlockNeed:
-    """Count ``block`` on ``rows`` rows of x."""
+    """Count ``block`` on ``rows`` rows of x; a half of unknown modules counts as nothing."""
     kept = dict.fromkeys(RECOMPUTE, 0)
-    for half in (_attention, _mlp):
+    halves = [_attention] * (kind(block.attn) in ATTENTIONS) + [_mlp] * (kind(block.mlp) in MLPS)
+    for half in halves:
         for mode in RECOMPUTE:
             kept[mode] += half(block, mode, rows)
     return BlockNeed(name, kept)

@@ -108,7 +108,8 @@ def _of_blocks(
     said: dict[str, list[str]] = {}
     for name, block in model.named_modules():
         if isinstance(block, FusedLoRABlock):
-            rows = rows_per_image.get(block.attn.qkv, 1) * batch_size
+            first = next(m for m in block.modules() if isinstance(m, AdaptedLinear))
+            rows = rows_per_image.get(first, 1) * batch_size
             kept = need_of(name, block, rows).kept
             sizes = ", ".join(f"{mode} {nbytes / 1e6:,.1f} MB" for mode, nbytes in kept.items())
             words = f"  block of {rows} rows, recompute {block.recompute}; would keep: {sizes}"

@@ -95,7 +95,7 @@ def patch(
             to one of them.
         memory_budget_gb: in its place, choose for each block what lets a step of ``batch_size``
             images fit: weights, gradients, Adam's moments and what blocks keep. What autocast
-            saves, and what lies outside the blocks, is not counted.
+            saves, and what lies outside the blocks or in modules unknown here, is not counted.
         layers: numbers of the blocks to adapt; None for all of them.
         exclude: regular expressions of dotted names to leave out.
         keep_forward: adapt linears of other classes too (8 or 4 bits, fp8): their own forward
