@@ -84,7 +84,14 @@ def _run_explain(args: argparse.Namespace) -> int:
 def _add_distill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("distill", help="train a student from a recipe")
     command.add_argument("recipe", help="a TOML file, such as recipes/digits_wecolora.toml")
-    command.add_argument("set", nargs="*", help="table.key=value, in place of the recipe's")
+    command.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="table.key=value",
+        help="in place of the recipe's own",
+    )
     command.add_argument("--out", type=Path, help="the run's folder (runs/<recipe>)")
     command.add_argument("--fresh", action="store_true", help="begin anew; else go on or be done")
     command.set_defaults(run=_run_distill)

@@ -32,6 +32,7 @@ OPTIONS = {
     "num_heads": 2,
     "num_classes": 10,
 }
+ALONE = World()
 MODEL = {"model": "vit_tiny_patch16_224", "options": OPTIONS}
 
 
@@ -68,7 +69,7 @@ def fit_of(
     student: nn.Module,
     precision: str = "fp64",
     steps: int = 5,
-    world: World = World(),
+    world: World = ALONE,
     folder: Path | None = None,
     **train: Any,
 ) -> Fit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,13 @@ class ImageSet:
         return len(self.labels)
 
 
+@lru_cache(maxsize=2)
 def digits(split: str) -> ImageSet:
     """1797 scans of handwritten digits, 8 x 8, which come with scikit-learn."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError(
-            "the digits come with scikit-learn: pip install fused_lora[distill]"
-        ) from None
+        raise DataError("the digits need scikit-learn: pip install fused_lora[distill]") from None
     bunch = load_digits()
     images = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)  # [n, 8, 8]
     labels, seen, chosen = bunch.target.tolist(), [0] * 10, []
