@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from fused_lora.distill.data.batches import Batch
 from fused_lora.distill.recipe.tables import Evaluate
-from fused_lora.distill.taps import spans_of, tokens_of
+from fused_lora.distill.taps import pairs_of, spans_of, tokens_of
+from fused_lora.distill.wecolora import token_loss
 
 Pass = Callable[[], Iterator[Batch]]  # a fresh pass over a split, in order
 
@@ -96,6 +97,21 @@ def neighbours(seen: Tensor, known: Tensor, features: Tensor, labels: Tensor, co
     judge = KNeighborsClassifier(count, metric="cosine", algorithm="brute", weights="distance")
     judge.fit(seen.double().numpy(), known.numpy())
     return float(judge.score(features.double().numpy(), labels.numpy()))
+
+
+def token_distance(
+    student: nn.Module, teacher: nn.Module, batches: Iterator[Batch], reduction: int
+) -> float:
+    """mean |T - S| of the last blocks' tokens, the loss on images that were not trained on."""
+    (pair,) = pairs_of(teacher, reduction)
+    total, images = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            _, (wanted,) = tokens_of(teacher, batch.images, [pair.teacher])
+            _, (tokens,) = tokens_of(student, batch.images, [pair.student])
+            total += token_loss(tokens, wanted).item() * len(batch.labels)
+            images += len(batch.labels)
+    return total / images
 
 
 def likeness(

@@ -86,8 +86,9 @@ class Run:
     def result(self) -> dict[str, Any]:
         """Train, merge, save, measure."""
         recipe = self.recipe
-        chosen = self._chosen()
-        student = self.method.student(self.teacher, recipe).to(self.precision.device)
+        chosen = self.chosen()
+        student = self.method.student(self.teacher, recipe)
+        student.to(self.precision.device, self.precision.stored)
         figures: dict[str, Any] = {"images": len(chosen)}
         if self.method.learns:
             fit = self._fit(student, chosen)
@@ -114,24 +115,25 @@ class Run:
             given = inner.teacher
         else:
             torch.manual_seed(self.recipe.train.seed)  # where there are no weights to take
+            model = build(given, len(self.images.classes))
             if self.method.distills and not (given.pretrained or given.checkpoint):
                 raise RecipeError(
                     f"the teacher {given.model!r} has no weights: give teacher.pretrained, "
                     "teacher.checkpoint or teacher.recipe"
                 )
-            model = build(given, len(self.images.classes))
         classes = getattr(model, "num_classes", None)
         options = given.options | ({"num_classes": classes} if classes is not None else {})
         model = model.to(self.precision.device, self.precision.stored).eval()
         return model, {"model": given.model, "options": options}
 
-    def _chosen(self) -> list[int]:
+    def chosen(self) -> list[int]:
+        """The training images that the student sees."""
         about = self.recipe.data
         if about.fraction == 1:
             return list(range(len(self.images)))
         if about.choice == "balanced":
             return balanced(self.images.labels, about.fraction, about.seed)
-        every, _, _ = evaluate.features_of(self.teacher, self._pass(self.images))
+        every, _, _ = evaluate.features_of(self.teacher, self.once(self.images))
         return spread(every, about.fraction, about.seed)
 
     def _fit(self, student: nn.Module, chosen: Sequence[int]) -> Fit:
@@ -156,7 +158,7 @@ class Run:
 
     def _check_reach(self, objective: Objective) -> None:
         """What the loss never reaches does not train: an error where it was asked for by name."""
-        batch = next(self._pass(self.images, [0]))
+        batch = next(self.once(self.images, [0]))
         live = features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
         wanted = live(batch)
         with self.precision.autocast():
@@ -174,7 +176,7 @@ class Run:
         live = features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
         if self.recipe.loss.cache == "off" or not live.blocks:
             return live
-        batches = self._pass(self.images, chosen)
+        batches = self.once(self.images, chosen)
         if self.recipe.loss.cache == "memory":
             return features.in_memory(live, batches, chosen)
         folder = self.folder / "features"
@@ -194,7 +196,7 @@ class Run:
         keep = keep and some.numel() * 4 * len(images) <= KEPT_BYTES
         return Viewed(images, view, self.recipe.train.seed, about.bad_images, keep)
 
-    def _pass(self, images: ImageSet, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+    def once(self, images: ImageSet, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         """Once over ``rows``, in order, without augmentation."""
         about, train = self.recipe.data, self.recipe.train
         rows = range(len(images)) if rows is None else rows
@@ -205,13 +207,13 @@ class Run:
 
     def _measured(self, student: nn.Module) -> dict[str, Any]:
         about = self.recipe.evaluate
-        passes = (lambda: self._pass(self.images)), (lambda: self._pass(self.test))
+        passes = (lambda: self.once(self.images)), (lambda: self.once(self.test))
         found: dict[str, Any] = dict(evaluate.measure(student, *passes, about))
         if self.method.distills and about.teacher:
             found["teacher"] = evaluate.measure(self.teacher, *passes, about)
         if self.method.distills and about.cosine:
             reduction = self.recipe.student.reduction
-            batches = self._pass(self.test)
+            batches = self.once(self.test)
             found["cosine"] = evaluate.likeness(student, self.teacher, batches, reduction)
         return found
 

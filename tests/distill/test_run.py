@@ -28,7 +28,7 @@ def teacher(tmp_path: Path) -> dict:
 
 
 def images(recipe: Recipe, folder: Path) -> Batch:
-    return next(Run(recipe, folder, World())._pass(Run(recipe, folder, World()).test))
+    return next(Run(recipe, folder, World()).once(Run(recipe, folder, World()).test))
 
 
 def test_wecolora_leaves_an_ordinary_smaller_model(tmp_path: Path, teacher: dict) -> None:

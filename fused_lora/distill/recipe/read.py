@@ -11,7 +11,11 @@ from typing import Any
 from fused_lora.distill.recipe.checked import RecipeError, Table, unknown
 from fused_lora.distill.recipe.tables import Recipe
 
-TABLES = {f.name: type(f.default) for f in dataclasses.fields(Recipe) if f.name != "method"}
+TABLES: dict[str, type[Table]] = {
+    f.name: type(f.default)
+    for f in dataclasses.fields(Recipe)
+    if f.name != "method"  # type: ignore[misc]
+}
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
