@@ -11,6 +11,7 @@ from fused_lora.bench.table import milliseconds, small, times
 
 TITLES = {
     "train_step": "one training step: forward, loss, backward, AdamW",
+    "wecolora_step": "one WeCoLoRA step: teacher forward, half of its blocks trained",
     "six_projections": "the linear layers of one block, forward and backward",
 }
 HEADS = (

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from fused_lora.bench.gate import Errors
 from fused_lora.bench.provenance import Provenance, slug
 
-RACES = ("six_projections", "train_step")  # the suites whose rows are those of contenders
+RACES = ("six_projections", "train_step", "wecolora_step")  # rows are those of contenders
 _R = TypeVar("_R")
 
 
@@ -38,7 +38,7 @@ class Row:
     contender: str
     form: str  # adapters on a fused qkv: separate (three), joint (one), none
     rounds: int
-    median_ms: float  # one step: forward and backward, and the optimizer in train_step
+    median_ms: float  # one step: forward and backward, and the optimizer of a whole step
     q1_ms: float
     q3_ms: float
     ratio_frozen: float | None  # median over rounds of the ratio within a round; None: not run

@@ -53,6 +53,9 @@ CPU_GRIDS = {
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (1, 8), ("fp32",), (), (), 240),
     "saved_bytes": _COUNTED,
     "train_step": Grid(_SMALL_BASE, (16, 128, 512), (2,), ("fp32",), _STEP, _SMALL_BASE[1:], 115),
+    "wecolora_step": Grid(
+        _SMALL_BASE[1:], (128,), (8,), ("fp32",), ("frozen", "naive", "peft", "fused"), (), 120
+    ),
 }
 CUDA_GRIDS = {
     "saved_bytes": _COUNTED,
@@ -74,6 +77,15 @@ CUDA_GRIDS = {
         (*_STEP[:3], "peft_bf16", "addmm", *_STEP[3:]),
         (),
         600,
+    ),
+    "wecolora_step": Grid(
+        _SMALL_BASE[1:],
+        (128, 256, 512),
+        (8, 128),
+        ("amp", "fp32"),
+        ("frozen", "naive", "peft", "peft_bf16", "fused"),
+        (),
+        240,
     ),
 }
 

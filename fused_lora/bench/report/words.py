@@ -9,6 +9,7 @@ from fused_lora.bench.table import times, title
 
 STEPS = {
     "train_step": "one training step: forward, loss, backward, and AdamW on what is trained",
+    "wecolora_step": "one WeCoLoRA step: teacher forward, student forward and backward, AdamW",
     "six_projections": "the linear layers of one block alone, forward and backward",
 }
 
