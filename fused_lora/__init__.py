@@ -1,5 +1,6 @@
 """Low-rank adaptation of vision transformers at the cost of the frozen network."""
 
+from fused_lora.distill.share import share_adapters, unshare_adapters
 from fused_lora.io import AdapterFileError, load, load_lora_state_dict, lora_state_dict, save
 from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
 from fused_lora.ops.lora_linear import lora_linear
@@ -27,6 +28,8 @@ __all__ = [
     "merge",
     "patch",
     "save",
+    "share_adapters",
     "unmerge",
     "unpatch",
+    "unshare_adapters",
 ]

@@ -52,6 +52,7 @@ CPU_GRIDS = {
     "six_projections": Grid(_SMALL_BASE, _RANKS, (8,), ("fp32",), _SIX, (), 120),
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (1, 8), ("fp32",), (), (), 240),
     "saved_bytes": _COUNTED,
+    "sharing": Grid(_SMALL_BASE, (16,), (2,), ("fp32",), (), (), 60),
     "train_step": Grid(_SMALL_BASE, (16, 128, 512), (2,), ("fp32",), _STEP, _SMALL_BASE[1:], 115),
     "wecolora_step": Grid(
         _SMALL_BASE[1:], (128,), (8,), ("fp32",), ("frozen", "naive", "peft", "fused"), (), 120
@@ -59,6 +60,7 @@ CPU_GRIDS = {
 }
 CUDA_GRIDS = {
     "saved_bytes": _COUNTED,
+    "sharing": Grid(_SMALL_BASE, (16, 128), (32,), ("bf16", "fp32"), (), (), 120),
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (8, 128), ("bf16",), (), (), 240),
     "six_projections": Grid(
         (*_SMALL_BASE, "vit_large_patch16_224"),

@@ -9,6 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.nn import AdaptedLinear
+from fused_lora.nn.shared import SharedLoRALinear
 
 PREFIX = "base_model.model."
 ASIDE = "fused_lora.b."  # before <module>.<group>: a b that its fold into lora_B would round
@@ -65,9 +66,14 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def unmerged(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """``adapted(model)``; raises AdapterFileError where one is merged."""
+    """``adapted(model)``; raises AdapterFileError where one is merged, or another model's."""
     found = adapted(model)
     for name, module in found.items():
+        if isinstance(module, SharedLoRALinear):
+            raise AdapterFileError(
+                f"{name} shares its teacher's adapters, which loading would overwrite: load into "
+                "the teacher, or call fused_lora.unshare_adapters first"
+            )
         if module.merged:
             raise AdapterFileError(f"{name} is merged: call fused_lora.unmerge before loading")
     return found

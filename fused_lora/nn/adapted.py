@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,12 +12,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
+from fused_lora.nn.borrow import borrow
+from fused_lora.nn.box import Box
 from fused_lora.nn.config import AdapterConfig
+from fused_lora.nn.loan import borrowers_of
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.lora_merge import lora_merge
 from fused_lora.types import Span
 
 Self = TypeVar("Self", bound="AdaptedLinear")
+STATE = (  # beside the parameters
+    "config",
+    "adapter_enabled",
+    "_groups",
+    "_spans",
+    "_used",
+    "_narrowed",
+    "_lent",
+    "_scales",
+    "_base",
+)
 
 
 def check_rank(rank: int, where: str) -> None:
@@ -44,17 +59,26 @@ class AdaptedLinear(nn.Linear):
     ) -> None:
         for name in columns:
             check_rank(ranks[name], type(self).__name__ + (name and f" {name}"))
+        spans = {name: Span(*columns[name], ranks[name]) for name in columns}
+        self._describe(spans, [config.scale_for(ranks[name]) for name in columns], config)
+        for name, span in zip(self._groups, self._spans, strict=True):
+            a, b = self._empty(span.rank, self.in_features), self._empty(span.width, span.rank)
+            self.register_parameter(key_of("lora_A", name), a)
+            self.register_parameter(key_of("lora_B", name), b)
+        self.reset_adapters(generator)
+
+    def _describe(
+        self, spans: Mapping[str, Span], scales: Sequence[float], config: AdapterConfig
+    ) -> None:
         self.config = config
         self.adapter_enabled = True
-        self._groups = tuple(columns)
-        self._spans = tuple(Span(*columns[name], ranks[name]) for name in columns)
-        scales = [config.scale_for(ranks[name]) for name in columns]
+        self._groups = tuple(spans)
+        self._spans = tuple(spans.values())
+        self._used = self._spans  # what the forward computes with: fewer ranks where narrowed
+        self._narrowed = False
+        self._lent = False  # whether another module computes with parts of these adapters
         self._scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
         self._base: tuple[Tensor, ...] = ()  # the frozen weight, while merged
-        for name, span in zip(self._groups, self._spans, strict=True):
-            self.register_parameter(_key("lora_A", name), self._empty(span.rank, self.in_features))
-            self.register_parameter(_key("lora_B", name), self._empty(span.width, span.rank))
-        self.reset_adapters(generator)
 
     def _empty(self, rows: int, columns: int) -> nn.Parameter:
         device, dtype = self.weight.device, self.config.adapter_dtype
@@ -69,6 +93,27 @@ class AdaptedLinear(nn.Linear):
     def scales(self) -> tuple[float, ...]:
         """The factor s of each adapter."""
         return tuple(self._scales.tolist())
+
+    @property
+    def active_rank(self) -> int | None:
+        """How many leading ranks of each adapter compute and train; None for all of them.
+
+        The rest of a and b is left out of the forward, the gradient and ``merge``, without a copy
+        (rank-prefix training, DyLoRA, Valipour et al. 2022). Scales and state dicts stay as they
+        are; an adapter of a lower rank is used whole.
+        """
+        return max(span.rank for span in self._used) if self._narrowed else None
+
+    @active_rank.setter
+    def active_rank(self, rank: int | None) -> None:
+        self._refuse_merged("active_rank")
+        top = max(span.rank for span in self._spans)
+        if rank is not None:
+            check_rank(rank, "active_rank")
+            if rank > top:
+                raise ValueError(f"active_rank must be at most the rank {top}, got {rank}")
+        self._used = tuple(replace(s, rank=min(rank or top, s.rank)) for s in self._spans)
+        self._narrowed = self._used != self._spans
 
     def set_scale(self, scale: float, group: str | None = None) -> None:
         """Change s of one adapter, or of all; compiled graphs see it without recompiling."""
@@ -106,19 +151,26 @@ class AdaptedLinear(nn.Linear):
         if self.merged:
             raise RuntimeError(f"{action}: the adapters are merged; unmerge() first")
 
-    def adapter(self, group: str = "") -> tuple[nn.Parameter, nn.Parameter]:
-        """(a [R, K], b [columns, R]) of one group."""
+    def adapter(self, group: str = "") -> tuple[Tensor, Tensor]:
+        """(a [R, K], b [columns, R]) of one group: parameters, whatever ``active_rank`` is."""
         if group not in self._groups:
             raise ValueError(f"no adapter named {group!r}; this module has {self._groups}")
-        return getattr(self, _key("lora_A", group)), getattr(self, _key("lora_B", group))
+        return getattr(self, key_of("lora_A", group)), getattr(self, key_of("lora_B", group))
 
-    def adapters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    def adapters(self) -> list[tuple[Tensor, Tensor]]:
         """(a, b) of every group, in order."""
-        return list(zip(*self._pairs(), strict=True))  # type: ignore[arg-type]
+        return [self.adapter(name) for name in self._groups]
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        a = [getattr(self, _key("lora_A", name)) for name in self._groups]
-        return a, [getattr(self, _key("lora_B", name)) for name in self._groups]
+        a = [getattr(self, key_of("lora_A", name)) for name in self._groups]
+        b = [getattr(self, key_of("lora_B", name)) for name in self._groups]
+        return self._parts(a, b) if self._lent or self._narrowed else (a, b)
+
+    def _parts(self, a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        used = self._used
+        boxes = [Box(0, span.rank, self.in_features) for span in used]
+        parts = borrow([*a, *b], [*boxes, *(Box(0, span.width, span.rank) for span in used)])
+        return parts[: len(a)], parts[len(a) :]
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features]."""
@@ -130,14 +182,14 @@ class AdaptedLinear(nn.Linear):
         if self.training and self.config.dropout:
             return self._forward_with_dropout(x)
         a, b = self._pairs()
-        spans, impl = self._spans, self.config.impl
+        spans, impl = self._used, self.config.impl
         return lora_linear(x, self.weight, self.bias, a, b, self._scales, spans, impl=impl)
 
     def _forward_with_dropout(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         dropped = F.dropout(x, self.config.dropout)
         scales = self._scales if torch.compiler.is_compiling() else self.scales
-        for a, b, s, span in zip(*self._pairs(), scales, self._spans, strict=True):
+        for a, b, s, span in zip(*self._pairs(), scales, self._used, strict=True):
             h = s * F.linear(dropped, a.to(y.dtype) if a.dtype != x.dtype else a)
             y[..., span.start : span.stop].add_(F.linear(h, b.to(y.dtype)))
         return y
@@ -167,7 +219,7 @@ class AdaptedLinear(nn.Linear):
         base = self.weight
         with torch.no_grad():
             merged = lora_merge(
-                base, *self._pairs(), self.scales, self._spans, rounding, seed, impl=impl
+                base, *self._pairs(), self.scales, self._used, rounding, seed, impl=impl
             )
         self._base = (base,)
         self.weight = nn.Parameter(merged, requires_grad=False)
@@ -185,14 +237,20 @@ class AdaptedLinear(nn.Linear):
         if self.merged:
             self.weight.requires_grad_(self._base[0].requires_grad)
         for name in self._groups:
-            del self._parameters[_key("lora_A", name)], self._parameters[_key("lora_B", name)]
-        for name in ("config", "adapter_enabled", "_groups", "_spans", "_scales", "_base"):
-            del self.__dict__[name]
+            for half in ("lora_A", "lora_B"):
+                self._parameters.pop(key_of(half, name), None)
+        for name in STATE:
+            self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
     def check_releasable(self) -> None:
         """Raises RuntimeError where ``release`` would lose something."""
+        if self._lent and (students := len(borrowers_of(self))):
+            raise RuntimeError(
+                f"release: {students} modules of a student compute with these adapters: unpatch "
+                "or unshare the student first"
+            )
         if is_parametrized(self):
             raise RuntimeError(
                 f"release: {sorted(self.parametrizations)} are parametrized: call "  # type: ignore[arg-type]
@@ -234,7 +292,7 @@ class AdaptedLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        own = {prefix + _key(half, g) for g in self._groups for half in ("lora_A", "lora_B")}
+        own = {prefix + key_of(half, g) for g in self._groups for half in ("lora_A", "lora_B")}
         vanilla = own.issubset(missing)
         missing_keys += [key for key in missing if not (vanilla and key in own)]
 
@@ -246,7 +304,7 @@ class AdaptedLinear(nn.Linear):
         return f"{super().extra_repr()}, {adapters}, scale={scale}{state}"
 
 
-def _key(half: str, group: str) -> str:
+def key_of(half: str, group: str) -> str:
     return f"{half}_{group}" if group else half
 
 

@@ -1,0 +1,183 @@
+"""share_adapters: a student that computes with parts of its teacher's adapters.
+
+Block i of the student takes those of block g(i) of the teacher; of each adapter the first K_s
+inputs, the first N_s outputs (of each of q, k and v) and the first R ranks (SLAD, Bensaid et al.
+2026).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fused_lora.distill.blocks import blocks_of
+from fused_lora.distill.deal import Deal, deals
+from fused_lora.nn import AdaptedLinear
+from fused_lora.nn.shared import SharedLoRALinear
+from fused_lora.patching.errors import PatchError
+from fused_lora.patching.explain import check_batch_size, plan_of
+from fused_lora.patching.patch import RECORD, _check_trainable, _compiled, _freeze, adapted
+from fused_lora.patching.report import PatchReport, Row
+from fused_lora.patching.trace import rows_per_call
+
+MAPPINGS: Mapping[str, Callable[[int, int, int], int]] = {
+    "first": lambda i, students, teachers: i,
+    "last": lambda i, students, teachers: teachers - students + i,
+    "even": lambda i, students, teachers: i * teachers // students,
+}
+
+
+def share_adapters(
+    teacher: nn.Module,
+    student: nn.Module,
+    mapping: str | Callable[[int], int] = "even",
+    *,
+    rank: int | None = None,
+    trainable: Iterable[str] = (),
+    example_input: Any = None,
+    batch_size: int = 32,
+) -> PatchReport:
+    """Let the student's blocks compute with parts of the teacher's adapters, and freeze its rest.
+
+    The adapters stay the teacher's parameters, in its state dict and no other, so give the
+    optimizer the teacher's (and DDP a module that holds both models). The student's gradient is
+    added to them in place. ``fused_lora.save``, ``merge`` and ``unpatch`` take the student alone;
+    ``unshare_adapters`` gives it copies of its own.
+
+    Args:
+        teacher: a patched model, not merged.
+        student: a vision transformer, not patched, no wider than the teacher; its linears keep
+            their identity, weights and keys.
+        mapping: the teacher's block for block i of the student, of L_t and L_s: "first" i, "last"
+            L_t - L_s + i, "even" i L_t // L_s, or a function of i.
+        rank: the leading ranks that the student uses of each adapter; None for all.
+        trainable: regular expressions of the student's parameters that go on training.
+        example_input: what the student's trial forward is called with; None for one image.
+        batch_size: what the report's plans are made for.
+
+    Returns:
+        The report on the student, which counts only what the student owns.
+
+    Raises:
+        PatchError: an unpatched or merged teacher, a patched student, a mapping that leaves the
+            teacher's blocks, projections without counterpart, a student wider than the teacher, a
+            rank above the teacher's, devices that differ; both models are left as they were.
+        ValueError: an option out of range.
+    """
+    check_batch_size(batch_size)
+    trained = _compiled(trainable)
+    _check_models(teacher, student)
+    _check_trainable(student, trained)
+    found = deals(_pairs(teacher, student, mapping), rank)
+    watched = [(deal.name, deal.linear) for deal in found]
+    rows = rows_per_call(student, watched, example_input)
+    if idle := [name for name, _ in watched if name not in rows]:
+        raise PatchError(
+            f"{idle[0]} is never called by the student's forward: sharing does nothing"
+        )
+    _adopt(found)
+    froze = _freeze(student, trained)
+    report = _report(student, found, rows, froze, batch_size)
+    student.__dict__[RECORD] = report
+    return report
+
+
+def unshare_adapters(student: nn.Module) -> None:
+    """Give the student copies of its parts as parameters of its own; it then shares nothing.
+
+    Raises:
+        PatchError: the student shares no adapters.
+    """
+    shared = [m for m in student.modules() if isinstance(m, SharedLoRALinear)]
+    if not shared:
+        raise PatchError(f"{type(student).__name__} shares no adapters")
+    for module in shared:
+        module.own()
+
+
+def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
+    """The teacher's parameters, of those that train, of which the student has parts; each once."""
+    shared = [m for m in student.modules() if isinstance(m, SharedLoRALinear)]
+    loans = [loan for module in shared for loan in module.loans.values()]
+    halves = [half for loan in loans for half in loan.owner.adapter(loan.group)]
+    found = {id(half): half for half in halves if half.requires_grad}
+    return list(found.values())  # type: ignore[arg-type]
+
+
+def _check_models(teacher: nn.Module, student: nn.Module) -> None:
+    for name, module in adapted(teacher):
+        if module.merged:
+            raise PatchError(f"the teacher's {name} is merged: call fused_lora.unmerge on it first")
+        if isinstance(module, SharedLoRALinear):
+            raise PatchError(f"the teacher's {name} is itself a student's: share its owner's")
+        if hasattr(module, "parametrizations"):
+            raise PatchError(f"the teacher's {name} is parametrized: parts of it cannot be shared")
+    if not isinstance(student, nn.Module):
+        raise PatchError(f"expected a torch.nn.Module, got {type(student).__name__}")
+    for name, module in student.named_modules():
+        if isinstance(module, AdaptedLinear):
+            raise PatchError(f"the student's {name} carries adapters already: unpatch it first")
+
+
+def _pairs(teacher: nn.Module, student: nn.Module, mapping: str | Callable[[int], int]) -> Any:
+    mine, theirs = blocks_of(student), blocks_of(teacher)
+    choose = _chooser(mapping, len(mine), len(theirs))
+    for i, block in enumerate(mine):
+        g = choose(i)
+        if isinstance(g, bool) or not isinstance(g, int) or not 0 <= g < len(theirs):
+            raise PatchError(
+                f"mapping {mapping!r} sends block {i} of the student's {len(mine)} to {g!r}; the "
+                f"teacher's blocks are 0 to {len(theirs) - 1}"
+            )
+        yield block, theirs[g]
+
+
+def _chooser(
+    mapping: str | Callable[[int], int], students: int, teachers: int
+) -> Callable[[int], Any]:
+    if callable(mapping):
+        return mapping
+    if mapping not in MAPPINGS:
+        raise PatchError(f"mapping must be one of {[*MAPPINGS]} or a function, got {mapping!r}")
+    return lambda i: MAPPINGS[mapping](i, students, teachers)
+
+
+def _adopt(found: list[Deal]) -> None:
+    done: list[AdaptedLinear] = []
+    try:
+        for deal in found:
+            done.append(SharedLoRALinear.adopt(deal.linear, deal.loans, deal.config))
+    except BaseException:
+        for module in done:
+            module.release()
+        raise
+
+
+def _report(
+    student: nn.Module,
+    found: list[Deal],
+    rows_per_image: dict[str, int],
+    froze: list[str],
+    batch_size: int,
+) -> PatchReport:
+    rows = []
+    for deal in found:
+        module = deal.linear
+        assert isinstance(module, SharedLoRALinear)
+        ranks = tuple(loan.span.rank for loan in deal.loans.values())
+        plan = str(plan_of(module, rows_per_image[deal.name] * batch_size))
+        keys = "|".join(deal.keys)
+        rows.append(Row(deal.name, keys, module.in_features, module.out_features, ranks, 0, plan))
+    counts = [(p.numel(), p.requires_grad) for p in student.parameters()]
+    return PatchReport(
+        type(student).__name__,
+        rows,
+        batch_size,
+        str(next(student.parameters()).device),
+        sum(count for count, trains in counts if trains),
+        sum(count for count, _ in counts),
+        froze,
+        rows_per_image,
+    )
