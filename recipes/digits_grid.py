@@ -32,8 +32,8 @@ FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.25)
 REDUCTIONS = (2, 3, 4)
 SEEDS = (0, 1, 2)
 STEPS = 120
-RATES = {"wecolora": (0.1, 0.2, 0.4, 0.8), "weco_kd": (0.01, 0.02, 0.04, 0.08)}
-SWEPT = {0.01: 0.01, 0.02: 0.01, 0.05: 0.10, 0.10: 0.10, 0.25: 0.10}  # whose rate is taken
+RATES = {"wecolora": (0.1, 0.2, 0.4, 0.8), "weco_kd": (0.01, 0.02, 0.04, 0.08, 0.16)}
+SWEPT = {0.01: 0.01, 0.02: 0.10, 0.05: 0.10, 0.10: 0.10, 0.25: 0.10}  # by effective batch
 SWEEP_REDUCTION, SWEEP_SEED = 3, 9
 
 

@@ -27,8 +27,7 @@ class Method:
 def copied_with_adapters(teacher: nn.Module, recipe: Recipe) -> nn.Module:
     """WeCoLoRA: the copied layers frozen and shared, adapters on them."""
     about = recipe.student
-    alone = recipe.train.parallel == "fsdp"  # a sharded parameter can be nobody else's
-    student = wecolora.copy_layers(teacher, about.reduction, share=not alone, own=about.trainable)
+    student = wecolora.copy_layers(teacher, about.reduction, own=about.trainable)
     patch(
         student,
         about.rank,
@@ -57,6 +56,7 @@ METHODS = {
     "wecolora": Method(copied_with_adapters),
     "weco_kd": Method(copied, everything=True),
     "weco": Method(copied, learns=False),
+    "slad": Method(lambda teacher, recipe: teacher),  # two models: see slad_run
     "finetune": Method(itself, distills=False, everything=True),
 }
 

@@ -22,7 +22,7 @@ from fused_lora.distill.methods import METHODS, finish, objective_of, wanted_of
 from fused_lora.distill.objective import Objective, unreached
 from fused_lora.distill.recipe.checked import RecipeError
 from fused_lora.distill.recipe.read import plain, read
-from fused_lora.distill.recipe.tables import Recipe
+from fused_lora.distill.recipe.tables import Recipe, Teacher
 from fused_lora.distill.student import ABOUT, load_student, save_student
 from fused_lora.distill.train.fit import LAST, Fit
 from fused_lora.distill.train.precision import Precision, device_of
@@ -61,7 +61,7 @@ def distill(recipe: Recipe, folder: str | Path, fresh: bool = False) -> dict[str
         here.wait()
         if done := here.agree(_finished(folder, recipe)):
             return done
-        return Run(recipe, folder, here).result()
+        return run_of(recipe, folder, here).result()
 
 
 @dataclass
@@ -80,35 +80,46 @@ class Run:
         self.method = METHODS[recipe.method]
         self.images = SOURCES[recipe.data.source](recipe.data.path, TRAIN)
         self.test = SOURCES[recipe.data.source](recipe.data.path, TEST)
-        self.teacher, self.about = self._teacher()
+        self.teacher, self.about = self._model(recipe.teacher)
         self.plain_view = self._view("none")
 
     def result(self) -> dict[str, Any]:
         """Train, merge, save, measure."""
-        recipe = self.recipe
         chosen = self.chosen()
-        student = self.method.student(self.teacher, recipe)
-        student.to(self.precision.device, self.precision.stored)
+        student = self._student()
         figures: dict[str, Any] = {"images": len(chosen)}
         if self.method.learns:
-            fit = self._fit(student, chosen)
+            fit = self._fit(self._objective(student), chosen)
             fit.run()
             figures |= {"steps": fit.steps, "skipped": fit.skipped}
-        finish(student, recipe)
+        self._finish(student)
         if self.world.first:
             figures |= self._measured(student)
             self._write(student, figures)
         return self.world.agree(_read(self.folder / RESULT) if self.world.first else None)
 
-    def _teacher(self) -> tuple[nn.Module, dict[str, Any]]:
-        """The model and how it is built again."""
-        given = self.recipe.teacher
+    def _student(self) -> nn.Module:
+        student = self.method.student(self.teacher, self.recipe)
+        return student.to(self.precision.device, self.precision.stored)
+
+    def _objective(self, student: nn.Module) -> nn.Module:
+        objective = objective_of(student, self.teacher, self.recipe)
+        self._check_reach(objective)
+        return objective
+
+    def _finish(self, student: nn.Module) -> None:
+        finish(student, self.recipe)
+
+    def _model(self, given: Teacher) -> tuple[nn.Module, dict[str, Any]]:
+        """The model, and how it is built again."""
         if given.recipe:
             trained = Path(given.recipe).with_suffix("")
             folder = self.folder.parent / trained.name
             inner = read(given.recipe)
             if inner.method != "finetune":
-                raise RecipeError(f"teacher.recipe {given.recipe}: its method is {inner.method!r}")
+                raise RecipeError(
+                    f"{given.TITLE}.recipe {given.recipe}: its method is {inner.method!r}"
+                )
             if not _finished(folder, inner):
                 Run(inner, folder, self.world).result()
             model = load_student(folder)
@@ -118,8 +129,8 @@ class Run:
             model = build(given, len(self.images.classes))
             if self.method.distills and not (given.pretrained or given.checkpoint):
                 raise RecipeError(
-                    f"the teacher {given.model!r} has no weights: give teacher.pretrained, "
-                    "teacher.checkpoint or teacher.recipe"
+                    f"{given.TITLE}.model {given.model!r} has no weights: give pretrained, "
+                    "checkpoint or recipe beside it"
                 )
         classes = getattr(model, "num_classes", None)
         options = given.options | ({"num_classes": classes} if classes is not None else {})
@@ -136,10 +147,8 @@ class Run:
         every, _, _ = evaluate.features_of(self.teacher, self.once(self.images))
         return spread(every, about.fraction, about.seed)
 
-    def _fit(self, student: nn.Module, chosen: Sequence[int]) -> Fit:
+    def _fit(self, objective: nn.Module, chosen: Sequence[int]) -> Fit:
         recipe, train = self.recipe, self.recipe.train
-        objective = objective_of(student, self.teacher, recipe)
-        self._check_reach(objective)
         order = Order(chosen, train.batch_size, train.accumulate, self.world.size, train.seed)
         header = {k: v for k, v in plain(recipe).items() if k != "evaluate"}
         view = self._view(recipe.data.augment)
@@ -218,13 +227,23 @@ class Run:
         return found
 
     def _write(self, student: nn.Module, figures: dict[str, Any]) -> None:
-        reduction = self.recipe.student.reduction if self.method.distills else 1
+        copies = self.method.distills and self.recipe.slad is None
+        reduction = self.recipe.student.reduction if copies else 1
         save_student(student, self.folder, self.about | {"reduction": reduction})
         seconds = round(time.perf_counter() - self.begun_s, 2)
         said = {"recipe": plain(self.recipe), "figures": figures, "seconds": seconds}
         beside = self.folder / f"{RESULT}.part"
         beside.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, self.folder / RESULT)
+
+
+def run_of(recipe: Recipe, folder: Path, here: World) -> Run:
+    """The run of the recipe's method."""
+    if recipe.method != "slad":
+        return Run(recipe, folder, here)
+    from fused_lora.distill.slad_run import SladRun
+
+    return SladRun(recipe, folder, here)
 
 
 def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:

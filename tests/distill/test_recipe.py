@@ -53,6 +53,9 @@ def test_the_recipes_that_come_with_the_repository_are_sound(path: Path) -> None
             {"loss": {"cache": "disk"}, "data": {"augment": "flip"}},
             "loss.cache = 'disk' keeps one view .* data.augment = 'flip'",
         ),
+        ({"method": "slad"}, "the table .slad. goes with the method slad, not 'slad'"),
+        ({"slad": {"model": "m"}}, "the table .slad. goes with .* not 'wecolora'"),
+        ({"slad": {"model": ""}}, "give slad.model, or slad.recipe"),
         ({"method": "finetune", "teacher": {"recipe": "x"}}, "trains the teacher itself"),
     ],
 )

@@ -15,6 +15,7 @@ from fused_lora.distill import load_student
 from fused_lora.distill.data.batches import Batch
 from fused_lora.distill.evaluate import likeness, neighbours, sgd
 from fused_lora.distill.recipe import Recipe, RecipeError
+from fused_lora.distill.recipe.tables import Teacher
 from fused_lora.distill.run import Run, distill
 from fused_lora.distill.taps import tokens_of
 from fused_lora.distill.train.world import World
@@ -143,7 +144,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     command = ["distill", str(tmp_path / "s.toml"), "--out", str(tmp_path / "s")]
     for override, message in [
         ("student.rank=0", "student.rank must lie in [1, 4096], got 0"),
-        ("train.steps=3", "the teacher 'vit_tiny_patch16_224' has no weights"),
+        ("train.steps=3", "teacher.model 'vit_tiny_patch16_224' has no weights"),
         ("teacher.checkpoint=none.pth", "no weights"),
         ("teacher.model=vit_tony", "teacher.model = 'vit_tony'"),
         ("train.device=tpu9", "train.device = 'tpu9'"),
@@ -212,3 +213,31 @@ def test_two_results_are_the_same(tmp_path: Path, teacher: dict) -> None:
         distill(copy.deepcopy(asked), tmp_path / name)
         ends.append(read(tmp_path / name / "student.safetensors"))
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_slad_trains_both_through_the_same_adapters(
+    tmp_path: Path, teacher: dict, accumulate: int
+) -> None:
+    small = {"model": MODEL["model"], "options": MODEL["options"] | {"embed_dim": 8, "depth": 2}}
+    torch.manual_seed(1)
+    weights = tmp_path / "small.pth"
+    torch.save(build(Teacher(**small)).state_dict(), weights)
+    asked = recipe(
+        method="slad",
+        teacher=teacher,
+        slad=small | {"checkpoint": str(weights), "head_blocks": 2},
+        train={"accumulate": accumulate, "precision": "fp64", "steps": 8},
+        evaluate={"knn": 3},
+    )
+    said = distill(asked, tmp_path / "run")["figures"]
+    assert {"head", "knn", "teacher"} <= set(said) and set(said["teacher"]) == {"head"}
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert set(json.loads(lines[0])) == {"step", "student", "teacher", "agreement", "loss", "lr"}
+    assert losses[-1] < losses[0]
+    student, before = load_student(tmp_path / "run"), build(asked.slad)
+    one, other = (m.blocks[1].attn.qkv.weight.double() for m in (student, before))
+    assert not torch.equal(one, other)
+    heads = read(tmp_path / "run" / "heads.safetensors")
+    assert {name.partition(".")[0] for name in heads} == {"student", "teacher"}

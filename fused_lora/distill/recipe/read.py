@@ -9,13 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from fused_lora.distill.recipe.checked import RecipeError, Table, unknown
-from fused_lora.distill.recipe.tables import Recipe
+from fused_lora.distill.recipe.tables import (
+    Data,
+    Evaluate,
+    Loss,
+    Recipe,
+    Slad,
+    Student,
+    Teacher,
+    Train,
+)
 
 TABLES: dict[str, type[Table]] = {
-    f.name: type(f.default)
-    for f in dataclasses.fields(Recipe)
-    if f.name != "method"  # type: ignore[misc]
+    kind.TITLE: kind for kind in (Teacher, Student, Data, Loss, Train, Evaluate, Slad)
 }
+FILES = (
+    ("teacher", "checkpoint"),
+    ("teacher", "recipe"),
+    ("slad", "checkpoint"),
+    ("slad", "recipe"),
+    ("data", "path"),
+)
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -46,6 +60,7 @@ def of(given: dict[str, Any]) -> Recipe:
     for key in given:
         if key not in known:
             raise RecipeError(unknown("a recipe", key, known))
+    given = {name: table for name, table in given.items() if table is not None}
     tables = {name: kind.of(given[name]) for name, kind in TABLES.items() if name in given}
     method = {"method": given["method"]} if "method" in given else {}
     return Recipe(**method, **tables)
@@ -89,7 +104,7 @@ def _value(text: str) -> Any:
 def _anchored(given: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Relative files of the recipe, from its own folder."""
     given = dict(given)
-    for table, key in (("teacher", "checkpoint"), ("teacher", "recipe"), ("data", "path")):
+    for table, key in FILES:
         part = given.get(table)
         if isinstance(part, dict) and isinstance(name := part.get(key), str) and name:
             given[table] = part | {key: str(folder / name)}

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from fused_lora.distill.recipe.checked import RecipeError, Table, names, number, word
 
-METHODS = ("wecolora", "weco_kd", "weco", "finetune")
+METHODS = ("wecolora", "weco_kd", "weco", "finetune", "slad")
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,29 @@ class Teacher(Table):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.options, dict):
-            raise RecipeError(f"teacher.options must be a table, got {self.options!r}")
+            raise RecipeError(f"{self.TITLE}.options must be a table, got {self.options!r}")
         given = [n for n in ("pretrained", "checkpoint", "recipe") if getattr(self, n)]
         if len(given) > 1:
-            raise RecipeError(f"teacher takes its weights from one place, got {given}")
+            raise RecipeError(f"{self.TITLE} takes its weights from one place, got {given}")
         if bool(self.model) == bool(self.recipe):
             raise RecipeError(
-                f"give teacher.model, or teacher.recipe in its place: got {self.model!r} and "
-                f"{self.recipe!r}"
+                f"give {self.TITLE}.model, or {self.TITLE}.recipe in its place: got "
+                f"{self.model!r} and {self.recipe!r}"
             )
+
+
+@dataclass(frozen=True)
+class Slad(Teacher):
+    """SLAD's student, a smaller model of its own, and the weights of the joint loss."""
+
+    TITLE: ClassVar[str] = "slad"
+
+    mapping: str = word("even", "even", "first", "last")  # the teacher's block for each of its own
+    on_student: float = number(1.0, 0)  # x CE(S)
+    on_teacher: float = number(1.0, 0)  # x CE(T)
+    agreement: float = number(1.0, 0)  # x T^2 KL(S, T)
+    temperature: float = number(2.0, 0.01, 100)
+    head_blocks: int = number(3, 1, 64)  # whose class tokens the heads read
 
 
 @dataclass(frozen=True)
@@ -112,7 +126,6 @@ class Train(Table):
     beta2: float = number(0.95, 0, 0.99999)
     precision: str = word("fp32", "fp32", "bf16", "fp16", "fp64")  # 16 bits by autocast
     device: str = "auto"
-    parallel: str = word("ddp", "ddp", "fsdp")  # under torchrun
     seed: int = number(0, 0)
     log: str = word("jsonl", "jsonl", "tensorboard")
     log_every: int = number(10, 1)  # steps; the loss is looked at then, and NaN stops the run
@@ -148,6 +161,7 @@ class Recipe(Table):
     loss: Loss = Loss()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    slad: Slad | None = None  # of the method slad alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,5 +170,7 @@ class Recipe(Table):
                 f"loss.cache = {self.loss.cache!r} keeps one view of each image, and data.augment "
                 f"= {self.data.augment!r} makes a new one each time: use one of the two"
             )
+        if (self.method == "slad") != (self.slad is not None):
+            raise RecipeError(f"the table [slad] goes with the method slad, not {self.method!r}")
         if self.method == "finetune" and self.teacher.recipe:
             raise RecipeError("a finetune recipe trains the teacher itself: give teacher.model")
