@@ -26,7 +26,9 @@ BACKENDS = {"aten", "triton", "cuda"}
 AT_IMPORT = {"torch"}  # third parties that may be imported by importing a module
 TRITON_ROOM = ["fused_lora", "kernels", "triton"]  # a jitted function finds triton in its module
 WITHOUT_TRITON = {"available", "border", "launch", "tiles"}  # in that room, importable without
-LATE = {"triton", "timm", "transformers", "peft", "safetensors", "torchvision", "numpy"}
+LATE = {"triton", "timm", "transformers", "peft", "safetensors", "torchvision", "numpy"} | {
+    *("sklearn", "tqdm", "tomli", "PIL", "datasets", "tensorboard")
+}
 
 
 def module_name(path: Path) -> str:
@@ -132,6 +134,9 @@ def test_imports_go_down(path: Path) -> None:
         ("fused_lora.nn.linear", "import fused_lora", "circle"),
         ("fused_lora.types", "from fused_lora import env", "does not stand below"),
         ("fused_lora.ops.x", "from fused_lora.testing import truth", "only the cli"),
+        ("fused_lora.distill.x", "from fused_lora.bench import judge", "only the cli"),
+        ("fused_lora.distill.x", "from sklearn.cluster import KMeans", "inside the function"),
+        ("fused_lora.patching.x", "from fused_lora.distill import stack", "does not stand below"),
         ("fused_lora.kernels.aten.x", "from fused_lora.kernels.cuda import native", "ignorant"),
         ("fused_lora.kernels.triton", "import triton", "inside the function"),
         ("fused_lora.kernels.triton.tiles", "import triton.language as tl", "inside the function"),
