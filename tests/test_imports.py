@@ -9,8 +9,9 @@ import pytest
 
 from fused_lora import cli
 
-BLOCKED = ["triton", "fused_lora._native", "timm", "peft", "safetensors", "transformers"] + [
-    *("sklearn", "torchvision", "tqdm", "datasets", "tomli")
+BLOCKED = [
+    *("triton", "fused_lora._native", "timm", "peft", "safetensors", "transformers"),
+    *("sklearn", "torchvision", "tqdm", "datasets", "tomli"),
 ]
 
 # torch itself may try triton and must be let fail; numpy is torch's own affair.

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from torch import nn
 
 import fused_lora.distill.wecolora as wecolora
+from fused_lora.distill.convolutions import adapt_convolutions, merge_convolutions
 from fused_lora.distill.objective import Objective
 from fused_lora.distill.recipe.tables import Recipe
+from fused_lora.distill.stack import stacks_of
 from fused_lora.distill.taps import pairs_of
-from fused_lora.patching.patch import adapted, patch, unpatch
+from fused_lora.nn import AdaptedLinear
+from fused_lora.patching.patch import patch, unpatch
+from fused_lora.patching.rule import find
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ def copied_with_adapters(teacher: nn.Module, recipe: Recipe) -> nn.Module:
     """WeCoLoRA: the copied layers frozen and shared, adapters on them."""
     about = recipe.student
     student = wecolora.copy_layers(teacher, about.reduction, own=about.trainable)
+    if not find(teacher):
+        stages = [stack.name for stack in stacks_of(teacher)]
+        adapt_convolutions(student, stages, about.rank, recipe.train.seed)
+        return student
     patch(
         student,
         about.rank,
@@ -80,6 +88,8 @@ def wanted_of(teacher: nn.Module, recipe: Recipe) -> list[str]:
 
 def finish(student: nn.Module, recipe: Recipe) -> nn.Module:
     """The student as it is to be used: adapters merged, in eval mode."""
-    if recipe.method == "wecolora" and adapted(student):
-        unpatch(student, merge=True)
+    if recipe.method == "wecolora":
+        if any(isinstance(module, AdaptedLinear) for module in student.modules()):
+            unpatch(student, merge=True)
+        merge_convolutions(student)
     return student.eval()

@@ -22,7 +22,7 @@ def test_the_recipes_that_come_with_the_repository_are_sound(path: Path) -> None
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"metod": "weco"}, "a recipe has no key 'metod'; did you mean 'method'?"),
+        ({"methods": "weco"}, "a recipe has no key 'methods'; did you mean 'method'?"),
         ({"method": "weclora"}, "method must be one of .*, got 'weclora'"),
         ({"student": {"rnak": 4}}, r"\[student\] has no key 'rnak'; did you mean 'rank'?"),
         ({"student": {"zzz": 4}}, r"\[student\] has no key 'zzz'; its keys are \['reduction'"),

@@ -241,3 +241,21 @@ def test_slad_trains_both_through_the_same_adapters(
     assert not torch.equal(one, other)
     heads = read(tmp_path / "run" / "heads.safetensors")
     assert {name.partition(".")[0] for name in heads} == {"student", "teacher"}
+
+
+def test_a_resnet_student_learns_by_convlora(tmp_path: Path) -> None:
+    small = {"model": "resnet18", "options": {"in_chans": 1, "num_classes": 10}}
+    weights = tmp_path / "resnet.pth"
+    torch.save(build(Teacher(**small)).state_dict(), weights)
+    asked = recipe(
+        teacher=small | {"checkpoint": str(weights)},
+        data={"image_size": 32},
+        train={"steps": 4, "blr": 1e-2},
+    )
+    distill(asked, tmp_path / "run")
+    student = load_student(tmp_path / "run")
+    assert [len(getattr(student, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    before = load_student_of(asked, tmp_path)
+    moved = student.layer2[0].conv1.weight, before.layer2[0].conv1.weight
+    assert not torch.equal(*moved)
+    assert torch.equal(student.conv1.weight, before.conv1.weight)

@@ -48,7 +48,8 @@ def _expected(model: nn.Module) -> tuple[dict[str, Any], int]:
 
     config = resolve_data_config(model=model, use_test_size=True)
     embed = getattr(model, "patch_embed", None)
-    channels = getattr(getattr(embed, "proj", None), "in_channels", config["input_size"][0])
+    convolutions = (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    channels = next(convolutions, config["input_size"][0])
     if own := getattr(embed, "img_size", None):
         config["input_size"] = (channels, *own)
     return config, channels
