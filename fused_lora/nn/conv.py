@@ -65,8 +65,8 @@ class FusedLoRAConv2d(nn.Conv2d):
         with torch.autocast(self.weight.device.type, enabled=False):
             wide = torch.promote_types(self.weight.dtype, self.lora_A.dtype)
             flat = self.weight.flatten(1).to(wide)
-            ba = torch.addmm(flat, self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scale)
-            return ba.view_as(self.weight).to(self.weight.dtype)
+            summed = torch.addmm(flat, self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scale)
+            return summed.view_as(self.weight).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [B, N, height', width'] of x [B, C, height, width]."""

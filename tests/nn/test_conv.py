@@ -33,8 +33,8 @@ def test_is_the_low_rank_convolution_beside_the_frozen_one(options: dict) -> Non
     conv, weight = adapted(**options)
     x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
     frozen = conv._conv_forward(x, weight, conv.bias)
-    ba = (conv.lora_B @ conv.lora_A).view_as(weight)
-    beside = conv._conv_forward(x, ba, None)
+    low = (conv.lora_B @ conv.lora_A).view_as(weight)
+    beside = conv._conv_forward(x, low, None)
     assert torch.allclose(conv(x), frozen + 0.5 * beside)
 
 
@@ -63,10 +63,9 @@ def test_is_no_worse_than_two_convolutions(dtype: torch.dtype) -> None:
     h = F.conv2d(x.to(dtype), a.view(4, 6, 3, 3), padding=1)
     plain = F.conv2d(x.to(dtype), w, bias, padding=1) + 0.5 * F.conv2d(h, b[:, :, None, None])
     other = FusedLoRAConv2d.adopt(nn.Conv2d(6, 12, 3, padding=1, dtype=dtype), 4, scale=0.5)
+    own = (other.lora_A, other.lora_B, other.weight, other.bias)
     with torch.no_grad():
-        for mine, value in zip(
-            (other.lora_A, other.lora_B, other.weight, other.bias), small, strict=True
-        ):
+        for mine, value in zip(own, small, strict=True):
             mine.copy_(value)
         y = other(x.to(dtype))
     verdict = judge("y", y, plain.detach(), truth.detach(), dtype)
