@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fused_lora.distill.data.batches import Batch
 from fused_lora.distill.recipe.tables import Evaluate
+from fused_lora.distill.seeds import seeded
 from fused_lora.distill.taps import pairs_of, spans_of, tokens_of
 from fused_lora.distill.wecolora import token_loss
 
@@ -69,8 +70,7 @@ def sgd(
     mean, std = seen.float().mean(0), seen.float().std(0) + 1e-6
     seen, features = ((each.float() - mean) / std for each in (seen, features))
     classes = int(torch.cat([known, labels]).max()) + 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         probe = nn.Linear(seen.shape[1], classes).to(device)
         optimizer = torch.optim.SGD(probe.parameters(), lr=0.1, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)

@@ -27,7 +27,8 @@ def build(about: Teacher, classes: int | None = None) -> nn.Module:
     import timm
 
     options = dict(about.options)
-    if classes is not None and not about.pretrained and "num_classes" not in options:
+    fresh = not (about.pretrained or about.checkpoint)
+    if fresh and classes is not None and "num_classes" not in options:
         options["num_classes"] = classes
     try:
         model = timm.create_model(about.model, pretrained=about.pretrained, **options)

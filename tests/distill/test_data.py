@@ -11,7 +11,7 @@ from PIL import Image
 
 from fused_lora.distill.data.batches import Order, loaded
 from fused_lora.distill.data.scans import ScanView
-from fused_lora.distill.data.sets import DataError, ImageSet, digits, folder
+from fused_lora.distill.data.sets import DataError, ImageSet, digits, folder, huggingface
 from fused_lora.distill.data.subset import balanced, spread
 from fused_lora.distill.data.views import Viewed, photo_view
 
@@ -136,3 +136,29 @@ def test_views_are_those_of_the_seed() -> None:
         ScanView(8, 1, "crop")
     with pytest.raises(ValueError, match="'shift' is for scans"):
         photo_view(8, 1, "shift", CONFIG)
+
+
+def test_a_huggingface_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.new("RGB", (9, 7), (40 * i, 0, 0)) for i in range(4)]
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])}
+    )
+    rows = {"picture": pictures, "kind": [0, 1, 1, 0]}
+    both = {
+        split: datasets.Dataset.from_dict(rows, features=features)
+        for split in ("train", "validation")
+    }
+    datasets.DatasetDict(both).save_to_disk(str(tmp_path / "set"))
+    images = huggingface(tmp_path / "set", "train")
+    assert (images.labels, images.classes) == ([0, 1, 1, 0], ["a", "b"])
+    assert images.load(2).getpixel((0, 0)) == (80, 0, 0)
+    assert len(huggingface(tmp_path / "set", "test")) == 4
+    bare = both["train"].remove_columns("kind")
+    datasets.DatasetDict({"train": bare}).save_to_disk(str(tmp_path / "bare"))
+    with pytest.raises(DataError, match="no column of type ClassLabel"):
+        huggingface(tmp_path / "bare", "train")
+    with pytest.raises(DataError, match=r"no split \['validation', 'val', 'test'\]; it has"):
+        huggingface(tmp_path / "bare", "test")
+    with pytest.raises(DataError, match="no folder '.*none'"):
+        huggingface(tmp_path / "none", "train")

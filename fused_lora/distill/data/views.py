@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from fused_lora.distill.data.scans import ScanView
 from fused_lora.distill.data.sets import DataError, ImageSet
+from fused_lora.distill.seeds import seeded
 
 View = Callable[[Any], Tensor]
 
@@ -98,8 +99,7 @@ class Viewed(Dataset):
                 f"{where} does not decode ({type(error).__name__}: {error}); data.bad_images = "
                 "'skip' passes over such images and counts them"
             ) from None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_000_007 + i)
+        with seeded((self.seed * 1_000_003 + epoch) * 1_000_000_007 + i):
             seen = self.view(image)
         if self.kept is not None:
             self.kept[i] = seen

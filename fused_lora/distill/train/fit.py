@@ -14,6 +14,7 @@ from fused_lora.distill.data.batches import Batch, Order, loaded
 from fused_lora.distill.data.views import Viewed
 from fused_lora.distill.features import Wanted
 from fused_lora.distill.recipe.tables import Train
+from fused_lora.distill.seeds import seed
 from fused_lora.distill.train import checkpoint
 from fused_lora.distill.train.log import Log, bar, log_of
 from fused_lora.distill.train.precision import Precision
@@ -83,7 +84,7 @@ class Fit:
         return done - begun
 
     def _step(self, step: int, micro: list[Batch]) -> None:
-        torch.manual_seed((self.train.seed * 1_000_003 + step) * 1009 + self.world.rank)
+        seed((self.train.seed * 1_000_003 + step) * 1009 + self.world.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(step)
         total: dict[str, Tensor] = {}
