@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -140,22 +141,26 @@ def test_views_are_those_of_the_seed() -> None:
 
 def test_a_huggingface_folder(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    pictures = [Image.new("RGB", (9, 7), (40 * i, 0, 0)) for i in range(4)]
-    features = datasets.Features(
-        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])}
-    )
-    rows = {"picture": pictures, "kind": [0, 1, 1, 0]}
-    both = {
-        split: datasets.Dataset.from_dict(rows, features=features)
-        for split in ("train", "validation")
-    }
-    datasets.DatasetDict(both).save_to_disk(str(tmp_path / "set"))
+    import pyarrow
+
+    def save(folder: str, splits: list[str], **columns: list) -> None:
+        kinds = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])}
+        features = datasets.Features({name: kinds[name] for name in columns})
+        table = pyarrow.Table.from_pydict(columns, schema=features.arrow_schema)
+        info = datasets.DatasetInfo(features=features)
+        rows = datasets.Dataset(datasets.table.InMemoryTable(table), info, fingerprint="rows")
+        datasets.DatasetDict(dict.fromkeys(splits, rows)).save_to_disk(str(tmp_path / folder))
+
+    pictures = []
+    for i in range(4):
+        Image.new("RGB", (9, 7), (40 * i, 0, 0)).save(file := BytesIO(), "png")
+        pictures.append({"bytes": file.getvalue(), "path": None})
+    save("set", ["train", "validation"], picture=pictures, kind=[0, 1, 1, 0])
     images = huggingface(tmp_path / "set", "train")
     assert (images.labels, images.classes) == ([0, 1, 1, 0], ["a", "b"])
     assert images.load(2).getpixel((0, 0)) == (80, 0, 0)
     assert len(huggingface(tmp_path / "set", "test")) == 4
-    bare = both["train"].remove_columns("kind")
-    datasets.DatasetDict({"train": bare}).save_to_disk(str(tmp_path / "bare"))
+    save("bare", ["train"], picture=pictures)
     with pytest.raises(DataError, match="no column of type ClassLabel"):
         huggingface(tmp_path / "bare", "train")
     with pytest.raises(DataError, match=r"no split \['validation', 'val', 'test'\]; it has"):
