@@ -167,7 +167,7 @@ class Run:
 
     def _check_reach(self, objective: Objective) -> None:
         """What the loss never reaches does not train: an error where it was asked for by name."""
-        batch = next(self.once(self.images, [0]))
+        batch = next(self.once(self.images, range(min(8, len(self.images)))))
         live = features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
         wanted = live(batch)
         with self.precision.autocast():
@@ -201,12 +201,12 @@ class Run:
 
     def _viewed(self, images: ImageSet, view: View, keep: bool = False) -> Viewed:
         about = self.recipe.data
-        some, _, _ = Viewed(images, view)[0, 0] or (torch.empty(0), 0, 0)
-        keep = keep and some.numel() * 4 * len(images) <= KEPT_BYTES
+        bytes_each = next(self.once(images, range(min(8, len(images))))).images[0].nbytes
+        keep = keep and bytes_each * len(images) <= KEPT_BYTES
         return Viewed(images, view, self.recipe.train.seed, about.bad_images, keep)
 
     def once(self, images: ImageSet, rows: Sequence[int] | None = None) -> Iterator[Batch]:
-        """Once over ``rows``, in order, without augmentation."""
+        """Each of ``rows`` once, without augmentation."""
         about, train = self.recipe.data, self.recipe.train
         rows = range(len(images)) if rows is None else rows
         viewed = Viewed(images, self.plain_view, 0, about.bad_images)

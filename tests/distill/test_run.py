@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from fused_lora import cli
 from fused_lora.distill import load_student
 from fused_lora.distill.data.batches import Batch
+from fused_lora.distill.data.sets import DataError
 from fused_lora.distill.evaluate import likeness, neighbours, sgd
 from fused_lora.distill.recipe import Recipe, RecipeError
 from fused_lora.distill.recipe.tables import Teacher
@@ -259,3 +262,25 @@ def test_a_resnet_student_learns_by_convlora(tmp_path: Path) -> None:
     moved = student.layer2[0].conv1.weight, before.layer2[0].conv1.weight
     assert not torch.equal(*moved)
     assert torch.equal(student.conv1.weight, before.conv1.weight)
+
+
+def test_a_folder_of_photographs_with_one_that_does_not_decode(tmp_path: Path) -> None:
+    for split, label, i in product(("train", "val"), ("cat", "dog"), range(6)):
+        home = tmp_path / "photos" / split / label
+        home.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), (40 * i, 90, 200 * (label == "cat"))).save(home / f"{i}.png")
+    (tmp_path / "photos" / "train" / "cat" / "0.png").write_bytes(b"no image")
+    small = {"model": MODEL["model"], "options": MODEL["options"] | {"in_chans": 3}}
+    torch.save(build(Teacher(**small)).state_dict(), tmp_path / "t.pth")
+    asked = {
+        "teacher": small | {"checkpoint": str(tmp_path / "t.pth")},
+        "data": {"source": "folder", "path": str(tmp_path / "photos"), "fraction": 1.0},
+        "train": {"steps": 4, "batch_size": 6},
+    }
+    with pytest.raises(DataError, match=r"cat/0.png does not decode"):
+        distill(recipe(**asked), tmp_path / "run")
+    for cache in ("off", "memory"):
+        tables = asked | {"loss": {"cache": cache}}
+        tables["data"] = asked["data"] | {"bad_images": "skip"}
+        figures = distill(recipe(**tables), tmp_path / cache)["figures"]
+        assert figures["skipped"] == 2 and figures["steps"] == 4
