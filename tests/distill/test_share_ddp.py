@@ -3,6 +3,7 @@
 import os
 import socket
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -77,6 +78,7 @@ def process(rank, port, folder, both):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
