@@ -21,7 +21,8 @@ import torch
 
 from fused_lora.distill.evaluate import token_distance
 from fused_lora.distill.recipe import read
-from fused_lora.distill.run import Run, distill
+from fused_lora.distill.run import distill
+from fused_lora.distill.runner import Run
 from fused_lora.distill.student import load_student
 from fused_lora.distill.train.world import World
 from fused_lora.version import __version__

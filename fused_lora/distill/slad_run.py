@@ -13,7 +13,7 @@ from fused_lora.distill.evaluate import measure
 from fused_lora.distill.heads import ClassificationHead
 from fused_lora.distill.objective import Terms
 from fused_lora.distill.recipe.tables import Slad as Table
-from fused_lora.distill.run import Run
+from fused_lora.distill.runner import Run
 from fused_lora.distill.slad import Slad, prepare
 from fused_lora.distill.slad_loss import Terms as Weights
 from fused_lora.distill.tokens import tokens_of

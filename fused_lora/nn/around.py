@@ -111,7 +111,11 @@ def opaque(linear: nn.Module) -> bool:
 @contextmanager
 def standing_in(linears: Iterable[nn.Module]) -> Iterator[None]:
     """Within, each has a plain weight and forward: for a trial forward on the meta device."""
-    weights = {linear: linear.weight for linear in linears if opaque(linear)}
+    weights = {
+        linear: linear.weight
+        for linear in linears
+        if isinstance(linear, nn.Linear) and opaque(linear)
+    }
     for linear in weights:
         matrix = torch.empty(linear.out_features, linear.in_features, device="meta")
         linear.__dict__["forward"] = partial(_plainly, linear)

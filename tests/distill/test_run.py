@@ -19,7 +19,8 @@ from fused_lora.distill.data.sets import DataError
 from fused_lora.distill.evaluate import likeness, neighbours, sgd
 from fused_lora.distill.recipe import Recipe, RecipeError
 from fused_lora.distill.recipe.tables import Teacher
-from fused_lora.distill.run import Run, distill
+from fused_lora.distill.run import distill
+from fused_lora.distill.runner import Run
 from fused_lora.distill.taps import tokens_of
 from fused_lora.distill.train.world import World
 from fused_lora.distill.weights import WeightsError, build, read

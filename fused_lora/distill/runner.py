@@ -1,0 +1,203 @@
+"""One run in one process: models, images, training, figures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_lora.distill import evaluate, features
+from fused_lora.distill.data.batches import Batch, Order, loaded
+from fused_lora.distill.data.sets import SOURCES, TEST, TRAIN, ImageSet
+from fused_lora.distill.data.subset import balanced, spread
+from fused_lora.distill.data.views import View, Viewed, view_of
+from fused_lora.distill.methods import METHODS, finish, objective_of, wanted_of
+from fused_lora.distill.objective import Objective, unreached
+from fused_lora.distill.recipe.checked import RecipeError
+from fused_lora.distill.recipe.read import plain, read
+from fused_lora.distill.recipe.tables import Recipe, Teacher
+from fused_lora.distill.results import finished, read_result, write_result
+from fused_lora.distill.student import load_student, save_student
+from fused_lora.distill.train.fit import Fit
+from fused_lora.distill.train.precision import Precision, device_of
+from fused_lora.distill.train.world import World
+from fused_lora.distill.weights import build
+
+KEPT_BYTES = 1 << 30  # views of at most so many bytes stay in memory
+
+
+@dataclass
+class Run:
+    """One run in one process of its world."""
+
+    recipe: Recipe
+    folder: Path
+    world: World
+
+    def __post_init__(self) -> None:
+        self.begun_s = time.perf_counter()
+        recipe, self.folder = self.recipe, Path(self.folder)
+        train = recipe.train
+        self.precision = Precision(train.precision, device_of(train.device, self.world.local_rank))
+        self.method = METHODS[recipe.method]
+        self.images = SOURCES[recipe.data.source](recipe.data.path, TRAIN)
+        self.test = SOURCES[recipe.data.source](recipe.data.path, TEST)
+        self.teacher, self.about = self._model(recipe.teacher)
+        self.plain_view = self._view("none")
+
+    def result(self) -> dict[str, Any]:
+        """Train, merge, save, measure."""
+        chosen = self.chosen()
+        student = self._student()
+        figures: dict[str, Any] = {"images": len(chosen)}
+        if self.method.learns:
+            fit = self._fit(self._objective(student), chosen)
+            fit.run()
+            figures |= {"steps": fit.steps, "skipped": fit.skipped}
+        self._finish(student)
+        if self.world.first:
+            figures |= self._measured(student)
+            self._write(student, figures)
+        return self.world.agree(read_result(self.folder) if self.world.first else None)
+
+    def _student(self) -> nn.Module:
+        student = self.method.student(self.teacher, self.recipe)
+        return student.to(self.precision.device, self.precision.stored)
+
+    def _objective(self, student: nn.Module) -> nn.Module:
+        objective = objective_of(student, self.teacher, self.recipe)
+        self._check_reach(objective)
+        return objective
+
+    def _finish(self, student: nn.Module) -> None:
+        finish(student, self.recipe)
+
+    def _model(self, given: Teacher) -> tuple[nn.Module, dict[str, Any]]:
+        """The model, and how it is built again."""
+        if given.recipe:
+            trained = Path(given.recipe).with_suffix("")
+            folder = self.folder.parent / trained.name
+            inner = read(given.recipe)
+            if inner.method != "finetune":
+                raise RecipeError(
+                    f"{given.TITLE}.recipe {given.recipe}: its method is {inner.method!r}"
+                )
+            if not finished(folder, inner):
+                Run(inner, folder, self.world).result()
+            model = load_student(folder)
+            given = inner.teacher
+        else:
+            torch.manual_seed(self.recipe.train.seed)  # where there are no weights to take
+            model = build(given, len(self.images.classes))
+            if self.method.distills and not (given.pretrained or given.checkpoint):
+                raise RecipeError(
+                    f"{given.TITLE}.model {given.model!r} has no weights: give pretrained, "
+                    "checkpoint or recipe beside it"
+                )
+        classes = getattr(model, "num_classes", None)
+        options = given.options | ({"num_classes": classes} if classes is not None else {})
+        model = model.to(self.precision.device, self.precision.stored).eval()
+        return model, {"model": given.model, "options": options}
+
+    def chosen(self) -> list[int]:
+        """The training images that the student sees."""
+        about = self.recipe.data
+        if about.fraction == 1:
+            return list(range(len(self.images)))
+        if about.choice == "balanced":
+            return balanced(self.images.labels, about.fraction, about.seed)
+        every, _, _ = evaluate.features_of(self.teacher, self.once(self.images))
+        return spread(every, about.fraction, about.seed)
+
+    def _fit(self, objective: nn.Module, chosen: Sequence[int]) -> Fit:
+        recipe, train = self.recipe, self.recipe.train
+        order = Order(chosen, train.batch_size, train.accumulate, self.world.size, train.seed)
+        header = {k: v for k, v in plain(recipe).items() if k != "evaluate"}
+        view = self._view(recipe.data.augment)
+        return Fit(
+            objective,
+            self._wanted(chosen),
+            self._viewed(self.images, view, keep=recipe.data.augment == "none"),
+            order,
+            train,
+            self.precision,
+            self.world,
+            self.folder,
+            json.loads(json.dumps(header)),
+            recipe.data.workers,
+        )
+
+    def _check_reach(self, objective: Objective) -> None:
+        """What the loss never reaches does not train: an error where it was asked for by name."""
+        batch = next(self.once(self.images, range(min(8, len(self.images)))))
+        live = features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
+        wanted = live(batch)
+        with self.precision.autocast():
+            lost = unreached(objective, batch, wanted)
+        if lost and not self.method.everything:
+            labels = self.recipe.loss.labels
+            raise RecipeError(
+                f"{lost[:3]} cannot train: loss.labels is {labels:g}, and the loss "
+                "on tokens does not reach them"
+            )
+        for name in lost:
+            objective.get_parameter(name).requires_grad_(False)
+
+    def _wanted(self, chosen: Sequence[int]) -> features.Wanted:
+        live = features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
+        if self.recipe.loss.cache == "off" or not live.blocks:
+            return live
+        batches = self.once(self.images, chosen)
+        if self.recipe.loss.cache == "memory":
+            return features.in_memory(live, batches, chosen)
+        folder = self.folder / "features"
+        about = f"{self.images.name} {self.recipe.data.image_size} {self.precision.name}"
+        if self.world.first:
+            features.on_disk(live, batches, chosen, folder, about)
+        self.world.wait()
+        return features.on_disk(live, batches, chosen, folder, about)
+
+    def _view(self, augment: str) -> View:
+        about = self.recipe.data
+        return view_of(self.teacher, about.source, about.image_size, augment)
+
+    def _viewed(self, images: ImageSet, view: View, keep: bool = False) -> Viewed:
+        about = self.recipe.data
+        bytes_each = next(self.once(images, range(min(8, len(images))))).images[0].nbytes
+        keep = keep and bytes_each * len(images) <= KEPT_BYTES
+        return Viewed(images, view, self.recipe.train.seed, about.bad_images, keep)
+
+    def once(self, images: ImageSet, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Each of ``rows`` once, without augmentation."""
+        about, train = self.recipe.data, self.recipe.train
+        rows = range(len(images)) if rows is None else rows
+        viewed = Viewed(images, self.plain_view, 0, about.bad_images)
+        order = Order(rows, max(train.batch_size, 64))
+        for (batch,) in loaded(viewed, order, range(order.steps_per_epoch), 0, about.workers):
+            yield batch.to(self.precision.device, self.precision.stored)
+
+    def _measured(self, student: nn.Module) -> dict[str, Any]:
+        about = self.recipe.evaluate
+        passes = (lambda: self.once(self.images)), (lambda: self.once(self.test))
+        found: dict[str, Any] = dict(evaluate.measure(student, *passes, about))
+        if self.method.distills and about.teacher:
+            found["teacher"] = evaluate.measure(self.teacher, *passes, about)
+        if self.method.distills and about.cosine:
+            reduction = self.recipe.student.reduction
+            batches = self.once(self.test)
+            found["cosine"] = evaluate.likeness(student, self.teacher, batches, reduction)
+        return found
+
+    def _write(self, student: nn.Module, figures: dict[str, Any]) -> None:
+        copies = self.method.distills and self.recipe.slad is None
+        reduction = self.recipe.student.reduction if copies else 1
+        save_student(student, self.folder, self.about | {"reduction": reduction})
+        seconds = round(time.perf_counter() - self.begun_s, 2)
+        said = {"recipe": plain(self.recipe), "figures": figures, "seconds": seconds}
+        write_result(self.folder, said)
