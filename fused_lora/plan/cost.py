@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from fused_lora.plan import cost_triton
 from fused_lora.plan.device import Ceilings
+from fused_lora.plan.full import full_steps
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.step import Step
 from fused_lora.types import Backend, Forward, Gradient, Keep, Plan
@@ -96,16 +97,7 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         yield from dx_steps(p, plan)
     if plan.gradient is Gradient.RANK:
         yield from _rank_steps(p, plan)
-    full = plan.gradient is Gradient.FULL
-    if p.needs.w:
-        yield Step("dw", p.n, p.k, p.m)
-    for span in p.spans if full else ():
-        if not p.needs.w:
-            yield Step("dw", span.width, p.k, p.m)
-        if p.needs.b:
-            yield Step("db", span.width, span.rank, p.k)
-        if p.needs.a:
-            yield Step("da", span.rank, p.k, span.width)
+    yield from full_steps(p, plan)
 
 
 def _rank_steps(p: Problem, plan: Plan) -> Iterator[Step]:

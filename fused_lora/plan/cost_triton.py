@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fused_lora.plan.full import full_steps
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.step import Step
 from fused_lora.types import Forward, Gradient, Keep, Plan
@@ -37,7 +38,7 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         if not (p.needs.x and plan.dx is not Forward.MERGE):
             yield _thin(p, "dy shrink", p.n)
         yield from _gradient(p, "da", p.k)
-    yield from _full(p, plan)
+    yield from full_steps(p, plan)
 
 
 def _product(
@@ -84,17 +85,3 @@ def _merge(p: Problem) -> Step:
     efficiency = MERGE_EFFICIENCY if p.low_precision else EFFICIENCY
     rank = max(span.rank for span in p.spans)
     return Step("merge", p.n, p.k, rank, True, efficiency=efficiency, calls=LAUNCH_CALLS)
-
-
-def _full(p: Problem, plan: Plan) -> Iterator[Step]:
-    """dw and the small products with it, by the library."""
-    full = plan.gradient is Gradient.FULL
-    if p.needs.w:
-        yield Step("dw", p.n, p.k, p.m)
-    for span in p.spans if full else ():
-        if not p.needs.w:
-            yield Step("dw", span.width, p.k, p.m)
-        if p.needs.b:
-            yield Step("db", span.width, span.rank, p.k)
-        if p.needs.a:
-            yield Step("da", span.rank, p.k, span.width)
