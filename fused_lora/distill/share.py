@@ -179,14 +179,5 @@ def _report(
         plan = str(plan_of(module, rows_per_image[deal.name] * batch_size))
         keys = "|".join(deal.keys)
         rows.append(Row(deal.name, keys, module.in_features, module.out_features, ranks, 0, plan))
-    counts = [(p.numel(), p.requires_grad) for p in student.parameters()]
-    return PatchReport(
-        type(student).__name__,
-        rows,
-        batch_size,
-        str(next(student.parameters()).device),
-        sum(count for count, trains in counts if trains),
-        sum(count for count, _ in counts),
-        froze,
-        rows_per_image,
-    )
+    more = {"froze": froze, "rows_per_image": rows_per_image}
+    return PatchReport.of(student, rows, batch_size, **more)

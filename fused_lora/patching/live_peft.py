@@ -92,17 +92,9 @@ def _report(
         _row(name, layer, roles.get(name, "-"), sights[name], batch_size)
         for name, layer in served.items()
     ]
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return PatchReport(
-        type(model).__name__,
-        rows,
-        batch_size,
-        str(next(model.parameters()).device),
-        sum(count for count, trains in counts if trains),
-        sum(count for count, _ in counts),
-        left_alone=left,
-        rows_per_image={name: sights[name].rows for name in served},
-    )
+    rows_per_image = {name: sights[name].rows for name in served}
+    more = {"left_alone": left, "rows_per_image": rows_per_image}
+    return PatchReport.of(model, rows, batch_size, **more)
 
 
 def _row(name: str, layer: Any, role: str, sight: Sight, batch_size: int) -> Row:

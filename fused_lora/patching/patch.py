@@ -326,15 +326,5 @@ def _report(
                 READ if target.read else AROUND if module.around else str(plan_of(module, m)),
             )
         )
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return PatchReport(
-        type(model).__name__,
-        rows,
-        batch_size,
-        str(next(model.parameters()).device),
-        sum(count for count, trains in counts if trains),
-        sum(count for count, _ in counts),
-        froze,
-        rows_per_image,
-        left_alone=left,
-    )
+    more = {"froze": froze, "rows_per_image": rows_per_image, "left_alone": left}
+    return PatchReport.of(model, rows, batch_size, **more)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,14 @@ class PatchReport:
     rows_per_image: dict[str, int] = field(default_factory=dict, repr=False)  # x rows per module
     blocks: list[BlockRow] = field(default_factory=list)  # empty at the level of linears
     left_alone: dict[str, str] = field(default_factory=dict)  # name: why it was not adapted
+
+    @classmethod
+    def of(cls, model: nn.Module, rows: list[Row], batch_size: int, **more: Any) -> PatchReport:
+        """The report on ``model`` as it is now; ``more`` are the fields with a default."""
+        counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        trainable, total = sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+        device = str(next(model.parameters()).device)
+        return cls(type(model).__name__, rows, batch_size, device, trainable, total, **more)
 
     def __str__(self) -> str:
         header = ("module", "role", "[N, K]", "rank", "parameters", "plan")
