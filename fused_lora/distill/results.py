@@ -11,6 +11,7 @@ from fused_lora.distill.recipe.read import plain
 from fused_lora.distill.recipe.tables import Recipe
 
 RESULT = "result.json"
+TEACHER = "teacher"  # folder of a phase in which the teacher alone learns
 
 
 def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_lora.distill.recipe.tables import Recipe
-from fused_lora.distill.results import RESULT, finished
+from fused_lora.distill.results import RESULT, TEACHER, finished
 from fused_lora.distill.runner import Run
 from fused_lora.distill.student import ABOUT
 from fused_lora.distill.train.fit import LAST
@@ -38,6 +38,7 @@ def distill(recipe: Recipe, folder: str | Path, fresh: bool = False) -> dict[str
         if fresh and here.first:
             for name in (LAST, RESULT, ABOUT, "log.jsonl"):
                 (folder / name).unlink(missing_ok=True)
+                (folder / TEACHER / name).unlink(missing_ok=True)
         here.wait()
         if done := here.agree(finished(folder, recipe)):
             return done

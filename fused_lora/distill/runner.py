@@ -24,7 +24,9 @@ from fused_lora.distill.recipe.read import plain, read
 from fused_lora.distill.recipe.tables import Recipe, Teacher
 from fused_lora.distill.results import finished, read_result, write_result
 from fused_lora.distill.student import load_student, save_student
-from fused_lora.distill.train.fit import Fit
+from fused_lora.distill.train import checkpoint
+from fused_lora.distill.train.fit import LAST, Fit
+from fused_lora.distill.train.parallel import shard
 from fused_lora.distill.train.precision import Precision, device_of
 from fused_lora.distill.train.world import World
 from fused_lora.distill.weights import build
@@ -57,14 +59,30 @@ class Run:
         student = self._student()
         figures: dict[str, Any] = {"images": len(chosen)}
         if self.method.learns:
-            fit = self._fit(self._objective(student), chosen)
-            fit.run()
-            figures |= {"steps": fit.steps, "skipped": fit.skipped}
-        self._finish(student)
+            figures |= self._train(student, chosen)
         if self.world.first:
+            student = self._restored() if self.shards and self.method.learns else student
+            self._finish(student)
             figures |= self._measured(student)
             self._write(student, figures)
         return self.world.agree(read_result(self.folder) if self.world.first else None)
+
+    @property
+    def shards(self) -> bool:
+        """Whether training leaves the models in shards."""
+        return self.recipe.train.parallel == "fsdp2" and self.world.size > 1
+
+    def _train(self, student: nn.Module, chosen: Sequence[int]) -> dict[str, int]:
+        fit = self._fit(self._objective(student), chosen, self.folder)
+        fit.run()
+        return {"steps": fit.steps, "skipped": fit.skipped}
+
+    def _restored(self) -> nn.Module:
+        """The student as training left it, made anew: a module in shards stays in shards."""
+        self.teacher, _ = self._model(self.recipe.teacher)
+        student = self._student()
+        checkpoint.load(self.folder / LAST, self._objective(student))
+        return student
 
     def _student(self) -> nn.Module:
         student = self.method.student(self.teacher, self.recipe)
@@ -115,10 +133,11 @@ class Run:
         every, _, _ = evaluate.features_of(self.teacher, self.once(self.images))
         return spread(every, about.fraction, about.seed)
 
-    def _fit(self, objective: nn.Module, chosen: Sequence[int]) -> Fit:
+    def _fit(self, objective: nn.Module, chosen: Sequence[int], folder: Path) -> Fit:
         recipe, train = self.recipe, self.recipe.train
         order = Order(chosen, train.batch_size, train.accumulate, self.world.size, train.seed)
         header = {k: v for k, v in plain(recipe).items() if k != "evaluate"}
+        del header["train"]["parallel"]  # another way to the same weights
         view = self._view(recipe.data.augment)
         return Fit(
             objective,
@@ -128,7 +147,7 @@ class Run:
             train,
             self.precision,
             self.world,
-            self.folder,
+            folder,
             json.loads(json.dumps(header)),
             recipe.data.workers,
         )
@@ -152,6 +171,8 @@ class Run:
     def _wanted(self, chosen: Sequence[int]) -> features.Wanted:
         live = features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
         if self.recipe.loss.cache == "off" or not live.blocks:
+            if self.shards and live.blocks:
+                shard(self.teacher, self.world, self.precision.device)
             return live
         batches = self.once(self.images, chosen)
         if self.recipe.loss.cache == "memory":

@@ -1,9 +1,14 @@
-"""A recipe of SLAD: teacher and student learn the labels together, then both are measured."""
+"""A recipe of SLAD: teacher and student learn the labels, together or in turns; both are measured.
+
+The methods two_step and probe have a phase of the teacher's own before the student's, each of as
+many steps as the recipe says; its checkpoint and log lie in ``teacher/``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +18,15 @@ from fused_lora.distill.evaluate import measure
 from fused_lora.distill.heads import ClassificationHead
 from fused_lora.distill.objective import Terms
 from fused_lora.distill.recipe.tables import Slad as Table
+from fused_lora.distill.results import TEACHER
 from fused_lora.distill.runner import Run
 from fused_lora.distill.slad import Slad, prepare
+from fused_lora.distill.slad_loss import TEACHER_ONLY
 from fused_lora.distill.slad_loss import Terms as Weights
 from fused_lora.distill.tokens import tokens_of
-from fused_lora.distill.train.checkpoint import write
+from fused_lora.distill.train import checkpoint
+from fused_lora.distill.train.fit import LAST
+from fused_lora.nn import AdaptedLinear
 from fused_lora.patching.patch import unpatch
 
 HEADS = "heads.safetensors"  # beside the student: its head, and the teacher's
@@ -56,33 +65,67 @@ class SladRun(Run):
             student,
             theirs,
             mine,
+            table.method,
             rank=self.recipe.student.rank,
             targets=self.recipe.student.targets or ("q", "k", "v"),
             mapping=table.mapping,
             seed=self.recipe.train.seed,
         )
-        self.both.begin(_weights(table))
+        self.phases = phases_of(table)
+        self.trains = [p for p in self.both.parameters() if p.requires_grad]  # in any phase
         self.both.to(self.precision.device, self.precision.stored)
         return student
 
-    def _objective(self, student: nn.Module) -> nn.Module:
+    def _train(self, student: nn.Module, chosen: Sequence[int]) -> dict[str, int]:
+        fits = []
+        for i in range(len(self.phases)):
+            if i and self.shards:
+                self._restore(i)
+            fits.append(self._fit(self._entered(i), chosen, self._home(i)))
+            fits[-1].run()
+        return {"steps": sum(f.steps for f in fits), "skipped": sum(f.skipped for f in fits)}
+
+    def _restored(self) -> nn.Module:
+        self._restore(len(self.phases))
+        return self.both.student
+
+    def _restore(self, phases: int) -> None:
+        """Both models as so many phases left them, made anew."""
+        self.teacher, _ = self._model(self.recipe.teacher)
+        self._student()
+        for i in range(phases):
+            checkpoint.load(self._home(i) / LAST, self._entered(i))
+
+    def _entered(self, phase: int) -> nn.Module:
+        """What the loop calls in ``phase``; nothing else trains from here on."""
+        self.both.requires_grad_(False)
+        for parameter in self.trains:
+            parameter.requires_grad_(True)
+        self.both.begin(self.phases[phase])
+        wanted = {id(parameter) for parameter in self.both.trained()}
+        for parameter in self.trains:
+            parameter.requires_grad_(id(parameter) in wanted)
+        self.both.train(self.both.training)
         return JointObjective(self.both)
+
+    def _home(self, phase: int) -> Path:
+        return self.folder if phase == len(self.phases) - 1 else self.folder / TEACHER
 
     def _wanted(self, chosen: Sequence[int]) -> Any:
         return lambda batch: []
 
     def _finish(self, student: nn.Module) -> None:
         unpatch(student, merge=True)
-        unpatch(self.teacher, merge=True)
+        if any(isinstance(module, AdaptedLinear) for module in self.teacher.modules()):
+            unpatch(self.teacher, merge=True)
         self.both.eval()
-        if self.world.first:
-            sides = {"student": self.both.student_head, "teacher": self.both.teacher_head}
-            tensors = {
-                f"{side}.{name}": value.detach().cpu().contiguous()
-                for side, head in sides.items()
-                for name, value in head.state_dict().items()
-            }
-            write(self.folder / HEADS, tensors, {})
+        sides = {"student": self.both.student_head, "teacher": self.both.teacher_head}
+        tensors = {
+            f"{side}.{name}": value.detach().cpu().contiguous()
+            for side, head in sides.items()
+            for name, value in head.state_dict().items()
+        }
+        checkpoint.write(self.folder / HEADS, tensors, {})
 
     def _measured(self, student: nn.Module) -> dict[str, Any]:
         about = self.recipe.evaluate
@@ -102,5 +145,8 @@ class SladRun(Run):
         return right / count
 
 
-def _weights(table: Table) -> Weights:
-    return Weights(table.on_student, table.on_teacher, table.agreement, table.temperature)
+def phases_of(table: Table) -> tuple[Weights, ...]:
+    """The loss of each phase."""
+    if table.method == "joint":
+        return (Weights(table.on_student, table.on_teacher, table.agreement, table.temperature),)
+    return TEACHER_ONLY, Weights(table.on_student, 0, table.agreement, table.temperature)

@@ -16,7 +16,7 @@ from fused_lora.distill.features import Live
 from fused_lora.distill.objective import Objective
 from fused_lora.distill.recipe import Recipe
 from fused_lora.distill.recipe.read import of
-from fused_lora.distill.recipe.tables import Train
+from fused_lora.distill.recipe.tables import Teacher, Train
 from fused_lora.distill.taps import pairs_of
 from fused_lora.distill.train.fit import Fit
 from fused_lora.distill.train.precision import Precision
@@ -48,6 +48,20 @@ def recipe(**tables: Any) -> Recipe:
     for name, table in tables.items():
         given[name] = given.get(name, {}) | table if isinstance(table, dict) else table
     return of(given)
+
+
+def slad_recipe(folder: Path, method: str = "joint", **tables: Any) -> Recipe:
+    """SLAD on the same digits: a student of two blocks, half as wide as its teacher."""
+    small = MODEL | {"options": OPTIONS | {"embed_dim": 8, "depth": 2}}
+    weights = folder / "small.safetensors"
+    if not weights.is_file():
+        from safetensors.torch import save_file
+
+        torch.manual_seed(1)
+        save_file(dict(build(Teacher(**small)).state_dict()), str(weights))
+    table = small | {"checkpoint": str(weights), "head_blocks": 2, "method": method}
+    given: dict[str, Any] = {"teacher": {"checkpoint": checkpoint(folder)}, "slad": table}
+    return recipe(method="slad", **given, **tables)
 
 
 def checkpoint(folder: Path) -> str:

@@ -24,7 +24,7 @@ from fused_lora.distill.runner import Run
 from fused_lora.distill.taps import tokens_of
 from fused_lora.distill.train.world import World
 from fused_lora.distill.weights import WeightsError, build, read
-from tests.distill.runs import MODEL, checkpoint, recipe
+from tests.distill.runs import MODEL, checkpoint, recipe, slad_recipe
 
 
 @pytest.fixture
@@ -220,17 +220,9 @@ def test_two_results_are_the_same(tmp_path: Path, teacher: dict) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_slad_trains_both_through_the_same_adapters(
-    tmp_path: Path, teacher: dict, accumulate: int
-) -> None:
-    small = {"model": MODEL["model"], "options": MODEL["options"] | {"embed_dim": 8, "depth": 2}}
-    torch.manual_seed(1)
-    weights = tmp_path / "small.pth"
-    torch.save(build(Teacher(**small)).state_dict(), weights)
-    asked = recipe(
-        method="slad",
-        teacher=teacher,
-        slad=small | {"checkpoint": str(weights), "head_blocks": 2},
+def test_slad_trains_both_through_the_same_adapters(tmp_path: Path, accumulate: int) -> None:
+    asked = slad_recipe(
+        tmp_path,
         train={"accumulate": accumulate, "precision": "fp64", "steps": 8},
         evaluate={"knn": 3},
     )

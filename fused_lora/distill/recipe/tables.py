@@ -38,13 +38,14 @@ class Teacher(Table):
 
 @dataclass(frozen=True)
 class Slad(Teacher):
-    """SLAD's student, a smaller model of its own, and the weights of the joint loss."""
+    """SLAD's student, a smaller model of its own, how the two learn, and the loss's weights."""
 
     TITLE: ClassVar[str] = "slad"
 
+    method: str = word("joint", "joint", "two_step", "probe")  # of fused_lora.distill.slad.prepare
     mapping: str = word("even", "even", "first", "last")  # the teacher's block for each of its own
     on_student: float = number(1.0, 0)  # x CE(S)
-    on_teacher: float = number(1.0, 0)  # x CE(T)
+    on_teacher: float = number(1.0, 0)  # x CE(T), of the method joint
     agreement: float = number(1.0, 0)  # x T^2 KL(S, T)
     temperature: float = number(2.0, 0.01, 100)
     head_blocks: int = number(3, 1, 64)  # whose class tokens the heads read
@@ -126,6 +127,7 @@ class Train(Table):
     beta2: float = number(0.95, 0, 0.99999)
     precision: str = word("fp32", "fp32", "bf16", "fp16", "fp64")  # 16 bits by autocast
     device: str = "auto"
+    parallel: str = word("ddp", "ddp", "fsdp2")  # how several processes share a step
     seed: int = number(0, 0)
     log: str = word("jsonl", "jsonl", "tensorboard")
     log_every: int = number(10, 1)  # steps; the loss is looked at then, and NaN stops the run

@@ -3,6 +3,7 @@
     param.<name>          what trains, and the buffers
     exp_avg.<name> ...    AdamW's state of it
     header                step, scaler, recipe
+What processes hold in shards (FSDP2) is whole in the file, so that any number of them can go on.
 Random numbers need no state: they are a function of the seed and the step. The file is written
 beside its place and moved there, so that there is a whole one at any time.
 """
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora.ops.sharded import gathered, like
+
 STATE = ("exp_avg", "exp_avg_sq", "step")
 FORMAT = "fused_lora.distill 1"
 
@@ -25,16 +28,26 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used."""
 
 
-def save(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, header: dict[str, Any]
-) -> None:
-    """Write ``path``, whole or not at all."""
+def gather(
+    module: nn.Module, optimizer: torch.optim.Optimizer, keeps: bool = True
+) -> dict[str, Tensor]:
+    """Everything that ``save`` writes, on the CPU; every process calls this, those with ``keeps``
+    get it."""
     tensors = {f"param.{name}": value for name, value in kept(module).items()}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value
-    plain = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
-    write(path, plain, {"format": FORMAT, "run": json.dumps(header)})
+    found = {}
+    for name, value in tensors.items():
+        whole = gathered(value.detach())
+        if keeps:
+            found[name] = whole.to("cpu").contiguous()
+    return found
+
+
+def save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write ``path``, whole or not at all."""
+    write(path, tensors, {"format": FORMAT, "run": json.dumps(header)})
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -65,7 +78,7 @@ def header_of(path: Path) -> dict[str, Any]:
     return json.loads(metadata["run"])
 
 
-def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put everything back; raises CheckpointError, with nothing changed, where it does not fit."""
     from safetensors.torch import load_file
 
@@ -74,12 +87,14 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     _check(path, wanted, tensors)
     with torch.no_grad():
         for name, value in wanted.items():
-            value.copy_(tensors[f"param.{name}"])
+            value.copy_(like(tensors[f"param.{name}"], value))
     for name, parameter in module.named_parameters():
-        if f"exp_avg.{name}" in tensors:
+        if optimizer is not None and f"exp_avg.{name}" in tensors:
             state = {key: tensors[f"{key}.{name}"] for key in STATE}
-            moved = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
-            optimizer.state[parameter] = moved
+            optimizer.state[parameter] = {
+                key: value if key == "step" else like(value.to(parameter.device), parameter)
+                for key, value in state.items()
+            }
 
 
 def kept(module: nn.Module) -> dict[str, Tensor]:

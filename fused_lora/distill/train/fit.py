@@ -17,9 +17,10 @@ from fused_lora.distill.recipe.tables import Train
 from fused_lora.distill.seeds import seed
 from fused_lora.distill.train import checkpoint
 from fused_lora.distill.train.log import Log, bar, log_of
+from fused_lora.distill.train.parallel import spread
 from fused_lora.distill.train.precision import Precision
 from fused_lora.distill.train.schedule import Cosine
-from fused_lora.distill.train.world import World, spread, unsynced
+from fused_lora.distill.train.world import World
 
 LAST = "last.safetensors"
 
@@ -59,9 +60,10 @@ class Fit:
         train = self.train
         self.steps = train.steps or train.epochs * self.order.steps_per_epoch
         self.schedule = Cosine(train.blr, self.order.effective, self.steps, train.warmup)
+        self.spread = spread(self.objective, self.world, self.precision.device, train.parallel)
+        self.module = self.spread.module
         self.optimizer = adamw(self.objective, train)
         self.scaler = self.precision.scaler()
-        self.module = spread(self.objective, self.world, self.precision.device)
         self._unseen: list[dict[str, Tensor]] = []  # terms since the last look
 
     def run(self) -> int:
@@ -101,10 +103,12 @@ class Fit:
     def _micro_step(self, batch: Batch, last: bool) -> dict[str, Tensor]:
         batch = batch.to(self.precision.device, self.precision.stored)
         wanted = self.wanted(batch)
-        with unsynced(self.module, last):
+        with self.spread.unsynced(last):
             with self.precision.autocast():
                 terms = self.module(batch.images, batch.labels, wanted)
             self.scaler.scale(terms["loss"] * batch.weight).backward()
+        if last:
+            self.spread.settle()
         return terms
 
     def _after(self, done: int, log: Log, progress: Any) -> None:
@@ -149,10 +153,11 @@ class Fit:
         return log_of(self.train.log, self.folder or Path(), done, speaks)
 
     def _save(self, done: int) -> None:
-        if self.folder and self.world.first:
-            scaler = self.scaler.state_dict()
-            header = {"step": done, "scaler": scaler, "recipe": self.header}
-            checkpoint.save(self.folder / LAST, self.objective, self.optimizer, header)
+        if self.folder:
+            tensors = checkpoint.gather(self.objective, self.optimizer, self.world.first)
+            header = {"step": done, "scaler": self.scaler.state_dict(), "recipe": self.header}
+            if self.world.first:
+                checkpoint.save(self.folder / LAST, tensors, header)
         self.world.wait()
 
     def _resume(self) -> int:

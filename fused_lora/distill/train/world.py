@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,3 @@ def world(device: torch.device | None = None) -> Iterator[World]:
 
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def spread(module: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """``module`` whose gradients are averaged over the processes."""
-    if world.size == 1:
-        return module
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids)
-
-
-def unsynced(module: nn.Module, last: bool) -> AbstractContextManager:
-    """Gradients stay at home in all micro-steps but the last."""
-    if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
-        return module.no_sync()
-    return nullcontext()
