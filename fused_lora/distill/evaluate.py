@@ -124,13 +124,20 @@ def likeness(
     spans = spans_of(teacher, reduction)
     theirs = [name for names in spans.values() for name in names]
     sums, tokens = {name: 0.0 for name in theirs}, 0
+    convolutional = {
+        name
+        for name in theirs
+        if any(isinstance(part, nn.Conv2d) for part in teacher.get_submodule(name).modules())
+    }
     with torch.no_grad():
         for batch in batches:
             wanted = dict(zip(theirs, tokens_of(teacher, batch.images, theirs)[1], strict=True))
             mine = tokens_of(student, batch.images, list(spans))[1]
             for own, names in zip(mine, spans.values(), strict=True):
                 for name in names:
-                    near = F.cosine_similarity(own.double(), wanted[name].double(), dim=-1)
+                    maps = own.dim() == 4 and name in convolutional  # [b, d, height, width]
+                    axis = 1 if maps else -1
+                    near = F.cosine_similarity(own.double(), wanted[name].double(), dim=axis)
                     sums[name] += near.mean().item() * len(batch.labels)
             tokens += len(batch.labels)
     return {block: {n: sums[n] / tokens for n in names} for block, names in spans.items()}

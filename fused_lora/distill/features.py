@@ -34,7 +34,9 @@ class Live:
     def __call__(self, batch: Batch) -> list[Tensor]:
         """One forward of the teacher."""
         with torch.no_grad(), self.precision.autocast():
-            return tokens_of(self.teacher, batch.images, self.blocks)[1] if self.blocks else []
+            if not self.blocks:
+                return []
+            return tokens_of(self.teacher, batch.images, self.blocks, whole=False)[1]
 
 
 class Kept:

@@ -10,7 +10,8 @@ from torch import nn
 import fused_lora.distill.wecolora as wecolora
 from fused_lora.distill.convolutions import adapt_convolutions, merge_convolutions
 from fused_lora.distill.objective import Objective
-from fused_lora.distill.recipe.tables import Recipe
+from fused_lora.distill.recipe.checked import RecipeError
+from fused_lora.distill.recipe.tables import Recipe, Student
 from fused_lora.distill.stack import stacks_of
 from fused_lora.distill.taps import pairs_of
 from fused_lora.nn import AdaptedLinear
@@ -33,8 +34,10 @@ def copied_with_adapters(teacher: nn.Module, recipe: Recipe) -> nn.Module:
     about = recipe.student
     student = wecolora.copy_layers(teacher, about.reduction, own=about.trainable)
     if not find(teacher):
+        _check_convolutional(recipe)
         stages = [stack.name for stack in stacks_of(teacher)]
-        adapt_convolutions(student, stages, about.rank, recipe.train.seed)
+        seed, trainable = recipe.train.seed, about.trainable
+        adapt_convolutions(student, stages, about.rank, seed, trainable)
         return student
     patch(
         student,
@@ -47,6 +50,17 @@ def copied_with_adapters(teacher: nn.Module, recipe: Recipe) -> nn.Module:
         dropout=about.dropout,
     )
     return student
+
+
+def _check_convolutional(recipe: Recipe) -> None:
+    """Options of projections mean nothing to convolutions: an error, not silence."""
+    about, plain = recipe.student, Student()
+    for name in ("targets", "qkv", "dropout"):
+        if (value := getattr(about, name)) != getattr(plain, name):
+            raise RecipeError(
+                f"student.{name} = {value!r} is for the projections of a transformer, and the "
+                "teacher has convolutions alone"
+            )
 
 
 def copied(teacher: nn.Module, recipe: Recipe) -> nn.Module:
@@ -73,7 +87,7 @@ def objective_of(student: nn.Module, teacher: nn.Module, recipe: Recipe) -> Obje
     """The loss of the recipe on ``student``."""
     if not METHODS[recipe.method].distills:
         return Objective(student, [], tokens=0.0, labels=1.0)
-    pairs = pairs_of(teacher, recipe.student.reduction, recipe.loss.blocks == "every")
+    pairs = pairs_of(teacher, recipe.student.reduction, recipe.loss.blocks)
     names = [pair.student for pair in pairs]
     return Objective(student, names, recipe.loss.tokens, recipe.loss.labels)
 
@@ -82,7 +96,7 @@ def wanted_of(teacher: nn.Module, recipe: Recipe) -> list[str]:
     """The teacher's blocks that the loss compares; none where it looks at labels alone."""
     if not METHODS[recipe.method].distills or not recipe.loss.tokens:
         return []
-    pairs = pairs_of(teacher, recipe.student.reduction, recipe.loss.blocks == "every")
+    pairs = pairs_of(teacher, recipe.student.reduction, recipe.loss.blocks)
     return [pair.teacher for pair in pairs]
 
 

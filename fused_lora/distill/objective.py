@@ -31,7 +31,7 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, wanted: Sequence[Tensor]) -> Terms:
         """The terms of one batch; ``wanted`` holds T of each of the blocks."""
-        logits, tokens = tokens_of(self.student, images, self.blocks)
+        logits, tokens = tokens_of(self.student, images, self.blocks, whole=bool(self.labels))
         terms: Terms = {}
         if self.blocks:
             apart = [token_loss(s, t) for s, t in zip(tokens, wanted, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fused_lora.distill.recipe.tables import Recipe
+from fused_lora.distill.recipe.tables import SEGMENTED, Recipe
 from fused_lora.distill.results import RESULT, TEACHER, finished
 from fused_lora.distill.runner import Run
 from fused_lora.distill.student import ABOUT
@@ -47,6 +47,10 @@ def distill(recipe: Recipe, folder: str | Path, fresh: bool = False) -> dict[str
 
 def run_of(recipe: Recipe, folder: Path, here: World) -> Run:
     """The run of the recipe's method."""
+    if recipe.data.source in SEGMENTED:
+        from fused_lora.distill.segment_run import SegmentRun
+
+        return SegmentRun(recipe, folder, here)
     if recipe.method != "slad":
         return Run(recipe, folder, here)
     from fused_lora.distill.slad_run import SladRun

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_lora.distill import evaluate, features
 from fused_lora.distill.data.batches import Batch, Order, loaded
@@ -48,8 +48,7 @@ class Run:
         train = recipe.train
         self.precision = Precision(train.precision, device_of(train.device, self.world.local_rank))
         self.method = METHODS[recipe.method]
-        self.images = SOURCES[recipe.data.source](recipe.data.path, TRAIN)
-        self.test = SOURCES[recipe.data.source](recipe.data.path, TEST)
+        self.images, self.test = self._images(TRAIN), self._images(TEST)
         self.teacher, self.about = self._model(recipe.teacher)
         self.plain_view = self._view("none")
 
@@ -84,6 +83,13 @@ class Run:
         checkpoint.load(self.folder / LAST, self._objective(student))
         return student
 
+    def _images(self, split: str) -> ImageSet:
+        return SOURCES[self.recipe.data.source](self.recipe.data.path, split)
+
+    def _inner(self, recipe: Recipe, folder: Path) -> Run:
+        """The run of a teacher's own recipe."""
+        return Run(recipe, folder, self.world)
+
     def _student(self) -> nn.Module:
         student = self.method.student(self.teacher, self.recipe)
         return student.to(self.precision.device, self.precision.stored)
@@ -107,7 +113,7 @@ class Run:
                     f"{given.TITLE}.recipe {given.recipe}: its method is {inner.method!r}"
                 )
             if not finished(folder, inner):
-                Run(inner, folder, self.world).result()
+                self._inner(inner, folder).result()
             model = load_student(folder)
             given = inner.teacher
         else:
@@ -130,8 +136,11 @@ class Run:
             return list(range(len(self.images)))
         if about.choice == "balanced":
             return balanced(self.images.labels, about.fraction, about.seed)
-        every, _, _ = evaluate.features_of(self.teacher, self.once(self.images))
-        return spread(every, about.fraction, about.seed)
+        return spread(self._features(), about.fraction, about.seed)
+
+    def _features(self) -> Tensor:
+        """The teacher's of every training image, [n, d]."""
+        return evaluate.features_of(self.teacher, self.once(self.images))[0]
 
     def _fit(self, objective: nn.Module, chosen: Sequence[int], folder: Path) -> Fit:
         recipe, train = self.recipe, self.recipe.train

@@ -85,6 +85,11 @@ class MeanIoU:
         hits = self.confusion.diagonal().double()
         return hits / (self.confusion.sum(0) + self.confusion.sum(1) - hits)
 
+    def dice(self) -> Tensor:
+        """[classes], 2 |A and B| / (|A| + |B|), NaN as above."""
+        hits = self.confusion.diagonal().double()
+        return 2 * hits / (self.confusion.sum(0) + self.confusion.sum(1))
+
     def mean(self) -> float:
         """Over the classes that occur."""
         return float(self.per_class().nanmean())

@@ -1,4 +1,8 @@
-"""The stacks of equal blocks in a model: a vision transformer has one, a ResNet one per stage."""
+"""The stacks of equal blocks in a model: a vision transformer has one, a ResNet one per stage.
+
+Of a model with an encoder and a decoder, such as a U-Net, only the encoder has stacks: a decoder's
+blocks look alike in a list too, but each takes another skip connection and none can be left out.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +29,23 @@ class Stack:
 
 def stacks_of(model: nn.Module) -> list[Stack]:
     """Every stack, outermost alone; raises ValueError where the model has none."""
-    found = list(_walk("", model))
+    trunk = trunk_of(model)
+    found = list(_walk("" if trunk is model else "encoder", trunk))
     if not found:
-        kinds = sorted({type(child).__name__ for child in model.children()})
+        kinds = sorted({type(child).__name__ for child in trunk.children()})
         raise ValueError(
-            f"{type(model).__name__} holds no stack of equal blocks: looked for an nn.Sequential "
+            f"{type(trunk).__name__} holds no stack of equal blocks: looked for an nn.Sequential "
             f"or nn.ModuleList with two children or more of one class, shape for shape alike after "
             f"the first; its children are {kinds or 'none'}"
         )
     return found
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The encoder of a model that has a decoder beside it; otherwise the model."""
+    encoder, decoder = (getattr(model, name, None) for name in ("encoder", "decoder"))
+    both = isinstance(encoder, nn.Module) and isinstance(decoder, nn.Module)
+    return encoder if both else model  # type: ignore[return-value]
 
 
 def kept_of(depth: int, reduction: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_lora.distill.stack import kept_of, matched_of, stacks_of, tokens_in
+from fused_lora.distill.stack import kept_of, matched_of, stacks_of, tokens_in, trunk_of
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,26 @@ class Pair:
     student: str
 
 
-def pairs_of(teacher: nn.Module, reduction: int, every: bool = False) -> list[Pair]:
-    """The pairs that the loss compares: the last blocks, or every block of the student."""
-    pairs = [
-        Pair(f"{stack.name}.{theirs}", f"{stack.name}.{mine}")
+def pairs_of(teacher: nn.Module, reduction: int, blocks: str = "last") -> list[Pair]:
+    """The pairs that the loss compares.
+
+    Args:
+        teacher: the model that the student was copied from.
+        reduction: of the copy.
+        blocks: "last", of the model; "stages", the last of each stack, which is what the decoder
+            of a U-Net takes; "every", each block of the student.
+    """
+    stages = [
+        [
+            Pair(f"{stack.name}.{theirs}", f"{stack.name}.{mine}")
+            for mine, theirs in enumerate(matched_of(len(stack.blocks), reduction))
+        ]
         for stack in stacks_of(teacher)
-        for mine, theirs in enumerate(matched_of(len(stack.blocks), reduction))
     ]
-    return pairs if every else pairs[-1:]
+    if blocks == "every":
+        return [pair for stage in stages for pair in stage]
+    lasts = [stage[-1] for stage in stages]
+    return lasts if blocks == "stages" else lasts[-1:]
 
 
 def spans_of(teacher: nn.Module, reduction: int) -> dict[str, list[str]]:
@@ -65,11 +77,14 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
 
 
 def tokens_of(
-    model: nn.Module, images: Tensor, names: Sequence[str]
+    model: nn.Module, images: Tensor, names: Sequence[str], *, whole: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
-    """The model's output on ``images``, and what its blocks ``names`` returned on the way."""
+    """The model's output on ``images``, and what its blocks ``names`` returned on the way.
+
+    Without ``whole`` only the encoder runs, where a decoder follows it: the output is its own.
+    """
     with tapped(model, names) as seen:
-        output = model(images)
+        output = (model if whole else trunk_of(model))(images)
     if missing := [name for name in names if name not in seen]:
         raise RuntimeError(f"{type(model).__name__} never called its blocks {missing}")
     return output, [seen[name] for name in names]

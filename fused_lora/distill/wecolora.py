@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fused_lora.distill.stack import kept_of, stacks_of
 from fused_lora.nn import AdaptedLinear
+from fused_lora.nn.conv import FusedLoRAConv2d
 
 
 def copy_layers(
@@ -25,10 +26,13 @@ def copy_layers(
     """A student of every ``reduction``-th block of ``teacher``, everything else as it is there.
 
     Args:
-        teacher: a model with a stack of equal blocks (any timm ViT), or one per stage (a ResNet).
-        reduction: keep block i of a stack where i % reduction == 0.
+        teacher: a model with a stack of equal blocks (any timm ViT), or one per stage (a ResNet,
+            alone or as the encoder of a U-Net, whose decoder stays whole).
+        reduction: keep block i of a stack where i % reduction == 0; block 0 of a stage, which
+            changes the shape, always stays.
         share: the student's parameters **are** the teacher's, which this call freezes; moving or
-            casting one model then moves both. False copies them, and freezes nothing.
+            casting one model then moves both. False copies them, and freezes nothing. Buffers,
+            such as the statistics of BatchNorm, are the student's own.
         own: regular expressions of parameters to copy where the others are shared, because they
             are to be trained, such as "^head".
 
@@ -67,7 +71,7 @@ def _check(teacher: nn.Module, reduction: int) -> None:
     if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 2:
         raise ValueError(f"reduction must be a whole number from 2 on, got {reduction!r}")
     for name, module in teacher.named_modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, AdaptedLinear | FusedLoRAConv2d):
             raise RuntimeError(f"the teacher's {name} carries adapters: unpatch the teacher first")
     depths = {stack.name: len(stack.blocks) for stack in stacks_of(teacher)}
     if reduction > max(depths.values()):

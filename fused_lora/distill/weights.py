@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.distill.recipe.tables import Teacher
+from fused_lora.distill.unet import is_segmenter, segmenter
 
 
 class WeightsError(ValueError):
@@ -24,24 +24,30 @@ def build(about: Teacher, classes: int | None = None) -> nn.Module:
         about: the table.
         classes: of the head, where neither weights nor options say.
     """
-    import timm
-
     options = dict(about.options)
     fresh = not (about.pretrained or about.checkpoint)
     if fresh and classes is not None and "num_classes" not in options:
         options["num_classes"] = classes
+    make = segmenter if is_segmenter(about.model) else _classifier
     try:
-        model = timm.create_model(about.model, pretrained=about.pretrained, **options)
-    except (RuntimeError, TypeError, ValueError) as error:
+        model = make(about.model, about.pretrained, options)
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise WeightsError(f"teacher.model = {about.model!r}: {error}") from None
     if about.checkpoint:
         load(model, Path(about.checkpoint))
     return model
 
 
+def _classifier(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, pretrained=pretrained, **options)
+
+
 def load(model: nn.Module, path: Path) -> None:
     """Put the weights of a file into ``model``; raises WeightsError where they do not fit."""
-    found, wanted = read(path), model.state_dict()
+    wanted = model.state_dict()
+    found = _unwrapped(read(path), wanted.keys())
     missing = sorted(wanted.keys() - found.keys())
     beyond = sorted(found.keys() - wanted.keys())
     if missing or beyond:
@@ -68,8 +74,15 @@ def read(path: Path) -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, Mapping):
         raise WeightsError(f"{path} holds a {type(found).__name__}, not a state dict")
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    return {re.sub(r"^(module|backbone|encoder)\.", "", k): v for k, v in tensors.items()}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _unwrapped(found: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """The keys without what a wrapper put before them, as far as the model has none of it."""
+    for prefix in ("module.", "backbone.", "encoder."):
+        if not any(name.startswith(prefix) for name in wanted):
+            found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def test_a_resnet_is_thinned_stage_by_stage() -> None:
 def test_pairs_and_spans() -> None:
     teacher = build(depth=5)
     assert [(p.teacher, p.student) for p in pairs_of(teacher, 3)] == [("blocks.4", "blocks.1")]
-    every = pairs_of(teacher, 2, every=True)
+    every = pairs_of(teacher, 2, "every")
     assert [p.teacher for p in every] == ["blocks.1", "blocks.3", "blocks.4"]
     assert spans_of(teacher, 3)["blocks.1"] == ["blocks.3", "blocks.4"]
 

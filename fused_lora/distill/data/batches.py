@@ -24,7 +24,7 @@ class Batch:
     """One micro-step of one process."""
 
     images: Tensor  # [b, C, H, W]
-    labels: Tensor  # [b]
+    labels: Tensor  # [b], or masks [b, H, W]
     rows: Tensor  # [b] which images of the set these are
     weight: float  # of its mean loss, so that the mean over processes is that of the whole step
     skipped: int = 0  # images that did not decode
@@ -121,13 +121,14 @@ def _weights(order: Order, steps: range, process: int) -> Iterator[float]:
             yield weight
 
 
-def _collated(items: list[tuple[Tensor, int, int] | None]) -> tuple[Any, ...]:
+def _collated(items: list[tuple[Tensor, int | Tensor, int] | None]) -> tuple[Any, ...]:
     good = [item for item in items if item is not None]
     if not good:
         raise DataError(f"none of the {len(items)} images of a batch decodes")
     images, labels, rows = zip(*good, strict=True)
     skipped = len(items) - len(good)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(rows), skipped, len(items)
+    known = torch.stack([torch.as_tensor(label) for label in labels])
+    return torch.stack(images), known, torch.tensor(rows), skipped, len(items)
 
 
 def _batch(loaded: tuple[Any, ...], weight: float) -> Batch:

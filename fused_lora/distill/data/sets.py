@@ -27,6 +27,7 @@ class ImageSet:
     classes: list[str]
     load: Callable[[int], Any]  # image i: PIL, or a uint8 tensor [C, H, W]
     files: Sequence[str] = ()  # image i's file, where it has one
+    mask: Callable[[int], Any] | None = None  # what the view makes image i's mask of, if it has one
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,7 +54,7 @@ def digits(split: str) -> ImageSet:
 
 def folder(path: str | Path, split: str) -> ImageSet:
     """``path/train`` and ``path/val`` (or ``test``), with a folder of images per class in each."""
-    root = _split_folder(Path(path), split)
+    root = split_folder(Path(path), split)
     from torchvision.datasets import ImageFolder
 
     empty = [c.name for c in sorted(root.iterdir()) if c.is_dir() and not any(c.rglob("*.*"))]
@@ -105,7 +106,8 @@ def _names(split: str) -> list[str]:
     return ["train"] if split == TRAIN else ["validation", "val", "test"]
 
 
-def _split_folder(path: Path, split: str) -> Path:
+def split_folder(path: Path, split: str) -> Path:
+    """The folder of a split; raises DataError, with what is there, where there is none."""
     if not path.is_dir():
         raise DataError(f"data.path: no folder {str(path)!r}")
     for name in _names(split):

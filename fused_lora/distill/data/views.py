@@ -13,20 +13,23 @@ from fused_lora.distill.data.scans import ScanView
 from fused_lora.distill.data.sets import DataError, ImageSet
 from fused_lora.distill.seeds import seeded
 
-View = Callable[[Any], Tensor]
+View = Callable[..., Any]  # of an image; of an image and its mask, where the set has masks
+Seen = tuple[Tensor, int | Tensor]  # image [C, H, W], and its label or its mask [H, W]
 
 
 def view_of(model: nn.Module, source: str, size: int, augment: str) -> View:
     """The view that ``model`` expects, in timm's figures where it has any."""
-    config, channels = _expected(model)
+    config, channels = expected(model)
     side = size or config["input_size"][-1]
     if source == "digits":
         return ScanView(side, channels, augment)
     return photo_view(side, channels, augment, config)
 
 
-def photo_view(side: int, channels: int, augment: str, config: dict[str, Any]) -> View:
-    """Of PIL images and uint8 tensors, by torchvision."""
+def photo_view(
+    side: int, channels: int, augment: str, config: dict[str, Any], *, whole: bool = False
+) -> View:
+    """Of PIL images and uint8 tensors, by torchvision; ``whole`` crops no border away."""
     from torchvision.transforms import v2
 
     if augment == "shift":
@@ -37,14 +40,15 @@ def photo_view(side: int, channels: int, augment: str, config: dict[str, Any]) -
         [
             v2.ToImage(),
             v2.RGB() if channels == 3 else v2.Grayscale(channels),
-            *_geometry(augment, side, config["crop_pct"], mode),
+            *_geometry(augment, side, None if whole else config["crop_pct"], mode),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(mean, std),
         ]
     )
 
 
-def _expected(model: nn.Module) -> tuple[dict[str, Any], int]:
+def expected(model: nn.Module) -> tuple[dict[str, Any], int]:
+    """What the model's weights were trained on, as timm says it, and its channels."""
     from timm.data import resolve_data_config
 
     config = resolve_data_config(model=model, use_test_size=True)
@@ -56,12 +60,15 @@ def _expected(model: nn.Module) -> tuple[dict[str, Any], int]:
     return config, channels
 
 
-def _geometry(augment: str, side: int, crop: float, mode: Any) -> list[Any]:
+def _geometry(augment: str, side: int, crop: float | None, mode: Any) -> list[Any]:
     from torchvision.transforms import v2
 
     if augment == "crop":
         return [v2.RandomResizedCrop(side, interpolation=mode), v2.RandomHorizontalFlip()]
-    straight = [v2.Resize(int(side / crop), interpolation=mode), v2.CenterCrop(side)]
+    if crop is None:
+        straight = [v2.Resize((side, side), interpolation=mode)]
+    else:
+        straight = [v2.Resize(int(side / crop), interpolation=mode), v2.CenterCrop(side)]
     return [*straight, v2.RandomHorizontalFlip()] if augment == "flip" else straight
 
 
@@ -77,16 +84,16 @@ class Viewed(Dataset):
         keep: bool = False,
     ) -> None:
         self.images, self.view, self.seed, self.bad_images = images, view, seed, bad_images
-        self.kept: dict[int, Tensor] | None = {} if keep else None  # views that never change
+        self.kept: dict[int, Seen] | None = {} if keep else None  # views that never change
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | None:
-        """(image [C, H, W], label, i) of (i, epoch); None for one that does not decode."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int | Tensor, int] | None:
+        """(image [C, H, W], label or mask, i) of (i, epoch); None for one that does not decode."""
         i, epoch = key
         if self.kept is not None and i in self.kept:
-            return self.kept[i], self.images.labels[i], i
+            return *self.kept[i], i
         try:
             image = self.images.load(i)
         except (OSError, ValueError, SyntaxError) as error:
@@ -100,7 +107,12 @@ class Viewed(Dataset):
                 "'skip' passes over such images and counts them"
             ) from None
         with seeded((self.seed * 1_000_003 + epoch) * 1_000_000_007 + i):
-            seen = self.view(image)
+            seen = self._seen(image, i)
         if self.kept is not None:
             self.kept[i] = seen
-        return seen, self.images.labels[i], i
+        return *seen, i
+
+    def _seen(self, image: Any, i: int) -> Seen:
+        if self.images.mask is None:
+            return self.view(image), self.images.labels[i]
+        return self.view(image, self.images.mask(i))

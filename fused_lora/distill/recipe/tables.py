@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from fused_lora.distill.recipe.checked import RecipeError, Table, names, number, word
 
 METHODS = ("wecolora", "weco_kd", "weco", "finetune", "slad")
+SEGMENTED = ("digit_masks", "masks")  # sources with a class for each pixel
+BUILT_IN = ("digits", "digit_masks")  # sources without a path
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class Data(Table):
 
     TITLE: ClassVar[str] = "data"
 
-    source: str = word("digits", "digits", "folder", "huggingface")
-    path: str = ""  # folder: holds train/ and val/, a folder per class in each
+    source: str = word("digits", "digits", "folder", "huggingface", "digit_masks", "masks")
+    path: str = ""  # folder: holds train/ and val/, a folder per class in each; masks: classes.txt
+    # and train/ and val/, with images/ and masks/ in each
     image_size: int = number(0, 0, 4096)  # 0: what the model expects
     augment: str = word("none", "none", "flip", "crop", "shift")
     fraction: float = number(1.0, 0, 1)  # of the training images, as many of each class
@@ -86,10 +89,10 @@ class Data(Table):
         super().__post_init__()
         if self.fraction == 0:
             raise RecipeError("data.fraction must be above 0, got 0.0")
-        if (self.source == "digits") == bool(self.path):
+        if (self.source in BUILT_IN) == bool(self.path):
             raise RecipeError(
-                f"data.path is for the sources folder and huggingface, which need it: got source "
-                f"{self.source!r} and path {self.path!r}"
+                f"data.path is for the sources folder, huggingface and masks, which need it: got "
+                f"source {self.source!r} and path {self.path!r}"
             )
 
 
@@ -101,7 +104,8 @@ class Loss(Table):
 
     tokens: float = number(1.0, 0)
     labels: float = number(0.0, 0)  # the supervised variant; wants student.trainable = ["^head"]
-    blocks: str = word("last", "last", "every")  # whose outputs T and S are
+    blocks: str = word("last", "last", "stages", "every")  # whose outputs T and S are; stages: the
+    # last block of each stage of a convolutional encoder
     cache: str = word("off", "off", "memory", "disk")  # keep T: the teacher runs once
 
     def __post_init__(self) -> None:
@@ -174,5 +178,17 @@ class Recipe(Table):
             )
         if (self.method == "slad") != (self.slad is not None):
             raise RecipeError(f"the table [slad] goes with the method slad, not {self.method!r}")
+        if self.data.source in SEGMENTED:
+            self._check_segmented()
         if self.method == "finetune" and self.teacher.recipe:
             raise RecipeError("a finetune recipe trains the teacher itself: give teacher.model")
+
+    def _check_segmented(self) -> None:
+        source, about = self.data.source, self.evaluate
+        if self.method == "slad":
+            raise RecipeError(f"the method slad has labels, and data.source = {source!r} has masks")
+        if about.probe != "none" or about.knn:
+            raise RecipeError(
+                f"evaluate.probe = {about.probe!r} and knn = {about.knn} are for labels, and "
+                f"data.source = {source!r} has masks: they are measured by evaluate.head"
+            )
