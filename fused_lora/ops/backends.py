@@ -21,6 +21,7 @@ ASKED: dict[Impl, tuple[Backend, ...]] = {
     Impl.ATEN: (Backend.ATEN,),
     Impl.REFERENCE: (Backend.ATEN,),
     Impl.TRITON: (Backend.TRITON,),
+    Impl.CUDA: tuple(Backend),  # what it has no kernel for is any other's
 }
 
 
@@ -30,6 +31,8 @@ def why_not(
     """One sentence why ``backend`` cannot serve ``problem`` on ``device``; None when it can."""
     if backend is Backend.ATEN:
         return None
+    if backend is Backend.CUDA:
+        return CUDA
     return _triton(device, dtype) or why_not_backend(problem, backend)
 
 
@@ -43,13 +46,15 @@ def refusals(problem: Problem, dtype: torch.dtype, device: torch.device) -> list
         if said[b] is None
         for strategy in STRATEGIES[b]
     ]
-    return [*backends, *(reason for reason in strategies if reason), f"cuda: {CUDA}"]
+    return [*backends, *(reason for reason in strategies if reason)]
 
 
 def serving(
     problem: Problem, impl: Impl, dtype: torch.dtype, device: torch.device
 ) -> list[Backend]:
     """The backends that ``impl`` allows and that serve ``problem`` on ``device``."""
+    if impl is Impl.CUDA and why_not(problem, Backend.CUDA, dtype, device):
+        return []
     return [b for b in ASKED[impl] if why_not(problem, b, dtype, device) is None]
 
 

@@ -128,7 +128,8 @@ def checked_plans(question: Problem, device: torch.device | str) -> list[Plan]:
 
 
 def _reasons(question: Problem, dtype: torch.dtype, device: torch.device, impl: Impl) -> list[str]:
-    asked = (backends.why_not(question, b, dtype, device) for b in backends.ASKED[impl])
+    named = [Backend.CUDA] if impl is Impl.CUDA else backends.ASKED[impl]
+    asked = (backends.why_not(question, b, dtype, device) for b in named)
     return [reason for reason in asked if reason] or [f"it has no plan for {question}"]
 
 
