@@ -249,7 +249,12 @@ def backward(
         return reference.backward(dy, rows, w, *adapters.to(dy.dtype), needs)
     if not plan.library_alone and untouchable(dy):
         plan = by_library(plan)
-    return _backend(plan).backward(dy, rows, kept, w, adapters, needs, plan)
+    room = _backend(plan)
+    if plan.grads_by is Backend.CUDA:
+        from fused_lora.ops import lora_grad_backends as compiled
+
+        return compiled.backward(dy, rows, kept, w, adapters, needs, plan, room)
+    return room.backward(dy, rows, kept, w, adapters, needs, plan)
 
 
 def _needs(asked: Sequence[bool], groups: int) -> Needs:
