@@ -24,17 +24,28 @@ def _address(border, g: tl.constexpr, r, c):
 
 
 @triton.jit
+def _rank_address(border, g: tl.constexpr, r):
+    """Where element (r, 0) would lie if group ``g`` had it."""
+    rows = (r - border.firsts[g]) * border.rank_strides[g]
+    return border.blocks[g] + rows - border.starts[g] * border.column_strides[g]
+
+
+@triton.jit
 def load_border(border, r, c, dtype: tl.constexpr):
     """Elements (r, c) of the border in ``dtype``; r and c broadcast, either may come first.
 
-    One load for all groups: each would otherwise keep its own stages in shared memory.
+    One load for all groups: each would otherwise keep its own stages in shared memory. A rank
+    belongs to one group, so that groups are told apart by rank alone, before anything is 2-D.
     """
-    address, inside = _address(border, 0, r, c), _inside(border, 0, r, c)
+    at, step = _rank_address(border, 0, r), border.column_strides[0]
+    start, stop = border.starts[0], tl.where(r < border.firsts[1], border.stops[0], 0)
     for g in tl.static_range(1, len(border.blocks)):
-        inside_g = _inside(border, g, r, c)
-        address = tl.where(inside_g, _address(border, g, r, c), address)
-        inside |= inside_g
-    return tl.load(address, mask=inside, other=0.0).to(dtype)
+        own = (r >= border.firsts[g]) & (r < border.firsts[g + 1])
+        at = tl.where(own, _rank_address(border, g, r), at)
+        step = tl.where(own, border.column_strides[g], step)
+        start = tl.where(own, border.starts[g], start)
+        stop = tl.where(own, border.stops[g], stop)
+    return tl.load(at + c * step, mask=(c >= start) & (c < stop), other=0.0).to(dtype)
 
 
 @triton.jit

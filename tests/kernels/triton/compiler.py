@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+LOCAL_LOAD = re.compile(r"\bLDL\b")
 MATRIX = {"mma.sync": 80, "wgmma.mma_async": 90, "tcgen05.mma": 100}  # each chip's own
 REGISTERS = 65536  # of a multiprocessor
 
@@ -32,7 +33,7 @@ class Resources:
 
     name: str
     registers: int  # per thread
-    stack_bytes: int  # spilled registers live here
+    spilled_bytes: int  # the stack, where anything is read back from it
     shared_bytes: int
     tensor_columns: int  # of tensor memory
     warps: int
@@ -46,8 +47,8 @@ class Resources:
     def complaints(self, limit_bytes: int) -> list[str]:
         """Why a chip with this much shared memory would not run it well."""
         wrong = []
-        if self.stack_bytes:
-            wrong.append(f"{self.stack_bytes} bytes of spilled registers")
+        if self.spilled_bytes:
+            wrong.append(f"{self.spilled_bytes} bytes of spilled registers")
         if self.shared_bytes > limit_bytes:
             wrong.append(f"{self.shared_bytes} bytes of shared memory, {limit_bytes} there are")
         if self.registers * self.warps * 32 > REGISTERS:
@@ -101,19 +102,30 @@ def compiled(arch: int) -> Iterator[list[Resources]]:
 
 def _resources(kernel: object, warps: int) -> Resources:
     metadata, cubin = kernel.metadata, kernel.asm["cubin"]
-    registers, stack, local = _usage(cubin)
+    registers, spilled = _usage(cubin)
     ptx = kernel.asm["ptx"]
     columns = getattr(metadata, "tmem_size", 0) or 0
-    return Resources(metadata.name, registers, stack + local, metadata.shared, columns, warps, ptx)
+    return Resources(metadata.name, registers, spilled, metadata.shared, columns, warps, ptx)
 
 
-def _usage(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, stack and local bytes, as cuobjdump reads them off the machine code."""
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and spilled bytes, read off the machine code.
+
+    For bulk copies on sm_120, ptxas 12.9 keeps a frame of 8 bytes that it writes zeros to and never
+    reads, and counts no spill: a frame is one where the code loads from it.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
-        said = subprocess.run(command, check=True, capture_output=True, text=True)
-    match = RESOURCES.search(said.stdout + said.stderr)
-    assert match, said.stdout + said.stderr
-    return tuple(map(int, match.groups()))
+        said = _cuobjdump("-res-usage", file.name)
+        match = RESOURCES.search(said)
+        assert match, said
+        registers, stack, local = map(int, match.groups())
+        reads = stack + local and LOCAL_LOAD.search(_cuobjdump("-sass", file.name))
+    return registers, stack + local if reads else 0
+
+
+def _cuobjdump(*arguments: str) -> str:
+    command = [str(TOOLS / "cuobjdump"), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
