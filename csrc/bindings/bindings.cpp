@@ -1,6 +1,7 @@
 // What fused_lora._native offers Python. One unit: every other would parse pybind11 again.
 
 #include "bindings/lora_grad.h"
+#include "bindings/lora_linear.h"
 #include "bindings/lora_merge.h"
 
 namespace py = pybind11;
@@ -24,4 +25,5 @@ PYBIND11_MODULE(_native, m) {
   bind_common(m);
   bind_lora_merge(m);
   bind_lora_grad(m);
+  bind_lora_linear(m);
 }

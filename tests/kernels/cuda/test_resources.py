@@ -16,7 +16,8 @@ from .conftest import CSRC, digest
 
 ARCHS = [entry.removesuffix("-real") for entry in cmake_archs(DEFAULT)]
 SOURCES = sorted(path for path in CSRC.glob("*/*.cu") if "__global__" in path.read_text())
-SMEM_LIMIT_BYTES = 48 << 10  # what a kernel gets without asking; test_lora_grad.py asks for more
+SMEM_LIMIT_BYTES = 48 << 10  # what a kernel gets without asking; test_lora_grad.py and
+# test_lora_linear.py see to what others ask for
 
 
 def ptxas_report(nvcc: str, source: Path, arch: str, folder: Path) -> str:
@@ -36,22 +37,29 @@ def numbers(report: str, pattern: str) -> list[int]:
     return [int(found) for found in re.findall(pattern, report)]
 
 
+def serves(source: Path, arch: str) -> bool:
+    """Whether ``source`` has code for ``arch``: a folder may name the only one."""
+    return arch == "90a" if source.parent.name.endswith("_sm90") else True
+
+
 @pytest.mark.slow
 def test_no_kernel_spills(request: pytest.FixtureRequest) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
     folder = request.config.cache.mkdir("native")
-    jobs = [(source, arch) for source in SOURCES for arch in ARCHS]
+    jobs = [(source, arch) for source in SOURCES for arch in ARCHS if serves(source, arch)]
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(lambda job: ptxas_report(nvcc, *job, folder), jobs))
     for (source, arch), report in zip(jobs, reports, strict=True):
         registers = numbers(report, r"Used (\d+) registers")
         smem_bytes = numbers(report, r"(\d+) bytes smem")
+        smem = max(smem_bytes, default=0)
         print(f"{source.stem} sm_{arch}: {len(registers)} kernels, at most {max(registers)} "
-              f"registers, {max(smem_bytes)} bytes of shared memory")  # fmt: skip
+              f"registers, {smem} bytes of shared memory")  # fmt: skip
         spills = numbers(report, r"(\d+) bytes spill (?:stores|loads)")
         assert len(spills) == 2 * len(registers)
         assert not any(spills), f"{source.name} spills on sm_{arch}:\n{report}"
         assert not any(numbers(report, r"(\d+) bytes stack frame")), report
-        assert max(smem_bytes) <= SMEM_LIMIT_BYTES
+        assert smem <= SMEM_LIMIT_BYTES
+        assert "(C75" not in report, f"{source.name}: products of sm_{arch} wait:\n{report}"
