@@ -8,6 +8,7 @@ from fused_lora.nn.block_mlp import FusedLoRAMlp
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.linear import FusedLoRAGroupedLinear, FusedLoRALinear
 from fused_lora.nn.read import FusedLoRARead
+from fused_lora.nn.siblings import FusedLoRASiblings
 
 __all__ = [
     "AdaptedLinear",
@@ -19,5 +20,6 @@ __all__ = [
     "FusedLoRALinear",
     "FusedLoRAMlp",
     "FusedLoRARead",
+    "FusedLoRASiblings",
     "adopt_around",
 ]

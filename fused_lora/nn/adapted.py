@@ -18,6 +18,7 @@ from fused_lora.nn.box import Box
 from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
 from fused_lora.nn.inits import OF_WEIGHT, check_start, draw
 from fused_lora.nn.loan import borrowers_of
+from fused_lora.nn.scope import taken
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear import lora_linear
@@ -36,6 +37,7 @@ STATE = (  # beside the parameters
     "_scales",
     "_base",
     "_origin",
+    "_sibling",
 )
 
 
@@ -57,6 +59,7 @@ class AdaptedLinear(WithVariants):
     config: AdapterConfig
     plain: type[nn.Linear] = nn.Linear  # what it was, and becomes on release
     around = False  # whether the base is computed by a forward of its own
+    _sibling = False  # whether others may have computed its y with theirs (``nn/siblings.py``)
 
     def _attach(
         self,
@@ -94,7 +97,8 @@ class AdaptedLinear(WithVariants):
     @property
     def base(self) -> Tensor:
         """The frozen weight; while merged, w' stands in its place."""
-        return cast(Tensor, self._parameters["weight"])
+        weight = self._parameters.get("weight")
+        return self.__dict__["weight"] if weight is None else weight  # DataParallel's copies
 
     def _put_base(self, weight: Tensor) -> None:
         self.weight = cast(nn.Parameter, weight)
@@ -200,6 +204,8 @@ class AdaptedLinear(WithVariants):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features]."""
+        if self._sibling and (y := taken(self, x)) is not None:
+            return y
         if not self.adapter_enabled:
             return F.linear(x, self._frozen(), self.bias)
         if self._base:

@@ -183,8 +183,12 @@ def compute(
     adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
     plan = call_plan(rows, w, bias is not None, spans, needs, impl=impl)
     y, kept = forward(rows, w, bias, adapters, plan, impl)
-    y = y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1]))
-    return Computed(y, rows, w, kept, plan)
+    return Computed(as_leading(y, x), rows, w, kept, plan)
+
+
+def as_leading(y: Tensor, x: Tensor) -> Tensor:
+    """y [M, N] with the leading dimensions of x; no view, to autograd."""
+    return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1]))
 
 
 def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,12 +221,18 @@ def call_plan(
 
 
 def forward(
-    rows: Tensor, w: Tensor, bias: Tensor | None, adapters: Adapters, plan: Plan, impl: Impl
+    rows: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    adapters: Adapters,
+    plan: Plan,
+    impl: Impl,
+    h: Tensor | None = None,  # [M, sum R] where it is there already, and the plan forms it apart
 ) -> tuple[Tensor, Tensor | None]:
     """y and what the plan keeps; the reference keeps nothing."""
     if impl is Impl.REFERENCE:
         return reference.forward(rows, w, bias, *adapters.to(rows.dtype)), None
-    return _backend(plan).forward(rows, w, bias, adapters, plan)
+    return _backend(plan).forward(rows, w, bias, adapters, plan, h=h)
 
 
 def _backend(plan: Plan) -> Any:

@@ -27,6 +27,7 @@ from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, r
 from fused_lora.patching.lora_config import passed_over
 from fused_lora.patching.options import Selection, block_numbers
 from fused_lora.patching.report import PatchReport, Row
+from fused_lora.patching.siblings import gather
 from fused_lora.patching.targets import (
     Target,
     choose_targets,
@@ -89,7 +90,8 @@ def patch(
             can express; otherwise they are an error.
         level: "block" stands in for the forward of blocks and MLPs that are known, so that norms
             and activations are not kept but made again in backward, and leaves others to their
-            modules, with the reason in the report; "linear" adapts each linear and nothing else.
+            modules, with the reason in the report; separate q, k and v that are given one x are
+            computed in one call. "linear" adapts each linear and nothing else.
         recompute: of fused blocks: "none", "elementwise" (the default) or "gemm", which makes qkv
             and fc1's output again as well; or a mapping from regular expression on a block's name
             to one of them.
@@ -145,6 +147,7 @@ def patch(
     try:
         report = _report(model, chosen, rows, froze, batch_size, left)
         report.blocks = fuse(model, blocks, rows, batch_size)
+        report.shares = gather(model, chosen, sights) if blocks.level == "block" else []
     except BaseException:
         unfuse(model)
         for _, module in adapted(model):

@@ -42,6 +42,22 @@ class BlockRow:
         return f"fused, recompute {self.recompute}{kept}{half}"
 
 
+@dataclass(frozen=True)
+class ShareRow:
+    """One module with separate projections side by side."""
+
+    name: str  # dotted
+    members: tuple[str, ...]  # those that share one x; none where each computes by itself
+    reason: str = ""  # why they do not
+
+    @property
+    def words(self) -> str:
+        """What holds for this row and others like it."""
+        if self.reason:
+            return f"each computes by itself: {self.reason}"
+        return f"{', '.join(self.members)} in one call"
+
+
 @dataclass
 class PatchReport:
     """The adapted linears of one model; prints as a table."""
@@ -56,6 +72,7 @@ class PatchReport:
     rows_per_image: dict[str, int] = field(default_factory=dict, repr=False)  # x rows per module
     blocks: list[BlockRow] = field(default_factory=list)  # empty at the level of linears
     left_alone: dict[str, str] = field(default_factory=dict)  # name: why it was not adapted
+    shares: list[ShareRow] = field(default_factory=list)  # separate projections of one module
 
     @classmethod
     def of(cls, model: nn.Module, rows: list[Row], batch_size: int, **more: Any) -> PatchReport:
@@ -86,12 +103,13 @@ class PatchReport:
                 f"{self.total:,} parameters train ({share:.2%}); plans (forward/dx/gradient/kept) "
                 f"are for batch {self.batch_size} on {self.device}",
                 *grouped(self.blocks),
+                *grouped(self.shares),
                 *(f"left alone: {name}: {why}" for name, why in self.left_alone.items()),
             ]
         )
 
 
-def grouped(blocks: Sequence[BlockRow]) -> list[str]:
+def grouped(blocks: Sequence[BlockRow | ShareRow]) -> list[str]:
     """A line for all rows that say the same."""
     names: dict[str, list[str]] = {}
     for row in blocks:

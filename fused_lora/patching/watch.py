@@ -33,6 +33,7 @@ class Sight:
     rows: int = 0  # of x, in the largest use
     called: bool = False  # by its module's own forward
     read: bool = False  # by anybody else
+    given: Any = None  # what its module was called with, the tensor itself
     width: int = 0  # columns of y, once labelled
     parts: list[Tensor] = field(default_factory=list)  # columns found together, as y came apart
 
@@ -57,9 +58,10 @@ class Watch(TorchFunctionMode):
     def inside(self, weight: int) -> tuple[Callable[..., None], Callable[..., None]]:
         """Hooks that tell when the module of ``weight`` runs."""
 
-        def enter(_: nn.Module, __: tuple[Any, ...]) -> None:
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
             self._inside.add(weight)
             self._sights[weight].called = True
+            self._sights[weight].given = args[0] if args else None
 
         return enter, lambda *_: self._inside.discard(weight)
 

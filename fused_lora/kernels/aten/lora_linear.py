@@ -39,6 +39,7 @@ def forward(
     adapters: Adapters,
     plan: Plan,
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x
+    h: Tensor | None = None,  # [M, sum R] where it is there already
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and what ``plan.keep`` names: h [M, sum R], w' [N, K] or None."""
     if plan.forward is Forward.MERGE:
@@ -46,7 +47,7 @@ def forward(
         return F.linear(x, merged, bias), merged if plan.keep is Keep.MERGED else None
     adapters = adapters.to(x.dtype)
     if plan.forward is Forward.SEPARATE:
-        h = shrink(x, adapters)
+        h = shrink(x, adapters) if h is None else h
         y = F.linear(x, w, bias)
         for g, cols, ranks in adapters.ranks():
             b, scale = adapters.b[g].t(), adapters.scales[g]
@@ -56,8 +57,8 @@ def forward(
         if bordered is None:
             bordered = x.new_empty(x.shape[0], k + adapters.rank)
             bordered[:, :k].copy_(x)
-        h = bordered[:, k:]
-        shrink(x, adapters, out=h)
+        border = bordered[:, k:]
+        h = shrink(x, adapters, out=border) if h is None else border.copy_(h)
         y = F.linear(bordered, bordered_weight(w, adapters), bias)
         h = h.contiguous() if plan.keep is Keep.HIDDEN else h
     return y, h if plan.keep is Keep.HIDDEN else None

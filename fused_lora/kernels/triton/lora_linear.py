@@ -33,6 +33,7 @@ def forward(
     adapters: Adapters,
     plan: Plan,
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x
+    h: Tensor | None = None,  # [M, sum R] where it is there already, for EXTENDED
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and what ``plan.keep`` names: h [M, sum R], w' [N, K] or None."""
     if plan.forward is Forward.MERGE:
@@ -47,7 +48,7 @@ def forward(
         tile = _tile("extended", x, w.shape[0], x.shape[1])
         tail = None if bordered is None else bordered[:, x.shape[1] :]
         x, w = (readable(t, tile) for t in (x, w))
-        h = shrink(x, adapters, tail)
+        h = shrink(x, adapters, tail) if h is None else readable(h, tile)
         y = lora_extended.forward(x, w, bias, adapters, h=h, tile=tile).y
     return y, h.contiguous() if plan.keep is Keep.HIDDEN else None
 

@@ -118,6 +118,21 @@ def test_a_producers_bordered_buffer_takes_h():
     assert torch.equal(again, y) and torch.equal(kept, h) and torch.equal(buffer[:, 33:], h)
 
 
+@pytest.mark.parametrize("bulk", [False, True])
+def test_h_that_is_there_already_is_read_where_it_lies(monkeypatch, bulk):
+    tile, small = BulkTile(64, 64, 64, 2, 4), triton.tile_of
+    choose = lambda kernel, *shape: tile if kernel == "extended" else small(kernel, *shape)  # noqa: E731
+    if bulk:
+        monkeypatch.setattr(triton, "tile_of", choose)
+    p = build(Case("aligned sizes", 37, 72, 88, (Span(0, 88, 5),)), torch.bfloat16, torch.float32)
+    (plan,) = [q for q in plans(p, Needs()) if str(q) == "triton:extended/extended/rank/hidden"]
+    y, h = triton.forward(p.x, p.w, p.bias, adapters(p), plan)
+    of_many = torch.full((37, 14), torch.nan, dtype=torch.bfloat16)
+    of_many[:, 3:8] = h
+    again, _ = triton.forward(p.x, p.w, p.bias, adapters(p), plan, h=of_many[:, 3:8])
+    assert torch.equal(again, y)
+
+
 class TestOperation:
     """lora_linear(..., impl="triton"): autograd, autocast, tracing."""
 
