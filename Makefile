@@ -4,14 +4,16 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+TRITON ?= 3.6
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+OTHER_TRITON := build/triton-$(patsubst %.*,%,$(TRITON))
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_support/*.py csrc/*.* csrc/*/*.*)
 CPP := $(wildcard csrc/*.* csrc/*/*.*) $(shell find tests -name "*.cpp" -o -name "*.h")
 
-.PHONY: venv install bench families test lint format wheel clean
+.PHONY: venv install bench families test test-triton lint format wheel clean
 
 venv: $(BIN)/python
 
@@ -38,6 +40,15 @@ families: $(VENV)/.installed-test
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Triton's kernels compiled and interpreted by another version: make test-triton TRITON=3.6
+test-triton: $(VENV)/.installed-test $(OTHER_TRITON)/.installed
+	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels/triton
+
+# The interpreter of 3.6 needs numpy below 2.4.
+build/triton-%/.installed: | $(BIN)/python
+	$(PIP) install --no-deps --target $(@D) "triton==$*.*" "numpy<2.4"
+	touch $@
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton.tiles import power_of_two
 
 
 class Border(NamedTuple):
@@ -35,6 +36,11 @@ class Border(NamedTuple):
     def rank(self) -> int:
         """sum R."""
         return self.firsts[-1]
+
+    def rank_block(self, most: int) -> int:
+        """Ranks per step of a loop; of ragged ranks 16, each of which is loaded by itself."""
+        ragged = any(first % 16 for first in self.firsts)
+        return 16 if ragged else power_of_two(self.rank, 16, most)
 
 
 def of_a(adapters: Adapters, blocks: Sequence[Tensor] | None = None) -> Border:

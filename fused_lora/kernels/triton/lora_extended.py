@@ -31,7 +31,7 @@ from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, on_device
 from fused_lora.kernels.triton.lora_shrink import shrink, shrink_grad
 from fused_lora.kernels.triton.primitives import expand, grouped_tile
-from fused_lora.kernels.triton.tiles import BulkTile, Tile, gemm_tile, power_of_two
+from fused_lora.kernels.triton.tiles import BulkTile, Tile, gemm_tile
 
 
 class Output(NamedTuple):
@@ -178,6 +178,6 @@ def _launch(
             SLOPE=slope,
             PRECISION=input_precision(x.dtype),
             WHOLE_K=depth % tile.block_k == 0,
-            BLOCK_R=power_of_two(border.rank, 16, 64 // x.element_size()),
+            BLOCK_R=border.rank_block(64 // x.element_size()),
             **tile.arguments(),
         )

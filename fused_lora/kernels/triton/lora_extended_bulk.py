@@ -19,7 +19,7 @@ from fused_lora.kernels.triton.border import Border
 from fused_lora.kernels.triton.epilogue import Epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, multiprocessors, on_device
 from fused_lora.kernels.triton.primitives import expand, grouped_tile
-from fused_lora.kernels.triton.tiles import BulkTile, power_of_two
+from fused_lora.kernels.triton.tiles import BulkTile
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def launch(
             ACTIVATION=activation,
             SLOPE=slope,
             PRECISION=input_precision(x.dtype),
-            BLOCK_R=power_of_two(border.rank, 16, 64 // x.element_size()),
+            BLOCK_R=border.rank_block(64 // x.element_size()),
             **tile.arguments(),
         )
 

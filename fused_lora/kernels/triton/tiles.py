@@ -186,10 +186,12 @@ _BULK: dict[int, tuple[BulkTile, ...]] = {
     100: _LARGE,
     120: (BulkTile(128, 128, 64, 3, 8),),
 }
+# fp32 operands; after the pointers' tile of this size, which is chosen while neither is timed.
+_SINGLE_BULK = {90: (BulkTile(64, 64, 32, 4, 8),), 100: (BulkTile(64, 64, 32, 4, 8),)}
 # GELU or its slope is seen to spill here in spite of the rule, 8 to 136 bytes.
 _SPILLS: dict[int, tuple[Tile, ...]] = {
     90: (_LARGE[1],),
-    100: (_NARROW[0], _LARGE[2]),
+    100: (_NARROW[0], *_LARGE[1:]),
     120: (SAFE, *_BULK[120]),
 }
 
@@ -197,7 +199,7 @@ _SPILLS: dict[int, tuple[Tile, ...]] = {
 def candidates(
     arch: int, itemsize: int, heavy: bool = False, bulk: bool = False, activation: bool = False
 ) -> tuple[Tile, ...]:
-    """The extended GEMM's tiles for sm_``arch``, largest first.
+    """The extended GEMM's tiles for sm_``arch``; the first of equal cost is chosen.
 
     Args:
         arch: 90 for compute capability 9.0.
@@ -207,7 +209,10 @@ def candidates(
         activation: whether the epilogue applies GELU or its slope; heavy too, then.
     """
     family = _family(arch)
-    tiles = (*(_BULK[family] if bulk else ()), *_HALF[family]) if itemsize == 2 else _SINGLE
+    if itemsize == 2:
+        tiles = (*(_BULK[family] if bulk else ()), *_HALF[family])
+    else:
+        tiles = (*_SINGLE, *(_SINGLE_BULK.get(family, ()) if bulk else ()))
     spills = _SPILLS.get(family, ()) if activation else ()
     fits = (t for t in tiles if t.fits(arch, itemsize, heavy or activation))
     return tuple(t for t in fits if t not in spills)
@@ -271,7 +276,7 @@ def thin_tile(
         return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4)
     ranks = power_of_two(ranks, 16, 64)
     if dropout or rows < 128 * multiprocessors(device):
-        return ThinTile(64, ranks, 64, 4, 8 if dropout else 4)
+        return ThinTile(64, ranks, 64, 4, 8 if dropout or ranks == 64 else 4)
     roomy = shared_bytes(architecture(device)) > LEAST_SHARED_KIB << 10
     return ThinTile(128, ranks, 64, 4, 4) if roomy else ThinTile(128, ranks, 64, 3, 8)
 

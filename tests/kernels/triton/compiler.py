@@ -21,9 +21,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WIDE_STORE = re.compile(r"st\.global(\.\w+)*\.v4\.(b|f|u)32")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 LOCAL_LOAD = re.compile(r"\bLDL\b")
-MATRIX = {"mma.sync": 80, "wgmma.mma_async": 90, "tcgen05.mma": 100}  # each chip's own
+MATRIX = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")  # of sm_80, 90 and 100
+COPIES = ("cp.async", "cp.async.bulk.tensor")
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -37,12 +39,14 @@ class Resources:
     shared_bytes: int
     tensor_columns: int  # of tensor memory
     warps: int
-    ptx: str
+    instructions: list[str]  # of MATRIX and COPIES
+    stores_wide: bool  # 16 bytes by one thread, somewhere
+    ragged: bool = False  # of ranks that 16 does not divide
 
     @property
-    def matrix(self) -> set[str]:
-        """The matrix instructions in it."""
-        return {name for name in MATRIX if name in self.ptx}
+    def multiplies(self) -> bool:
+        """Whether there is a matrix instruction in it."""
+        return any(name in self.instructions for name in MATRIX)
 
     def complaints(self, limit_bytes: int) -> list[str]:
         """Why a chip with this much shared memory would not run it well."""
@@ -105,7 +109,10 @@ def _resources(kernel: object, warps: int) -> Resources:
     registers, spilled = _usage(cubin)
     ptx = kernel.asm["ptx"]
     columns = getattr(metadata, "tmem_size", 0) or 0
-    return Resources(metadata.name, registers, spilled, metadata.shared, columns, warps, ptx)
+    found = [name for name in MATRIX + COPIES if name in ptx]
+    wide = bool(WIDE_STORE.search(ptx))
+    taken = (registers, spilled, metadata.shared, columns, warps)
+    return Resources(metadata.name, *taken, found, wide)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

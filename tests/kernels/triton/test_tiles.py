@@ -18,7 +18,7 @@ def test_every_chip_has_tiles_that_fit(arch, itemsize, heavy, activation, bulk):
     assert all(tile.fits(arch, itemsize, heavy) for tile in found)
     persistent = [tile for tile in found if isinstance(tile, tiles.BulkTile)]
     assert len(persistent) < len(found), "operands that no descriptor describes"
-    assert not persistent or (bulk and arch >= 90 and itemsize == 2)
+    assert bool(persistent) <= (bulk and arch >= 90)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -32,6 +32,12 @@ def test_an_activation_has_no_tile_that_would_spill():
     endings = ({}, {"heavy": True}, {"activation": True})
     widest = [max(t.width for t in tiles.candidates(90, 2, bulk=True, **e)) for e in endings]
     assert widest == [256, 192, 128]
+
+
+def test_fp32_reads_by_pointers_until_a_descriptor_is_seen_to_win(monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    assert any(isinstance(tile, tiles.BulkTile) for tile in tiles.candidates(90, 4, bulk=True))
+    assert not isinstance(tiles.gemm_tile(25216, 768, 4, False, CPU, bulk=True), tiles.BulkTile)
 
 
 def test_384_and_768_columns_fill_a_large_chip(monkeypatch):
