@@ -21,7 +21,7 @@ from fused_lora.patching.patch import patch
 from fused_lora.version import __version__
 
 TRITON = "serves lora_linear and lora_merge, each kernel after this device has checked it"
-CUDA = "serves lora_merge, after this device has checked it"
+CUDA = "serves adapter gradients and lora_merge, each kernel after this device has checked it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

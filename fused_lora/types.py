@@ -37,6 +37,7 @@ class Backend(str, Enum):
 
     ATEN = "aten"
     TRITON = "triton"
+    CUDA = "cuda"
 
 
 class Impl(str, Enum):
@@ -45,6 +46,7 @@ class Impl(str, Enum):
     AUTO = "auto"
     ATEN = "aten"
     TRITON = "triton"
+    CUDA = "cuda"
     REFERENCE = "reference"
 
 
@@ -97,7 +99,21 @@ class Plan:
     keep: Keep
     time_us: float = 0.0  # the cost model's estimate, forward and backward together
     backend: Backend = Backend.ATEN
+    grads_by: Backend | None = None  # who computes RANK gradients; None: ``backend``
+
+    @property
+    def gradient_backend(self) -> Backend:
+        """Who computes the adapter gradients."""
+        return self.grads_by or self.backend
+
+    @property
+    def library_alone(self) -> bool:
+        """Whether no kernel of this project runs."""
+        return self.backend is self.gradient_backend is Backend.ATEN
 
     def __str__(self) -> str:
-        parts = "/".join(p.value for p in (self.forward, self.dx, self.gradient, self.keep))
+        gradient = self.gradient.value
+        if self.grads_by:
+            gradient = f"{self.grads_by.value}:{gradient}"
+        parts = "/".join((self.forward.value, self.dx.value, gradient, self.keep.value))
         return parts if self.backend is Backend.ATEN else f"{self.backend.value}:{parts}"

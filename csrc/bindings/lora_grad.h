@@ -53,6 +53,7 @@ inline void bind_grad_plan(py::module_& m) {
       .def_readonly("slices", &GradPlan::slices)
       .def_readonly("stages", &GradPlan::stages)
       .def_readonly("smem_bytes", &GradPlan::smem_bytes)
+      .def_property_readonly("full", &GradPlan::full)
       .def_property_readonly("partial_floats", &GradPlan::partial_floats);
 
   m.def(

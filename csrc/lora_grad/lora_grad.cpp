@@ -79,11 +79,11 @@ void check(const GradProblem& problem, const GradPlan& plan) {
       "the plan was made for another problem");
   check_groups(problem, shape);
   require(problem.type != DType::kFloat32, "serves bfloat16 and float16 x and dy");
+  require(shape.needs_bias == (problem.dbias != nullptr), "dbias must be as planned");
+  if (problem.rows == 0) return;  // tensors of no elements may have no address
   require(shape.h_given == (problem.x.given != nullptr) &&
               shape.dh_given == (problem.dy.given != nullptr),
           "h and dh must be given as planned");
-  require(shape.needs_bias == (problem.dbias != nullptr), "dbias must be as planned");
-  if (problem.rows == 0) return;
   check_side(problem.x, "x", shape.reads_x());
   check_side(problem.dy, "dy", shape.reads_dy());
 }

@@ -78,6 +78,8 @@ struct GradPlan {
   int32_t slices;  // of the rows: a slice of a chunk is a block
 
   constexpr bool in_clusters() const { return shape.forms() && chunks > 1; }
+  // Whether some warp holds as much as its kernel can.
+  constexpr bool full() const { return strips_per_warp == most_strips; }
   constexpr int32_t columns() const { return 16 * (x_strips + dy_strips); }
   constexpr int64_t partial_floats() const {
     return static_cast<int64_t>(slices) * columns() * 16 * rank_blocks;

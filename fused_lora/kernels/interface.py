@@ -30,6 +30,11 @@ class Adapters(NamedTuple):
         a = [a_g.to(dtype) for a_g in self.a]
         return self._replace(a=a, b=[b_g.to(dtype) for b_g in self.b])
 
+    def uniform(self, dtypes: Sequence[torch.dtype]) -> Adapters:
+        """The same, in fp32 unless all a and b have one of ``dtypes``, the same one."""
+        found = {half.dtype for halves in (self.a, self.b) for half in halves}
+        return self if len(found) == 1 and found <= set(dtypes) else self.to(torch.float32)
+
     def ranks(self) -> Iterator[tuple[int, slice, slice]]:
         """Per adapter: its index, its columns of y, its columns of the stacked h."""
         first = 0

@@ -6,21 +6,23 @@ from functools import lru_cache
 
 import torch
 
+from fused_lora.kernels.cuda.lora_grad_shape import shape_of
 from fused_lora.kernels.triton import available
-from fused_lora.kernels.triton.launches import Launch, launches
+from fused_lora.kernels.triton.launches import launches
+from fused_lora.ops import lora_grad_backends
 from fused_lora.plan.problem import Problem
-from fused_lora.plan.strategies import STRATEGIES, why_not_backend, why_not_strategy
-from fused_lora.trust.subjects import of_launch
-from fused_lora.trust.verdict import Verdict
+from fused_lora.plan.strategies import STRATEGIES, candidates, why_not_backend, why_not_strategy
+from fused_lora.trust.subjects import Checked, of_launch
+from fused_lora.trust.verdict import Subject, Verdict
 from fused_lora.trust.verify import verdict
 from fused_lora.types import Backend, Impl, Plan
 
-CUDA = "the compiled module has no kernel of lora_linear: its lora_grad is not in the plan yet"
 ASKED: dict[Impl, tuple[Backend, ...]] = {
     Impl.AUTO: tuple(Backend),
     Impl.ATEN: (Backend.ATEN,),
     Impl.REFERENCE: (Backend.ATEN,),
     Impl.TRITON: (Backend.TRITON,),
+    Impl.CUDA: tuple(Backend),  # what it has no kernel for is any other's
 }
 
 
@@ -30,6 +32,8 @@ def why_not(
     """One sentence why ``backend`` cannot serve ``problem`` on ``device``; None when it can."""
     if backend is Backend.ATEN:
         return None
+    if backend is Backend.CUDA:
+        return lora_grad_backends.why_not_on(device) or why_not_backend(problem, backend)
     return _triton(device, dtype) or why_not_backend(problem, backend)
 
 
@@ -43,29 +47,57 @@ def refusals(problem: Problem, dtype: torch.dtype, device: torch.device) -> list
         if said[b] is None
         for strategy in STRATEGIES[b]
     ]
-    return [*backends, *(reason for reason in strategies if reason), f"cuda: {CUDA}"]
+    return [*backends, *(reason for reason in strategies if reason)]
 
 
 def serving(
     problem: Problem, impl: Impl, dtype: torch.dtype, device: torch.device
 ) -> list[Backend]:
     """The backends that ``impl`` allows and that serve ``problem`` on ``device``."""
+    if impl is Impl.CUDA and lora_grad_backends.why_not_on(device):
+        return []
     return [b for b in ASKED[impl] if why_not(problem, b, dtype, device) is None]
+
+
+def plans(problem: Problem, impl: Impl, dtype: torch.dtype, device: torch.device) -> list[Plan]:
+    """Every plan of the backends that serve; under ``cuda``, those with its gradients alone."""
+    found = [
+        plan
+        for plan in candidates(problem, serving(problem, impl, dtype, device))
+        if plan.grads_by is None or _of_gradients(problem, plan, dtype, device)
+    ]
+    if impl is not Impl.CUDA or not problem.trains_adapters:
+        return found
+    return [plan for plan in found if plan.gradient_backend is Backend.CUDA]
+
+
+def kernels(
+    problem: Problem, plan: Plan, dtype: torch.dtype, key: str, device: torch.device
+) -> list[Checked]:
+    """What must be right before ``plan`` serves; ``key`` names what its products round to."""
+    needed = [of_launch(one, key) for one in launches(problem, plan, dtype, device)]
+    if plan.grads_by and (gradients := _of_gradients(problem, plan, dtype, device)):
+        needed.append(gradients)
+    return sorted(needed, key=lambda one: str(one.subject))
+
+
+def _of_gradients(
+    problem: Problem, plan: Plan, dtype: torch.dtype, device: torch.device
+) -> Checked | None:
+    return lora_grad_backends.checked(shape_of(problem, plan), dtype, device)
 
 
 def failures(
     problem: Problem, plan: Plan, dtype: torch.dtype, key: str, device: torch.device
-) -> dict[Launch, Verdict]:
-    """The launches of ``plan`` that this device found wrong; checks those not checked yet.
+) -> dict[Subject, Verdict]:
+    """The kernels of ``plan`` that this device found wrong; checks those not checked yet.
 
     Raises:
         NotNow: one is not checked, and cannot be at this moment.
     """
-    if plan.backend is Backend.ATEN:
-        return {}
-    needed = sorted(launches(problem, plan, dtype, device), key=str)
-    found = {launch: verdict(of_launch(launch, key), device) for launch in needed}
-    return {launch: said for launch, said in found.items() if not said.passed}
+    needed = kernels(problem, plan, dtype, key, device)
+    found = {one.subject: verdict(one, device) for one in needed}
+    return {subject: said for subject, said in found.items() if not said.passed}
 
 
 @lru_cache(maxsize=64)

@@ -52,7 +52,8 @@ def lora_linear(
         scales: G numbers, as a sequence or a CPU tensor [G] (a tensor may change under
             ``torch.compile`` without recompiling).
         spans: the columns of y each adapter owns; None for one adapter on all of them.
-        impl: "auto" (the plan's choice), "aten", "triton" or "reference".
+        impl: "auto" (the plan's choice), "aten", "triton", "cuda" (adapter gradients by the
+            compiled kernels) or "reference".
 
     Returns:
         y [..., N] in the compute dtype: autocast's if it is on, else x's.
@@ -208,7 +209,7 @@ def call_plan(
     n, k = w.shape
     question = (rows.shape[0], k, n, spans, rows.dtype, bias, needs, rows.device)
     plan = plan_for(*question, keep, impl)
-    if plan.backend is Backend.ATEN or not (reason := untouchable(rows)):
+    if plan.library_alone or not (reason := untouchable(rows)):
         return plan
     if impl is Impl.AUTO:
         return by_library(plan)
@@ -246,9 +247,14 @@ def backward(
     if impl is Impl.REFERENCE:
         assert rows is not None and w is not None
         return reference.backward(dy, rows, w, *adapters.to(dy.dtype), needs)
-    if plan.backend is not Backend.ATEN and untouchable(dy):
+    if not plan.library_alone and untouchable(dy):
         plan = by_library(plan)
-    return _backend(plan).backward(dy, rows, kept, w, adapters, needs, plan)
+    room = _backend(plan)
+    if plan.grads_by is Backend.CUDA:
+        from fused_lora.ops import lora_grad_backends as compiled
+
+        return compiled.backward(dy, rows, kept, w, adapters, needs, plan, room)
+    return room.backward(dy, rows, kept, w, adapters, needs, plan)
 
 
 def _needs(asked: Sequence[bool], groups: int) -> Needs:

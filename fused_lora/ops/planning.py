@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from fused_lora.kernels.triton.launches import launches
 from fused_lora.ops import backends
 from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.plan.choose import Row, ranked
 from fused_lora.plan.problem import Problem
-from fused_lora.plan.strategies import candidates
 from fused_lora.trust.check import NotNow
 from fused_lora.types import Backend, Impl, Keep, Needs, Plan, Span
 
@@ -94,18 +92,19 @@ def settled(
         RuntimeError: none is left of what ``impl`` allows.
     """
     limits, key = ceilings(device, dtype), conditions(device, dtype)[0]
-    plans = candidates(question, backends.serving(question, impl, dtype, device))
+    plans = backends.plans(question, impl, dtype, device)
     said: list[str] = []
     while rows := ranked(question, limits, keep, plans):
         wrong = backends.failures(question, rows[0].plan, dtype, key, device)
         if not wrong:
             return Settled(rows, said)
-        said += [f"{launch.kernel}: {verdict}" for launch, verdict in wrong.items()]
+        said += [f"{subject.kernel}: {verdict}" for subject, verdict in wrong.items()]
         plans = [
             plan
             for plan in plans
-            if plan.backend is Backend.ATEN
-            or wrong.keys().isdisjoint(launches(question, plan, dtype, device))
+            if wrong.keys().isdisjoint(
+                one.subject for one in backends.kernels(question, plan, dtype, key, device)
+            )
         ]
     reasons = said or _reasons(question, dtype, device, impl)
     raise RuntimeError(f"impl={impl.value!r} cannot serve: {'; '.join(reasons)}")
@@ -128,7 +127,8 @@ def checked_plans(question: Problem, device: torch.device | str) -> list[Plan]:
 
 
 def _reasons(question: Problem, dtype: torch.dtype, device: torch.device, impl: Impl) -> list[str]:
-    asked = (backends.why_not(question, b, dtype, device) for b in backends.ASKED[impl])
+    named = [Backend.CUDA] if impl is Impl.CUDA else backends.ASKED[impl]
+    asked = (backends.why_not(question, b, dtype, device) for b in named)
     return [reason for reason in asked if reason] or [f"it has no plan for {question}"]
 
 
@@ -144,4 +144,5 @@ def _unchecked(
     said = f"not checked yet, and {reason}"
     if impl is not Impl.AUTO:
         raise RuntimeError(f"impl={impl.value!r} cannot serve: {said}")
-    return Settled(settled(question, dtype, device, keep, Impl.ATEN).rows, [f"triton: {said}"])
+    rows = settled(question, dtype, device, keep, Impl.ATEN).rows
+    return Settled(rows, [f"triton, cuda: {said}"])

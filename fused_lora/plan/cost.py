@@ -3,14 +3,15 @@
 gemm  max(2 m n k / (rate * d / (d + half_rank)), bytes / bandwidth) + call,  d = min(m, n, k)
 move  bytes / bandwidth + call
 
-The steps of this file are a library's; ``fused_lora.plan.cost_triton`` has Triton's.
+The steps of this file are a library's; ``fused_lora.plan.cost_triton`` has Triton's,
+``fused_lora.plan.cost_cuda`` those of the compiled gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fused_lora.plan import cost_triton
+from fused_lora.plan import cost_cuda, cost_triton
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.full import full_steps
 from fused_lora.plan.problem import Problem
@@ -85,7 +86,8 @@ def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 def needs_dh(p: Problem, plan: Plan) -> bool:
     """Whether backward forms dh = s dy b."""
     from_dx = p.needs.x and plan.dx is not Forward.MERGE
-    return from_dx or (plan.gradient is Gradient.RANK and p.needs.a)
+    own = plan.gradient is Gradient.RANK and plan.grads_by is None
+    return from_dx or (own and p.needs.a)
 
 
 def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
@@ -95,7 +97,7 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
             yield Step("dy shrink", p.m, span.rank, span.width)
     if p.needs.x:
         yield from dx_steps(p, plan)
-    if plan.gradient is Gradient.RANK:
+    if plan.gradient is Gradient.RANK and plan.grads_by is None:
         yield from _rank_steps(p, plan)
     yield from full_steps(p, plan)
 
@@ -112,8 +114,12 @@ def _rank_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 def steps(p: Problem, plan: Plan) -> list[Step]:
     """Every call of the plan, in order."""
     if plan.backend is Backend.TRITON:
-        return [*cost_triton.forward_steps(p, plan), *cost_triton.backward_steps(p, plan)]
-    return [*forward_steps(p, plan), *(backward_steps(p, plan) if p.trains else ())]
+        found = [*cost_triton.forward_steps(p, plan), *cost_triton.backward_steps(p, plan)]
+    else:
+        found = [*forward_steps(p, plan), *(backward_steps(p, plan) if p.trains else ())]
+    if plan.grads_by is Backend.CUDA:
+        found += cost_cuda.gradient_steps(p, plan)
+    return found
 
 
 def time_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:

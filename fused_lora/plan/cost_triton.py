@@ -27,7 +27,7 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 
 def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the backward pass, none where nothing is asked for."""
-    rank_gradient = plan.gradient is Gradient.RANK
+    rank_gradient = plan.gradient is Gradient.RANK and plan.grads_by is None
     if p.needs.x:
         yield from _product(p, plan.dx, "dx ", p.n, p.k, plan.keep is Keep.MERGED)
     if rank_gradient and p.needs.b:

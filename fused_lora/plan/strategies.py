@@ -17,10 +17,13 @@ LIBRARY = (Backend.ATEN,)
 STRATEGIES: dict[Backend, tuple[Forward, ...]] = {
     Backend.ATEN: (Forward.SEPARATE, Forward.BORDERED, Forward.MERGE),
     Backend.TRITON: (Forward.EXTENDED, Forward.ONE_PASS, Forward.MERGE),
+    Backend.CUDA: (),
 }
 ROUNDS_ONCE = (Forward.BORDERED, Forward.EXTENDED, Forward.ONE_PASS)
 ONE_PASS_RANKS = 64  # sum R whose h stands in registers beside the accumulator
 INT32 = 1 << 31  # kernels count rows, columns and the elements of a and b in 32 bits
+GRADIENT_RANKS = 64  # sum R whose gradients the one pass over x and dy holds in registers
+GRADIENT_GROUPS = 4  # adapters of one layer that it serves
 MOST_SLICES = 64  # of rows, whose fp32 partial sums of a gradient stand side by side
 
 
@@ -28,6 +31,8 @@ def why_not_backend(problem: Problem, backend: Backend) -> str | None:
     """One sentence why ``backend`` has nothing for ``problem``; None when it has."""
     if backend is Backend.ATEN:
         return None
+    if backend is Backend.CUDA:
+        return why_not_gradients(problem)
     if problem.dtype == "float64":
         return "Triton's kernels compute in float32, bfloat16 and float16, not in float64"
     if min(problem.k, problem.n) == 0:
@@ -38,10 +43,35 @@ def why_not_backend(problem: Problem, backend: Backend) -> str | None:
     return None
 
 
+def why_not_gradients(problem: Problem) -> str | None:
+    """One sentence why no compiled pass over x and dy has the gradients of ``problem``."""
+    if not problem.trains_adapters:
+        return "the compiled kernels compute adapter gradients, and none is asked for"
+    if not problem.low_precision:
+        return f"the compiled gradients take bfloat16 and float16 x and dy, not {problem.dtype}"
+    if problem.k % 8 or problem.n % 8 or min(problem.k, problem.n) == 0:
+        return (
+            "the compiled gradients read rows of whole 16 bytes, and w is "
+            f"[{problem.n}, {problem.k}]"
+        )
+    if problem.rank > GRADIENT_RANKS:
+        return (
+            f"the compiled gradients stay in registers up to rank {GRADIENT_RANKS} in all, "
+            f"and the ranks sum to {problem.rank}"
+        )
+    if len(problem.spans) > GRADIENT_GROUPS:
+        return (
+            f"the compiled gradients take up to {GRADIENT_GROUPS} adapters of a layer, "
+            f"and this one has {len(problem.spans)}"
+        )
+    return None
+
+
 def why_not(problem: Problem, plan: Plan) -> str | None:
     """One sentence why ``plan`` cannot serve ``problem``; None when it can."""
     return (
-        why_not_backend(problem, plan.backend)
+        _why_not_gradients_by(problem, plan)
+        or why_not_backend(problem, plan.backend)
         or why_not_strategy(problem, plan.backend, plan.forward)
         or why_not_strategy(problem, plan.backend, plan.dx)
         or _inconsistent(problem, plan)
@@ -58,6 +88,14 @@ def why_not_strategy(problem: Problem, backend: Backend, strategy: Forward) -> s
             f"and the ranks sum to {problem.rank}"
         )
     return None
+
+
+def _why_not_gradients_by(problem: Problem, plan: Plan) -> str | None:
+    if plan.grads_by is None:
+        return None
+    if plan.gradient is not Gradient.RANK:
+        return "only rank-sized gradients are computed by another backend than dx"
+    return why_not_backend(problem, plan.grads_by)
 
 
 def _inconsistent(problem: Problem, plan: Plan) -> str | None:
@@ -86,9 +124,11 @@ def _inconsistent(problem: Problem, plan: Plan) -> str | None:
 
 def candidates(problem: Problem, backends: Sequence[Backend] = LIBRARY) -> list[Plan]:
     """Every plan that can serve ``problem`` on one of ``backends``."""
+    gradients = (None, *(b for b in backends if b is Backend.CUDA))
     plans = (
-        Plan(*parts, backend=backend)
+        Plan(*parts, backend=backend, grads_by=grads_by)
         for backend in backends
+        for grads_by in gradients
         for parts in product(STRATEGIES[backend], STRATEGIES[backend], Gradient, Keep)
     )
     return [plan for plan in plans if why_not(problem, plan) is None]
@@ -98,7 +138,7 @@ def by_library(plan: Plan) -> Plan:
     """``plan`` where no kernel of its backend may run: as precise, and it keeps the same."""
     here = STRATEGIES[Backend.ATEN]
     forward, dx = (p if p in here else Forward.BORDERED for p in (plan.forward, plan.dx))
-    return replace(plan, forward=forward, dx=dx, backend=Backend.ATEN)
+    return replace(plan, forward=forward, dx=dx, backend=Backend.ATEN, grads_by=None)
 
 
 def keeps_x(needs: Needs, plan: Plan) -> bool:

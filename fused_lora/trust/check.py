@@ -90,13 +90,17 @@ def compare(
     dtype: torch.dtype,
     band: float | None,
 ) -> Iterator[Comparison | str]:
-    """``run`` against ``truth``, beside ``plain``; and against itself, bit by bit."""
+    """``run`` against ``truth``, beside ``plain``; and against itself, bit by bit.
+
+    A name of what ``run`` gives may say after a comma how it was found.
+    """
     once, again = run(), run()
     for name, ours in once.items():
         if not torch.equal(ours, again[name]):
             yield f"two runs gave different bits of {name}"
-        yield judge(name, ours, plain[name], truth[name], dtype, band)
-        yield _worst_element(name, ours, plain[name], truth[name], band or torch.finfo(dtype).eps)
+        theirs, right = (found[name.partition(",")[0]] for found in (plain, truth))
+        yield judge(name, ours, theirs, right, dtype, band)
+        yield _worst_element(name, ours, theirs, right, band or torch.finfo(dtype).eps)
 
 
 def _worst_element(

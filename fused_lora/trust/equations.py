@@ -28,6 +28,15 @@ def equations(p: Operands) -> Named:
     return {"h": h, "dh": dh, "y": y, "dx": grads.x, "da": da, "db": db, "w'": merged}
 
 
+def gradients(p: Operands) -> Named:
+    """What ``equations`` has of adapters' gradients, and that of the bias, without w."""
+    h, dh = thin(p)
+    low = p.adapters.to(p.x.dtype)
+    da = dh.T @ p.x
+    db = [low.scales[g] * p.dy[:, cols].T @ h[:, ranks] for g, cols, ranks in low.ranks()]
+    return {"da": da.flatten(), "db": flat(db), "dbias": p.dy.sum(0)}
+
+
 def thin(p: Operands) -> tuple[Tensor, Tensor]:
     """h and dh; given to the kernels that read them, so that one is judged at a time."""
     a, b, scales, spans = p.adapters.to(p.x.dtype)

@@ -6,12 +6,22 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
+from fused_lora.kernels.cuda.native import why_not_on
 from fused_lora.kernels.triton import tiles
 from fused_lora.kernels.triton.launch import architecture
 from fused_lora.kernels.triton.launches import Launch
-from fused_lora.trust.subjects import DTYPES, Checked, of_compiled_merge, of_launch
+from fused_lora.trust.subjects import (
+    DTYPES,
+    Checked,
+    of_compiled_grads,
+    of_compiled_merge,
+    of_launch,
+)
 
 ROWS = (197, 1 << 20)  # few and many, as tiles are chosen by
+ANY_FORM = (Form(6, 1, True, 1), GradShape(376, 376, 15, needs_bias=True))
 RANKS = (16, 32, 64)  # every block of ranks
 
 
@@ -21,6 +31,20 @@ def everything(dtypes: Sequence[str], device: torch.device) -> Iterator[Checked]
         yield from (of_launch(launch, dtype) for launch in launches(DTYPES[dtype], device))
         if dtype != "tf32":  # its products are fp32 whatever torch allows
             yield of_compiled_merge(dtype)
+        if dtype in ("bfloat16", "float16"):
+            yield from compiled_grads(dtype, device)
+
+
+def compiled_grads(dtype: str, device: torch.device) -> Iterator[Checked]:
+    """The compiled gradients in every form that ``device`` has.
+
+    Of no device, or without the compiled module: in one form that stands for all.
+    """
+    if why_not_on(device):
+        yield of_compiled_grads(*ANY_FORM, dtype)
+        return
+    for form, example in examples(Chip.of(device)).items():
+        yield of_compiled_grads(form, example, dtype)
 
 
 def launches(dtype: torch.dtype, device: torch.device) -> list[Launch]:

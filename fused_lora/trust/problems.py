@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ class Shape:
     bias: bool
     wide: bool  # fp32 adapters, cast on load; else in the compute dtype
     inside: int  # columns of the tensor that x and dy lie in beyond their own
+    frozen: bool = True  # a w, which gradients of adapters do without
 
 
 SHAPES = (  # sizes that no block divides; whole blocks, with borders of groups inside a tile
@@ -41,7 +42,7 @@ class Operands:
     """Tensors of one problem in one dtype."""
 
     x: Tensor  # [M, K]
-    w: Tensor  # [N, K]
+    w: Tensor  # [N, K], or of no elements
     bias: Tensor | None  # [N]
     dy: Tensor  # [M, N]
     adapters: Adapters
@@ -53,10 +54,12 @@ class Operands:
         return Operands(x, w, bias, dy, self.adapters.to(dtype) if adapters else self.adapters)
 
 
-def problems(dtype: torch.dtype, device: torch.device, aligned: bool = False) -> Iterator[Operands]:
+def problems(
+    dtype: torch.dtype, device: torch.device, shapes: Sequence[Shape] = SHAPES
+) -> Iterator[Operands]:
     """The operands of every shape; no random state but their own is touched."""
     generator = torch.Generator().manual_seed(20)
-    for shape in ALIGNED if aligned else SHAPES:
+    for shape in shapes:
         yield _operands(shape, dtype, device, generator)
 
 
@@ -74,4 +77,5 @@ def _operands(
     scales = [(1.0, 0.5, 2.0)[g % 3] for g in range(len(a))]
     bias = draw(1, n, 1.0, dtype)[0] if shape.bias else None
     x, dy = draw(m, k, 1.0, dtype, inside), draw(m, n, 1.0, dtype, inside)
-    return Operands(x, draw(n, k, k**-0.5, dtype), bias, dy, Adapters(a, b, scales, shape.spans))
+    w = draw(*((n, k) if shape.frozen else (0, 0)), k**-0.5, dtype)
+    return Operands(x, w, bias, dy, Adapters(a, b, scales, shape.spans))

@@ -93,9 +93,7 @@ def _result(checked: Checked, device: torch.device) -> Result:
 def _why_not(checked: Checked, device: torch.device) -> str | None:
     if checked.subject.backend == "triton":
         return available.why_not(device, DTYPES[checked.subject.dtype])
-    if reason := native.why_not(device if device.type == "cuda" else None):
-        return reason
-    return None if device.type == "cuda" else f"the tensors would be on {device.type}"
+    return native.why_not_on(device)
 
 
 @contextmanager

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.cuda.merged import merged as compiled_merge
+from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.testing.yardstick import Verdict as Comparison
-from fused_lora.trust import triton_checks
+from fused_lora.trust import cuda_checks, triton_checks
 from fused_lora.trust.check import check, compare
-from fused_lora.trust.equations import Named, equations
-from fused_lora.trust.problems import Operands, problems
+from fused_lora.trust.equations import Named, equations, gradients
+from fused_lora.trust.problems import ALIGNED, SHAPES, Operands, Shape, problems
 from fused_lora.trust.rounding import NOISE, stochastic
 from fused_lora.trust.verdict import Subject, Verdict
 
@@ -35,7 +35,8 @@ class Checked:
     subject: Subject
     run: Callable[[Operands], Named]  # every result by name
     noisy: Callable[[Operands], Tensor] | None = None  # w' of stochastic rounding
-    aligned: bool = False  # rows of whole 16 bytes alone
+    shapes: Sequence[Shape] = SHAPES  # of the problems
+    equations: Callable[[Operands], Named] = equations
 
     def check(self, device: torch.device) -> Verdict:
         """The verdict of ``device``, found now."""
@@ -43,8 +44,8 @@ class Checked:
 
     def _comparisons(self, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison | str]:
         band = TF32_BAND if self.subject.dtype == "tf32" else None
-        for p in problems(dtype, device, self.aligned):
-            plain, truth = (equations(p.to(kind)) for kind in (dtype, torch.float64))
+        for p in problems(dtype, device, self.shapes):
+            plain, truth = (self.equations(p.to(kind)) for kind in (dtype, torch.float64))
             yield from compare(partial(self.run, p), plain, truth, dtype, band)
             if self.noisy and dtype is not torch.float32:
                 yield from stochastic(p, self.noisy)
@@ -58,15 +59,20 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
         subject,
         partial(triton_checks.run, launch),
         noisy if launch.kernel == "merge" else None,
-        launch.bulk,
+        ALIGNED if launch.bulk else SHAPES,
     )
 
 
 def of_compiled_merge(dtype: str) -> Checked:
     """The compiled kernel for weights of ``dtype``."""
-
-    def merged(p: Operands, noise: tuple[int, int] | None = None) -> Tensor:
-        return compiled_merge(p.w, p.adapters, noise)
-
     subject = Subject("cuda", "lora_merge", "any", dtype)
-    return Checked(subject, lambda p: {"w'": merged(p)}, partial(merged, noise=NOISE))
+    noisy = partial(cuda_checks.merged, noise=NOISE)
+    return Checked(subject, lambda p: {"w'": cuda_checks.merged(p)}, noisy)
+
+
+def of_compiled_grads(form: Form, example: GradShape, dtype: str) -> Checked:
+    """The compiled gradients in one form, checked on ``example``."""
+    subject = Subject("cuda", "lora_grad", str(form), dtype)
+    run = partial(cuda_checks.grads, example=example)
+    shapes = (cuda_checks.shape_of(example),)
+    return Checked(subject, run, shapes=shapes, equations=gradients)

@@ -109,6 +109,7 @@ def _checks() -> str:
 
 @lru_cache(maxsize=1)
 def _compiled() -> str:
-    """The compiled module by its build: another file is another kernel."""
+    """The compiled module by its build, and what launches it: another file is another kernel."""
     built = Path(str(native.load().__file__)).stat()
-    return f"|module {built.st_size} {built.st_mtime_ns}"
+    launchers = sources(Path(native.__file__).parent)
+    return f"|module {built.st_size} {built.st_mtime_ns} {launchers}"

@@ -23,7 +23,7 @@ def entrants(ranked: Sequence[Plan]) -> list[Plan]:
     strategies: tuple[Callable[[Plan], str], ...] = (
         lambda plan: plan.forward,
         lambda plan: plan.dx,
-        lambda plan: plan.gradient,
+        lambda plan: f"{plan.gradient_backend}:{plan.gradient}",
     )
     for strategy in strategies:
         for plan in others:

@@ -75,6 +75,15 @@ def shrink(x: Tensor, adapters: Adapters, out: Tensor | None = None) -> Tensor:
     return h
 
 
+def shrink_grad(dy: Tensor, adapters: Adapters, out: Tensor | None = None) -> Tensor:
+    """dh = s dy b, [M, sum R]."""
+    dh = dy.new_empty(dy.shape[0], adapters.rank) if out is None else out
+    for g, cols, ranks in adapters.ranks():
+        b = thin_rows(adapters.b[g])
+        accumulate(columns(dh, ranks), columns(dy, cols), b, adapters.scales[g], beta=0)
+    return dh
+
+
 def stacks(x: Tensor, adapters: Adapters) -> bool:
     """Whether copying all a together costs less than passing over x once per group."""
     return adapters.rank < x.shape[0] or len(adapters.a) == 1
@@ -110,6 +119,19 @@ def backward(
     return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b)
 
 
+def input_grad(
+    dy: Tensor,  # [M, N], rows contiguous
+    kept: Tensor | None,  # what forward kept
+    w: Tensor | None,  # [N, K]; None where dx reads a kept w'
+    adapters: Adapters,
+    plan: Plan,
+) -> tuple[Tensor, Tensor | None]:
+    """dx [M, K], and dh [M, sum R], rows contiguous, where it was formed on the way."""
+    low = adapters.to(dy.dtype)
+    g = _Backward(dy, None, kept, w, adapters, low, Needs(), plan)
+    return g.dx(), None if plan.dx is Forward.MERGE else g.dh
+
+
 class _Backward:
     """One backward pass: its operands, and dh once it is formed."""
 
@@ -140,10 +162,9 @@ class _Backward:
     @cached_property
     def dh(self) -> Tensor:
         """s dy b, [M, sum R]; the right end of [dy | dh] where dx wants that."""
-        m, n = self.dy.shape
         if self.needs.x and self.plan.dx is Forward.BORDERED:
-            return self.bordered[:, n:]
-        return self._shrink(self.dy.new_empty(m, self.low.rank))
+            return self.bordered[:, self.dy.shape[1] :]
+        return shrink_grad(self.dy, self.low)
 
     @cached_property
     def bordered(self) -> Tensor:
@@ -151,15 +172,8 @@ class _Backward:
         m, n = self.dy.shape
         buffer = self.dy.new_empty(m, n + self.low.rank)
         buffer[:, :n].copy_(self.dy)
-        self._shrink(buffer[:, n:])
+        shrink_grad(self.dy, self.low, buffer[:, n:])
         return buffer
-
-    def _shrink(self, dh: Tensor) -> Tensor:
-        for g, cols, ranks in self.low.ranks():
-            b = thin_rows(self.low.b[g])
-            dy = columns(self.dy, cols)
-            accumulate(columns(dh, ranks), dy, b, self.low.scales[g], beta=0)
-        return dh
 
     def dx(self) -> Tensor:
         """dy w + dh a, [M, K]."""
@@ -181,16 +195,36 @@ class _Backward:
 
     def rank_grads(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """da = dhT x, db = s dyT h; None throughout where no adapter trains."""
-        a: list[Tensor | None] = [None] * len(self.low.spans)
-        b: list[Tensor | None] = [None] * len(self.low.spans)
-        if self.needs.b:
-            h = self.kept if self.plan.keep is Keep.HIDDEN else shrink(self.x, self.low)
-            assert h is not None
-            for g, cols, ranks in self.low.ranks():
-                dtype = self.adapters.b[g].dtype
-                dy = columns(self.dy, cols)
-                b[g] = outer(dy, columns(h, ranks), self.low.scales[g], dtype)
-        if self.needs.a:
-            da = product(self.dh.t(), self.x, 1.0, self.adapters.widest_a())  # [sum R, K]
-            a = [da[ranks].to(self.adapters.a[g].dtype) for g, _, ranks in self.low.ranks()]
-        return a, b
+        h = self.kept if self.plan.keep is Keep.HIDDEN else None
+        dh = self.dh if self.needs.a else None
+        return rank_grads(self.dy, self._x, h, dh, self.adapters, self.low, self.needs)
+
+
+def rank_grads(
+    dy: Tensor,  # [M, N], rows contiguous
+    x: Tensor | None,  # [M, K]; None where no gradient reads it
+    h: Tensor | None,  # [M, sum R]; formed where needed and not given
+    dh: Tensor | None,  # [M, sum R], likewise
+    adapters: Adapters,
+    low: Adapters,  # the same in dy's dtype
+    needs: Needs,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """da and db of every adapter, each in its own dtype."""
+    a: list[Tensor | None] = [None] * len(low.spans)
+    b: list[Tensor | None] = [None] * len(low.spans)
+    if needs.b:
+        h = _thin_of(x, low) if h is None else h
+        for g, cols, ranks in low.ranks():
+            dtype = adapters.b[g].dtype
+            b[g] = outer(columns(dy, cols), columns(h, ranks), low.scales[g], dtype)
+    if needs.a:
+        assert x is not None
+        dh = shrink_grad(dy, low) if dh is None else dh
+        da = product(dh.t(), x, 1.0, adapters.widest_a())  # [sum R, K]
+        a = [da[ranks].to(adapters.a[g].dtype) for g, _, ranks in low.ranks()]
+    return a, b
+
+
+def _thin_of(x: Tensor | None, low: Adapters) -> Tensor:
+    assert x is not None
+    return shrink(x, low)

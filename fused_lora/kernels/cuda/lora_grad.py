@@ -4,8 +4,8 @@
     db_g = s_g dy[:, span_g]T h_g   da_g = dh_gT x   dbias = sum over rows of dy
 
 Products are of bf16 or fp16, sums are fp32, each gradient is rounded once, to its tensor's dtype.
-No atomics. What is formed on chip must fit one block's registers (``fits``); with h and dh given,
-any width does. Called by nothing yet: no machine has verified it.
+No atomics. What is formed on chip must fit the registers of a block, or of a cluster
+(``fits``); with h and dh given, any width does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad_call import GradCall
+from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.types import Needs
 
@@ -28,11 +29,8 @@ Into = tuple[Sequence[Tensor], Sequence[Tensor]]  # G of [R_g, K], G of [N_g, R_
 
 def fits(k: int, n: int, ranks: int, arch: int, given: bool = False) -> bool:
     """Whether a block of architecture ``arch`` (80, 90, ...) holds all gradients of this size."""
-    plan = native.load().plan_lora_grad(
-        **dict(k=k, n=n, ranks=ranks, h_given=given, dh_given=given, rows=1),
-        **dict(needs_a=True, needs_b=True, needs_bias=False, arch=arch, processors=1),
-    )
-    return plan is not None
+    shape = GradShape(k, n, ranks, h_given=given, dh_given=given)
+    return shape.form(Chip(arch, 1)) is not None
 
 
 def why_not(

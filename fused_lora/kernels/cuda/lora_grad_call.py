@@ -9,8 +9,11 @@ from torch import Tensor
 
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.interface import Adapters
 from fused_lora.types import Needs
+
+ADAPTERS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of a and b
 
 
 class GradCall(NamedTuple):
@@ -39,9 +42,10 @@ class GradCall(NamedTuple):
         """The operand that tells device, dtype and rows."""
         return next(iter(self.large.values()))
 
-    def plan(self, chip: Chip) -> Any:
-        """fused_lora._native.GradPlan; None where a block of this chip cannot hold the problem."""
-        return native.load().plan_lora_grad(
+    @property
+    def shape(self) -> GradShape:
+        """Its sizes."""
+        return GradShape(
             k=0 if self.x is None else self.x.shape[1],
             n=0 if self.dy is None else self.dy.shape[1],
             ranks=self.adapters.rank,
@@ -50,10 +54,11 @@ class GradCall(NamedTuple):
             needs_a=self.needs.a,
             needs_b=self.needs.b,
             needs_bias=self.needs.bias,
-            rows=self.first.shape[0],
-            arch=chip.arch,
-            processors=chip.processors,
         )
+
+    def plan(self, chip: Chip) -> Any:
+        """fused_lora._native.GradPlan; None where a block of this chip cannot hold the problem."""
+        return self.shape.plan(self.first.shape[0], chip)
 
     def why_not(self, chip: Chip) -> str | None:
         """One sentence why the compiled kernel cannot serve; None when it can."""
@@ -87,13 +92,21 @@ class GradCall(NamedTuple):
         for name, z in self.large.items():
             if z.stride(1) != 1 and z.shape[1] > 1:
                 return f"rows of {name} are not contiguous"
-            aligned = z.stride(0) % 8 == 0 and z.data_ptr() % 16 == 0 and z.shape[1] % 8 == 0
-            if name in ("x", "dy") and not aligned:
+            if name in ("x", "dy") and not (_begins(z) and z.shape[1] % 8 == 0):
                 return f"{name} or its rows do not begin at multiples of 16 bytes"
         if self.plan(chip) is None:
             sizes = ", ".join(f"{name} {tuple(z.shape)}" for name, z in self.large.items())
             return f"a block of sm_{chip.arch} cannot hold rank {self.adapters.rank} of {sizes}"
         return None
+
+
+def aligned(z: Tensor) -> Tensor:
+    """``z`` [M, C], copied unless every row begins at a multiple of 16 bytes."""
+    return z if z.stride(1) == 1 and _begins(z) else z.clone(memory_format=torch.contiguous_format)
+
+
+def _begins(z: Tensor) -> bool:
+    return z.stride(0) % 8 == 0 and z.data_ptr() % 16 == 0
 
 
 def _list(things: set[Any]) -> str:

@@ -28,6 +28,13 @@ def why_not(device: torch.device | int | None = None) -> str | None:
     return why_not_here() or _why_not_on(device)
 
 
+def why_not_on(device: torch.device) -> str | None:
+    """As ``why_not``, of a device of any kind."""
+    if reason := why_not(device if device.type == "cuda" else None):
+        return reason
+    return None if device.type == "cuda" else f"the tensors are on {device.type}"
+
+
 def why_not_here() -> str | None:
     """The part of ``why_not`` that no device enters."""
     if env.flag("FUSED_LORA_DISABLE_NATIVE"):

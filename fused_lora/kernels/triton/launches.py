@@ -19,7 +19,7 @@ import torch
 from fused_lora.kernels.triton import tiles
 from fused_lora.kernels.triton.winners import AnyTile, winner
 from fused_lora.plan.problem import Problem
-from fused_lora.types import Forward, Gradient, Keep, Plan
+from fused_lora.types import Backend, Forward, Gradient, Keep, Plan
 
 
 class Launch(NamedTuple):
@@ -64,7 +64,9 @@ def tile_of(
 def launches(
     problem: Problem, plan: Plan, dtype: torch.dtype, device: torch.device
 ) -> frozenset[Launch]:
-    """What ``plan`` launches for ``problem``, forward and backward."""
+    """What ``plan`` launches of this room for ``problem``, forward and backward."""
+    if plan.backend is not Backend.TRITON:
+        return frozenset()
     shapes = set(_shapes(problem, plan))
     return frozenset(Launch(s[0], tile_of(*s, dtype, device)) for s in shapes)
 
@@ -73,7 +75,7 @@ def _shapes(p: Problem, plan: Plan) -> Iterator[tuple[str, int, int, int]]:
     yield from _product(p, plan.forward, p.k, p.n)
     if p.needs.x and plan.keep is not Keep.MERGED:
         yield from _product(p, plan.dx, p.n, p.k)
-    if plan.gradient is not Gradient.RANK:
+    if plan.gradient is not Gradient.RANK or plan.grads_by:
         return
     if p.needs.b:
         if plan.keep is not Keep.HIDDEN:

@@ -63,7 +63,7 @@ def backward(
 ) -> Grads:
     """The gradients named by ``needs``."""
     dy, x, own = rows(dy), None if x is None else rows(x), uniform(adapters)
-    dx, dh = _input_grad(dy, kept, w, own, plan) if needs.x else (None, None)
+    dx, dh = input_grad(dy, kept, w, own, plan) if needs.x else (None, None)
     dw = None
     if needs.w:
         assert x is not None
@@ -75,6 +75,29 @@ def backward(
         a = _a_grads(dy, dh, x, own, adapters) if needs.a else _none(adapters)
         b = _b_grads(dy, h, x, own, adapters) if needs.b else _none(adapters)
     return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b)
+
+
+def input_grad(
+    dy: Tensor,  # [M, N]
+    kept: Tensor | None,  # what forward kept
+    w: Tensor | None,  # [N, K]; None where dx reads a kept w'
+    adapters: Adapters,
+    plan: Plan,
+) -> tuple[Tensor, Tensor | None]:
+    """dx = dy w + dh a [M, K], and dh where it was formed on the way."""
+    if plan.keep is Keep.MERGED:
+        assert kept is not None
+        return dy @ kept, None
+    assert w is not None
+    if plan.dx is Forward.MERGE:
+        return dy @ merged(w, adapters), None
+    dy, adapters = rows(dy), uniform(adapters)
+    tile = _tile(plan.dx.value, dy, w.shape[1], dy.shape[1])
+    if plan.dx is Forward.ONE_PASS:
+        return lora_one_pass.input_grad(dy, w, adapters, tile=tile)
+    dy, w = (readable(t, tile) for t in (dy, w))
+    dh = shrink_grad(dy, adapters)
+    return lora_extended.input_grad(dy, w, adapters, dh=dh, tile=tile)
 
 
 def rows(t: Tensor) -> Tensor:
@@ -119,24 +142,6 @@ def merged(w: Tensor, adapters: Adapters, noise: tuple[int, int] | None = None) 
     n, k = w.shape
     tile = tile_of("merge", n, k, adapters.rank, w.dtype, w.device)
     return lora_merge(rows(w), *uniform(adapters), noise, tile=tile)
-
-
-def _input_grad(
-    dy: Tensor, kept: Tensor | None, w: Tensor | None, adapters: Adapters, plan: Plan
-) -> tuple[Tensor, Tensor | None]:
-    """dx = dy w + dh a [M, K], and dh where it was formed on the way."""
-    if plan.keep is Keep.MERGED:
-        assert kept is not None
-        return dy @ kept, None
-    assert w is not None
-    if plan.dx is Forward.MERGE:
-        return dy @ merged(w, adapters), None
-    tile = _tile(plan.dx.value, dy, w.shape[1], dy.shape[1])
-    if plan.dx is Forward.ONE_PASS:
-        return lora_one_pass.input_grad(dy, w, adapters, tile=tile)
-    dy, w = (readable(t, tile) for t in (dy, w))
-    dh = shrink_grad(dy, adapters)
-    return lora_extended.input_grad(dy, w, adapters, dh=dh, tile=tile)
 
 
 def _a_grads(

@@ -1,0 +1,114 @@
+"""Adapter gradients by the compiled kernels, beside whichever room computes dx.
+
+h and dh are handed over where the rest of the plan has them, formed on chip where a block or
+cluster can, and by the library where none can. A form of the kernel that this device has not
+checked, or found wrong, is left to the library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.aten import lora_linear as aten
+from fused_lora.kernels.cuda import native
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_grad import lora_grads
+from fused_lora.kernels.cuda.lora_grad_call import ADAPTERS, GradCall, aligned
+from fused_lora.kernels.cuda.lora_grad_shape import GradShape, examples
+from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.trust.check import NotNow
+from fused_lora.trust.subjects import Checked, of_compiled_grads
+from fused_lora.trust.verify import verdict
+from fused_lora.types import Keep, Needs, Plan
+
+why_not_on = lru_cache(maxsize=64)(native.why_not_on)
+
+
+def checked(shape: GradShape, dtype: torch.dtype, device: torch.device) -> Checked | None:
+    """What is checked before the compiled kernel serves ``shape``; None where no check is."""
+    chip = Chip.of(device)
+    form = shape.fitting(chip).form(chip)
+    if form is None or form not in examples(chip):
+        return None
+    return of_compiled_grads(form, examples(chip)[form], str(dtype).removeprefix("torch."))
+
+
+def backward(
+    dy: Tensor,  # [M, N], rows contiguous
+    x: Tensor | None,  # [M, K]; None where no gradient reads it
+    kept: Tensor | None,  # what forward kept
+    w: Tensor | None,  # [N, K]; None where dx reads a kept w', or is not asked for
+    adapters: Adapters,
+    needs: Needs,
+    plan: Plan,
+    room: Any,  # the kernels that compute dx
+) -> Grads:
+    """The gradients named by ``needs``."""
+    dx, dh = room.input_grad(dy, kept, w, adapters, plan) if needs.x else (None, None)
+    dw = None
+    if needs.w:
+        assert x is not None
+        dw = dy.t() @ x
+    h = kept if plan.keep is Keep.HIDDEN else None
+    needs = replace(needs, x=False, w=False)
+    return adapter_grads(dy, x, h, dh, adapters, needs)._replace(x=dx, w=dw)
+
+
+def adapter_grads(
+    dy: Tensor,  # [M, N], rows contiguous
+    x: Tensor | None,  # [M, K]; None where h is given and only b trains
+    h: Tensor | None,  # [M, sum R]; formed where needed and not given
+    dh: Tensor | None,  # [M, sum R], likewise
+    adapters: Adapters,
+    needs: Needs,
+) -> Grads:
+    """da, db and dbias, each in its own operand's dtype."""
+    call = GradCall(x, dy, adapters, needs, h, dh)
+    if not _trusted(call.shape, dy):
+        a, b = aten.rank_grads(dy, x, h, dh, adapters, adapters.to(dy.dtype), needs)
+        return Grads(None, None, dy.sum(0) if needs.bias else None, a, b)
+    shape = call.shape.fitting(Chip.of(dy.device))
+    h, dh = _given(shape, dy, x, h, dh, adapters)
+    x, rows = (None if x is None else aligned(x)), aligned(dy)
+    fitting = replace(needs, bias=shape.needs_bias)
+    found = lora_grads(x, rows, adapters.uniform(ADAPTERS), fitting, h, dh)
+    if needs.bias and not shape.needs_bias:
+        found = found._replace(bias=dy.sum(0))
+    return found._replace(a=_as(found.a, adapters.a), b=_as(found.b, adapters.b))
+
+
+def _trusted(shape: GradShape, like: Tensor) -> bool:
+    subject = checked(shape, like.dtype, like.device)
+    try:
+        return subject is not None and verdict(subject, like.device).passed
+    except NotNow:
+        return False
+
+
+def _given(
+    shape: GradShape,
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    dh: Tensor | None,
+    adapters: Adapters,
+) -> tuple[Tensor | None, Tensor | None]:
+    """h and dh as the kernel for ``shape`` is given them, formed by the library where missing."""
+    low = adapters.to(dy.dtype) if shape.h_given or shape.dh_given else adapters
+    if shape.h_given and shape.needs_b and h is None:
+        assert x is not None
+        h = aten.shrink(x, low)
+    if shape.dh_given and shape.needs_a and dh is None:
+        dh = aten.shrink_grad(dy, low)
+    return h, dh
+
+
+def _as(grads: list[Tensor | None], like: Any) -> list[Tensor | None]:
+    """Each in the dtype of its own operand."""
+    pairs = zip(grads, like, strict=True)
+    return [None if grad is None else grad.to(own.dtype) for grad, own in pairs]

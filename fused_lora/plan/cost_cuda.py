@@ -1,0 +1,37 @@
+"""What the compiled gradients cost: db and da from one pass over x and dy, then a sum of slices.
+
+    h, dh   formed from the tiles that the gradients read, or read where they are kept
+
+The efficiency and the slices below are guesses: no time has been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fused_lora.plan.problem import Problem
+from fused_lora.plan.step import Step
+from fused_lora.types import Forward, Keep, Plan
+
+EFFICIENCY = 0.8  # of its products beside the library's; unmeasured
+LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
+RANK_BLOCK = 16  # ranks are padded to it on chip
+SLICES = 132  # of rows, one per processor, whose fp32 sums are written and read
+
+
+def gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+    """The two launches that make db, da and the gradient of the bias."""
+    forms_h = p.needs.b and plan.keep is not Keep.HIDDEN
+    forms_dh = p.needs.a and not dh_given(p, plan)
+    k = p.k if p.needs.a or forms_h else 0
+    n = p.n if p.needs.b or p.needs.bias or forms_dh else 0
+    ranks = -(-p.rank // RANK_BLOCK) * RANK_BLOCK
+    sums = min(SLICES, -(-p.m // RANK_BLOCK)) * ranks * (k + n) * (4 // p.itemsize)
+    shrinks = 2 * p.m * ranks * (forms_h * p.k + forms_dh * p.n)
+    yield Step("one pass db da", ranks, k + n, p.m, False, shrinks, sums, EFFICIENCY, LAUNCH_CALLS)
+    yield Step("sums db da", ranks, k + n, extra_elements=sums, calls=LAUNCH_CALLS)
+
+
+def dh_given(p: Problem, plan: Plan) -> bool:
+    """Whether dx forms dh on its way."""
+    return p.needs.x and plan.dx is not Forward.MERGE

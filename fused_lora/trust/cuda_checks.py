@@ -1,0 +1,65 @@
+"""What each compiled kernel computes of one problem, under the names of its equations."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_grad import lora_grads
+from fused_lora.kernels.cuda.lora_grad_shape import GradShape
+from fused_lora.kernels.cuda.merged import merged as compiled_merge
+from fused_lora.kernels.interface import Grads
+from fused_lora.trust.equations import Named, flat, thin
+from fused_lora.trust.problems import Operands, Shape
+from fused_lora.types import Needs, Span
+
+ROWS = 197  # thirteen tiles, the last of five rows
+EVERY = ", every processor"
+FEW = 4  # processors that share them: several tiles each, more than are under way at once
+
+
+def shape_of(example: GradShape) -> Shape:
+    """The problem that checks the form of ``example``: two adapters on unequal columns."""
+    rank, columns = max(1, example.ranks // 3), example.n // 8 * 3
+    spans = (Span(0, columns, rank), Span(columns, example.n, example.ranks - rank))
+    return Shape(ROWS, example.k, example.n, spans, False, wide=True, inside=8, frozen=False)
+
+
+def grads(p: Operands, example: GradShape) -> Named:
+    """Every gradient by name; after a comma, by which way it was found."""
+    h, dh = thin(p)
+    none, given = (None, None), (h, dh)
+    ways = {"": none, EVERY: none, ", h given": (h, None), ", dh given": (None, dh)}
+    if not example.forms:
+        ways = {"": given, EVERY: given}
+    named: dict[str, Tensor] = {}
+    for way, both in ways.items():
+        named |= _named(p, way, *both)
+    return named
+
+
+def _named(p: Operands, way: str, h: Tensor | None, dh: Tensor | None) -> dict[str, Tensor]:
+    chip, needs = Chip.of(p.x.device), Needs(bias=True)
+    if way != EVERY:
+        chip = chip._replace(processors=min(FEW, chip.processors))
+    found = lora_grads(p.x, p.dy, p.adapters, needs, h, dh, chip=chip)
+    named = {f"{name}{way}": t for name, t in _flat(found).items()}
+    if not way:
+        into = (_copies(found.a), _copies(found.b))
+        twice = _flat(lora_grads(p.x, p.dy, p.adapters, needs, h, dh, into, chip))
+        named |= {f"{name}, added": twice[name] / 2 for name in ("da", "db")}
+    return named
+
+
+def _copies(grads: list[Tensor | None]) -> list[Tensor]:
+    return [grad.clone() for grad in grads if grad is not None]
+
+
+def _flat(found: Grads) -> dict[str, Tensor]:
+    assert found.bias is not None
+    return {"da": flat(found.a), "db": flat(found.b), "dbias": found.bias}
+
+
+def merged(p: Operands, noise: tuple[int, int] | None = None) -> Tensor:
+    """w', rounded to nearest or by ``noise``."""
+    return compiled_merge(p.w, p.adapters, noise)

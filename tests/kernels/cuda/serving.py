@@ -1,0 +1,77 @@
+"""A CPU that the compiled room believes to be served, by its kernels' own source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from fused_lora.kernels.cuda import native
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
+from fused_lora.ops import backends, lora_grad_backends, planning
+from fused_lora.trust import cuda_checks, everything, verify
+
+
+class Served:
+    """What the fixture hands out: how often the kernels ran, and what is done to their results."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.checks = 0
+        self.fault = lambda grad: grad
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, counts: str) -> None:
+        right = module.lora_grads
+
+        def lora_grads(*args, **options):
+            setattr(self, counts, getattr(self, counts) + 1)
+            found = right(*args, **options)
+            return found._replace(b=[None if b is None else self.fault(b) for b in found.b])
+
+        monkeypatch.setattr(module, "lora_grads", lora_grads)
+
+
+def forget() -> None:
+    """As a new process would begin."""
+    planning._plan_for.cache_clear()
+    backends._triton.cache_clear()
+    verify.forget()
+
+
+@pytest.fixture
+def served(host: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Served]:
+    """Small checks, fresh verdicts, and costs at which the compiled gradients win."""
+    made = Served()
+    monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
+    monkeypatch.delenv("FUSED_LORA_VERIFY", raising=False)
+    monkeypatch.setattr(native, "load", lambda: host)
+    monkeypatch.setattr(native, "why_not", lambda device=None: None)
+    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip(90, 1)))
+    monkeypatch.setattr(lora_grad_backends, "why_not_on", lambda device: None)
+    monkeypatch.setattr(everything, "why_not_on", lambda device: None)
+    monkeypatch.setattr(cuda_checks, "ROWS", 21)
+    monkeypatch.setattr(lora_grad_backends, "examples", narrow)
+    for name, value in {"EFFICIENCY": 1e6, "LAUNCH_CALLS": 0.0, "SLICES": 0}.items():
+        monkeypatch.setattr(f"fused_lora.plan.cost_cuda.{name}", value)
+    made.watch(monkeypatch, lora_grad_backends, "runs")
+    made.watch(monkeypatch, cuda_checks, "checks")
+    forget()
+    yield made
+    forget()
+
+
+def narrow(chip: Chip) -> dict[Form, GradShape]:
+    """Examples that few emulated columns make up."""
+    found = {form: shape._replace(k=40, n=40) for form, shape in examples(chip).items()}
+    return {form: shape for form, shape in found.items() if shape.form(chip) == form}
+
+
+def one_element(grad: torch.Tensor) -> torch.Tensor:
+    """``grad`` with one element off by its root mean square."""
+    wrong = grad.clone()
+    wrong[grad.shape[0] // 2, 0] += grad.float().square().mean().sqrt().to(grad.dtype)
+    return wrong

@@ -1,0 +1,246 @@
+"""The compiled gradients on their way from the plan to a parameter, over an emulated block."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+import fused_lora
+from fused_lora import lora_linear
+from fused_lora.kernels.interface import Adapters
+from fused_lora.ops import backends, lora_grad_backends, planning
+from fused_lora.ops.lora_linear import backward
+from fused_lora.ops.lora_mlp import lora_mlp
+from fused_lora.ops.planning import plan_for
+from fused_lora.testing.yardstick import error, judge
+from fused_lora.trust import selftest, verify
+from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan, Span
+from tests.ops.block_problems import matrix
+
+from .serving import Served, forget, one_element, served  # noqa: F401
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+SPANS = (Span(0, 24, 5), Span(24, 40, 8))
+
+
+ALL = Needs()
+
+
+def plan(impl: Impl = Impl.AUTO, needs: Needs = ALL, dtype: torch.dtype = BF16) -> Plan:
+    return plan_for(21, 72, 40, SPANS, dtype, True, needs, CPU, impl=impl)
+
+
+class Layer:
+    """One projection in bf16 with fp32 adapters, one of them inside a larger tensor."""
+
+    def __init__(self, m: int = 21, k: int = 72, n: int = 40, spans=SPANS) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(m, k).to(BF16)
+        self.w = (torch.randn(n, k) / k**0.5).to(BF16)
+        self.bias = torch.randn(n).to(BF16)
+        self.a = [torch.randn(span.rank, k) / k**0.5 for span in spans]
+        self.b = [torch.randn(span.width, span.rank + 3)[:, : span.rank] / 3 for span in spans]
+        self.dy = torch.randn(m, n).to(BF16)
+        self.scales, self.spans = (0.5, 2.0)[: len(spans)], spans
+
+    def grads(self, impl: str = "auto", dtype: torch.dtype = BF16, bias: bool = True):
+        """Of every operand by name, computed in ``dtype``."""
+        up = lambda t: t.to(dtype).requires_grad_()  # noqa: E731
+        x, w = up(self.x), self.w.to(dtype)
+        own = self.bias.to(dtype).requires_grad_(bias)
+        a, b = ([(up(t) if dtype is torch.float64 else t.clone().requires_grad_()) for t in half]
+                for half in (self.a, self.b))  # fmt: skip
+        y = lora_linear(x, w, own, a, b, self.scales, self.spans, impl=impl)
+        inputs = {"x": x, "bias": own, "a0": a[0], "b0": b[0], "a1": a[-1], "b1": b[-1]}
+        inputs = {name: t for name, t in inputs.items() if t.requires_grad}
+        grads = torch.autograd.grad(y, list(inputs.values()), self.dy.to(dtype))
+        return dict(zip(inputs, grads, strict=True))
+
+
+def keeps_the_yardstick(layer: Layer, impl: str, **options: bool) -> None:
+    ours, plain = layer.grads(impl, **options), layer.grads("reference", **options)
+    truth = layer.grads("reference", torch.float64, **options)
+    for name, grad in ours.items():
+        verdict = judge(name, grad, plain[name], truth[name], BF16)
+        assert verdict.passed, str(verdict)
+        assert grad.dtype is plain[name].dtype
+
+
+def test_right_kernels_are_checked_once_and_serve(served: Served) -> None:  # noqa: F811
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = plan()
+    assert chosen.grads_by is Backend.CUDA and "cuda:rank" in str(chosen)
+    checks = served.checks
+    assert checks > 0
+    for impl in ("auto", "cuda"):
+        keeps_the_yardstick(Layer(), impl)
+    assert served.runs == 2
+    forget()
+    assert plan() == chosen and served.checks == checks  # from the disk
+
+
+def test_a_broken_kernel_is_caught_and_never_serves(served: Served) -> None:  # noqa: F811
+    served.fault = one_element
+    with pytest.warns(RuntimeWarning, match=r"cuda lora_grad \(6 strips.*\) in bfloat16 .* over"):
+        assert plan().library_alone
+    assert planning.settled(
+        planning.problem(21, 72, 40, SPANS, BF16, True, Needs()), BF16, CPU
+    ).wrong == [f"lora_grad: {said}" for said in kept_verdicts()]
+    keeps_the_yardstick(Layer(), "auto")
+    assert served.runs == 0
+    with pytest.raises(RuntimeError, match="impl='cuda' cannot serve: lora_grad: error .* over"):
+        plan(Impl.CUDA)
+
+
+def kept_verdicts() -> list[str]:
+    return [str(found) for found in verify._known.values()]
+
+
+def test_the_kernel_must_be_right_at_the_moment_of_use_too(served: Served) -> None:  # noqa: F811
+    """What is recomputed may take another form of the kernel than the plan's: checked or not."""
+    served.fault = one_element
+    layer, adapters = Layer(), None
+    adapters = Adapters(layer.a, layer.b, layer.scales, layer.spans)
+    forms = Plan(*[Forward.SEPARATE] * 2, Gradient.RANK, Keep.NOTHING, grads_by=Backend.CUDA)
+    call = (layer.dy, layer.x, None, layer.w, adapters, Needs(), forms, Impl.AUTO)
+    with pytest.warns(RuntimeWarning, match="lora_grad"):
+        ours = backward(*call)
+    library = replace(forms, grads_by=None)
+    theirs = backward(*call[:6], library, Impl.AUTO)
+    assert served.runs == 0
+    pairs = zip(ours.a + ours.b, theirs.a + theirs.b, strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.fixture
+def unchecked(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:  # noqa: F811
+    """Kernels that serve at once; other tests check them."""
+    monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
+    return served
+
+
+def test_every_subset_of_gradients_and_each_way_of_dx(unchecked: Served) -> None:
+    layer = Layer()
+    adapters = Adapters(layer.a, layer.b, layer.scales, layer.spans)
+    bits = product((True, False), repeat=4)
+    needs = [Needs(x, False, bias, a, b) for x, bias, a, b in bits if a or b]
+    hidden = layer.x @ torch.cat(layer.a).to(BF16).T
+
+    def run(asked: Needs, dx: Forward, h: torch.Tensor | None, by: Backend | None) -> list:
+        keep = Keep.NOTHING if h is None else Keep.HIDDEN
+        way = Plan(dx, dx, Gradient.RANK, keep, grads_by=by)
+        found = backward(layer.dy, layer.x, h, layer.w, adapters, asked, way, Impl.AUTO)
+        return [found.x, found.bias, *found.a, *found.b]
+
+    for asked in needs:
+        for dx, h in product((Forward.SEPARATE, Forward.BORDERED), (hidden, None)):
+            both = (run(asked, dx, h, by) for by in (Backend.CUDA, None))
+            for mine, other in zip(*both, strict=True):
+                assert (mine is None) == (other is None)
+                assert mine is None or mine.dtype is other.dtype
+                assert mine is None or torch.allclose(mine, other, rtol=0.02, atol=0.05)
+    assert unchecked.runs == 4 * len(needs)
+
+
+def test_operands_that_need_a_little_help(unchecked: Served) -> None:
+    layer = Layer()
+    layer.dy = torch.randn(21, 45).to(BF16)[:, 3:43]  # rows that begin anywhere
+    layer.a[0], layer.b[1] = layer.a[0].to(BF16), layer.b[1].double()
+    keeps_the_yardstick(layer, "cuda")
+    layer.x = torch.randn(21, 75).to(BF16)[:, 1:73]
+    keeps_the_yardstick(layer, "cuda", bias=False)
+    assert unchecked.runs == 2
+    keeps_the_yardstick(Layer(m=0), "cuda")
+
+
+def test_what_no_block_forms_the_library_does(unchecked: Served, monkeypatch) -> None:
+    from fused_lora.kernels.cuda.chip import Chip
+
+    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip(80, 1)))
+    layer = Layer(9, 768, 1024, (Span(0, 1024, 40),))
+    adapters = Adapters(layer.a, layer.b, layer.scales, layer.spans)
+    found = lora_grad_backends.adapter_grads(layer.dy, layer.x, None, None, adapters, ALL)
+    dh = 0.5 * layer.dy.double() @ layer.b[0].double()
+    h = layer.x.double() @ layer.a[0].double().T
+    assert error(found.a[0], dh.T @ layer.x.double()) < 0.01
+    assert error(found.b[0], 0.5 * layer.dy.double().T @ h) < 0.01
+    assert unchecked.runs == 1
+
+
+def test_a_block_of_several_matrices(unchecked: Served) -> None:
+    torch.manual_seed(1)
+    fc1, fc2 = (matrix(n, k, 6, dtype=BF16, w=False) for n, k in ((40, 24), (24, 40)))
+    x = torch.randn(19, 24).to(BF16).requires_grad_()
+    trained = [x, *fc1.a, *fc1.b, *fc2.a, *fc2.b]
+
+    def grads(impl: str, recompute: str = "none"):
+        y = lora_mlp(x, fc1._replace(impl=impl), fc2._replace(impl=impl), recompute=recompute)
+        return torch.autograd.grad(y.sum(), trained)
+
+    plain = grads("aten")
+    for recompute in ("none", "gemm"):
+        for mine, other in zip(grads("cuda", recompute), plain, strict=True):
+            assert torch.allclose(mine, other, rtol=0.03, atol=0.03)
+    assert unchecked.runs == 4
+
+
+def test_a_model_trains(unchecked: Served) -> None:
+    torch.manual_seed(0)
+    layer = fused_lora.FusedLoRALinear(16, 24, rank=4, impl="cuda", dtype=BF16)
+    model = torch.nn.Sequential(layer, torch.nn.GELU())
+    model(torch.randn(5, 16).to(BF16)).float().square().mean().backward()
+    assert unchecked.runs == 1 and layer.lora_B.grad.abs().sum() > 0
+    with torch.no_grad():
+        model(torch.randn(5, 16).to(BF16))  # nothing of theirs to do
+
+
+def test_beside_triton(unchecked: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_lora.kernels.triton import available
+
+    monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)
+    monkeypatch.setattr("fused_lora.plan.cost_triton.EFFICIENCY", 1e6)
+    monkeypatch.setattr("fused_lora.plan.cost_triton.LAUNCH_CALLS", 0.0)
+    forget()
+    for impl in (Impl.AUTO, Impl.CUDA):
+        chosen = plan(impl)
+        assert (chosen.backend, chosen.grads_by) == (Backend.TRITON, Backend.CUDA)
+    question = planning.problem(21, 72, 40, SPANS, BF16, True, ALL)
+    names = [
+        one.subject.kernel for one in backends.kernels(question, chosen, BF16, "bfloat16", CPU)
+    ]
+    assert "lora_grad" in names and "grad" not in names and len(names) > 1
+    assert plan(Impl.TRITON).grads_by is None
+
+
+class TestElsewhere:
+    """Without the fixture: this machine as it is."""
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+    def test_a_cpu_is_never_served(self) -> None:
+        assert plan().library_alone
+        with pytest.raises(RuntimeError, match="impl='cuda' cannot serve: "):
+            plan(Impl.CUDA)
+
+    def test_fp32_is_refused_with_the_reason(self, served: Served) -> None:  # noqa: F811
+        with pytest.raises(RuntimeError, match="bfloat16 and float16 x and dy, not float32"):
+            plan(Impl.CUDA, dtype=torch.float32)
+        frozen = Needs(a=False, b=False)
+        assert plan(Impl.CUDA, frozen, torch.float32).library_alone  # nothing of theirs to do
+
+
+def test_the_self_test_lists_every_form(served: Served, monkeypatch) -> None:  # noqa: F811
+    from fused_lora.kernels.cuda.chip import Chip
+    from fused_lora.kernels.cuda.lora_grad_shape import examples
+    from fused_lora.trust.everything import compiled_grads
+
+    listed = list(compiled_grads("bfloat16", CPU))
+    assert len(listed) == len(examples(Chip(90, 1))) > 20
+    assert len({one.subject for one in listed}) == len(listed)
+    result = selftest._result(listed[0], CPU)
+    assert result.subject.kernel == "lora_grad"

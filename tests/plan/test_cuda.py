@@ -1,0 +1,112 @@
+"""The compiled gradients in the plan: made-up ceilings, integers alone."""
+
+import pytest
+
+from fused_lora.kernels.cuda import native
+from fused_lora.plan import cost_cuda
+from fused_lora.plan.choose import ranked
+from fused_lora.plan.cost import steps
+from fused_lora.plan.device import Ceilings
+from fused_lora.plan.problem import Problem
+from fused_lora.plan.strategies import (
+    GRADIENT_GROUPS,
+    GRADIENT_RANKS,
+    by_library,
+    candidates,
+    why_not,
+    why_not_backend,
+)
+from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan, Span
+
+H200 = Ceilings("an H200", "bfloat16", 790_000, 32.0, 4_300, 4.0, True)
+ALL = tuple(Backend)
+
+
+def problem(rank=16, n=768, dtype="bfloat16", m=25216, k=768, groups=1, **more):
+    width = n // groups
+    spans = tuple(Span(g * width, g * width + width, rank) for g in range(groups))
+    return Problem(m, k, n, spans, dtype, **more)
+
+
+def compiled(keep=Keep.HIDDEN, dx=Forward.SEPARATE, backend=Backend.ATEN):
+    return Plan(dx, dx, Gradient.RANK, keep, backend=backend, grads_by=Backend.CUDA)
+
+
+def test_they_stand_beside_every_backend_and_only_for_rank_sized_gradients():
+    plans = [plan for plan in candidates(problem(), ALL) if plan.grads_by]
+    assert {plan.backend for plan in plans} == {Backend.ATEN, Backend.TRITON}
+    assert {plan.gradient for plan in plans} == {Gradient.RANK}
+    assert all(plan.gradient_backend is Backend.CUDA for plan in plans)
+    assert not any(plan.library_alone for plan in plans)
+    assert not [p for p in candidates(problem(), (Backend.ATEN, Backend.TRITON)) if p.grads_by]
+    full = Plan(*[Forward.SEPARATE] * 2, Gradient.FULL, Keep.NOTHING, grads_by=Backend.CUDA)
+    assert "only rank-sized gradients" in why_not(problem(), full)
+
+
+def test_a_plan_names_them():
+    assert str(compiled()) == "separate/separate/cuda:rank/hidden"
+    beside = compiled(dx=Forward.EXTENDED, backend=Backend.TRITON)
+    assert str(beside) == "triton:extended/extended/cuda:rank/hidden"
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        (problem(dtype="float32"), "not float32"),
+        (problem(needs=Needs(a=False, b=False)), "none is asked for"),
+        (problem(k=772), r"rows of whole 16 bytes, and w is [768, 772]"),
+        (problem(n=0), "w is [0, 768]"),
+        (problem(rank=65), "the ranks sum to 65"),
+        (problem(rank=4, groups=6), "this one has 6"),
+    ],
+)
+def test_what_they_cannot_serve_is_said(question, sentence):
+    assert sentence in why_not_backend(question, Backend.CUDA)
+    assert not [plan for plan in candidates(question, ALL) if plan.grads_by]
+
+
+def test_the_limits_are_the_kernels():
+    if native.why_not_here():
+        pytest.skip("the compiled module is not built")
+    module = native.load()
+    assert (module.grad_most_ranks, module.grad_most_groups) == (GRADIENT_RANKS, GRADIENT_GROUPS)
+
+
+def test_x_and_dy_are_read_once_and_what_is_not_given_is_formed():
+    question = problem()
+    formed, given = (
+        [*cost_cuda.gradient_steps(question, plan)]
+        for plan in (compiled(Keep.NOTHING, Forward.MERGE), compiled())
+    )
+    assert [step.name for step in given] == ["one pass db da", "sums db da"]
+    assert formed[0].flops == 2 * given[0].flops == 8 * 25216 * 16 * 768
+    large = 25216 * (768 + 768)
+    assert large < given[0].elements() < 1.5 * large
+    names = [step.name for step in steps(question, compiled())]
+    assert "db" not in names and "da" not in names and "dy shrink" in names  # for dx
+    names = [step.name for step in steps(question, compiled(Keep.NOTHING, Forward.MERGE))]
+    assert "dy shrink" not in names and "shrink" not in names
+
+
+def test_one_side_reads_one_operand():
+    only_b = problem(needs=Needs(a=False))
+    step, _ = cost_cuda.gradient_steps(only_b, compiled())
+    assert step.n == only_b.n
+    only_a = problem(needs=Needs(b=False))
+    step, _ = cost_cuda.gradient_steps(only_a, compiled(Keep.NOTHING))
+    assert step.n == only_a.k
+
+
+@pytest.mark.parametrize("efficiency", [0.01, 1.0])
+def test_a_slow_one_is_not_chosen_and_a_fast_one_is(monkeypatch, efficiency):
+    monkeypatch.setattr(cost_cuda, "EFFICIENCY", efficiency)
+    monkeypatch.setattr(cost_cuda, "SLICES", 16)
+    best = ranked(problem(), H200, None, candidates(problem(), ALL))[0].plan
+    assert (best.grads_by is Backend.CUDA) == (efficiency == 1.0)
+
+
+def test_the_library_takes_over_what_they_kept():
+    for plan in candidates(problem(), ALL):
+        other = by_library(plan)
+        assert other.library_alone and why_not(problem(), other) is None
+        assert (other.keep, other.gradient) == (plan.keep, plan.gradient)
