@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "lora_linear_sm90/arguments.h"
 
@@ -63,9 +64,20 @@ FL_DEVICE Pair pair_of(const void* base, int64_t index) {
   return {{widen(T{static_cast<uint16_t>(both)}), widen(T{static_cast<uint16_t>(both >> 16)})}};
 }
 
+// Both rounded to nearest, the first in the lower half.
 template <typename T>
 FL_DEVICE uint32_t packed(Pair pair) {
+#ifdef __CUDACC__
+  uint32_t both;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(pair.at[1]), "f"(pair.at[0]));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(pair.at[1]), "f"(pair.at[0]));
+  }
+  return both;
+#else
   return nearest<T>(pair.at[0]).bits | static_cast<uint32_t>(nearest<T>(pair.at[1]).bits) << 16;
+#endif
 }
 
 }  // namespace fused_lora::sm90

@@ -59,6 +59,9 @@ template <typename Visit>
 constexpr void each_linear_tile(Visit visit) {
   visit.template operator()<LinearTile<128, 128>>();
   visit.template operator()<LinearTile<128, 192>>();
+  visit.template operator()<LinearTile<128, 256>>();
+  visit.template operator()<LinearTile<64, 128>>();
+  visit.template operator()<LinearTile<64, 256>>();
 }
 
 // Where a tile begins. Columns change fastest: the tiles under way share rows of x, and w is small.

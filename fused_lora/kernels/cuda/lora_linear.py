@@ -32,7 +32,7 @@ from fused_lora.kernels.cuda.lora_linear_operands import (
 from fused_lora.kernels.interface import Adapters
 
 Tile = tuple[int, int]  # rows and columns of y
-TILES: tuple[Tile, ...] = ((128, 128), (128, 192))
+TILES: tuple[Tile, ...] = ((128, 128), (128, 192), (128, 256), (64, 128), (64, 256))
 DTYPES = (torch.bfloat16, torch.float16)
 
 

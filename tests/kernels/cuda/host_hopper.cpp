@@ -1,0 +1,129 @@
+// The arithmetic of lora_linear, for tests; and small kernels that are right or wrong on purpose:
+// what the emulated block must see.
+
+#include <stdexcept>
+
+#include "common/hopper.h"
+#include "lora_linear_sm90/layout.h"
+
+namespace fused_lora::sm90 {
+namespace {
+
+constexpr int kBytes = 64 << 10, kBarrier = 60 << 10;
+constexpr uint16_t kOne = 0x3F80;  // of bfloat16
+
+enum Flaw {
+  kNoCopyWait = 1,
+  kNoProductWait,
+  kNoPublish,
+  kNoMeeting,
+  kNoFence,
+  kNoBarrierPublished,
+  kNotAligned,
+  kOutside,
+  kNoStoreWait,
+  kFewBytes,
+  kManyBytes,
+  kDifferentProducts,
+  kNotSwizzled,
+};
+
+// [64, 128] = [64, 16] [16, 128] of ones by the first warpgroup, and 16 columns of it stored.
+struct Small {
+  Flaw flaw;
+  const TensorMap& in;
+  const TensorMap& out;
+
+  void operator()() const {
+    const uint32_t first = (shared_address(emulated_block->shared()) + 1023) / 1024 * 1024;
+    const uint32_t barrier = first + kBarrier;
+    if (thread_index() == 0) {
+      init_barrier(barrier, 1);
+      if (flaw != kNoBarrierPublished) publish_barriers();
+    }
+    sync_block();
+    if (thread_index() >= 128) return;
+    if (thread_index() == 0) {
+      const int bytes = 128 * kBoxRowBytes;
+      arrive_expecting(barrier, bytes + (flaw == kManyBytes ? 16 : flaw == kFewBytes ? -16 : 0));
+      load_box(first + (flaw == kNotAligned ? 16 : 0), in, 0, 0, barrier);
+    }
+    if (flaw != kNoCopyWait) wait_for(barrier, 0);
+    float sum[64] = {};
+    uint64_t left = by_rows(first, 0, 0);
+    if (flaw == kOutside) left = by_rows(first + kBytes, 0, 0);
+    if (flaw == kNotSwizzled) left &= ~(3ull << 62);
+    if (flaw == kDifferentProducts && thread_index() == 77) left = by_rows(first, 8, 0);
+    if (flaw != kNoFence) begin_products();
+    multiply<BFloat16, false>(sum, left, by_rows(first, 0, 0), 0);
+    commit_products();
+    if (flaw != kNoProductWait) wait_products<0>();
+    const uint32_t staged = first + (32 << 10);
+    for (int i = 0; i < 4; ++i) stage(staged, sum, i);
+    if (flaw != kNoPublish) publish_writes();
+    if (flaw != kNoMeeting) sync_warpgroup(1);
+    if (thread_index() == 0) {
+      store_box(out, 0, 0, staged);
+      commit_stores();
+      if (flaw != kNoStoreWait) wait_stores_read();
+    }
+    wait_products<0>();
+  }
+
+  void stage(uint32_t staged, const float (&sum)[64], int i) const {
+    uint32_t words[4];
+    for (int j = 0; j < 4; ++j) {
+      words[j] = nearest<BFloat16>(sum[8 * i + 2 * j]).bits;
+      words[j] |= static_cast<uint32_t>(nearest<BFloat16>(sum[8 * i + 2 * j + 1]).bits) << 16;
+    }
+    const int lane = thread_index() % 32;
+    const int row = thread_index() / 32 * 16 + lane % 16;
+    store_matrices(staged_at(staged, row, 16 * i + lane / 16 * 8), words);
+  }
+};
+
+}  // namespace
+}  // namespace fused_lora::sm90
+
+using namespace fused_lora::sm90;
+
+extern "C" {
+
+// How many of 64 x 64 elements are not 16; -1 where the emulation refuses the kernel.
+int host_hopper_misses(int flaw, bool backwards, bool late) {
+  alignas(16) static uint16_t in[128 * 64], out[64 * 64];
+  for (uint16_t& element : in) element = kOne;
+  for (uint16_t& element : out) element = 0xFFFF;
+  TensorMap maps[2];
+  const auto type = fused_lora::DType::kBFloat16;
+  if (encode({in, type, 128, 64, 64, 128}, &maps[0])) return -2;
+  if (encode({out, type, 64, 64, 64, 64}, &maps[1])) return -2;
+  try {
+    EmulatedBlock block(kBytes, backwards, late);
+    block.run(Small{static_cast<Flaw>(flaw), maps[0], maps[1]});
+  } catch (const std::logic_error&) {
+    return -1;
+  }
+  int misses = 0;
+  for (const uint16_t element : out) misses += element != 0x4180;  // 16
+  return misses;
+}
+
+void host_linear_corner(int64_t tile, int columns, int tile_rows, int tile_columns, int* corner) {
+  const Corner c = corner_of(tile, columns, tile_rows, tile_columns);
+  corner[0] = c.row, corner[1] = c.column;
+}
+
+bool host_linear_meets(int column, int tile_columns, int first, int count) {
+  return meets(column, tile_columns, first, count);
+}
+
+int host_linear_products(int rank, int first) { return products_of(rank, first); }
+
+uint32_t host_linear_staged(int row, int column) { return staged_at(0, row, column); }
+
+uint64_t host_linear_descriptor(bool transposed, uint32_t stage, int first, int product) {
+  return transposed ? by_columns(stage, first, product) : by_rows(stage, first, product);
+}
+
+}  // extern "C"

@@ -1,0 +1,85 @@
+"""Indices of lora_linear on sm_90, every one of them; and what its emulated block must see."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import product
+from types import ModuleType
+
+import pytest
+
+WORLDS = list(product((False, True), repeat=2))  # threads backwards, copies and products late
+TILES = [(128, 128), (128, 192), (128, 256), (64, 128), (64, 256)]
+UNSEEN_EARLY = ["no copy wait", "no product wait", "no publish", "no meeting"]
+REFUSED = [
+    *("no fence", "no barrier published", "not aligned", "outside", "no store wait"),
+    *("few bytes", "many bytes", "different products", "not swizzled"),
+]
+
+
+@pytest.fixture
+def library(host: ModuleType) -> ctypes.CDLL:
+    """The parts of the module that only tests see."""
+    library = ctypes.CDLL(host.__file__)
+    library.host_linear_descriptor.restype = ctypes.c_uint64
+    library.host_linear_staged.restype = ctypes.c_uint32
+    library.host_linear_meets.restype = ctypes.c_bool
+    return library
+
+
+def test_a_right_kernel_is_right_in_every_world(library: ctypes.CDLL) -> None:
+    assert [library.host_hopper_misses(0, *world) for world in WORLDS] == [0] * 4
+
+
+@pytest.mark.parametrize("flaw", UNSEEN_EARLY)
+def test_a_missing_wait_is_seen_in_some_world(library: ctypes.CDLL, flaw: str) -> None:
+    number = 1 + UNSEEN_EARLY.index(flaw)
+    assert any(library.host_hopper_misses(number, *world) for world in WORLDS)
+
+
+@pytest.mark.parametrize("flaw", REFUSED)
+def test_what_is_refused(library: ctypes.CDLL, flaw: str) -> None:
+    number = 1 + len(UNSEEN_EARLY) + REFUSED.index(flaw)
+    assert [library.host_hopper_misses(number, *world) for world in WORLDS] == [-1] * 4
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_tiles_cover_y_once_columns_first(library: ctypes.CDLL, tile: tuple[int, int]) -> None:
+    for rows, columns in product((1, 63, 64, 129, 400), (8, 128, 136, 192, 520)):
+        found = []
+        corner = (ctypes.c_int * 2)()
+        for i in range(-(-rows // tile[0]) * -(-columns // tile[1])):
+            library.host_linear_corner(ctypes.c_int64(i), columns, *tile, corner)
+            found.append(tuple(corner))
+        assert found == list(product(range(0, rows, tile[0]), range(0, columns, tile[1])))
+
+
+def test_a_tile_meets_the_groups_it_shares_columns_with(library: ctypes.CDLL) -> None:
+    for column, first, count in product((0, 4, 8), range(14), range(1, 6)):
+        shared = set(range(column, column + 4)) & set(range(first, first + count))
+        assert library.host_linear_meets(column, 4, first, count) == bool(shared)
+
+
+def test_products_cover_every_rank_of_a_stage(library: ctypes.CDLL) -> None:
+    for rank in range(1, 200):
+        for first in range(0, rank, 64):
+            ranks = min(64, rank - first)
+            assert library.host_linear_products(rank, first) == -(-ranks // 16)
+
+
+def test_staged_pieces_fill_boxes_and_strike_every_bank_once(library: ctypes.CDLL) -> None:
+    at = [[library.host_linear_staged(row, c) for c in range(0, 192, 8)] for row in range(64)]
+    assert sorted(place for row in at for place in row) == list(range(0, 3 * 8192, 16))
+    for row, piece in product(range(0, 64, 8), range(24)):
+        banks = {at[row + i][piece] % 128 for i in range(8)}  # of one 8 x 8 matrix
+        assert len(banks) == 8
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_descriptors_say_what_the_manual_asks(library: ctypes.CDLL, transposed: bool) -> None:
+    """Bits 0 to 13 the address, 16 to 29 and 32 to 45 two distances, all by 16; 62 the swizzle."""
+    for stage, first, step in product((1024, 130 * 1024), (0, 64, 128), range(4)):
+        found = library.host_linear_descriptor(transposed, stage, first, step)
+        at = stage + first * 128 + (2048 if transposed else 32) * step
+        leading = 64 * 128 if transposed else 16
+        assert found == at // 16 | leading // 16 << 16 | 8 * 128 // 16 << 32 | 1 << 62
