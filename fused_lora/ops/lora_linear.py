@@ -174,14 +174,16 @@ def compute(
     dtype: torch.dtype,
     ab: tuple[Tensor, ...],  # every a, then every b
     needs: Needs,
+    bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x, in ``dtype``
+    plan: Plan | None = None,  # the one that asked for ``bordered``
 ) -> Computed:
     """One forward pass. Its y is no view: it may be written in place, as any linear's."""
     rows = as_rows(x, dtype)
     w = w.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
-    plan = call_plan(rows, w, bias is not None, spans, needs, impl=impl)
-    y, kept = forward(rows, w, bias, adapters, plan, impl)
+    plan = plan or call_plan(rows, w, bias is not None, spans, needs, impl=impl)
+    y, kept = forward(rows, w, bias, adapters, plan, impl, bordered)
     y = y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1]))
     return Computed(y, rows, w, kept, plan)
 
@@ -203,11 +205,13 @@ def call_plan(
     needs: Needs,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
+    dtype: torch.dtype | None = None,  # of the GEMMs, where it is not that of ``rows``
+    bordered: bool = False,
 ) -> Plan:
-    """The plan for one call."""
+    """The plan for one call on an x of as many rows as ``rows``."""
     n, k = w.shape
-    question = (rows.shape[0], k, n, spans, rows.dtype, bias, needs, rows.device)
-    plan = plan_for(*question, keep, impl)
+    question = (rows.shape[0], k, n, spans, dtype or rows.dtype, bias, needs, rows.device)
+    plan = plan_for(*question, keep, impl, bordered)
     if plan.backend is Backend.ATEN or not (reason := untouchable(rows)):
         return plan
     if impl is Impl.AUTO:
@@ -216,12 +220,18 @@ def call_plan(
 
 
 def forward(
-    rows: Tensor, w: Tensor, bias: Tensor | None, adapters: Adapters, plan: Plan, impl: Impl
+    rows: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    adapters: Adapters,
+    plan: Plan,
+    impl: Impl,
+    bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are ``rows``
 ) -> tuple[Tensor, Tensor | None]:
     """y and what the plan keeps; the reference keeps nothing."""
     if impl is Impl.REFERENCE:
         return reference.forward(rows, w, bias, *adapters.to(rows.dtype)), None
-    return _backend(plan).forward(rows, w, bias, adapters, plan)
+    return _backend(plan).forward(rows, w, bias, adapters, plan, bordered)
 
 
 def _backend(plan: Plan) -> Any:
