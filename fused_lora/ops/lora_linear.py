@@ -175,14 +175,16 @@ def compute(
     dtype: torch.dtype,
     ab: tuple[Tensor, ...],  # every a, then every b
     needs: Needs,
+    bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x, in ``dtype``
+    plan: Plan | None = None,  # the one that asked for ``bordered``
 ) -> Computed:
     """One forward pass. Its y is no view: it may be written in place, as any linear's."""
     rows = as_rows(x, dtype)
     w = w.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
-    plan = call_plan(rows, w, bias is not None, spans, needs, impl=impl)
-    y, kept = forward(rows, w, bias, adapters, plan, impl)
+    plan = plan or call_plan(rows, w, bias is not None, spans, needs, impl=impl)
+    y, kept = forward(rows, w, bias, adapters, plan, impl, bordered)
     return Computed(as_leading(y, x), rows, w, kept, plan)
 
 
@@ -208,11 +210,13 @@ def call_plan(
     needs: Needs,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
+    dtype: torch.dtype | None = None,  # of the GEMMs, where it is not that of ``rows``
+    bordered: bool = False,
 ) -> Plan:
-    """The plan for one call."""
+    """The plan for one call on an x of as many rows as ``rows``."""
     n, k = w.shape
-    question = (rows.shape[0], k, n, spans, rows.dtype, bias, needs, rows.device)
-    plan = plan_for(*question, keep, impl)
+    question = (rows.shape[0], k, n, spans, dtype or rows.dtype, bias, needs, rows.device)
+    plan = plan_for(*question, keep, impl, bordered)
     if plan.library_alone or not (reason := untouchable(rows)):
         return plan
     if impl is Impl.AUTO:
@@ -227,12 +231,13 @@ def forward(
     adapters: Adapters,
     plan: Plan,
     impl: Impl,
+    bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are ``rows``
     h: Tensor | None = None,  # [M, sum R] where it is there already, and the plan forms it apart
 ) -> tuple[Tensor, Tensor | None]:
     """y and what the plan keeps; the reference keeps nothing."""
     if impl is Impl.REFERENCE:
         return reference.forward(rows, w, bias, *adapters.to(rows.dtype)), None
-    return _backend(plan).forward(rows, w, bias, adapters, plan, h=h)
+    return _backend(plan).forward(rows, w, bias, adapters, plan, bordered, h)
 
 
 def _backend(plan: Plan) -> Any:

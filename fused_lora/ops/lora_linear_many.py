@@ -134,7 +134,7 @@ class LoRALinearMany(torch.autograd.Function):
         for i, plan in enumerate(plans):
             bias = None if owned[i][1] is None else owned[i][1].to(dtype)
             ab = low[i] if plan.backend is Backend.ATEN else given[i]
-            y, _ = forward(rows, ws[i], bias, ab, plan, Impl.AUTO, hidden[i])
+            y, _ = forward(rows, ws[i], bias, ab, plan, Impl.AUTO, h=hidden[i])
             ys.append(as_leading(y, x))
         reads_x = any(map(keeps_x, needs, plans))
         reads_h = any(n.b and p.keep is Keep.HIDDEN for n, p in zip(needs, plans, strict=True))

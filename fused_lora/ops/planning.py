@@ -23,9 +23,10 @@ def problem(
     dtype: torch.dtype,
     bias: bool,
     needs: Needs,
+    bordered: bool = False,
 ) -> Problem:
     """The plan's question for one call."""
-    return Problem(m, k, n, spans, str(dtype).removeprefix("torch."), bias, needs)
+    return Problem(m, k, n, spans, str(dtype).removeprefix("torch."), bias, needs, bordered)
 
 
 def plan_for(
@@ -39,6 +40,7 @@ def plan_for(
     device: torch.device,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
+    bordered: bool = False,
 ) -> Plan:
     """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before.
 
@@ -47,9 +49,9 @@ def plan_for(
     """
     now = conditions(device, dtype)
     try:
-        return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, impl, now)
+        return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, impl, bordered, now)
     except NotNow as reason:
-        question = problem(m, k, n, spans, dtype, bias, needs)
+        question = problem(m, k, n, spans, dtype, bias, needs, bordered)
         return _unchecked(question, dtype, device, keep, impl, reason).rows[0].plan
 
 
@@ -65,9 +67,10 @@ def _plan_for(
     device: torch.device,
     keep: Keep | None,
     impl: Impl,
+    bordered: bool,
     now: tuple[str, int],  # a change of it asks anew
 ) -> Plan:
-    question = problem(m, k, n, spans, dtype, bias, needs)
+    question = problem(m, k, n, spans, dtype, bias, needs, bordered)
     return settled(question, dtype, device, keep, impl).rows[0].plan
 
 

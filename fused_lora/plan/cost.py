@@ -61,7 +61,8 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         for span in p.spans:
             yield Step("expand", p.m, span.width, span.rank, accumulates=True)
     else:
-        yield Step("copy x", p.m, p.k)
+        if not p.bordered:
+            yield Step("copy x", p.m, p.k)
         yield Step("border w", p.n, p.k + p.rank)
         yield Step("bordered", p.m, p.n, p.k + p.rank)
 

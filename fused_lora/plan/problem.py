@@ -21,6 +21,7 @@ class Problem:
     dtype: str = "float32"  # what the GEMMs compute in: a key of ITEMSIZE
     bias: bool = True
     needs: Needs = Needs()
+    bordered: bool = False  # x is written into the left of [x | h] by whoever makes it
 
     @cached_property
     def rank(self) -> int:

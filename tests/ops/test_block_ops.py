@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fused_lora.bench.saved import SavedBytes
+from fused_lora.ops.chain import linear
 from fused_lora.ops.chain.attention import packed, split
 from fused_lora.ops.chain.chain import Chain, composed
 from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
@@ -16,6 +17,7 @@ from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.lora_residual import lora_residual
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.testing.yardstick import judge
+from fused_lora.types import Forward, Gradient, Keep, Plan
 from tests.ops import block_problems as plain
 from tests.ops.block_problems import cast, leaves, matrix, norm
 
@@ -224,6 +226,79 @@ class TestKept:
         before = norm(D, torch.float32)
         half = lambda x, n, a, b: lora_attention(x, n, a, b, heads=2)  # noqa: E731
         assert self.kept(half, x, before, qkv, proj) == self.M * (D + 2)
+
+
+class TestRoom:
+    """The activation writes g into the left of [g | h] where fc2's plan is one GEMM on it."""
+
+    @pytest.fixture(autouse=True)
+    def one_gemm(self, monkeypatch):
+        """Whatever this machine's ceilings are."""
+        plan = Plan(Forward.BORDERED, Forward.SEPARATE, Gradient.RANK, Keep.HIDDEN)
+        monkeypatch.setattr(linear, "call_plan", lambda *_, **__: plan)
+
+    def half(self, seen, monkeypatch, form, recompute, **trains):
+        from fused_lora.kernels.aten import lora_linear as aten
+
+        def spy(x, w, bias, adapters, plan, bordered=None, forward=aten.forward):
+            seen.append((x, bordered))
+            return forward(x, w, bias, adapters, plan, bordered)
+
+        monkeypatch.setattr(aten, "forward", spy)
+        dtype = torch.bfloat16
+        x = torch.randn(2, 197, 48, dtype=dtype, requires_grad=True)
+        fc1, fc2, activation, gated = mlp_of(form, dtype, 48, 192, w=False, bias=False, **trains)
+        y = lora_mlp(x, fc1, fc2, activation, gated=gated, recompute=recompute)
+        return y, (x, fc1, fc2)
+
+    @pytest.mark.parametrize("recompute, calls", [("elementwise", 2), ("gemm", 3)])
+    @pytest.mark.parametrize("form", ["tanh", "packed", "apart"])
+    def test_is_given_where_that_costs_nothing(self, form, recompute, calls, monkeypatch):
+        seen = []
+        y, operands = self.half(seen, monkeypatch, form, recompute)
+        x, buffer = seen[-1]
+        assert buffer is not None and buffer.shape == (394, 192 + 3)
+        assert x.data_ptr() == buffer.data_ptr() and x.shape == (394, 192)
+        torch.autograd.grad(y.float().sum(), leaves(*operands))
+        assert len(seen) == calls + (form == "apart") * (calls - 1)
+        assert sum(bordered is not None for _, bordered in seen) == 1
+
+    @pytest.mark.parametrize("form, recompute", [("plain", "gemm"), ("tanh", "none")])
+    def test_is_not_given_otherwise(self, form, recompute, monkeypatch):
+        """A GELU that would copy, a g that is kept."""
+        seen = []
+        self.half(seen, monkeypatch, form, recompute)
+        assert [bordered for _, bordered in seen] == [None, None]
+
+    @each_mode
+    @pytest.mark.parametrize("form", ["tanh", "packed", "apart"])
+    def test_within_the_yardstick(self, recompute, form):
+        x = torch.randn(2, 197, 48, dtype=torch.bfloat16, requires_grad=True)
+        fc1, fc2, *how = mlp_of(form, torch.bfloat16, 48, 192, 4, w=False, bias=False)
+        weight = torch.randn(2, 197, 48)
+
+        def outcome(function, dtype, **options):
+            given = cast((x, fc1, fc2), dtype)
+            y = function(*given, how[0], **options)
+            return [y.detach(), *torch.autograd.grad(y, leaves(*given), weight.to(dtype))]
+
+        ours = outcome(lora_mlp, torch.bfloat16, gated=how[1], recompute=recompute)
+        plain_, truth = (
+            outcome(plain.plain_mlp, dtype, gated=how[1])
+            for dtype in (torch.bfloat16, torch.double)
+        )
+        for i, each in enumerate(zip(ours, plain_, truth, strict=True)):
+            verdict = judge(f"quantity {i}", *each, torch.bfloat16)
+            assert verdict.passed, verdict
+
+    @pytest.mark.parametrize("trains", [{}, {"a": False}], ids=["a and b", "b"])
+    def test_nothing_of_it_is_kept(self, trains, monkeypatch):
+        seen = []
+        y, _ = self.half(seen, monkeypatch, "tanh", "elementwise", **trains)
+        buffers = {buffer.untyped_storage().data_ptr() for _, buffer in seen if buffer is not None}
+        saved = [t for t in y.grad_fn.saved_tensors if t is not None]
+        kept = {t.untyped_storage().data_ptr() for t in saved}
+        assert buffers and not buffers & kept
 
 
 class TestPacked:

@@ -123,3 +123,10 @@ def test_traced_keep_depends_on_shapes_but_not_on_rows():
     assert choosing.traced_keep(problem(1, rank=256)) is Keep.NOTHING
     assert choosing.traced_keep(problem(1, needs=Needs(b=False))) is Keep.NOTHING
     assert choosing.traced_keep(problem(1, rank=256, needs=Needs(a=False))) is Keep.HIDDEN
+
+
+def test_an_x_that_its_producer_places_is_not_copied():
+    plan = Plan(Forward.BORDERED, Forward.SEPARATE, Gradient.RANK, Keep.HIDDEN)
+    placed = {flag: steps(problem(bordered=flag), plan) for flag in (False, True)}
+    assert [step for step in placed[False] if step.name != "copy x"] == placed[True]
+    assert len(placed[False]) == len(placed[True]) + 1

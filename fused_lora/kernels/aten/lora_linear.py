@@ -92,9 +92,11 @@ def stacks(x: Tensor, adapters: Adapters) -> bool:
 
 def bordered_weight(w: Tensor, adapters: Adapters) -> Tensor:
     """[w | s b], [N, K + sum R]; a column range sees its own adapter only."""
-    wide = w.new_zeros(w.shape[0], w.shape[1] + adapters.rank)
+    wide = w.new_empty(w.shape[0], w.shape[1] + adapters.rank)
     wide[:, : w.shape[1]].copy_(w)
     border = wide[:, w.shape[1] :]
+    if any(span.width < w.shape[0] for span in adapters.spans):
+        border.zero_()
     for g, cols, ranks in adapters.ranks():
         torch.mul(adapters.b[g], adapters.scales[g], out=border[cols, ranks])
     return wide

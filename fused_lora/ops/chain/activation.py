@@ -10,26 +10,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage, Tensors
+from fused_lora.kernels.aten import gelu
+from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor, Tensor | None], Tensor]  # of what goes in, and where to write
 Backward = Callable[[Tensor, Tensor], Tensor]  # of the gradient and of what went in
+
+
+def _gelu(kind: str) -> tuple[Forward, Backward]:
+    return (
+        lambda u, out: gelu.forward(u, kind, out),
+        lambda dg, u: gelu.input_grad(dg, u, kind),
+    )
+
+
+def _silu(u: Tensor, out: Tensor | None) -> Tensor:
+    return F.silu(u) if out is None else torch.ops.aten.silu(u, out=out)
 
 
 def _sigmoid_backward(dg: Tensor, u: Tensor) -> Tensor:
     return torch.ops.aten.sigmoid_backward(dg, u.sigmoid())
 
 
-def _gelu(approximate: str) -> tuple[Forward, Backward]:
-    gelu = partial(F.gelu, approximate=approximate)
-    return gelu, partial(torch.ops.aten.gelu_backward, approximate=approximate)
-
-
+KINDS = {"gelu": "erf", "gelu_tanh": "tanh"}
 ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
-    "gelu": _gelu("none"),
-    "gelu_tanh": _gelu("tanh"),
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "sigmoid": (torch.sigmoid, _sigmoid_backward),
+    **{name: _gelu(kind) for name, kind in KINDS.items()},
+    "silu": (_silu, torch.ops.aten.silu_backward),
+    "sigmoid": (lambda u, out: torch.sigmoid(u, out=out), _sigmoid_backward),
+}
+COMPOSED: dict[str, Callable[[Tensor], Tensor]] = {  # what autograd and the compiler know
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
 }
 
 
@@ -39,9 +52,16 @@ class Activation(Stage):
 
     name: str  # a key of ACTIVATIONS
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
+    def forward(
+        self,
+        x: Tensors,
+        own: Optional,
+        asked: Asked,
+        out: Tensor | None = None,
+        room: Room | None = None,
+    ) -> Run:
         """g of u."""
-        return Run((ACTIVATIONS[self.name][0](x[0]),))
+        return Run((ACTIVATIONS[self.name][0](x[0], out),))
 
     def backward(
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
@@ -52,7 +72,12 @@ class Activation(Stage):
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """As torch has it."""
-        return (ACTIVATIONS[self.name][0](x[0]),)
+        return (COMPOSED[self.name](x[0]),)
+
+    def places(self, x: Tensors) -> bool:
+        """As the kernel does; silu's and sigmoid's do."""
+        kind = KINDS.get(self.name)
+        return kind is None or gelu.places(x[0], kind)
 
 
 @dataclass(frozen=True)
@@ -67,10 +92,18 @@ class Gated(Stage):
         first, second = x if len(x) == 2 else x[0].chunk(2, dim=-1)
         return (second, first) if self.gate_last else (first, second)
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
+    def forward(
+        self,
+        x: Tensors,
+        own: Optional,
+        asked: Asked,
+        out: Tensor | None = None,
+        room: Room | None = None,
+    ) -> Run:
         """g of gate and value."""
         gate, value = self._halves(x)
-        return Run((ACTIVATIONS[self.name][0](gate).mul_(value),))
+        act = ACTIVATIONS[self.name][0](gate, None)
+        return Run((act.mul_(value) if out is None else torch.mul(act, value, out=out),))
 
     def backward(
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
@@ -81,11 +114,15 @@ class Gated(Stage):
         du = tuple(torch.empty_like(part) for part in x)
         dgate, dvalue = self._halves(du)
         act, act_backward = ACTIVATIONS[self.name]
-        torch.mul(act(gate), dy[0], out=dvalue)
+        torch.mul(act(gate, None), dy[0], out=dvalue)
         dgate.copy_(act_backward(dy[0] * value, gate))
         return du, ()
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """As torch has it."""
         gate, value = self._halves(x)
-        return (ACTIVATIONS[self.name][0](gate) * value,)
+        return (COMPOSED[self.name](gate) * value,)
+
+    def places(self, x: Tensors) -> bool:
+        """The product does."""
+        return True

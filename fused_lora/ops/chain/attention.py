@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage, Tensors
+from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -26,7 +26,14 @@ class Attention(Stage):
     heads: int  # H
     tokens: int  # T, rows of one sample
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
+    def forward(
+        self,
+        x: Tensors,
+        own: Optional,
+        asked: Asked,
+        out: Tensor | None = None,
+        room: Room | None = None,
+    ) -> Run:
         """One pass; extra is (out, log-sum-exp) where backward takes them."""
         q, k, v = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
         if not _serves(q, k, v):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.recipe import Recipe, combined, finish, stored
-from fused_lora.ops.chain.stage import Asked, Optional, Run, Tensors
+from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Tensors
 from fused_lora.ops.lora_linear import refuse_double_backward, reshaped, without_autocast
 
 FIXED = 5  # recipe, residual, gamma, mask and source stand before the operands
@@ -74,8 +74,12 @@ class Chain(torch.autograd.Function):
         values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
         runs: list[Run] = []
         with without_autocast(source.device):
+            own = [operands[part] for part in recipe.parts]
+            room: Room | None = None
             for i, stage in enumerate(recipe.stages):
-                run = stage.forward(values[i], operands[recipe.parts[i]], asked[i])
+                following = behind(recipe, i, values[i], own, asked)
+                run = stage.forward(values[i], own[i], asked[i], following and following.left, room)
+                room = following
                 if i and i not in recipe.keep:
                     del values[i]
                 values[i + 1] = run.out
@@ -103,6 +107,18 @@ class Chain(torch.autograd.Function):
         return None, dy.to(beside) if needed[1] else None, None, None, dx, *down
 
 
+def behind(
+    recipe: Recipe, i: int, x: Tensors, own: Sequence[Optional], asked: Sequence[Asked]
+) -> Room | None:
+    """Where stage i, given x, is to write for the one behind it; what is kept lies alone."""
+    following = i + 1
+    if following == len(recipe.stages) or following in recipe.keep:
+        return None
+    if not recipe.stages[i].places(x):
+        return None
+    return recipe.stages[following].room(x[0], own[following], asked[following])
+
+
 class _Backward:
     """One backward pass: what was kept, and what has been made again so far."""
 
@@ -116,12 +132,18 @@ class _Backward:
     ) -> None:
         self.recipe, self.values, self.runs, self.asked = recipe, values, runs, asked
         self.own = [operands[part] for part in recipe.parts]
+        self.rooms: dict[int, Room | None] = {}
 
     def value(self, i: int) -> Tensors:
         """Boundary i, kept or made again."""
         if i not in self.values:
             before, last = self.value(i - 1), i - 1
-            run = self.recipe.stages[last].forward(before, self.own[last], self.asked[last])
+            if i < len(self.runs) and self.runs[i] is None:
+                self.rooms[i] = behind(self.recipe, last, before, self.own, self.asked)
+            out, room = self.rooms.get(i), self.rooms.pop(last, None)
+            run = self.recipe.stages[last].forward(
+                before, self.own[last], self.asked[last], out and out.left, room
+            )
             self.values[i], self.runs[last] = run.out, Run((), run.extra, run.note)
         return self.values[i]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage, Tensors, consecutive
-from fused_lora.ops.lora_linear import as_rows, backward, compute, lora_linear
+from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors, consecutive
+from fused_lora.ops.lora_linear import as_rows, backward, call_plan, compute, lora_linear
 from fused_lora.plan.strategies import keeps_x
-from fused_lora.types import Impl, Keep, Needs, Plan, Span
+from fused_lora.types import Forward, Impl, Keep, Needs, Plan, Span
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,27 @@ class LoRALinear(Stage):
         """The gradients each frame is asked for."""
         return tuple(frame.needs(x, own[part]) for frame, part in self.parts)
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
+    def forward(
+        self,
+        x: Tensors,
+        own: Optional,
+        asked: Asked,
+        out: Tensor | None = None,
+        room: Room | None = None,
+    ) -> Run:
         """y [M, N] of x [M, K], for each frame."""
-        out, extra, plans = [], [], []
+        ys, extra, plans = [], [], []
         for (frame, part), needs in zip(self.parts, asked.note, strict=True):
             w, bias, *ab = own[part]
             assert w is not None
             scales, spans, impl = frame.scales, frame.spans, frame.impl
-            done = compute(x[0], w, bias, scales, spans, impl, self.dtype, tuple(ab), needs)  # type: ignore[arg-type]
+            given = (scales, spans, impl, self.dtype, tuple(ab), needs)
+            done = compute(x[0], w, bias, *given, room and room.buffer, room and room.plan)  # type: ignore[arg-type]
             reads_w = impl is Impl.REFERENCE or done.plan.keep is not Keep.MERGED
-            out.append(done.y)
+            ys.append(done.y)
             extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
             plans.append(done.plan)
-        return Run(tuple(out), tuple(extra), tuple(plans))
+        return Run(tuple(ys), tuple(extra), tuple(plans))
 
     def backward(
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
@@ -95,6 +103,19 @@ class LoRALinear(Stage):
             scales, spans, impl = frame.scales, frame.spans, frame.impl
             out.append(lora_linear(x[0], w, bias, a, b, scales, spans, impl=impl))  # type: ignore[arg-type]
         return tuple(out)
+
+    def room(self, like: Tensor, own: Optional, asked: Asked) -> Room | None:
+        """A bordered buffer, where one GEMM on it wins once x lies there at no cost."""
+        if len(self.frames) > 1 or self.frames[0].impl is Impl.REFERENCE:
+            return None
+        (frame,), w, (needs,) = self.frames, own[0], asked.note
+        assert w is not None
+        question = (like, w, own[1] is not None, frame.spans, needs)
+        plan = call_plan(*question, impl=frame.impl, dtype=self.dtype, bordered=True)
+        if plan.forward is not Forward.BORDERED:
+            return None
+        k, rank = w.shape[1], sum(span.rank for span in frame.spans)
+        return Room(like.new_empty(like.shape[0], k + rank, dtype=self.dtype), k, plan)
 
     def reads_input(self, run: Run, asked: Asked) -> bool:
         """Whether some frame's gradients read x."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.ops.chain.stage import Asked, Optional, Run, Stage, Tensors
+from fused_lora.kernels.aten import layer_norm
+from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,17 @@ class LayerNorm(Stage):
     dtype: torch.dtype
     operands = 2
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
+    def forward(
+        self,
+        x: Tensors,
+        own: Optional,
+        asked: Asked,
+        out: Tensor | None = None,
+        room: Room | None = None,
+    ) -> Run:
         """n [M, K] of x [M, K]."""
-        wide, gamma, beta = _alike(x[0], own)
-        n, mean, rstd = torch.native_layer_norm(wide, wide.shape[1:], gamma, beta, self.eps)
+        gamma, beta = own
+        n, mean, rstd = layer_norm.forward(x[0], gamma, beta, self.eps, out)
         return Run((n.to(self.dtype),), (mean, rstd))
 
     def backward(
@@ -30,25 +38,21 @@ class LayerNorm(Stage):
     ) -> tuple[Tensors | None, Optional]:
         """dx [M, K] in x's dtype, and those of gamma and beta."""
         assert x is not None
-        wide, gamma, beta = _alike(x[0], own)
-        mask, dn = [asked.x, *asked.own], dy[0].to(wide.dtype)
-        dx, *down = torch.ops.aten.native_layer_norm_backward(
-            dn, wide, wide.shape[1:], *run.extra, gamma, beta, mask
-        )
-        pairs = zip(down, own, strict=True)
-        own_grads = tuple(d if d is None or t is None else d.to(t.dtype) for d, t in pairs)
-        return (dx.to(x[0].dtype),) if asked.x else None, own_grads
+        gamma, beta = own
+        mean, rstd = run.extra
+        assert mean is not None and rstd is not None
+        if not any(asked.own):
+            dx = layer_norm.input_grad(dy[0].to(x[0].dtype), x[0], gamma, mean, rstd)
+            return (dx,), (None, None)
+        needs = (asked.x, *asked.own)
+        wide, *down = layer_norm.grads(dy[0], x[0], gamma, beta, mean, rstd, needs)
+        return None if wide is None else (wide.to(x[0].dtype),), tuple(down)
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """As torch has it."""
         gamma, beta = own
         return (F.layer_norm(x[0], x[0].shape[1:], gamma, beta, self.eps),)
 
-
-def _alike(x: Tensor, own: Optional) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x, gamma and beta in one dtype, but on the CPU, whose kernels take a narrow x as it is."""
-    gamma, beta = own
-    if gamma is None or gamma.dtype is x.dtype or x.is_cpu:
-        return x, gamma, beta
-    dtype = torch.promote_types(x.dtype, gamma.dtype)
-    return x.to(dtype), gamma.to(dtype), None if beta is None else beta.to(dtype)
+    def places(self, x: Tensors) -> bool:
+        """As the kernel does."""
+        return layer_norm.places(x[0])

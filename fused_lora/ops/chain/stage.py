@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fused_lora.types import Plan
+
 Tensors = tuple[Tensor, ...]
 Optional = tuple[Tensor | None, ...]
 
@@ -33,6 +35,19 @@ class Run(NamedTuple):
     note: Any = None  # what else its backward must know, no tensor in it
 
 
+class Room(NamedTuple):
+    """Where a stage writes, so that the next finds its operand where its one GEMM reads it."""
+
+    buffer: Tensor  # [M, K + sum R]
+    columns: int  # K
+    plan: Plan  # of the stage that reads it
+
+    @property
+    def left(self) -> Tensor:
+        """[M, K], what is written."""
+        return self.buffer[:, : self.columns]
+
+
 def consecutive(lengths: Iterable[int]) -> tuple[slice, ...]:
     """Slices one behind another."""
     found, first = [], 0
@@ -47,8 +62,15 @@ class Stage:
 
     operands = 0  # how many tensors it owns: weights and adapters
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked) -> Run:
-        """One pass."""
+    def forward(
+        self,
+        x: Tensors,
+        own: Optional,
+        asked: Asked,
+        out: Tensor | None = None,
+        room: Room | None = None,
+    ) -> Run:
+        """One pass: into ``out``, if the stage places; ``room`` holds x, if it asked for one."""
         raise NotImplementedError(type(self).__name__)
 
     def backward(
@@ -63,6 +85,14 @@ class Stage:
 
     def asked(self, x: bool, own: tuple[bool, ...]) -> Any:
         """The note of ``Asked``."""
+        return None
+
+    def places(self, x: Tensors) -> bool:
+        """Whether forward writes the one tensor that comes out where it is told, at no cost."""
+        return False
+
+    def room(self, like: Tensor, own: Optional, asked: Asked) -> Room | None:
+        """Where it wants its x, of as many rows as ``like`` and beside it, if it minds."""
         return None
 
     def reads_input(self, run: Run, asked: Asked) -> bool:
