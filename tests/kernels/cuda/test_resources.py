@@ -55,3 +55,20 @@ def test_no_kernel_spills(request: pytest.FixtureRequest) -> None:
         assert not any(spills), f"{source.name} spills on sm_{arch}:\n{report}"
         assert not any(numbers(report, r"(\d+) bytes stack frame")), report
         assert max(smem_bytes) <= SMEM_LIMIT_BYTES
+
+
+@pytest.mark.slow
+def test_the_gradients_copy_as_their_architecture_can(request: pytest.FixtureRequest) -> None:
+    """Bulk copies on sm_90 and later alone, 16 bytes at a time before; never both."""
+    triton = pytest.importorskip("triton", reason="nvdisasm comes with triton")
+    nvcc, tools = shutil.which("nvcc"), Path(triton.__file__).parent / "backends/nvidia/bin"
+    if nvcc is None or not (tools / "nvdisasm").exists():
+        pytest.skip("no nvcc or no nvdisasm")
+    folder = request.config.cache.mkdir("native")
+    source = CSRC / "lora_grad" / "lora_grad.cu"
+    for arch in ("80", "90a"):
+        ptxas_report(nvcc, source, arch, folder)
+        cubin = folder / f"{source.stem}_{arch}_{digest(CSRC)}.cubin"
+        command = [str(tools / "nvdisasm"), str(cubin)]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert ("UBLKCP" in code, "LDGSTS" in code) == (arch == "90a", arch == "80")
