@@ -8,6 +8,7 @@
 # cache/ (verdicts, ceilings, tiles). Every step runs under what time is left; one that fails or is
 # cut short does not stop the next, and is named in the summary. The exit status is 1 if one failed.
 #
+# SANITIZE=1 adds the compiled kernels' checks under compute-sanitizer, about two minutes.
 # --dry-run takes the same road on a CPU in tiny shapes, without building.
 # PYTHON names the interpreter (python3).
 set -u
@@ -63,6 +64,7 @@ if [ $dry = 1 ]; then
   step six-projections 300 "$bench $tiny --suite six_projections --budget-seconds 1 --out \$OUT/report-six.html"
   step broken 300 "${DRY_STEP:-true}"
   step train-step 300 "$bench $tiny --suite train_step --budget-seconds 1 --out \$OUT/report-step.html"
+  step sanitize 300 'benchmarks/sanitize.sh --dry-run "$OUT/sanitize"'
 else
   export DTYPES="bfloat16 float32"
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c 'import torch
@@ -78,6 +80,7 @@ print(".".join(map(str, torch.cuda.get_device_capability())))')}
   step grid 150 "$six --models $base,$small,$large --batch 128,32,100,256 --ranks 16,64,256,512 --dtype bf16 --budget-seconds 60 --out \$OUT/report-grid.html"
   step train-step 90 "$bench --suite train_step --models $base --batch 128 --ranks 16,256 --dtype amp --contenders frozen,naive,peft,fused,fused_joint --budget-seconds 40 --out \$OUT/report-step.html"
   step plan-choice 90 "$bench --suite plan_choice --models $base --batch 128 --ranks 16,64,256,512 --dtype bf16 --budget-seconds 60"
+  [ "${SANITIZE:-0}" = 1 ] && step sanitize 240 'DTYPES=bfloat16 benchmarks/sanitize.sh "$OUT/sanitize"'
   step tune 120 '"$PYTHON" -m fused_lora.cli tune --model vit_base_patch16_224 --batch 128 --rank 16'
 fi
 

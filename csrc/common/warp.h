@@ -41,11 +41,55 @@ FL_DEVICE float load_cluster(const float* mine, int rank) {
       : "memory");
   return value;
 }
+
+// One thread arrives at a barrier, saying how many bytes of bulk copies end with it.
+#define FL_BULK_COPIES true
+
+FL_DEVICE void init_barrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Before the first copy: barriers, and what threads wrote where copies will.
+FL_DEVICE void fence_copies() {
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+FL_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+// A multiple of 16 bytes, between multiples of 16 bytes.
+FL_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// Until the copies of the lap are there; laps are 0, 1, 0, 1, ...
+FL_DEVICE void wait_barrier(uint64_t* barrier, int lap) {
+  asm volatile(
+      "{\n.reg .pred there;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1;\n@!there bra again;\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(lap)
+      : "memory");
+}
 #else
 #define FL_CLUSTERS false
+#define FL_BULK_COPIES false
 
 FL_DEVICE void sync_cluster() {}
 FL_DEVICE float load_cluster(const float*, int) { return 0.0f; }
+FL_DEVICE void init_barrier(uint64_t*) {}
+FL_DEVICE void fence_copies() {}
+FL_DEVICE void expect_bytes(uint64_t*, int) {}
+FL_DEVICE void copy_bulk(void*, const void*, int, uint64_t*) {}
+FL_DEVICE void wait_barrier(uint64_t*, int) {}
 #endif
 
 // Four 8 x 8 matrices of 16-bit elements. Lane l points at row l % 8 of matrix l / 8, and gets the

@@ -1,5 +1,6 @@
 // How a block of lora_grad lies in shared memory, and the shapes it is compiled for.
 //
+//   barriers   per warp and stage  where bulk copies bring the tiles
 //   tiles      per stage and warp  [16 rows, 16 S columns] of x or dy; a warp reads only its own
 //   fragments  per warp            a or b as the matrix instruction takes them
 //   sums       per warp            [16 rows, R] its share of h or dh, fp32
@@ -25,8 +26,8 @@ template <int S,      // strips per warp
 struct GradLayout {
   static constexpr int kRanks = 16 * RB;
   static constexpr bool kKeeps = forms && S * RB <= 12;  // fragments in registers
-  // Where sums take 192 registers, little else may live long.
-  static constexpr bool kCrowded = forms && S * RB >= 24;
+  // Where sums take 144 registers or more, little else may live long.
+  static constexpr bool kCrowded = forms && S * RB >= 18;
   static constexpr int kAtOnce = kCrowded ? 1 : RB;          // rank blocks
   static constexpr bool kLooksAhead = !kCrowded;             // for a given h and dh
   static constexpr int kBlocks = !forms && RB == 1 ? 2 : 1;  // that share a processor
@@ -36,7 +37,8 @@ struct GradLayout {
   static constexpr int kStageBytes = kGradWarps * kWarpTileBytes;
 
   static constexpr int kScales = 0;
-  static constexpr int kT = kScales + 4 * kMostRanks;
+  static constexpr int kBarriers = kScales + 4 * kMostRanks;
+  static constexpr int kT = kBarriers + 8 * kGradWarps * kMostStages;
   static constexpr int kTBytes = 2 * kTileRows * kTPitch;  // of h, or of dh, at one parity
   static constexpr int kSums = kT + 4 * kTBytes;
   static constexpr int kWarpSumBytes = 4 * kTileRows * kSumPitch;

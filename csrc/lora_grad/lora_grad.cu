@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kGradThreads, GradLayout<S, RB, forms>::kBlock
   if constexpr (GradLayout<S, RB, forms>::bytes(kLeastStages) <=
                 smem_limit_bytes(__CUDA_ARCH__ / 10)) {
     const int slice = blockIdx.x, chunk = blockIdx.y;
-    OnePass<T, S, RB, forms>(arguments.problem, arguments.plan, shared, slice, chunk)
+    OnePass<T, S, RB, forms, FL_BULK_COPIES>(arguments.problem, arguments.plan, shared, slice,
+                                             chunk)
         .run(arguments.partial + static_cast<int64_t>(slice) * arguments.plan.columns() * 16 * RB);
   }
 #endif

@@ -7,8 +7,9 @@
 //   rounded
 //                                            expand  da += xT dh, db += dyT h, in registers
 //
-// x and dy come by asynchronous copies, several tiles ahead. The sums of a slice leave once, at the
-// end. Nothing depends on timing, so equal inputs give equal bits.
+// x and dy come by asynchronous copies, several tiles ahead: 16 bytes at a time that a thread waits
+// for, or whole rows of a warp's columns that a barrier counts. The sums of a slice leave once, at
+// the end. Nothing depends on timing, so equal inputs give equal bits.
 #pragma once
 
 #include "common/warp.h"
@@ -25,7 +26,9 @@ struct alignas(16) Sixteen {
 };
 
 template <typename T,  // of x, dy, h and dh
-          int S, int RB, bool forms>
+          int S, int RB, bool forms,
+          bool bulk  // copies of rows
+          >
 class OnePass {
   using L = GradLayout<S, RB, forms>;
 
@@ -51,8 +54,8 @@ class OnePass {
     prepare();
     for (int ahead = 0; ahead < plan_.stages - 1; ++ahead) copy(tile_ + ahead, ahead);
     look_ahead(tile_);
-    for (int stage = 0, parity = 0; tile_ < end_; ++tile_, parity ^= 1) {
-      wait();
+    for (int stage = 0, parity = 0, lap = 0; tile_ < end_; ++tile_, parity ^= 1) {
+      wait(stage, lap);
       sync_warp();
       copy(tile_ + plan_.stages - 1, stage == 0 ? plan_.stages - 1 : stage - 1);
       if constexpr (forms) {
@@ -65,6 +68,7 @@ class OnePass {
       sync_block();
       if (expands()) expand(stage, parity);
       stage = stage + 1 == plan_.stages ? 0 : stage + 1;
+      lap ^= stage == 0;
     }
     if (expands()) store(partial);
     if (clusters()) sync_cluster();  // others may still read this block's share
@@ -84,6 +88,9 @@ class OnePass {
   FL_DEVICE uint16_t* tile(int stage) const {
     return reinterpret_cast<uint16_t*>(shared_ + L::kTiles + stage * L::kStageBytes +
                                        warp() * L::kWarpTileBytes);
+  }
+  FL_DEVICE uint64_t* barrier(int stage) const {
+    return reinterpret_cast<uint64_t*>(shared_ + L::kBarriers) + warp() * kMostStages + stage;
   }
   FL_DEVICE float* sums(int warp) const {
     return reinterpret_cast<float*>(shared_ + L::kSums + warp * L::kWarpSumBytes);
@@ -120,7 +127,9 @@ class OnePass {
     for (int stage = 0; stage < plan_.stages; ++stage) {
       Sixteen* words = reinterpret_cast<Sixteen*>(tile(stage));
       for (int i = lane(); i < L::kWarpTileBytes / 16; i += 32) words[i] = {};
+      if (bulk && lane() == 0) init_barrier(barrier(stage));
     }
+    if (bulk) fence_copies();
     sync_warp();
     FL_UNROLL
     for (int s = 0; s < S; ++s) {
@@ -148,23 +157,52 @@ class OnePass {
   }
 
   FL_DEVICE void copy(int from, int stage) {
-    if (from < end_) {
-      const uint16_t* z = static_cast<const uint16_t*>(mine().z) + first_;
-      uint16_t* to = tile(stage);
-      FL_UNROLL_BY(1)  // addresses ahead would take the registers of sums
-      for (int i = 0; i < S; ++i) {
-        const int m = (lane() + 32 * i) / (2 * S), c = (lane() + 32 * i) % (2 * S) * 8;
-        const int64_t row = static_cast<int64_t>(from) * kTileRows + m;
-        const bool inside = row < problem_.rows;
-        if (c < width_) {
-          copy_16(to + m * L::kTilePitch + c, z + (inside ? row : 0) * mine().row + c, inside);
-        }
-      }
+    if constexpr (bulk) {
+      if (from < end_ && width_ > 0) copy_rows(from, stage);
+    } else {
+      if (from < end_) copy_words(from, stage);
+      commit_copies();
     }
-    commit_copies();
   }
 
-  FL_DEVICE void wait() {
+  FL_DEVICE const uint16_t* row_of(int64_t row) const {
+    return static_cast<const uint16_t*>(mine().z) + first_ + row * mine().row;
+  }
+
+  FL_DEVICE void copy_words(int from, int stage) {
+    uint16_t* to = tile(stage);
+    FL_UNROLL_BY(1)  // addresses ahead would take the registers of sums
+    for (int i = 0; i < S; ++i) {
+      const int m = (lane() + 32 * i) / (2 * S), c = (lane() + 32 * i) % (2 * S) * 8;
+      const int64_t row = static_cast<int64_t>(from) * kTileRows + m;
+      const bool inside = row < problem_.rows;
+      if (c < width_) {
+        copy_16(to + m * L::kTilePitch + c, row_of(inside ? row : 0) + c, inside);
+      }
+    }
+  }
+
+  // A lane has a row. Rows past the last are zeros, which nothing is copied over later.
+  FL_DEVICE void copy_rows(int from, int stage) {
+    const int64_t row = static_cast<int64_t>(from) * kTileRows + lane();
+    const int64_t left = problem_.rows - (row - lane());
+    const int rows = left < kTileRows ? static_cast<int>(left) : kTileRows;
+    if (lane() == 0) expect_bytes(barrier(stage), 2 * rows * width_);
+    sync_warp();
+    if (lane() >= kTileRows) return;
+    uint16_t* to = tile(stage) + lane() * L::kTilePitch;
+    if (lane() < rows) {
+      copy_bulk(to, row_of(row), 2 * width_, barrier(stage));
+    } else {
+      for (int c = 0; c < width_; c += 8) *reinterpret_cast<Sixteen*>(to + c) = {};
+    }
+  }
+
+  FL_DEVICE void wait(int stage, int lap) {
+    if constexpr (bulk) {
+      if (width_ > 0) wait_barrier(barrier(stage), lap);
+      return;
+    }
     switch (plan_.stages) {
       case 2: return wait_copies<0>();
       case 3: return wait_copies<1>();

@@ -32,7 +32,8 @@ void EmulatedCluster::run(const std::function<void()>& body) {
   emulated = this;
   body_ = body;
   const int threads = static_cast<int>(fibers_.size());
-  for (Fiber& fiber : fibers_) fiber.started = fiber.done = false;
+  for (Fiber& fiber : fibers_) fiber.started = fiber.done = fiber.fenced = false;
+  barriers_.clear();
   for (bool busy = true; busy;) {
     for (int i = 0; i < threads; i += kThreads) run_block(backwards_ ? threads - kThreads - i : i);
     release(0, threads, Scope::kCluster);
@@ -40,6 +41,9 @@ void EmulatedCluster::run(const std::function<void()>& body) {
     for (const Fiber& fiber : fibers_) busy |= !fiber.done;
   }
   check_fences();
+  for (const auto& [barrier, seen] : barriers_) {
+    if (!seen.copies.empty()) throw std::logic_error("a block left before its bulk copies landed");
+  }
 }
 
 // As far as it gets without other blocks, and each of its warps without other warps: no kernel may
@@ -167,7 +171,7 @@ void EmulatedCluster::load(uint32_t (&to)[4], const void* row, bool transposed) 
 
 void EmulatedCluster::land(const EmulatedCopy& copy) {
   if (copy.inside) {
-    std::memcpy(copy.to, copy.from, 16);
+    std::memcpy(copy.to, copy.from, copy.bytes);
   } else {
     std::memset(copy.to, 0, 16);
   }
@@ -191,6 +195,57 @@ void EmulatedCluster::wait(int open) {
     }
     groups.erase(groups.begin());
   }
+}
+
+EmulatedBarrier& EmulatedCluster::known(uint64_t* barrier) {
+  const auto found = barriers_.find(barrier);
+  if (found == barriers_.end()) throw std::logic_error("a barrier that nobody made");
+  return found->second;
+}
+
+void EmulatedCluster::init_barrier(uint64_t* barrier) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8) throw std::logic_error("a barrier not aligned");
+  const char* at = reinterpret_cast<const char*>(barrier);
+  const char* shared = blocks_[block()].data();
+  if (at < shared || at + 8 > shared + shared_bytes_) {
+    throw std::logic_error("a barrier outside shared memory");
+  }
+  barriers_[barrier] = {};
+}
+
+void EmulatedCluster::expect(uint64_t* barrier, int bytes) {
+  EmulatedBarrier& seen = known(barrier);
+  if (seen.arrived++) throw std::logic_error("a barrier was arrived at twice in a lap");
+  seen.bytes += bytes;
+}
+
+// `late` copies land when they are waited for. What a thread wrote into their place must have been
+// fenced: no run has copied without.
+void EmulatedCluster::copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  require_shared(shared, bytes);
+  if (bytes <= 0 || bytes % 16) throw std::logic_error("a bulk copy of other than 16 n bytes");
+  if (reinterpret_cast<uintptr_t>(global) % 16) throw std::logic_error("a copy is not aligned");
+  if (!fibers_[thread_].fenced) throw std::logic_error("a bulk copy before any fence");
+  EmulatedBarrier& seen = known(barrier);
+  seen.copies.push_back({shared, global, true, bytes});
+  if (!late_) land(seen.copies.back());
+}
+
+// Where a warp waits together, it has issued all that can end the lap: it ends here or never.
+void EmulatedCluster::wait_barrier(uint64_t* barrier, int lap) {
+  sync("wait_barrier", Scope::kWarp);
+  EmulatedBarrier& seen = known(barrier);
+  if (seen.lap != lap) return;
+  for (const EmulatedCopy& copy : seen.copies) {
+    if (late_) land(copy);
+    seen.bytes -= copy.bytes;
+  }
+  seen.copies.clear();
+  if (seen.arrived != 1 || seen.bytes) {
+    throw std::logic_error("a lap of a barrier that never ends: " + std::to_string(seen.bytes) +
+                           " bytes are missing");
+  }
+  seen.arrived = 0, seen.lap ^= 1;
 }
 
 void multiply_as(float (&widen)(uint16_t), float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,

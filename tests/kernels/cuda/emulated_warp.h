@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <map>
 #include <vector>
 
 #include "common/dtype.h"
@@ -20,6 +21,14 @@ struct EmulatedCopy {
   void* to;
   const void* from;
   bool inside;
+  int bytes = 16;
+};
+
+// What a barrier of bulk copies has seen of its lap.
+struct EmulatedBarrier {
+  int lap = 0, arrived = 0;
+  int bytes = 0;  // expected, less those that have landed
+  std::vector<EmulatedCopy> copies;
 };
 
 class EmulatedCluster {
@@ -44,6 +53,11 @@ class EmulatedCluster {
   void copy(void* shared, const void* global, bool inside);
   void commit();
   void wait(int open);
+  void init_barrier(uint64_t* barrier);
+  void fence() { fibers_[thread_].fenced = true; }
+  void expect(uint64_t* barrier, int bytes);
+  void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier);
+  void wait_barrier(uint64_t* barrier, int lap);
 
   // What the lanes of a warp bring to one instruction.
   struct Exchange {
@@ -60,6 +74,7 @@ class EmulatedCluster {
     const char* waits_for = "";
     Scope scope = Scope::kNone;
     bool done = false;
+    bool fenced = false;  // since the run began
     std::vector<std::vector<EmulatedCopy>> groups{1};
   };
 
@@ -72,9 +87,11 @@ class EmulatedCluster {
   bool release(int first, int count, Scope scope);
   void check_fences() const;
   void require_shared(const void* at, int bytes) const;
+  EmulatedBarrier& known(uint64_t* barrier);
   static void land(const EmulatedCopy& copy);
 
   std::vector<std::vector<char>> blocks_;
+  std::map<uint64_t*, EmulatedBarrier> barriers_;
   int shared_bytes_ = 0;
   bool backwards_, late_;
   int thread_ = 0;
@@ -99,6 +116,13 @@ inline void load_transposed(uint32_t (&to)[4], const void* row) { emulated->load
 inline void copy_16(void* shared, const void* global, bool inside) {
   emulated->copy(shared, global, inside);
 }
+inline void init_barrier(uint64_t* barrier) { emulated->init_barrier(barrier); }
+inline void fence_copies() { emulated->fence(); }
+inline void expect_bytes(uint64_t* barrier, int bytes) { emulated->expect(barrier, bytes); }
+inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  emulated->copy_bulk(shared, global, bytes, barrier);
+}
+inline void wait_barrier(uint64_t* barrier, int lap) { emulated->wait_barrier(barrier, lap); }
 inline void commit_copies() { emulated->commit(); }
 
 template <int open>

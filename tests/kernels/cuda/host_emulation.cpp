@@ -28,6 +28,33 @@ int misses(EmulatedCluster& cluster, bool waits, bool syncs) {
   return missing;
 }
 
+// The same by bulk copies of a warp each, and in a second lap those of the warp after it.
+int bulk_misses(EmulatedCluster& cluster, bool waits, bool says) {
+  alignas(16) float global[4 * kThreads + 128];
+  for (int i = 0; i < 4 * kThreads + 128; ++i) global[i] = static_cast<float>(i);
+  int missing = 0;
+  cluster.share(kBytes + 64);
+  cluster.run([&] {
+    const int warp = thread_index() / 32;
+    float* shared = reinterpret_cast<float*>(cluster.shared()) + 128 * warp;
+    uint64_t* barrier = reinterpret_cast<uint64_t*>(cluster.shared() + kBytes) + warp;
+    if (thread_index() % 32 == 0) init_barrier(barrier);
+    fence_copies();
+    sync_warp();
+    for (int lap = 0; lap < 2; ++lap) {
+      if (thread_index() % 32 == 0) expect_bytes(barrier, says ? 512 : 256);
+      sync_warp();
+      const int from = 128 * (warp + lap), part = thread_index() % 32 * 64;
+      if (part < 128) copy_bulk(shared + part, global + from + part, 256, barrier);
+      if (waits) wait_barrier(barrier, lap);
+      missing += !(shared[4 * (thread_index() % 32)] == global[from + 4 * (thread_index() % 32)]);
+      sync_warp();
+    }
+    if (!waits) wait_barrier(barrier, 0);
+  });
+  return missing;
+}
+
 // The same of the other block of a cluster.
 int remote_misses(EmulatedCluster& cluster, bool syncs, bool stays) {
   int missing = 0;
@@ -52,6 +79,13 @@ void wrong(int kind) {
     if (kind == 2 && thread_index() < 128) sync_block();
     uint32_t words[4];
     if (kind == 3) load_matrices(words, cluster.shared() + kBytes);
+    uint64_t* barrier = reinterpret_cast<uint64_t*>(cluster.shared()) + thread_index();
+    if (kind == 5) wait_barrier(barrier, 0);
+    if (kind >= 6) init_barrier(barrier);
+    if (kind == 6) copy_bulk(cluster.shared(), cluster.shared(), 16, barrier);  // no fence
+    fence_copies();
+    if (kind == 7) copy_bulk(cluster.shared(), cluster.shared(), 8, barrier);
+    if (kind == 8) copy_bulk(cluster.shared(), cluster.shared(), 16, barrier);  // nobody waits
     if (kind == 4) copy_16(cluster.shared() + 8, cluster.shared(), true);
   });
 }
@@ -66,6 +100,16 @@ extern "C" {
 int host_misses(bool waits, bool syncs, bool backwards, bool late) {
   EmulatedCluster cluster(1, backwards, late);
   return misses(cluster, waits, syncs);
+}
+
+// -1 where a lap never ends.
+int host_bulk_misses(bool waits, bool says, bool backwards, bool late) {
+  EmulatedCluster cluster(1, backwards, late);
+  try {
+    return bulk_misses(cluster, waits, says);
+  } catch (const std::logic_error&) {
+    return -1;
+  }
 }
 
 // -1 where a block reads of one that has left.

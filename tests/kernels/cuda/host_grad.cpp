@@ -8,7 +8,7 @@
 namespace fused_lora {
 namespace {
 
-bool backwards = false, late = false;
+bool backwards = false, late = false, bulk = false;
 
 struct Run {
   const GradProblem& problem;
@@ -21,9 +21,18 @@ struct Run {
     if (plan.most_strips != S || plan.rank_blocks != RB || plan.shape.forms() != forms) return;
     *found = true;
     if (problem.type == DType::kBFloat16) {
-      blocks<OnePass<BFloat16, S, RB, forms>>();
+      of_type<BFloat16, S, RB, forms>();
     } else {
-      blocks<OnePass<Float16, S, RB, forms>>();
+      of_type<Float16, S, RB, forms>();
+    }
+  }
+
+  template <typename T, int S, int RB, bool forms>
+  void of_type() const {
+    if (bulk) {
+      blocks<OnePass<T, S, RB, forms, true>>();
+    } else {
+      blocks<OnePass<T, S, RB, forms, false>>();
     }
   }
 
@@ -62,7 +71,8 @@ int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* pa
 
 }  // namespace fused_lora
 
-// In which order threads take turns, and when copies land, from now on.
-extern "C" void host_world(bool threads_backwards, bool copies_late) {
+// In which order threads take turns, when copies land, and how x and dy are copied, from now on.
+extern "C" void host_world(bool threads_backwards, bool copies_late, bool bulk_copies) {
   fused_lora::backwards = threads_backwards, fused_lora::late = copies_late;
+  fused_lora::bulk = bulk_copies;
 }

@@ -26,6 +26,12 @@ def test_a_missing_wait_is_seen(library: ctypes.CDLL) -> None:
     assert any(library.host_misses(False, True, *world) for world in WORLDS)
 
 
+def test_bulk_copies_are_there_when_a_barrier_says_so(library: ctypes.CDLL) -> None:
+    assert [library.host_bulk_misses(True, True, *world) for world in WORLDS] == [0] * 4
+    assert [library.host_bulk_misses(True, False, *world) for world in WORLDS] == [-1] * 4
+    assert all(library.host_bulk_misses(False, True, *world) for world in WORLDS)
+
+
 def test_a_missing_barrier_is_seen(library: ctypes.CDLL) -> None:
     assert any(library.host_misses(True, False, *world) for world in WORLDS)
     assert library.host_remote_misses(False, True, False) > 0
@@ -34,8 +40,9 @@ def test_a_missing_barrier_is_seen(library: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    range(5),
-    ids=["write beyond", "warp parts", "block parts", "load beyond", "copy not aligned"],
-)
+    range(9),
+    ids=["write beyond", "warp parts", "block parts", "load beyond", "copy not aligned",
+         "no barrier", "no fence", "half of 16 bytes", "bulk copies that nobody waits for"],
+)  # fmt: skip
 def test_what_is_refused(library: ctypes.CDLL, kind: int) -> None:
     assert library.host_refuses(kind)

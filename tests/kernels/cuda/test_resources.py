@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -31,12 +32,16 @@ def ptxas_report(nvcc: str, source: Path, arch: str, folder: Path) -> str:
     """What ptxas says of each kernel; kept under the hash of all sources."""
     kept = folder / f"{source.stem}_{arch}_{digest(CSRC)}.txt"
     if not kept.exists():
+        cubin = kept.with_suffix(f".{os.getpid()}")
         command = [
             *(nvcc, "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"),
             *("-gencode", f"arch=compute_{arch},code=sm_{arch}", "-I", str(CSRC)),
-            *(str(source), "-o", str(kept.with_suffix(".cubin"))),
+            *(str(source), "-o", str(cubin)),
         ]
-        kept.write_text(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        cubin.replace(kept.with_suffix(".cubin"))
+        cubin.write_text(said)
+        cubin.replace(kept)  # whole, or not there: other processes look for it
     return kept.read_text()
 
 
@@ -70,3 +75,20 @@ def test_no_kernel_spills(request: pytest.FixtureRequest) -> None:
         assert not any(numbers(report, r"(\d+) bytes stack frame")), report
         assert smem <= SMEM_LIMIT_BYTES
         assert "(C75" not in report, f"{source.name}: products of sm_{arch} wait:\n{report}"
+
+
+@pytest.mark.slow
+def test_the_gradients_copy_as_their_architecture_can(request: pytest.FixtureRequest) -> None:
+    """Bulk copies on sm_90 and later alone, 16 bytes at a time before; never both."""
+    triton = pytest.importorskip("triton", reason="nvdisasm comes with triton")
+    nvcc, tools = shutil.which("nvcc"), Path(triton.__file__).parent / "backends/nvidia/bin"
+    if nvcc is None or not (tools / "nvdisasm").exists():
+        pytest.skip("no nvcc or no nvdisasm")
+    folder = request.config.cache.mkdir("native")
+    source = CSRC / "lora_grad" / "lora_grad.cu"
+    for arch in ("80", "90a"):
+        ptxas_report(nvcc, source, arch, folder)
+        cubin = folder / f"{source.stem}_{arch}_{digest(CSRC)}.cubin"
+        command = [str(tools / "nvdisasm"), str(cubin)]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert ("UBLKCP" in code, "LDGSTS" in code) == (arch == "90a", arch == "80")
