@@ -9,7 +9,6 @@ import torch
 
 import fused_lora
 from fused_lora.bench.contenders.frozen import Frozen
-from fused_lora.bench.contenders.naive import Naive
 from fused_lora.bench.saved import SavedBytes
 from fused_lora.bench.saved_ledger import ledger, text
 from fused_lora.nn import FusedLoRABlock, FusedLoRAMlp
@@ -17,7 +16,6 @@ from fused_lora.nn.block_swap import Fused
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.patching.blocks import rows_of
 from fused_lora.patching.budget import need_of
-from fused_lora.testing.yardstick import judge
 from tests.patching.models import VARIANTS, build, images, wake
 
 BASE = {"embed_dim": 768, "num_heads": 12, "depth": 3, "img_size": 64}  # ViT-B's blocks, 65 tokens
@@ -199,50 +197,6 @@ class TestBudget:
         modes = [block.recompute for block in model.blocks]
         assert tuple(modes.count(mode) for mode in RECOMPUTE) == counts
         assert [row.recompute for row in report.blocks] == modes
-
-
-SHAPES = {
-    "ViT-S": {"embed_dim": 384, "num_heads": 6},
-    "ViT-B": {"embed_dim": 768, "num_heads": 12},
-    "DINOv2-style": {"embed_dim": 384, "num_heads": 6, "init_values": 0.5, "reg_tokens": 4},
-}
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_gradient_is_within_the_yardstick(shape, dtype, seed):
-    """Beside naive LoRA of the same numbers in the same dtype; the truth is naive in float64."""
-    torch.manual_seed(seed)
-    base = build(**SHAPES[shape]).to(dtype).train().requires_grad_(False)
-    x = images(base, 2)
-
-    def of(kind, dtype, mode=""):
-        model = copy.deepcopy(base).to(dtype)
-        if kind is Naive:
-            Naive().install(model, 16)
-        else:
-            options = {"recompute": mode, "adapter_dtype": dtype}
-            fused_lora.patch(model, rank=16, level="block", **options)
-        adapters = [p for n, p in sorted(named(model).items())]
-        generator = torch.Generator().manual_seed(seed)
-        for p in adapters:
-            value = torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5
-            p.data.copy_(0.1 * value.to(base.head.weight.dtype))
-        loss = model(x.to(dtype)).double().square().sum()
-        return torch.autograd.grad(loss, adapters)
-
-    truth, plain = of(Naive, torch.float64), of(Naive, dtype)
-    for mode in RECOMPUTE:
-        for i, found in enumerate(of(None, dtype, mode)):
-            verdict = judge(f"{mode} {i}", found, plain[i], truth[i], dtype)
-            assert verdict.passed, verdict
-
-
-def named(model):
-    """Adapters by a name that both spellings share."""
-    found = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    return {n.replace(".weight", "").replace(".base", ""): p for n, p in found.items()}
 
 
 def test_the_ledger_adds_up():

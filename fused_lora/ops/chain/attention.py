@@ -1,7 +1,8 @@
 """Self-attention of packed q|k|v as a stage, so that a chain can let go of q, k and v.
 
-out = softmax(q kT scale) v per head. Where the forward's own output and log-sum-exp can be handed
-to the backward kernel they are; elsewhere backward runs scaled_dot_product_attention once more.
+out = softmax(q kT scale) v per head. The forward's own output and log-sum-exp are handed to the
+backward kernel where torch takes a fused one; elsewhere (its plain form, heads that it pads)
+backward runs scaled_dot_product_attention once more.
 """
 
 from __future__ import annotations
@@ -11,12 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend
 
+from fused_lora.kernels.aten import attention as kernels
 from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors
-
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,13 @@ class Attention(Stage):
         out: Tensor | None = None,
         room: Room | None = None,
     ) -> Run:
-        """One pass; extra is (out, log-sum-exp) where backward takes them."""
-        q, k, v = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
-        if not _serves(q, k, v):
-            return Run((_rows(F.scaled_dot_product_attention(q, k, v)),))
-        out, lse = flash(q, k, v)
-        return Run((_rows(out),), (out, lse))
+        """One pass; extra is what a fused backward takes: out, log-sum-exp and their like."""
+        qkv = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
+        key = kernels.serves(*qkv)
+        if key is None:
+            return Run((_rows(F.scaled_dot_product_attention(*qkv)),))
+        out, kept, numbers = kernels.forward(key, qkv)
+        return Run((_rows(out),), kept, (key, numbers))
 
     def backward(
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
@@ -48,8 +47,11 @@ class Attention(Stage):
         assert x is not None
         qkv = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
         d_out = dy[0].view(-1, self.tokens, self.heads, qkv[0].shape[-1]).transpose(1, 2)
-        if run.extra:
-            dqkv = flash_backward(d_out, *qkv, *run.extra, 0.0, False)
+        if run.note:
+            key, numbers = run.note
+            out = run.extra[0]
+            assert out is not None
+            dqkv = kernels.backward(key, d_out, qkv, kernels.Attended(out, run.extra, numbers))
         else:
             dqkv = _again(qkv, d_out)
         return (packed(dqkv).flatten(0, 1),), ()
@@ -73,10 +75,10 @@ def packed(parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     batch, heads, tokens, depth = q.shape
     step = heads * depth
     strides = (tokens * 3 * step, depth, 3 * step, 1)
-    origin, address = q.untyped_storage().data_ptr(), q.storage_offset()
+    origin, address = q.untyped_storage()._cdata, q.storage_offset()
     if all(
         part.stride() == strides
-        and part.untyped_storage().data_ptr() == origin
+        and part.untyped_storage()._cdata == origin
         and part.storage_offset() == address + i * step
         for i, part in enumerate(parts)
     ):
@@ -101,11 +103,6 @@ class Split(torch.autograd.Function):
 def _rows(out: Tensor) -> Tensor:
     batch, heads, tokens, depth = out.shape
     return out.transpose(1, 2).reshape(batch * tokens, heads * depth)
-
-
-def _serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether SDPA would take the CPU's flash kernel."""
-    return q.is_cpu and torch._fused_sdp_choice(q, k, v) == SDPBackend.FLASH_ATTENTION.value
 
 
 def _again(qkv: Tensors, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
