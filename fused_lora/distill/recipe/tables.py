@@ -72,7 +72,7 @@ class Data(Table):
 
     TITLE: ClassVar[str] = "data"
 
-    source: str = word("digits", "digits", "folder", "huggingface")
+    source: str = word("digits", "digits", "digits_low", "digits_high", "folder", "huggingface")
     path: str = ""  # folder: holds train/ and val/, a folder per class in each
     image_size: int = number(0, 0, 4096)  # 0: what the model expects
     augment: str = word("none", "none", "flip", "crop", "shift")
@@ -86,7 +86,7 @@ class Data(Table):
         super().__post_init__()
         if self.fraction == 0:
             raise RecipeError("data.fraction must be above 0, got 0.0")
-        if (self.source == "digits") == bool(self.path):
+        if self.source.startswith("digits") == bool(self.path):
             raise RecipeError(
                 f"data.path is for the sources folder and huggingface, which need it: got source "
                 f"{self.source!r} and path {self.path!r}"
@@ -148,6 +148,7 @@ class Evaluate(Table):
     head: bool = True  # accuracy through the classification head copied from the teacher
     probe: str = word("none", "none", "logistic", "sgd")  # a linear probe on all training labels
     knn: int = number(0, 0, 1000)  # neighbours; 0: none
+    cka: bool = False  # SLAD's student's blocks against those of the teacher they share with
     cosine: bool = False  # student's blocks against those of the teacher they stand for
     teacher: bool = False  # the same figures of the teacher, beside
 
