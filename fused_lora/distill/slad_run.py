@@ -6,7 +6,7 @@ many steps as the recipe says; its checkpoint and log lie in ``teacher/``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora.distill.blocks import blocks_of
+from fused_lora.distill.cka import layer_cka
+from fused_lora.distill.data.batches import Batch
 from fused_lora.distill.evaluate import measure
 from fused_lora.distill.heads import ClassificationHead
 from fused_lora.distill.objective import Terms
 from fused_lora.distill.recipe.tables import Slad as Table
 from fused_lora.distill.results import TEACHER
 from fused_lora.distill.runner import Run
+from fused_lora.distill.share import MAPPINGS
 from fused_lora.distill.slad import Slad, prepare
 from fused_lora.distill.slad_loss import TEACHER_ONLY
 from fused_lora.distill.slad_loss import Terms as Weights
@@ -131,14 +135,27 @@ class SladRun(Run):
         about = self.recipe.evaluate
         passes = (lambda: self.once(self.images)), (lambda: self.once(self.test))
         found: dict[str, Any] = dict(measure(student, *passes, replace(about, head=False)))
-        found["head"] = self._accuracy(student, self.both.student_head)
-        found["teacher"] = {"head": self._accuracy(self.teacher, self.both.teacher_head)}
+        found["head"] = self.accuracy(student, self.both.student_head, self.once(self.test))
+        theirs = self.accuracy(self.teacher, self.both.teacher_head, self.once(self.test))
+        found["teacher"] = {"head": theirs}
+        if about.cka:
+            found["cka"] = self._cka(student)
         return found
 
-    def _accuracy(self, model: nn.Module, head: nn.Module) -> float:
+    def _cka(self, student: nn.Module) -> dict[str, dict[str, float]]:
+        """Of each of the student's blocks, with the one of the teacher that it is mapped to."""
+        assert self.recipe.slad is not None
+        choose = MAPPINGS[self.recipe.slad.mapping]
+        theirs, mine = ([b.name for b in blocks_of(m)] for m in (self.teacher, student))
+        table = layer_cka(self.teacher, student, (b.images for b in self.once(self.test)))
+        pairs = [(choose(i, len(mine), len(theirs)), i) for i in range(len(mine))]
+        return {mine[i]: {theirs[g]: float(table[g, i])} for g, i in pairs}
+
+    def accuracy(self, model: nn.Module, head: nn.Module, batches: Iterator[Batch]) -> float:
+        """The share of the images in ``batches`` that ``model`` and ``head`` get right."""
         right = count = 0
         with torch.no_grad():
-            for batch in self.once(self.test):
+            for batch in batches:
                 logits = head(tokens_of(model, batch.images, head.blocks))  # type: ignore
                 right += int((logits.argmax(1) == batch.labels).sum())
                 count += len(batch.labels)

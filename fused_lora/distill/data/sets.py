@@ -52,6 +52,16 @@ def digits(split: str) -> ImageSet:
     return ImageSet(f"digits {split}", [labels[i] for i in chosen], names, mine.__getitem__)
 
 
+def digits_of(split: str, classes: Sequence[int]) -> ImageSet:
+    """Those of ``digits`` that show one of ``classes``: to learn on some, and adapt to others."""
+    every = digits(split)
+    rows = [i for i, label in enumerate(every.labels) if label in classes]
+    names = [every.classes[label] for label in classes]
+    labels = [classes.index(every.labels[i]) for i in rows]
+    name = f"{every.name} {'|'.join(names)}"
+    return ImageSet(name, labels, names, lambda i: every.load(rows[i]))
+
+
 def folder(path: str | Path, split: str) -> ImageSet:
     """``path/train`` and ``path/val`` (or ``test``), with a folder of images per class in each."""
     root = split_folder(Path(path), split)
@@ -119,6 +129,8 @@ def split_folder(path: Path, split: str) -> Path:
 
 SOURCES: dict[str, Callable[[str, str], ImageSet]] = {
     "digits": lambda path, split: digits(split),
+    "digits_low": lambda path, split: digits_of(split, range(5)),
+    "digits_high": lambda path, split: digits_of(split, range(5, 10)),
     "folder": folder,
     "huggingface": huggingface,
 }

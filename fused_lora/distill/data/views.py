@@ -21,7 +21,7 @@ def view_of(model: nn.Module, source: str, size: int, augment: str) -> View:
     """The view that ``model`` expects, in timm's figures where it has any."""
     config, channels = expected(model)
     side = size or config["input_size"][-1]
-    if source == "digits":
+    if source.startswith("digits"):
         return ScanView(side, channels, augment)
     return photo_view(side, channels, augment, config)
 

@@ -9,7 +9,7 @@ from fused_lora.distill.recipe.checked import RecipeError, Table, names, number,
 
 METHODS = ("wecolora", "weco_kd", "weco", "finetune", "slad")
 SEGMENTED = ("digit_masks", "masks")  # sources with a class for each pixel
-BUILT_IN = ("digits", "digit_masks")  # sources without a path
+BUILT_IN = ("digits", "digits_low", "digits_high", "digit_masks")  # sources without a path
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,11 @@ class Data(Table):
 
     TITLE: ClassVar[str] = "data"
 
-    source: str = word("digits", "digits", "folder", "huggingface", "digit_masks", "masks")
+    source: str = word(
+        "digits",
+        *("digits", "digits_low", "digits_high", "folder", "huggingface"),
+        *("digit_masks", "masks"),
+    )
     path: str = ""  # folder: holds train/ and val/, a folder per class in each; masks: classes.txt
     # and train/ and val/, with images/ and masks/ in each
     image_size: int = number(0, 0, 4096)  # 0: what the model expects
@@ -152,6 +156,7 @@ class Evaluate(Table):
     head: bool = True  # accuracy through the classification head copied from the teacher
     probe: str = word("none", "none", "logistic", "sgd")  # a linear probe on all training labels
     knn: int = number(0, 0, 1000)  # neighbours; 0: none
+    cka: bool = False  # SLAD's student's blocks against those of the teacher they share with
     cosine: bool = False  # student's blocks against those of the teacher they stand for
     teacher: bool = False  # the same figures of the teacher, beside
 
