@@ -31,10 +31,11 @@ class SegmentRun(Run):
                 f"teacher.pretrained has weights for the encoder of {given.model!r} alone: give "
                 "checkpoint or recipe, which have the decoder's too"
             )
-        batch = next(self.once(self.images, range(1)))
+        batch = next(self.once(self.images, range(min(8, len(self.images)))))
         with torch.no_grad(), self.precision.autocast():
             logits = self.teacher(batch.images)
-        wanted = (1, len(self.images.classes), *batch.images.shape[-2:])
+        count, _, *size = batch.images.shape
+        wanted = (count, len(self.images.classes), *size)
         seen = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if seen != wanted:
             raise RecipeError(

@@ -85,15 +85,16 @@ def fit_of(
     steps: int = 5,
     world: World = ALONE,
     folder: Path | None = None,
+    blocks: str = "last",
     **train: Any,
 ) -> Fit:
     """A run on 40 digits, without the recipe around it."""
-    (pair,) = pairs_of(teacher, 2)
+    pairs = pairs_of(teacher, 2, blocks)
     computes = Precision(precision, torch.device("cpu"))
     table = {"steps": steps, "batch_size": 8, "blr": 0.3, "log_every": 1, "precision": precision}
     table = Train(**table | train)
     order = Order(range(40), table.batch_size, table.accumulate, world.size, table.seed)
     data = Viewed(digits("train"), ScanView(8, 1, "none"))
-    objective = Objective(student.to(computes.stored), [pair.student])
-    live = Live(teacher.to(computes.stored), [pair.teacher], computes)
+    objective = Objective(student.to(computes.stored), [pair.student for pair in pairs])
+    live = Live(teacher.to(computes.stored), [pair.teacher for pair in pairs], computes)
     return Fit(objective, live, data, order, table, computes, world, folder)

@@ -1,0 +1,173 @@
+"""A recipe on masks from end to end, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_lora.distill import load_student
+from fused_lora.distill.evaluate import likeness
+from fused_lora.distill.recipe import RecipeError
+from fused_lora.distill.run import distill
+from fused_lora.distill.segment_run import SegmentRun
+from fused_lora.distill.table import text
+from fused_lora.distill.taps import tokens_of
+from fused_lora.distill.train.fit import Fit
+from fused_lora.distill.train.world import World
+from fused_lora.distill.weights import load, read
+from tests.distill.runs import MODEL
+from tests.distill.unets import CLASSES, OPTIONS, segmenting, unet
+
+
+def test_wecolora_leaves_an_ordinary_smaller_unet(tmp_path: Path) -> None:
+    wanted = {"cosine": True, "teacher": True}
+    said = distill(segmenting(tmp_path, evaluate=wanted), tmp_path / "run")
+    figures = said["figures"]
+    assert figures["steps"] == 6 and figures["images"] == 70
+    assert all(0 <= figures[name] <= 1 for name in ("miou", "dice"))
+    assert set(figures["iou"]) <= {"background", *"0123456789"}
+    assert set(figures["teacher"]) == {"miou", "dice", "iou"}
+    assert next(iter(figures["cosine"])) == "encoder.layer1.0" and "miou" in text(said)
+    student, teacher = load_student(tmp_path / "run"), unet()
+    assert [len(student.encoder.layer1), len(student.encoder.layer2)] == [2, 2]
+    mine, theirs = student.state_dict(), teacher.state_dict()
+    assert not torch.equal(
+        mine["encoder.layer1.0.conv1.weight"], theirs["encoder.layer1.0.conv1.weight"]
+    )
+    for same in ("head.weight", "encoder.conv1.weight", "encoder.bn1.running_mean"):
+        assert torch.equal(mine[same], theirs[same])
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"method": "weco"},
+        {"method": "weco_kd", "loss": {"labels": 0.5}},
+        {"loss": {"labels": 1.0}, "student": {"trainable": ["^decoder", "^head"]}},
+        {"data": {"choice": "kmeans++", "augment": "shift"}, "loss": {"blocks": "last"}},
+        {"loss": {"cache": "memory", "blocks": "every"}, "train": {"precision": "fp64"}},
+        {"train": {"precision": "bf16"}},
+    ],
+    ids=str,
+)
+def test_methods(tmp_path: Path, tables: dict) -> None:
+    asked = segmenting(tmp_path, **{"train": {"steps": 3}} | tables)
+    assert 0 <= distill(asked, tmp_path / "run")["figures"]["miou"] <= 1
+    before = {name: value for name, value in unet().state_dict().items()}
+    after = load_student(tmp_path / "run").state_dict()
+    head = not torch.equal(after["head.weight"].float(), before["head.weight"])
+    stem = not torch.equal(after["encoder.conv1.weight"].float(), before["encoder.conv1.weight"])
+    mean = not torch.equal(
+        after["encoder.bn1.running_mean"].float(), before["encoder.bn1.running_mean"]
+    )
+    everything = tables.get("method") == "weco_kd"
+    assert stem == everything and mean == everything
+    assert head == bool(tables.get("loss", {}).get("labels"))
+
+
+@pytest.mark.parametrize("method", ["finetune", "wecolora"])
+def test_a_killed_run_ends_in_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    asked = segmenting(tmp_path, method=method, data={"augment": "shift"})
+    distill(asked, tmp_path / "whole")
+    save = Fit._save
+
+    def killed(fit: Fit, done: int) -> None:
+        save(fit, done)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Fit, "_save", killed)
+        distill(asked, tmp_path / "killed")
+    assert distill(asked, tmp_path / "killed")["figures"]["steps"] == 6
+    one, other = (read(tmp_path / name / "student.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_teacher_recipe_is_run_first(tmp_path: Path) -> None:
+    inner = segmenting(tmp_path, method="finetune", train={"steps": 2, "batch_size": 8})
+    options = "\n".join(f"{key} = {json.dumps(value)}" for key, value in OPTIONS.items())
+    (tmp_path / "t.toml").write_text(
+        f'method = "finetune"\n[teacher]\nmodel = "unet"\n[teacher.options]\n{options}\n'
+        '[data]\nsource = "digit_masks"\nimage_size = 16\n[train]\nsteps = 2\nbatch_size = 8\n'
+    )
+    assert inner.teacher.options["num_classes"] == CLASSES
+    teacher = {"model": "", "options": {}, "checkpoint": "", "recipe": str(tmp_path / "t.toml")}
+    figures = distill(segmenting(tmp_path, teacher=teacher), tmp_path / "run")["figures"]
+    assert figures["steps"] == 6
+    assert load_student(tmp_path / "t").num_classes == CLASSES
+
+
+def test_likeness_of_maps_is_over_their_channels(tmp_path: Path) -> None:
+    asked = segmenting(tmp_path)
+    run = SegmentRun(asked, tmp_path, World())
+    batch = next(run.once(run.test, range(3)))
+    table = likeness(run.teacher, run.teacher, iter([batch]), 7)  # one block of each stage
+    _, (kept, skipped) = tokens_of(
+        run.teacher, batch.images, ["encoder.layer1.0", "encoder.layer1.2"]
+    )
+    wanted = torch.cosine_similarity(kept.double(), skipped.double(), dim=1).mean().item()
+    row = table["encoder.layer1.0"]
+    assert row["encoder.layer1.0"] == pytest.approx(1.0)
+    assert row["encoder.layer1.2"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"teacher": {"model": "resnet18", "options": {"in_chans": 1}}}, r"puts out \(8, 1000\)"),
+        ({"teacher": {"options": OPTIONS | {"num_classes": 3}}}, r"\(8, 3, 16, 16\).*11 classes"),
+        ({"teacher": {"checkpoint": "", "pretrained": True}}, "encoder of 'unet' alone"),
+        ({"student": {"targets": ["q"]}}, r"student.targets = \('q',\) is for the projections"),
+        ({"student": {"dropout": 0.5}}, "student.dropout = 0.5 is for the projections"),
+        ({"evaluate": {"knn": 3}}, "knn = 3 are for labels, and data.source = 'digit_masks'"),
+        ({"evaluate": {"probe": "sgd"}}, "evaluate.probe = 'sgd'"),
+        ({"method": "slad", "slad": MODEL}, "slad has labels, and data.source = 'digit_masks'"),
+        ({"data": {"path": "x"}}, "source 'digit_masks' and path 'x'"),
+        ({"data": {"augment": "crop"}}, "scans take 'shift'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refuses(tmp_path: Path, monkeypatch, tables: dict, message: str) -> None:
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *args, **options: None)
+    with pytest.raises(ValueError, match=message):
+        about = dict(tables)
+        if "teacher" in about:
+            model = about["teacher"].get("model", "unet")
+            options = OPTIONS | {"num_classes": CLASSES} if model == "unet" else {}
+            about["teacher"] = {"options": options} | about["teacher"]
+            if "checkpoint" not in about["teacher"]:
+                about["teacher"]["checkpoint"] = of_teacher(tmp_path, about["teacher"])
+        distill(segmenting(tmp_path, **about), tmp_path / "run")
+
+
+def of_teacher(folder: Path, table: dict) -> str:
+    """A file of the weights of a teacher's own shape."""
+    from fused_lora.distill.recipe.tables import Teacher
+    from fused_lora.distill.weights import build
+
+    about = Teacher(model=table.get("model", "unet"), options=table["options"])
+    torch.save(build(about).state_dict(), folder / "own.pth")
+    return str(folder / "own.pth")
+
+
+def test_wrapped_weights_fit_a_model_with_an_encoder(tmp_path: Path) -> None:
+    model = unet()
+    wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save(wrapped, tmp_path / "wrapped.pth")
+    fresh = unet(num_classes=CLASSES)
+    torch.nn.init.zeros_(fresh.encoder.conv1.weight)
+    load(fresh, tmp_path / "wrapped.pth")
+    assert torch.equal(fresh.encoder.conv1.weight, model.encoder.conv1.weight)
+
+
+def test_a_recipe_error_is_one(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="data.source must be one of"):
+        segmenting(tmp_path, data={"source": "mask"})
