@@ -240,9 +240,11 @@ class TestRoom:
     def half(self, seen, monkeypatch, form, recompute, **trains):
         from fused_lora.kernels.aten import lora_linear as aten
 
-        def spy(x, w, bias, adapters, plan, bordered=None, forward=aten.forward):
+        forward = aten.forward
+
+        def spy(x, w, bias, adapters, plan, bordered=None, h=None):
             seen.append((x, bordered))
-            return forward(x, w, bias, adapters, plan, bordered)
+            return forward(x, w, bias, adapters, plan, bordered, h)
 
         monkeypatch.setattr(aten, "forward", spy)
         dtype = torch.bfloat16
