@@ -24,12 +24,19 @@ from fused_lora.io.keys import (
     bare,
     check_keys,
     module_names,
-    unmerged,
+    some,
 )
 from fused_lora.io.names import old_names, renamed
 from fused_lora.io.pair import CONFIG, TENSORS, read_pair, write_pair
 from fused_lora.io.peft import BLOCKS, Settings, settings_of
-from fused_lora.io.state_dict import Changes, adapter_changes, check_values, lora_state_dict
+from fused_lora.io.state_dict import (
+    Changes,
+    adapter_changes,
+    check_values,
+    tensors_of,
+    values_of,
+    writable,
+)
 from fused_lora.io.trained import trained_modules, whole_state
 from fused_lora.nn import AdaptedLinear
 from fused_lora.ops.sharded import gathered, writes
@@ -41,12 +48,14 @@ def save(
     *,
     trainable: bool = True,
     layout: str = "dense",
+    fold_mid: bool = False,
 ) -> None:
     """Write the adapters of a patched model as PEFT does; ``PeftModel.from_pretrained`` reads them.
 
-    Separate adapters on a fused qkv are written as the one adapter of rank sum R that they are
-    together; ``load`` takes them apart again, bit for bit. Where the model is sharded (FSDP2) every
-    process must call this, and the first one writes.
+    What init="pissa" or "olora" took from the base is written as so many ranks more, against the
+    original base, as PEFT's own conversion does. Separate adapters on a fused qkv are written as
+    the one adapter of rank sum R that they are together; ``load`` takes them apart again, bit for
+    bit. Where the model is sharded (FSDP2) every process must call this, and the first one writes.
 
     Args:
         model: a patched model, merged or not.
@@ -64,15 +73,20 @@ def save(
     model = bare(model)
     if layout not in LAYOUTS:
         raise AdapterFileError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    groups = {name: groups_of(module) for name, module in adapted(model).items()}
+    modules = adapted(model)
     others = trained_modules(model) if trainable else []
-    tensors, blocks = lora_state_dict(model), {}
+    held = {name: values_of(module, name, fold_mid) for name, module in modules.items()}
+    groups = {name: each.groups for name, each in held.items()}
+    dora = dora_of(modules)
+    tensors, blocks = tensors_of(held, modules), {}
     if layout == "blocks":
+        if dora:
+            raise AdapterFileError('layout="blocks": PEFT\'s BdLora has no dora; save it "dense"')
         tensors, blocks[BLOCKS] = in_blocks(tensors, groups)
     for key, tensor in whole_state(model, others).items():
         check_values(tensor, key)
         tensors[key] = gathered(tensor)
-    config = _config(model, groups, others) | blocks
+    config = _config(model, groups, others) | blocks | {"use_dora": dora}
     text = json.dumps(config, indent=2) + "\n"
     if writes(model):
         write_pair(Path(folder), text.encode(), pack(tensors, groups, config))
@@ -96,14 +110,28 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
             served, or a key, shape or value that does not fit the model; it is left as it was.
     """
     folder, model = Path(folder), bare(model)
-    modules = unmerged(model)
+    modules = writable(model)
     text, blob = read_pair(folder)
     config = _parsed(text, str(folder / CONFIG))
     settings = settings_of(config, str(folder / CONFIG))
+    if settings.dora != dora_of(modules):
+        raise AdapterFileError(
+            f"{folder / CONFIG}: use_dora is {settings.dora}, and the model was patched with "
+            f"dora={not settings.dora}: patch it with dora={settings.dora}"
+        )
     content = unpack(blob, config, str(folder / TENSORS))
     changes, others = _changes(model, modules, settings, content, str(folder / TENSORS))
     changes.apply()
     return others
+
+
+def dora_of(modules: Mapping[str, AdaptedLinear]) -> bool:
+    """Whether they have magnitudes; raises AdapterFileError where some have and some do not."""
+    kinds = {module.config.dora for module in modules.values()}
+    if len(kinds) > 1:
+        without = some(name for name, module in modules.items() if not module.config.dora)
+        raise AdapterFileError(f"PEFT's use_dora holds of all or none, and {without} has no dora")
+    return kinds.pop()
 
 
 def _config(

@@ -11,7 +11,7 @@ the bit, b_g itself is put aside under a key of its own, which PEFT passes over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.nn import AdaptedLinear
-from fused_lora.ops.sharded import gathered
 from fused_lora.types import Span
 
 
@@ -53,17 +52,16 @@ def total_rank(groups: Sequence[Group]) -> int:
     return sum(group.span.rank for group in groups)
 
 
-def fuse(module: AdaptedLinear) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(A, B, the b put aside by group name), copies of the module's adapters."""
-    groups = groups_of(module)
-    pairs = [
-        tuple(gathered(half.detach()) for half in module.adapter(group.name)) for group in groups
-    ]
-    a = torch.cat([a for a, _ in pairs])
-    dtype = torch.cat([b[:0, :0] for _, b in pairs]).dtype  # as cat promotes
-    fused = a.new_zeros(module.out_features, len(a), dtype=dtype)
+def fuse(
+    groups: Sequence[Group], pairs: Mapping[str, tuple[Tensor, Tensor]], columns: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(A, B, the b put aside by group name), copies of the (a_g, b_g) of each group."""
+    a = torch.cat([pairs[group.name][0] for group in groups])
+    halves = [pairs[group.name][1] for group in groups]
+    dtype = torch.cat([b[:0, :0] for b in halves]).dtype  # as cat promotes
+    fused = a.new_zeros(columns, len(a), dtype=dtype)
     aside = {}
-    for (group, block), (_, b) in zip(_blocks(fused, groups), pairs, strict=True):
+    for (group, block), b in zip(_blocks(fused, groups), halves, strict=True):
         block.copy_(_times(b.to(dtype), group.factor))
         if not torch.equal(_over(block, group.factor), b.to(dtype)):
             aside[group.name] = b.clone()

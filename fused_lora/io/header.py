@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.io.fuse import Group
-from fused_lora.io.peft import BLOCKS, READ
+from fused_lora.io.peft import BLOCKS, DORA, READ
 from fused_lora.types import Span
 from fused_lora.version import __version__
 
@@ -93,8 +93,9 @@ def _check(header: dict[str, Any], blob: bytes, config: Mapping[str, Any], where
 def config_digest(config: Mapping[str, Any]) -> str:
     """SHA-256 of the fields of a config that decide what the tensors mean."""
     deciding = {key: config.get(key) or None for key in ("peft_type", "target_modules", *READ)}
-    if blocks := config.get(BLOCKS):  # absent from what earlier releases wrote
-        deciding[BLOCKS] = blocks
+    for key in (BLOCKS, DORA):  # absent from what earlier releases wrote
+        if value := config.get(key):
+            deciding[key] = value
     for key, value in deciding.items():
         if isinstance(value, list):
             deciding[key] = sorted(map(str, value))

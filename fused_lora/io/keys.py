@@ -9,7 +9,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.nn import AdaptedLinear
-from fused_lora.nn.config import CHANGES_BASE
 from fused_lora.nn.shared import SharedLoRALinear
 
 PREFIX = "base_model.model."
@@ -24,6 +23,11 @@ def a_key(module: str) -> str:
 def b_key(module: str) -> str:
     """The key of b [N, R]."""
     return f"{PREFIX}{module}.lora_B.weight"
+
+
+def magnitude_key(module: str) -> str:
+    """The key of DoRA's m [N]."""
+    return f"{PREFIX}{module}.lora_magnitude_vector"
 
 
 def aside_key(module: str, group: str) -> str:
@@ -63,25 +67,12 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
         raise AdapterFileError(
             f"{type(model).__name__} carries no adapters: call fused_lora.patch on it first"
         )
-    for name, module in found.items():
-        if reason := why_no_pair(module):
-            raise AdapterFileError(f"{name} {reason}: keep model.state_dict() instead")
     if "" in found:
         raise AdapterFileError(
             f"the model itself is a {type(model).__name__}: its adapter has no dotted name; put "
             "the layer inside a module"
         )
     return found
-
-
-def why_no_pair(module: AdaptedLinear) -> str | None:
-    """Why the module is not w + s b a in PEFT's format; None where it is."""
-    if module.config.dora or module.config.mid:
-        kinds = " and ".join(["dora"] * module.config.dora + ["mid"] * bool(module.config.mid))
-        return f"carries {kinds}, which is not written in PEFT's format yet"
-    if module.config.init in CHANGES_BASE:
-        return f"was started by init={module.config.init!r}, beside a base that no file holds"
-    return None
 
 
 def unmerged(model: nn.Module) -> dict[str, AdaptedLinear]:

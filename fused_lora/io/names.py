@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from fused_lora.io.keys import PREFIX, a_key, b_key
+from fused_lora.io.keys import PREFIX, a_key, b_key, magnitude_key
 
 ENDINGS = (  # the first that matches decides
     (r"(q_proj|query|to_q|wq)$", "q"),
@@ -41,7 +41,7 @@ def old_names(modules: Iterable[str], adapters: Iterable[str]) -> dict[str, str]
 
 def renamed(key: str, names: Mapping[str, str]) -> str:
     """``key`` of an adapter under the model's name."""
-    for make in (a_key, b_key):
+    for make in (a_key, b_key, magnitude_key):
         for old, new in names.items():
             if key == make(old):
                 return make(new)

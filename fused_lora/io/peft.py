@@ -19,7 +19,6 @@ from fused_lora.io.errors import AdapterFileError
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
@@ -54,7 +53,7 @@ HARMLESS = frozenset(
         "ensure_weight_tying",
     ]
 )
-BLOCKS = "use_bdlora"
+BLOCKS, DORA = "use_bdlora", "use_dora"
 READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
 
 
@@ -69,6 +68,7 @@ class Settings:
     rank_stabilized: bool = False
     modules_to_save: tuple[str, ...] = ()
     blocks: Blocks | None = None  # where lora_B holds its diagonal blocks alone
+    dora: bool = False  # whether there are magnitudes
 
     def rank_of(self, name: str) -> int:
         """The rank R of the module ``name``."""
@@ -100,7 +100,12 @@ def settings_of(config: Any, where: str) -> Settings:
             raise AdapterFileError(
                 f"{where}: {key} is {value!r}; only {NEUTRAL[key][0]!r} can be loaded"
             )
-        if value and key not in HARMLESS and key not in NEUTRAL and key not in (*READ, BLOCKS):
+        if (
+            value
+            and key not in HARMLESS
+            and key not in NEUTRAL
+            and key not in (*READ, BLOCKS, DORA)
+        ):
             raise AdapterFileError(f"{where}: {key} is {value!r}, an option unknown here")
     return Settings(
         int(_number(config, "r", where, whole=True)),
@@ -109,7 +114,8 @@ def settings_of(config: Any, where: str) -> Settings:
         _pattern(config, "alpha_pattern", where),
         bool(config.get("use_rslora")),
         tuple(_names(config, "modules_to_save", where)),
-        blocks_of(config.get("use_bdlora"), where),
+        blocks_of(config.get(BLOCKS), where),
+        bool(config.get(DORA)),
     )
 
 

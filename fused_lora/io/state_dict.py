@@ -10,8 +10,19 @@ from torch import Tensor, nn
 
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.io.fuse import Group, fuse, groups_of, split, total_rank
-from fused_lora.io.keys import a_key, adapted, aside_key, b_key, bare, check_keys, unmerged
+from fused_lora.io.keys import (
+    a_key,
+    adapted,
+    aside_key,
+    b_key,
+    bare,
+    check_keys,
+    magnitude_key,
+    unmerged,
+)
+from fused_lora.io.written import Written, rest_of, uncovered, why_not_into, written
 from fused_lora.nn import AdaptedLinear
+from fused_lora.nn.variants import key_of
 from fused_lora.ops.sharded import like
 
 
@@ -23,16 +34,36 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     (FSDP2) the tensors come whole, and every process must call this.
 
     Raises:
-        AdapterFileError: no adapters, values that are not finite, or no values yet (meta).
+        AdapterFileError: no adapters, values that are not finite, no values yet (meta), or ``mid``
+            or an init (pissa, olora) that ``save`` alone can write.
     """
+    modules = adapted(bare(model))
+    for name, module in modules.items():
+        if reason := why_not_into(module):
+            raise AdapterFileError(f"{name} {reason}")
+    return tensors_of({name: values_of(module, name) for name, module in modules.items()}, modules)
+
+
+def values_of(module: AdaptedLinear, name: str, fold_mid: bool = False) -> Written:
+    """The adapters of the module ``name``, whose values are checked first."""
+    for own_a, own_b in module.adapters():
+        check_values(own_a, a_key(name))
+        check_values(own_b, b_key(name))
+    return written(module, name, fold_mid)
+
+
+def tensors_of(
+    held: Mapping[str, Written], modules: Mapping[str, AdaptedLinear]
+) -> dict[str, Tensor]:
+    """The tensors of every module, by PEFT's keys."""
     state: dict[str, Tensor] = {}
-    for name, module in adapted(bare(model)).items():
-        for own_a, own_b in module.adapters():
-            check_values(own_a, a_key(name))
-            check_values(own_b, b_key(name))
-        a, b, aside = fuse(module)
+    for name, (groups, pairs, magnitude) in held.items():
+        a, b, aside = fuse(groups, pairs, modules[name].out_features)
         state |= {a_key(name): a, b_key(name): b}
         state |= {aside_key(name, group): tensor for group, tensor in aside.items()}
+        if magnitude is not None:
+            check_values(magnitude, magnitude_key(name))
+            state[magnitude_key(name)] = magnitude
     return state
 
 
@@ -43,7 +74,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         AdapterFileError: not patched, merged, or a key, shape or value that does not fit; the
             model is left as it was.
     """
-    modules = unmerged(bare(model))
+    modules = writable(bare(model))
     groups = {name: groups_of(module) for name, module in modules.items()}
     adapter_changes(modules, state, groups, "the state dict").apply()
 
@@ -77,11 +108,40 @@ def adapter_changes(
     """The changes that put ``state`` into ``modules``, each split by its ``groups``."""
     aside = {aside_key(name, g.name) for name in modules for g in groups[name] if g.factor != 1.0}
     halves = {key(name) for name in modules for key in (a_key, b_key)}
+    halves |= {magnitude_key(name) for name, module in modules.items() if module.config.dora}
     check_keys(where, halves | (aside & set(state)), state)
     changes = Changes()
     for name, module in modules.items():
         _one_module(changes, name, module, state, groups[name], where)
+        if module.config.dora:
+            _magnitudes(changes, module, state[magnitude_key(name)], f"{where}: {name}")
     return changes
+
+
+def writable(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted linears that tensors can be copied into; raises AdapterFileError for others."""
+    found = unmerged(model)
+    for name, module in found.items():
+        if reason := why_not_into(module):
+            raise AdapterFileError(f"{name} {reason}")
+    return found
+
+
+def _magnitudes(changes: Changes, module: AdaptedLinear, magnitude: Tensor, where: str) -> None:
+    check_shape(magnitude, (module.out_features,), f"{where}.lora_magnitude_vector")
+    check_values(magnitude, f"{where}.lora_magnitude_vector")
+    free = uncovered(module)
+    if free.any():
+        plain, given = rest_of(module)[free], magnitude[free]
+        off = float((given.to(plain) / plain - 1).abs().max())
+        if off > 16 * torch.finfo(magnitude.dtype).eps:
+            raise AdapterFileError(
+                f"{where}.lora_magnitude_vector scales rows that carry no adapter here (by up to "
+                f"{off:.1e}): patch q, k and v together"
+            )
+    for name, span in module.groups.items():
+        own = getattr(module, key_of("lora_magnitude", name))
+        changes.add(own, magnitude[span.start : span.stop], f"{where}.lora_magnitude_vector")
 
 
 def _one_module(

@@ -35,7 +35,7 @@ def trained_modules(model: nn.Module) -> list[str]:
 
 
 def _trained_parameters(model: nn.Module) -> list[str]:
-    own = {id(half) for m in adapted(model).values() for pair in m.adapters() for half in pair}
+    own = {id(p) for module in adapted(model).values() for p in module.lora_parameters()}
     named = model.named_parameters()
     return [plain(name) for name, p in named if p.requires_grad and id(p) not in own]
 

@@ -13,6 +13,7 @@ import fused_lora
 from fused_lora.io import pair
 from fused_lora.io.describe import alpha_for, pattern_for, targets_for
 from fused_lora.io.fuse import fuse, groups_of, split
+from fused_lora.io.written import written
 from fused_lora.io.header import unpack
 from fused_lora.io.pair import read_pair
 from fused_lora.io.peft import lookup
@@ -191,7 +192,7 @@ def test_same_config_is_one_replace(patched, tmp_path, monkeypatch):
 
 def test_equal_scales_fold_nothing(patched):
     module = patched(scale=0.3).blocks[0].attn.qkv
-    a, b, aside = fuse(module)
+    a, b, aside = fuse(groups_of(module), written(module, "it").pairs, module.out_features)
     assert not aside and torch.equal(b[48:96, 4:8], module.lora_B_k)
     assert torch.equal(split(a, b, groups_of(module), "b")["v"][0], module.lora_A_v)
 

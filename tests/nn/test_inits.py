@@ -176,21 +176,3 @@ def test_on_meta():
     linear = nn.Linear(12, 20, device="meta")
     with pytest.raises(ValueError, match="reads the weight, which holds no values on meta"):
         FusedLoRALinear.adopt(linear, 4, init="pissa")
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"init": "pissa"}, "blocks.0.attn.qkv was started by init='pissa', beside a base that no"),
-        ({"dora": True}, "blocks.0.attn.qkv carries dora, which is not written in PEFT's format"),
-        ({"dora": True, "mid": "full"}, "carries dora and mid, which"),
-    ],
-)
-def test_files_that_would_lose_something_are_refused(options, message, tmp_path):
-    model = build()
-    fused_lora.patch(model, rank=4, **options)
-    with pytest.raises(fused_lora.AdapterFileError, match=message):
-        fused_lora.save(model, tmp_path / "adapter")
-    with pytest.raises(fused_lora.AdapterFileError, match=message):
-        fused_lora.lora_state_dict(model)
-    assert not (tmp_path / "adapter").exists()
