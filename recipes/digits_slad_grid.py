@@ -22,15 +22,17 @@ import torch
 
 from fused_lora.distill.recipe import read
 from fused_lora.distill.run import run_of
+from fused_lora.distill.slad_figures import accuracy
 from fused_lora.distill.slad_run import SladRun
 from fused_lora.distill.train.world import World
 from fused_lora.version import __version__
 
 RECIPE = Path(__file__).with_name("digits_slad.toml")
 METHODS = ("joint", "two_step", "probe")
-FRACTIONS = (0.02, 0.10)
+FRACTIONS = (0.10, 0.02)
 SEEDS = (0, 1, 2)
-RATES = (0.04, 0.08, 0.16)
+STEPS = 120
+RATES = (0.08, 0.24)
 SWEEP_FRACTION, SWEEP_SEED = 0.10, 9
 
 
@@ -39,9 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of the runs")
     parser.add_argument("out", type=Path, help="the JSON file")
+    parser.add_argument("--only", choices=METHODS, help="the rows of one method")
     args = parser.parse_args()
     said = json.loads(args.out.read_text()) if args.out.is_file() else begin()
     for settings in every():
+        if args.only not in (None, settings["method"]):
+            continue
         kind = "sweep" if "blr" in settings else "rows"
         if any(row.items() >= settings.items() for row in said[kind]):
             continue
@@ -57,14 +62,14 @@ def begin() -> dict[str, Any]:
     """What is known before the first row."""
     versions = {"fused_lora": __version__, "torch": torch.__version__}
     versions |= {"python": platform.python_version()}
-    return {"recipe": RECIPE.name, "versions": versions, "sweep": [], "rows": []}
+    return {"recipe": RECIPE.name, "steps": STEPS, "versions": versions, "sweep": [], "rows": []}
 
 
 def every() -> Iterator[dict[str, Any]]:
-    """The sweep first; then the grid, seed by seed, so that a part of it is a grid already."""
+    """The sweep first; then the grid, a fraction of the data at a time."""
     for method, blr in product(METHODS, RATES):
         yield dict(method=method, fraction=SWEEP_FRACTION, seed=SWEEP_SEED, blr=blr)
-    for seed, fraction, method in product(SEEDS, FRACTIONS, METHODS):
+    for fraction, seed, method in product(FRACTIONS, SEEDS, METHODS):
         yield dict(method=method, fraction=fraction, seed=seed)
 
 
@@ -77,14 +82,14 @@ def best(sweep: list[dict[str, Any]], method: str) -> float:
 def row(folder: Path, method: str, fraction: float, seed: int, blr: float) -> dict[str, Any]:
     """One run, and what came of it."""
     given = {"slad.method": method, "data.fraction": fraction, "data.seed": seed}
-    given |= {"train.seed": seed, "train.blr": blr}
+    given |= {"train.seed": seed, "train.blr": blr, "train.steps": STEPS}
     recipe = read(RECIPE, [f"{key}={value}" for key, value in given.items()])
     run = run_of(recipe, folder / "-".join(map(str, given.values())), World())
     assert isinstance(run, SladRun)
     said = run.result()
     shown, figures = set(run.chosen()), said["figures"]
     rest = [i for i in range(len(run.images)) if i not in shown]
-    held = run.accuracy(run.both.student, run.both.student_head, run.once(run.images, rest))
+    held = accuracy(run.both.student, run.both.student_head, run.once(run.images, rest))
     likeness = mean(value for each in figures["cka"].values() for value in each.values())
     found = {"student": figures["head"], "teacher": figures["teacher"]["head"], "cka": likeness}
     found = {name: round(value, 5) for name, value in (found | {"not_shown": held}).items()}

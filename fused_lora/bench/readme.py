@@ -13,6 +13,8 @@ from fused_lora.bench.plan_choice.table import summary
 from fused_lora.bench.rows import Row
 from fused_lora.bench.saved_bytes import rows as saved_rows
 from fused_lora.bench.saved_bytes.table import markdown_lines
+from fused_lora.bench.sharing import rows as sharing_rows
+from fused_lora.bench.sharing.table import markdown_lines as sharing_lines
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -34,12 +36,13 @@ def rewrite(readme: Path, folder: Path) -> bool:
 
 
 def measured(folder: Path) -> str:
-    """Markdown: the races of each device, how well its plans were chosen, what a block keeps."""
+    """Markdown: the races of each device, its choice of plans, sharing, what a block keeps."""
     races = sorted(rows.newest(rows.read(folder)), key=lambda row: row.provenance.device)
     parts: list[str] = []
     for device, group in groupby(races, key=lambda row: row.provenance.device):
         parts += _races(device, list(group))
     parts += _plans(folder)
+    parts += sharing_lines(sharing_rows.newest(sharing_rows.read(folder)))
     parts += markdown_lines(saved_rows.newest(saved_rows.read(folder)))
     return "\n\n".join(parts) or "No rows are recorded yet."
 

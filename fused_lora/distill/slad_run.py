@@ -6,7 +6,7 @@ many steps as the recipe says; its checkpoint and log lie in ``teacher/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.distill.blocks import blocks_of
-from fused_lora.distill.cka import layer_cka
-from fused_lora.distill.data.batches import Batch
 from fused_lora.distill.evaluate import measure
 from fused_lora.distill.heads import ClassificationHead
 from fused_lora.distill.objective import Terms
 from fused_lora.distill.recipe.tables import Slad as Table
 from fused_lora.distill.results import TEACHER
 from fused_lora.distill.runner import Run
-from fused_lora.distill.share import MAPPINGS
 from fused_lora.distill.slad import Slad, prepare
+from fused_lora.distill.slad_figures import accuracy, mapped_cka
 from fused_lora.distill.slad_loss import TEACHER_ONLY
 from fused_lora.distill.slad_loss import Terms as Weights
-from fused_lora.distill.tokens import tokens_of
 from fused_lora.distill.train import checkpoint
 from fused_lora.distill.train.fit import LAST
 from fused_lora.nn import AdaptedLinear
@@ -76,18 +72,19 @@ class SladRun(Run):
             seed=self.recipe.train.seed,
         )
         self.phases = phases_of(table)
-        self.trains = [p for p in self.both.parameters() if p.requires_grad]  # in any phase
         self.both.to(self.precision.device, self.precision.stored)
+        self.trains = [p for p in self.both.parameters() if p.requires_grad]  # in any phase
         return student
 
     def _train(self, student: nn.Module, chosen: Sequence[int]) -> dict[str, int]:
-        fits = []
+        found = {"steps": 0, "skipped": 0}
         for i in range(len(self.phases)):
             if i and self.shards:
                 self._restore(i)
-            fits.append(self._fit(self._entered(i), chosen, self._home(i)))
-            fits[-1].run()
-        return {"steps": sum(f.steps for f in fits), "skipped": sum(f.skipped for f in fits)}
+            fit = self._fit(self._entered(i), chosen, self._home(i))
+            fit.run()
+            found = {name: count + getattr(fit, name) for name, count in found.items()}
+        return found
 
     def _restored(self) -> nn.Module:
         self._restore(len(self.phases))
@@ -133,33 +130,15 @@ class SladRun(Run):
 
     def _measured(self, student: nn.Module) -> dict[str, Any]:
         about = self.recipe.evaluate
-        passes = (lambda: self.once(self.images)), (lambda: self.once(self.test))
-        found: dict[str, Any] = dict(measure(student, *passes, replace(about, head=False)))
-        found["head"] = self.accuracy(student, self.both.student_head, self.once(self.test))
-        theirs = self.accuracy(self.teacher, self.both.teacher_head, self.once(self.test))
-        found["teacher"] = {"head": theirs}
+        test = lambda: self.once(self.test)  # noqa: E731
+        train = lambda: self.once(self.images)  # noqa: E731
+        found: dict[str, Any] = dict(measure(student, train, test, replace(about, head=False)))
+        found["head"] = accuracy(student, self.both.student_head, test())
+        found["teacher"] = {"head": accuracy(self.teacher, self.both.teacher_head, test())}
         if about.cka:
-            found["cka"] = self._cka(student)
+            assert self.recipe.slad is not None
+            found["cka"] = mapped_cka(self.teacher, student, self.recipe.slad.mapping, test())
         return found
-
-    def _cka(self, student: nn.Module) -> dict[str, dict[str, float]]:
-        """Of each of the student's blocks, with the one of the teacher that it is mapped to."""
-        assert self.recipe.slad is not None
-        choose = MAPPINGS[self.recipe.slad.mapping]
-        theirs, mine = ([b.name for b in blocks_of(m)] for m in (self.teacher, student))
-        table = layer_cka(self.teacher, student, (b.images for b in self.once(self.test)))
-        pairs = [(choose(i, len(mine), len(theirs)), i) for i in range(len(mine))]
-        return {mine[i]: {theirs[g]: float(table[g, i])} for g, i in pairs}
-
-    def accuracy(self, model: nn.Module, head: nn.Module, batches: Iterator[Batch]) -> float:
-        """The share of the images in ``batches`` that ``model`` and ``head`` get right."""
-        right = count = 0
-        with torch.no_grad():
-            for batch in batches:
-                logits = head(tokens_of(model, batch.images, head.blocks))  # type: ignore
-                right += int((logits.argmax(1) == batch.labels).sum())
-                count += len(batch.labels)
-        return right / count
 
 
 def phases_of(table: Table) -> tuple[Weights, ...]:

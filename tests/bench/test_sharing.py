@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_lora.bench import main
+from fused_lora.bench import main, readme
 from fused_lora.bench.sharing import rows, ways
 from fused_lora.bench.suites import train_step
 
@@ -48,6 +48,8 @@ def test_sharing_launches_one_kernel_an_operand(
     printed = capsys.readouterr().out
     assert "vit_small_patch16_224 and vit_tiny_patch16_224, batch 2, rank 16, fp32" in printed
     assert f"+{OPERANDS}" in printed
+    (line,) = [t for t in readme.measured(tmp_path).splitlines() if "`share_adapters` |" in t]
+    assert f"| {found['shared'].launches} |" in line
 
 
 def test_ways_that_disagree_are_refused(

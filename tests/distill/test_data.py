@@ -12,7 +12,14 @@ from PIL import Image
 
 from fused_lora.distill.data.batches import Order, loaded
 from fused_lora.distill.data.scans import ScanView
-from fused_lora.distill.data.sets import DataError, ImageSet, digits, folder, huggingface
+from fused_lora.distill.data.sets import (
+    SOURCES,
+    DataError,
+    ImageSet,
+    digits,
+    folder,
+    huggingface,
+)
 from fused_lora.distill.data.subset import balanced, spread
 from fused_lora.distill.data.views import Viewed, photo_view
 
@@ -42,6 +49,16 @@ def test_digits_are_split_by_class_and_disjoint() -> None:
     assert max(Counter(test.labels).values()) - min(Counter(test.labels).values()) <= 2
     assert train.load(0).shape == (1, 8, 8) and train.load(0).dtype == torch.uint8
     assert int(torch.stack([train.load(i) for i in range(100)]).max()) == 255
+
+
+def test_some_digits_of_all() -> None:
+    low, high = (SOURCES[f"digits_{half}"]("", "train") for half in ("low", "high"))
+    assert len(low) + len(high) == len(digits("train"))
+    assert low.classes + high.classes == digits("train").classes
+    assert set(high.labels) == {0, 1, 2, 3, 4}
+    i = digits("train").labels.index(7)
+    assert torch.equal(high.load(high.labels.index(2)), digits("train").load(i))
+    assert low.name != high.name  # caches go by it
 
 
 def test_a_balanced_choice_is_nested_seeded_and_never_without_a_class() -> None:

@@ -22,6 +22,7 @@ from fused_lora.distill.recipe.tables import Teacher
 from fused_lora.distill.run import distill
 from fused_lora.distill.runner import Run
 from fused_lora.distill.taps import tokens_of
+from fused_lora.distill.train.fit import LAST, Fit
 from fused_lora.distill.train.world import World
 from fused_lora.distill.weights import WeightsError, build, read
 from tests.distill.runs import MODEL, checkpoint, recipe, slad_recipe
@@ -237,6 +238,45 @@ def test_slad_trains_both_through_the_same_adapters(tmp_path: Path, accumulate: 
     assert not torch.equal(one, other)
     heads = read(tmp_path / "run" / "heads.safetensors")
     assert {name.partition(".")[0] for name in heads} == {"student", "teacher"}
+
+
+@pytest.mark.parametrize("method", ["two_step", "probe"])
+def test_the_ablations_of_slad_train_the_teacher_first(tmp_path: Path, method: str) -> None:
+    asked = slad_recipe(tmp_path, method, evaluate={"cka": True})
+    said = distill(asked, tmp_path / "run")["figures"]
+    assert said["steps"] == 12 and {"head", "cka"} <= set(said)
+    assert list(said["cka"]) == ["blocks.0", "blocks.1"]
+    assert list(said["cka"]["blocks.1"]) == ["blocks.2"]  # even: 1 of 2 is 2 of 4
+    assert all(0 < value <= 1 for row in said["cka"].values() for value in row.values())
+    first, second = (read(tmp_path / "run" / home / LAST) for home in ("teacher", "."))
+    of = lambda tensors: {n.split(".")[2] for n in tensors if n.startswith("param.both")}  # noqa: E731
+    assert of(second) == {"student", "student_head"}
+    assert of(first) == {"teacher_head"} | ({"teacher"} if method == "two_step" else set())
+
+
+def test_two_phases_killed_in_each_end_where_an_unbroken_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = slad_recipe(tmp_path, "two_step")
+    step, run = Fit._step, []
+
+    def stops(fit: Fit, number: int, micro: list) -> None:
+        run.append(number)
+        if len(run) in (5, 13):  # in the first phase, and in the second
+            raise KeyboardInterrupt
+        step(fit, number, micro)
+
+    monkeypatch.setattr(Fit, "_step", stops)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            distill(asked, tmp_path / "broken")
+    distill(asked, tmp_path / "broken")
+    assert run == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3, 4, 3, 4, 5]
+    monkeypatch.setattr(Fit, "_step", step)
+    distill(asked, tmp_path / "whole")
+    for file in ("student.safetensors", "heads.safetensors", LAST):
+        one, other = (read(tmp_path / home / file) for home in ("broken", "whole"))
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_a_resnet_student_learns_by_convlora(tmp_path: Path) -> None:

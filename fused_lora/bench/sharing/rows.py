@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,3 +58,9 @@ class SharingRow:
 def read(folder: Path) -> Iterator[SharingRow]:
     """Every row of this suite below ``folder``."""
     return read_as(folder, [SUITE], SharingRow.from_json)
+
+
+def newest(rows: Iterable[SharingRow]) -> list[SharingRow]:
+    """The latest row of each device, case and way."""
+    ordered = sorted(rows, key=lambda row: row.provenance.time_utc)
+    return list({(row.provenance.device, row.case, row.way): row for row in ordered}.values())
