@@ -37,7 +37,8 @@ WITHOUT_TRITON = {
     "winners",
 }  # in that room, importable without
 LATE = {"triton", "timm", "transformers", "peft", "safetensors", "torchvision", "numpy"} | {
-    *("sklearn", "tqdm", "tomli", "PIL", "datasets", "tensorboard")
+    *("sklearn", "tqdm", "tomli", "PIL", "datasets", "tensorboard"),
+    "segmentation_models_pytorch",
 }
 
 

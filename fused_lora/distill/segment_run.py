@@ -68,7 +68,8 @@ class SegmentRun(Run):
         return torch.cat(pooled)
 
     def _measured(self, student: nn.Module) -> dict[str, Any]:
-        about, found = self.recipe.evaluate, {}
+        about = self.recipe.evaluate
+        found: dict[str, Any] = {}
         if about.head:
             found |= self._overlap(student)
         if self.method.distills and about.teacher and about.head:

@@ -51,9 +51,9 @@ class UNet(nn.Module):
         if stages < 2:
             raise ValueError(f"a U-Net has two stages or more, got stages = {stages}")
         options |= {"features_only": True, "out_indices": tuple(range(stages))}
-        self.encoder = timm.create_model(encoder, pretrained, in_chans=in_chans, **options)
-        self.num_classes = num_classes
-        deep, *skips = reversed(self.encoder.feature_info.channels())
+        features: Any = timm.create_model(encoder, pretrained, in_chans=in_chans, **options)
+        self.encoder, self.num_classes = features, num_classes
+        deep, *skips = reversed(features.feature_info.channels())
         widths = list(skips if widths is None else widths)
         if len(widths) != len(skips):
             raise ValueError(f"{stages} stages want {len(skips)} widths, got {widths}")

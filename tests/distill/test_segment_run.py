@@ -171,3 +171,17 @@ def test_wrapped_weights_fit_a_model_with_an_encoder(tmp_path: Path) -> None:
 def test_a_recipe_error_is_one(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="data.source must be one of"):
         segmenting(tmp_path, data={"source": "mask"})
+
+
+def test_a_unet_of_the_library_from_a_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    from fused_lora.distill.recipe.tables import Teacher
+    from fused_lora.distill.weights import build
+
+    given = {"encoder_name": "tu-resnet18", "encoder_depth": 3, "decoder_channels": [16, 8, 8]}
+    given |= {"in_channels": 1, "num_classes": CLASSES}
+    torch.save(build(Teacher(model="smp/Unet", options=given)).state_dict(), tmp_path / "smp.pth")
+    teacher = {"model": "smp/Unet", "options": given, "checkpoint": str(tmp_path / "smp.pth")}
+    asked = segmenting(tmp_path, teacher=teacher, train={"steps": 2, "log_every": 1})
+    assert distill(asked, tmp_path / "run")["figures"]["steps"] == 2
+    assert len(load_student(tmp_path / "run").encoder.model.layer2) == 1
