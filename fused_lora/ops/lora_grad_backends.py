@@ -19,7 +19,7 @@ from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad import lora_grads
 from fused_lora.kernels.cuda.lora_grad_call import ADAPTERS, GradCall, aligned
-from fused_lora.kernels.cuda.lora_grad_shape import GradShape, examples
+from fused_lora.kernels.cuda.lora_grad_shape import GradShape, examples, fitting
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.trust.check import NotNow
 from fused_lora.trust.subjects import Checked, of_compiled_grads
@@ -29,10 +29,11 @@ from fused_lora.types import Keep, Needs, Plan
 why_not_on = lru_cache(maxsize=64)(native.why_not_on)
 
 
+@lru_cache(maxsize=4096)
 def checked(shape: GradShape, dtype: torch.dtype, device: torch.device) -> Checked | None:
     """What is checked before the compiled kernel serves ``shape``; None where no check is."""
     chip = Chip.of(device)
-    form = shape.fitting(chip).form(chip)
+    form = fitting(shape, chip).form(chip)
     if form is None or form not in examples(chip):
         return None
     return of_compiled_grads(form, examples(chip)[form], str(dtype).removeprefix("torch."))
@@ -72,11 +73,11 @@ def adapter_grads(
     if not _trusted(call.shape, dy):
         a, b = aten.rank_grads(dy, x, h, dh, adapters, adapters.to(dy.dtype), needs)
         return Grads(None, None, dy.sum(0) if needs.bias else None, a, b)
-    shape = call.shape.fitting(Chip.of(dy.device))
+    shape = fitting(call.shape, Chip.of(dy.device))
     h, dh = _given(shape, dy, x, h, dh, adapters)
     x, rows = (None if x is None else aligned(x)), aligned(dy)
-    fitting = replace(needs, bias=shape.needs_bias)
-    found = lora_grads(x, rows, adapters.uniform(ADAPTERS), fitting, h, dh)
+    asked = replace(needs, bias=shape.needs_bias)
+    found = lora_grads(x, rows, adapters.uniform(ADAPTERS), asked, h, dh)
     if needs.bias and not shape.needs_bias:
         found = found._replace(bias=dy.sum(0))
     return found._replace(a=_as(found.a, adapters.a), b=_as(found.b, adapters.b))
@@ -99,12 +100,11 @@ def _given(
     adapters: Adapters,
 ) -> tuple[Tensor | None, Tensor | None]:
     """h and dh as the kernel for ``shape`` is given them, formed by the library where missing."""
-    low = adapters.to(dy.dtype) if shape.h_given or shape.dh_given else adapters
     if shape.h_given and shape.needs_b and h is None:
         assert x is not None
-        h = aten.shrink(x, low)
+        h = aten.shrink(x, adapters.to(dy.dtype))
     if shape.dh_given and shape.needs_a and dh is None:
-        dh = aten.shrink_grad(dy, low)
+        dh = aten.shrink_grad(dy, adapters.to(dy.dtype))
     return h, dh
 
 

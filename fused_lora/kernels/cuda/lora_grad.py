@@ -19,11 +19,12 @@ from torch import Tensor
 
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.chip import Chip
-from fused_lora.kernels.cuda.lora_grad_call import GradCall
+from fused_lora.kernels.cuda.lora_grad_call import ADAPTERS, GradCall
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.types import Needs
 
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in ADAPTERS}
 Into = tuple[Sequence[Tensor], Sequence[Tensor]]  # G of [R_g, K], G of [N_g, R_g]; any strides
 
 
@@ -56,17 +57,21 @@ def lora_grads(
     needs: Needs,
     h: Tensor | None = None,  # [M, sum R], rows contiguous; formed where needed and not given
     dh: Tensor | None = None,  # [M, sum R], likewise
-    into: Into | None = None,  # add da and db to these
+    into: Into | None = None,  # da and db go here
     chip: Chip | None = None,
+    beta: int = 1,  # times what ``into`` holds; 0 never reads it
 ) -> Grads:
-    """da, db and dbias as ``needs`` names them, in their operands' dtypes or added ``into``."""
+    """da, db and dbias as ``needs`` names them, in their operands' dtypes or ``into`` others."""
     call = GradCall(x, dy, adapters, needs, h, dh)
     chip = chip or Chip.of(call.first.device)
-    reason = call.why_not(chip)
+    reason = call.why_not_operands()
     assert reason is None, reason
+    plan = call.plan(chip)
+    assert plan is not None, call.too_large(chip)
     grads = _outputs(call, into)
     if any(grad is not None for grad in (grads.bias, *grads.a, *grads.b)):
-        _launch(call, call.plan(chip), grads, into is not None)
+        assert beta in (0, 1), beta
+        _launch(call, plan, grads, into is not None and beta == 1)
     return grads
 
 
@@ -168,4 +173,4 @@ def _row(tensor: Tensor | None) -> int:
 
 
 def _dtype(tensor: Tensor) -> Any:
-    return getattr(native.load().DType, str(tensor.dtype).removeprefix("torch."))
+    return getattr(native.load().DType, NAMES[tensor.dtype])

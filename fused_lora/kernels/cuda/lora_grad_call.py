@@ -62,7 +62,16 @@ class GradCall(NamedTuple):
 
     def why_not(self, chip: Chip) -> str | None:
         """One sentence why the compiled kernel cannot serve; None when it can."""
-        return self._why_not_missing() or self._why_not_types() or self._why_not_sizes(chip)
+        return self.why_not_operands() or (None if self.plan(chip) else self.too_large(chip))
+
+    def why_not_operands(self) -> str | None:
+        """The part of ``why_not`` that no chip enters."""
+        return self._why_not_missing() or self._why_not_types() or self._why_not_rows()
+
+    def too_large(self, chip: Chip) -> str:
+        """What to say where there is no plan."""
+        sizes = ", ".join(f"{name} {tuple(z.shape)}" for name, z in self.large.items())
+        return f"a block of sm_{chip.arch} cannot hold rank {self.adapters.rank} of {sizes}"
 
     def _why_not_missing(self) -> str | None:
         forms_h = self.needs.b and self.h is None
@@ -88,15 +97,12 @@ class GradCall(NamedTuple):
         devices = {tensor.device for tensor in (*self.large.values(), *self.small)}
         return f"operands lie on {_list(devices)}" if len(devices) > 1 else None
 
-    def _why_not_sizes(self, chip: Chip) -> str | None:
+    def _why_not_rows(self) -> str | None:
         for name, z in self.large.items():
             if z.stride(1) != 1 and z.shape[1] > 1:
                 return f"rows of {name} are not contiguous"
             if name in ("x", "dy") and not (_begins(z) and z.shape[1] % 8 == 0):
                 return f"{name} or its rows do not begin at multiples of 16 bytes"
-        if self.plan(chip) is None:
-            sizes = ", ".join(f"{name} {tuple(z.shape)}" for name, z in self.large.items())
-            return f"a block of sm_{chip.arch} cannot hold rank {self.adapters.rank} of {sizes}"
         return None
 
 

@@ -66,12 +66,14 @@ class GradShape(NamedTuple):
         cluster = plan.chunks if self.forms else 1
         return Form(plan.most_strips, plan.rank_blocks, self.forms, cluster)
 
-    def fitting(self, chip: Chip) -> GradShape:
-        """This, or what is left of it where h and dh are given, or dbias is not asked for too."""
-        apart = self._replace(needs_bias=False)
-        given = self._replace(h_given=True, dh_given=True)
-        both = given._replace(needs_bias=False)
-        return next((s for s in (self, apart, given) if s.form(chip)), both)
+
+@lru_cache(maxsize=4096)
+def fitting(shape: GradShape, chip: Chip) -> GradShape:
+    """``shape``, or what fits ``chip`` of it: dbias apart, then h and dh given."""
+    apart = shape._replace(needs_bias=False)
+    given = shape._replace(h_given=True, dh_given=True)
+    both = given._replace(needs_bias=False)
+    return next((s for s in (shape, apart, given) if s.form(chip)), both)
 
 
 def shape_of(p: Problem, plan: Plan) -> GradShape:

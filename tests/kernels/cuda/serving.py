@@ -38,6 +38,7 @@ def forget() -> None:
     """As a new process would begin."""
     planning._plan_for.cache_clear()
     backends._triton.cache_clear()
+    lora_grad_backends.checked.cache_clear()
     verify.forget()
 
 

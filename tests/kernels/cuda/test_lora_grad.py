@@ -96,9 +96,10 @@ def test_one_side_is_enough(on_host: ModuleType) -> None:
           truth._replace(a=[]))  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_into_an_owners_block(on_host: ModuleType, dtype: torch.dtype) -> None:
-    """A transposed block of a larger tensor: added to, rounded once, all beside it as it was."""
+@pytest.mark.parametrize("dtype, beta", [(F32, 1), (BF16, 1), (F32, 0)])
+def test_into_an_owners_block(on_host: ModuleType, dtype: torch.dtype, beta: int) -> None:
+    """A transposed block of a larger tensor: added to, or written where ``beta`` is 0 whatever it
+    held; rounded once, all beside it as it was."""
     p, needs = Problem(SMALL), Needs()
     owners = [
         [few_bits(t.shape[1] + 4, t.shape[0] + 3).to(dtype) for t in halves]
@@ -109,13 +110,16 @@ def test_into_an_owners_block(on_host: ModuleType, dtype: torch.dtype) -> None:
         [owner[1 : t.shape[1] + 1, 2 : t.shape[0] + 2].T for owner, t in zip(*halves, strict=True)]
         for halves in zip(owners, p.adapters[:2], strict=True)
     ]
-    ours = run(p, needs, into=tuple(blocks))
+    if not beta:
+        [block.fill_(torch.nan) for halves in blocks for block in halves]
+    ours = run(p, needs, into=tuple(blocks), beta=beta)
     truth = p.expected(needs)
     assert ours.a[0] is blocks[0][0] and ours.b[1] is blocks[1][1]
     rows = zip((*owners[0], *owners[1]), (*before[0], *before[1]), truth.a + truth.b, strict=True)
     for owner, was, grad in rows:
         rows, columns = grad.shape
-        was[1 : columns + 1, 2 : rows + 2] += grad.T
+        inside = was[1 : columns + 1, 2 : rows + 2]
+        inside.mul_(beta).add_(grad.T)
         assert torch.equal(owner, was)
 
 
