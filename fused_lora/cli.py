@@ -21,7 +21,10 @@ from fused_lora.patching.patch import patch
 from fused_lora.version import __version__
 
 TRITON = "serves lora_linear and lora_merge, each kernel after this device has checked it"
-CUDA = "serves adapter gradients and lora_merge, each kernel after this device has checked it"
+CUDA = (
+    "serves adapter gradients, lora_merge and, where asked on sm_90, lora_linear, "
+    "each kernel after this device has checked it"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

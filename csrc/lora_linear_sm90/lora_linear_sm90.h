@@ -40,7 +40,7 @@ struct LinearShape {
   int64_t rows;     // M
   int32_t columns;  // N, a multiple of 8
   int32_t depth;    // K, a multiple of 8
-  int32_t ranks;    // the most that one column of y sums over
+  int32_t ranks;    // of all groups
   Right right;
   Activation activation;
 };

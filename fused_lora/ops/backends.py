@@ -6,13 +6,21 @@ from functools import lru_cache
 
 import torch
 
+from fused_lora.kernels.cuda import lora_linear as hopper
+from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad_shape import shape_of
 from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.launches import launches
 from fused_lora.ops import lora_grad_backends
 from fused_lora.plan.problem import Problem
-from fused_lora.plan.strategies import STRATEGIES, candidates, why_not_backend, why_not_strategy
-from fused_lora.trust.subjects import Checked, of_launch
+from fused_lora.plan.strategies import (
+    STRATEGIES,
+    candidates,
+    why_not_backend,
+    why_not_products,
+    why_not_strategy,
+)
+from fused_lora.trust.subjects import Checked, of_compiled_product, of_launch
 from fused_lora.trust.verdict import Subject, Verdict
 from fused_lora.trust.verify import verdict
 from fused_lora.types import Backend, Impl, Plan
@@ -24,6 +32,8 @@ ASKED: dict[Impl, tuple[Backend, ...]] = {
     Impl.TRITON: (Backend.TRITON,),
     Impl.CUDA: tuple(Backend),  # what it has no kernel for is any other's
 }
+
+NOT_ASKED = "it serves where impl='cuda' asks for it: no measurement says that it wins"
 
 
 def why_not(
@@ -47,6 +57,9 @@ def refusals(problem: Problem, dtype: torch.dtype, device: torch.device) -> list
         if said[b] is None
         for strategy in STRATEGIES[b]
     ]
+    if lora_grad_backends.why_not_on(device) is None:
+        product = _product(device) or why_not_products(problem) or NOT_ASKED
+        strategies.append(f"cuda extended: {product}")
     return [*backends, *(reason for reason in strategies if reason)]
 
 
@@ -60,15 +73,23 @@ def serving(
 
 
 def plans(problem: Problem, impl: Impl, dtype: torch.dtype, device: torch.device) -> list[Plan]:
-    """Every plan of the backends that serve; under ``cuda``, those with its gradients alone."""
+    """Every plan of the backends that serve; under ``cuda``, those with most of its kernels."""
+    compiled = impl is Impl.CUDA and _product(device) is None
     found = [
         plan
-        for plan in candidates(problem, serving(problem, impl, dtype, device))
+        for plan in candidates(problem, serving(problem, impl, dtype, device), compiled)
         if plan.grads_by is None or _of_gradients(problem, plan, dtype, device)
     ]
-    if impl is not Impl.CUDA or not problem.trains_adapters:
+    if impl is not Impl.CUDA:
         return found
-    return [plan for plan in found if plan.gradient_backend is Backend.CUDA]
+    most = max((_compiled_parts(plan) for plan in found), default=0)
+    if most == 0 and problem.trains_adapters:
+        return []
+    return [plan for plan in found if _compiled_parts(plan) == most]
+
+
+def _compiled_parts(plan: Plan) -> int:
+    return (plan.backend is Backend.CUDA) + (plan.grads_by is Backend.CUDA)
 
 
 def kernels(
@@ -76,6 +97,9 @@ def kernels(
 ) -> list[Checked]:
     """What must be right before ``plan`` serves; ``key`` names what its products round to."""
     needed = [of_launch(one, key) for one in launches(problem, plan, dtype, device)]
+    if plan.backend is Backend.CUDA:
+        name, chip = str(dtype).removeprefix("torch."), Chip.of(device)
+        needed += [of_compiled_product(t, name) for t in hopper.tiles(problem, plan, chip)]
     if plan.grads_by and (gradients := _of_gradients(problem, plan, dtype, device)):
         needed.append(gradients)
     return sorted(needed, key=lambda one: str(one.subject))
@@ -98,6 +122,9 @@ def failures(
     needed = kernels(problem, plan, dtype, key, device)
     found = {one.subject: verdict(one, device) for one in needed}
     return {subject: said for subject, said in found.items() if not said.passed}
+
+
+_product = lru_cache(maxsize=64)(hopper.why_not)
 
 
 @lru_cache(maxsize=64)

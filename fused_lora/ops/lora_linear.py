@@ -53,7 +53,7 @@ def lora_linear(
             ``torch.compile`` without recompiling).
         spans: the columns of y each adapter owns; None for one adapter on all of them.
         impl: "auto" (the plan's choice), "aten", "triton", "cuda" (adapter gradients by the
-            compiled kernels) or "reference".
+            compiled kernels, and on sm_90 products too) or "reference".
 
     Returns:
         y [..., N] in the compute dtype: autocast's if it is on, else x's.
@@ -243,6 +243,10 @@ def forward(
 def _backend(plan: Plan) -> Any:
     if plan.backend is Backend.ATEN:
         return aten
+    if plan.backend is Backend.CUDA:
+        from fused_lora.kernels.cuda import lora_linear as cuda
+
+        return cuda
     from fused_lora.kernels.triton import lora_linear as triton
 
     return triton

@@ -4,7 +4,7 @@ gemm  max(2 m n k / (rate * d / (d + half_rank)), bytes / bandwidth) + call,  d 
 move  bytes / bandwidth + call
 
 The steps of this file are a library's; ``fused_lora.plan.cost_triton`` has Triton's,
-``fused_lora.plan.cost_cuda`` those of the compiled gradients.
+``fused_lora.plan.cost_cuda`` those of the compiled kernels.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         yield Step("base", p.m, p.n, p.k)
         for span in p.spans:
             yield Step("expand", p.m, span.width, span.rank, accumulates=True)
+    elif plan.forward is Forward.EXTENDED:
+        yield cost_cuda.product_step("extended", p, p.n, p.k)
     else:
         if not p.bordered:
             yield Step("copy x", p.m, p.k)
@@ -78,6 +80,8 @@ def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         yield from _stack(p)
         for rank in _pieces(p):
             yield Step("dx expand", p.m, p.k, rank, accumulates=True)
+    elif plan.dx is Forward.EXTENDED:
+        yield cost_cuda.product_step("dx extended", p, p.k, p.n)
     else:
         yield Step("copy dy", p.m, p.n)
         yield Step("border w", p.n + p.rank, p.k)

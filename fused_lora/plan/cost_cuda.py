@@ -1,8 +1,9 @@
-"""What the compiled gradients cost: db and da from one pass over x and dy, then a sum of slices.
+"""What the compiled kernels cost: the gradients db and da from one pass over x and dy, then a sum
+of slices; and the Hopper product, which reads h beside x.
 
     h, dh   formed from the tiles that the gradients read, or read where they are kept
 
-The efficiency and the slices below are guesses: no time has been measured on a GPU yet.
+The efficiencies and the slices below are guesses: no time has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fused_lora.plan.step import Step
 from fused_lora.types import Forward, Keep, Plan
 
 EFFICIENCY = 0.8  # of its products beside the library's; unmeasured
+PRODUCT_EFFICIENCY = 0.9  # of the Hopper product beside the library's; unmeasured
 LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
 RANK_BLOCK = 16  # ranks are padded to it on chip
 SLICES = 132  # of rows, one per processor, whose fp32 sums are written and read
@@ -30,6 +32,16 @@ def gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     shrinks = 2 * p.m * ranks * (forms_h * p.k + forms_dh * p.n)
     yield Step("one pass db da", ranks, k + n, p.m, False, shrinks, sums, EFFICIENCY, LAUNCH_CALLS)
     yield Step("sums db da", ranks, k + n, extra_elements=sums, calls=LAUNCH_CALLS)
+
+
+def product_step(name: str, p: Problem, columns: int, depth: int) -> Step:
+    """y [M, columns] of x [M, depth] and h in one launch; h and s b are formed before."""
+    width = sum(span.rank * span.width for span in p.spans) // p.n  # ranks of a column of y
+    ranks = width if columns == p.n else p.rank
+    border = columns * ranks
+    return Step(
+        name, p.m, columns, depth + ranks, False, 0, border, PRODUCT_EFFICIENCY, LAUNCH_CALLS
+    )
 
 
 def dh_given(p: Problem, plan: Plan) -> bool:

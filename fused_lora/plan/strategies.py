@@ -17,13 +17,14 @@ LIBRARY = (Backend.ATEN,)
 STRATEGIES: dict[Backend, tuple[Forward, ...]] = {
     Backend.ATEN: (Forward.SEPARATE, Forward.BORDERED, Forward.MERGE),
     Backend.TRITON: (Forward.EXTENDED, Forward.ONE_PASS, Forward.MERGE),
-    Backend.CUDA: (),
+    Backend.CUDA: (Forward.EXTENDED,),  # where it is asked for by name
 }
 ROUNDS_ONCE = (Forward.BORDERED, Forward.EXTENDED, Forward.ONE_PASS)
 ONE_PASS_RANKS = 64  # sum R whose h stands in registers beside the accumulator
 INT32 = 1 << 31  # kernels count rows, columns and the elements of a and b in 32 bits
 GRADIENT_RANKS = 64  # sum R whose gradients the one pass over x and dy holds in registers
 GRADIENT_GROUPS = 4  # adapters of one layer that it serves
+PRODUCT_GROUPS = 4  # and that the compiled product serves
 MOST_SLICES = 64  # of rows, whose fp32 partial sums of a gradient stand side by side
 
 
@@ -67,11 +68,30 @@ def why_not_gradients(problem: Problem) -> str | None:
     return None
 
 
+def why_not_products(problem: Problem) -> str | None:
+    """One sentence why the compiled product has nothing for ``problem``; None when it has."""
+    if not problem.low_precision:
+        return f"the compiled product takes bfloat16 and float16 x and w, not {problem.dtype}"
+    if problem.k % 8 or problem.n % 8 or min(problem.k, problem.n) == 0:
+        return (
+            "the compiled product moves rows of whole 16 bytes, and w is "
+            f"[{problem.n}, {problem.k}]"
+        )
+    if len(problem.spans) > PRODUCT_GROUPS:
+        return (
+            f"the compiled product takes up to {PRODUCT_GROUPS} adapters of a layer, "
+            f"and this one has {len(problem.spans)}"
+        )
+    if problem.m >= INT32 - 4096:
+        return f"the compiled product counts rows in 32 bits, and this problem has {problem.m:,}"
+    return None
+
+
 def why_not(problem: Problem, plan: Plan) -> str | None:
     """One sentence why ``plan`` cannot serve ``problem``; None when it can."""
     return (
         _why_not_gradients_by(problem, plan)
-        or why_not_backend(problem, plan.backend)
+        or _why_not_products_by(problem, plan.backend)
         or why_not_strategy(problem, plan.backend, plan.forward)
         or why_not_strategy(problem, plan.backend, plan.dx)
         or _inconsistent(problem, plan)
@@ -88,6 +108,11 @@ def why_not_strategy(problem: Problem, backend: Backend, strategy: Forward) -> s
             f"and the ranks sum to {problem.rank}"
         )
     return None
+
+
+def _why_not_products_by(problem: Problem, backend: Backend) -> str | None:
+    compiled = backend is Backend.CUDA
+    return why_not_products(problem) if compiled else why_not_backend(problem, backend)
 
 
 def _why_not_gradients_by(problem: Problem, plan: Plan) -> str | None:
@@ -122,12 +147,18 @@ def _inconsistent(problem: Problem, plan: Plan) -> str | None:
     return None
 
 
-def candidates(problem: Problem, backends: Sequence[Backend] = LIBRARY) -> list[Plan]:
-    """Every plan that can serve ``problem`` on one of ``backends``."""
+def candidates(
+    problem: Problem, backends: Sequence[Backend] = LIBRARY, compiled: bool = False
+) -> list[Plan]:
+    """Every plan that can serve ``problem`` on one of ``backends``.
+
+    CUDA among them brings its gradients, beside any other's products; ``compiled`` its products.
+    """
+    products = [b for b in backends if b is not Backend.CUDA] + [Backend.CUDA] * compiled
     gradients = (None, *(b for b in backends if b is Backend.CUDA))
     plans = (
         Plan(*parts, backend=backend, grads_by=grads_by)
-        for backend in backends
+        for backend in products
         for grads_by in gradients
         for parts in product(STRATEGIES[backend], STRATEGIES[backend], Gradient, Keep)
     )

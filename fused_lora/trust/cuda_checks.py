@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fused_lora.kernels.cuda import lora_extended
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad import lora_grads
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape
@@ -13,6 +14,10 @@ from fused_lora.trust.equations import Named, flat, thin
 from fused_lora.trust.problems import Operands, Shape
 from fused_lora.types import Needs, Span
 
+PRODUCTS = (  # ranks beyond a stage, columns of several adapters and of none in a tile; few rows
+    Shape(300, 584, 520, (Span(0, 200, 5), Span(200, 328, 70), Span(400, 520, 16)), True, True, 8),
+    Shape(5, 72, 88, (Span(0, 88, 24),), bias=False, wide=False, inside=0),
+)
 ROWS = 197  # thirteen tiles, the last of five rows
 EVERY = ", every processor"
 FEW = 4  # processors that share them: several tiles each, more than are under way at once
@@ -58,6 +63,15 @@ def _copies(grads: list[Tensor | None]) -> list[Tensor]:
 def _flat(found: Grads) -> dict[str, Tensor]:
     assert found.bias is not None
     return {"da": flat(found.a), "db": flat(found.b), "dbias": found.bias}
+
+
+def products(p: Operands, tile: lora_extended.Tile) -> Named:
+    """y and dx in one tile, several of them a block."""
+    h, dh = thin(p)
+    chip = Chip.of(p.x.device)
+    chip = chip._replace(processors=min(FEW, chip.processors))
+    y = lora_extended.forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, chip=chip).y
+    return {"y": y, "dx": lora_extended.input_grad(p.dy, p.w, p.adapters, dh, tile, chip=chip)[0]}
 
 
 def merged(p: Operands, noise: tuple[int, int] | None = None) -> Tensor:

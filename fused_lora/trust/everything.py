@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from fused_lora.kernels.cuda import lora_linear as hopper
 from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_extended import TILES
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
 from fused_lora.kernels.cuda.native import why_not_on
 from fused_lora.kernels.triton import tiles
@@ -17,6 +19,7 @@ from fused_lora.trust.subjects import (
     Checked,
     of_compiled_grads,
     of_compiled_merge,
+    of_compiled_product,
     of_launch,
 )
 
@@ -33,6 +36,7 @@ def everything(dtypes: Sequence[str], device: torch.device) -> Iterator[Checked]
             yield of_compiled_merge(dtype)
         if dtype in ("bfloat16", "float16"):
             yield from compiled_grads(dtype, device)
+            yield from compiled_products(dtype, device)
 
 
 def compiled_grads(dtype: str, device: torch.device) -> Iterator[Checked]:
@@ -45,6 +49,14 @@ def compiled_grads(dtype: str, device: torch.device) -> Iterator[Checked]:
         return
     for form, example in examples(Chip.of(device)).items():
         yield of_compiled_grads(form, example, dtype)
+
+
+def compiled_products(dtype: str, device: torch.device) -> Iterator[Checked]:
+    """The compiled product in every tile, where ``device`` has it; of no device, in one."""
+    if why_not_on(device):
+        yield of_compiled_product(TILES[0], dtype)
+    elif hopper.why_not(device) is None:
+        yield from (of_compiled_product(tile, dtype) for tile in TILES)
 
 
 def launches(dtype: torch.dtype, device: torch.device) -> list[Launch]:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fused_lora.kernels.cuda.lora_extended import Tile
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.testing.yardstick import Verdict as Comparison
@@ -76,3 +77,10 @@ def of_compiled_grads(form: Form, example: GradShape, dtype: str) -> Checked:
     run = partial(cuda_checks.grads, example=example)
     shapes = (cuda_checks.shape_of(example),)
     return Checked(subject, run, shapes=shapes, equations=gradients)
+
+
+def of_compiled_product(tile: Tile, dtype: str) -> Checked:
+    """The compiled product in one tile."""
+    subject = Subject("cuda", "lora_linear", "{} x {}".format(*tile), dtype)
+    run = partial(cuda_checks.products, tile=tile)
+    return Checked(subject, run, shapes=cuda_checks.PRODUCTS)

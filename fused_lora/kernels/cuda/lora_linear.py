@@ -1,189 +1,126 @@
-"""EXTENDED by hand on Hopper; see csrc/lora_linear_sm90/.
+"""Grouped LoRA linear by the Hopper product, and library GEMMs around it.
 
-    forward   y = residual + factor act(u), u = x wT + bias + s h bT    h = x aT
-    dx        dx = residual + dy w + dh a                               dh = s dy b
+    forward   EXTENDED  h = x aT by the library; y = x wT + bias + s h bT in one accumulator
+    dx        EXTENDED  dh = s dy b by the library; dx = dy w + dh a in one accumulator
+    gradients RANK      db = s dyT h, da = dhT x      FULL  from dw = dyT x, by the library
 
-                  x [M, K]   w [N, K]   bias, factor [N]   u, y, residual [M, N]
-
-Base and low-rank products share one fp32 accumulator. s b is rounded once, as are y and, where an
-activation follows, u. Adapters own any columns; a tile sums over those that it meets. Chosen by
-nobody: it serves where it is asked for by name and verified.
+The face and its meaning are those of ``fused_lora.kernels.aten.lora_linear``. Served where it is
+asked for by name, on sm_90, once the device has checked it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.cuda import native
+from fused_lora.kernels.cuda import lora_extended, native
 from fused_lora.kernels.cuda.chip import Chip
-from fused_lora.kernels.cuda.lora_linear_operands import (
-    aligned,
-    parts,
-    scaled_b,
-    shrink,
-    shrink_grad,
-    spread,
-    stacked_a,
-)
-from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.cuda.lora_extended import Tile
+from fused_lora.kernels.cuda.lora_extended_operands import packed, readable
+from fused_lora.kernels.full_grads import full_grads
+from fused_lora.kernels.gemm import columns, outer, product
+from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.plan.problem import Problem
+from fused_lora.types import Gradient, Keep, Needs, Plan
 
-Tile = tuple[int, int]  # rows and columns of y
-TILES: tuple[Tile, ...] = ((128, 128), (128, 192), (128, 256), (64, 128), (64, 256))
-DTYPES = (torch.bfloat16, torch.float16)
+ARCH, CODE = 90, "90a"  # what the kernels are written for, and compiled for
 
 
-class Output(NamedTuple):
-    """What one forward hands back."""
-
-    y: Tensor  # [M, N]
-    h: Tensor  # [M, sum P], see lora_linear_operands
-    u: Tensor | None  # [M, N], the pre-activation where there is an activation
-
-
-def why_not(x: Tensor, w: Tensor, adapters: Adapters) -> str | None:
-    """One sentence why ``forward`` and ``input_grad`` cannot serve; None when they can."""
-    if not x.is_cuda:
-        return native.why_not() or f"the operands lie on {x.device}"
-    arch = Chip.of(x.device).arch
-    return native.why_not(x.device) or why_not_chip(arch) or why_not_operands(x, w, adapters)
-
-
-def why_not_chip(arch: int) -> str | None:
-    """The part of ``why_not`` that is the chip's, 90 for compute capability 9.0."""
-    if arch != 90:
-        return f"lora_linear is written for sm_90, this is sm_{arch}"
-    if not any(entry.startswith("90a") for entry in native.archs()):
-        return f"the compiled module has code for {', '.join(native.archs())}, not for 90a"
+def why_not(device: torch.device) -> str | None:
+    """One sentence why no product can be computed on ``device``; None when one can."""
+    if reason := native.why_not_on(device):
+        return reason
+    if (arch := Chip.of(device).arch) != ARCH:
+        return f"the compiled product is written for sm_{ARCH}, this is sm_{arch}"
+    if not any(entry.startswith(CODE) for entry in native.archs()):
+        return f"the compiled module has code for {', '.join(native.archs())}, not for {CODE}"
     return None
 
 
-def why_not_operands(x: Tensor, w: Tensor, adapters: Adapters) -> str | None:
-    """The part of ``why_not`` that is the operands'; x [M, K] or dy [M, N]."""
-    if x.dtype not in DTYPES or w.dtype is not x.dtype:
-        return f"x and w must be both bfloat16 or both float16, got {x.dtype} and {w.dtype}"
-    if w.shape[0] % 8 or w.shape[1] % 8 or 0 in w.shape:
-        return f"w {tuple(w.shape)} must have sizes that are multiples of 8"
-    for name, matrix in (("x", x), ("w", w)):
-        if not aligned(matrix):
-            return f"{name} or its rows do not begin at multiples of 16 bytes"
-    most = native.load().linear_most_groups
-    if len(adapters.spans) > most:
-        return f"{len(adapters.spans)} adapters share this layer; {most} are served"
-    return None
+def tiles(p: Problem, plan: Plan, chip: Chip) -> list[Tile]:
+    """The tiles of y, and of dx, that ``plan`` launches for ``p``, without repeats."""
+    found = [lora_extended.tile_of(p.m, p.n, p.k, p.rank, chip)]
+    if p.needs.x:
+        found.append(lora_extended.tile_of(p.m, p.k, p.n, p.rank, chip, "columns"))
+    return list(dict.fromkeys(found))
 
 
 def forward(
-    x: Tensor,  # [M, K]
-    w: Tensor,  # [N, K]
-    bias: Tensor | None,  # [N], contiguous
+    x: Tensor,  # [M, K], rows contiguous
+    w: Tensor,  # [N, K], x's dtype
+    bias: Tensor | None,  # [N], x's dtype
     adapters: Adapters,
-    activation: str = "none",  # or gelu: erf, tanh
-    h: Tensor | None = None,  # [M, sum R] where the shrink is done already
-    tile: Tile | None = None,
-    *,
-    factor: Tensor | None = None,  # [N], contiguous: LayerScale
-    residual: Tensor | None = None,  # [M, N]
-    out: Tensor | None = None,  # [M, N]
-    chip: Chip | None = None,
-) -> Output:
-    """y = residual + factor act(x wT + bias + s h bT), and what a backward pass may keep."""
-    ranks = [span.rank for span in adapters.spans]
-    h = shrink(x, adapters) if h is None else spread(h, ranks)
-    y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
-    u = None if activation == "none" else torch.empty_like(y)
-    groups = [
-        (h[:, part], b_g, span.start)
-        for part, b_g, span in zip(
-            parts(ranks), scaled_b(adapters, x.dtype), adapters.spans, strict=True
-        )
-    ]
-    ending = dict(bias=bias, factor=factor, residual=residual, u=u)
-    _launch(x, w, groups, y, ending, "rows", activation, tile, chip)
-    return Output(y, h, u)
+    plan: Plan,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N], and what ``plan.keep`` names: h [M, sum R] or None."""
+    if bias is not None and not (bias.is_contiguous() and bias.data_ptr() % 4 == 0):
+        bias = bias.clone()
+    y, h, _ = lora_extended.forward(readable(x), readable(w), bias, adapters)
+    kept = packed(h, adapters) if plan.keep is Keep.HIDDEN else None
+    return y, kept
 
 
 def input_grad(
-    dy: Tensor,  # [M, N]
-    w: Tensor,  # [N, K]
+    dy: Tensor,  # [M, N], rows contiguous
+    kept: Tensor | None,  # what forward kept
+    w: Tensor | None,  # [N, K]
     adapters: Adapters,
-    dh: Tensor | None = None,  # [M, sum R] where it is formed already
-    tile: Tile | None = None,
-    *,
-    residual: Tensor | None = None,  # [M, K]: a gradient that joins
-    out: Tensor | None = None,  # [M, K]
-    chip: Chip | None = None,
-) -> tuple[Tensor, Tensor]:
-    """dx = residual + dy w + dh a [M, K], and dh."""
-    ranks = [span.rank for span in adapters.spans]
-    dh = shrink_grad(dy, adapters) if dh is None else spread(dh, ranks)
-    dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out
-    a = stacked_a(adapters, dy.dtype)
-    groups = [(dh[:, part], a[part], 0) for part in parts(ranks)]
-    ending = dict(bias=None, factor=None, residual=residual, u=None)
-    _launch(dy, w, groups, dx, ending, "columns", "none", tile, chip)
-    return dx, dh
+    plan: Plan,
+) -> tuple[Tensor, Tensor | None]:
+    """dx [M, K], and dh [M, sum R], rows contiguous."""
+    assert w is not None
+    dx, dh = lora_extended.input_grad(readable(dy), readable(w), adapters)
+    return dx, packed(dh, adapters)
 
 
-def _launch(
-    x: Tensor,
-    w: Tensor,
-    groups: Sequence[tuple[Tensor, Tensor, int]],  # h, border, first column of y
-    y: Tensor,
-    ending: dict[str, Tensor | None],
-    right: str,  # rows where w and borders have a row for each column of y, else columns
-    activation: str,
-    tile: Tile | None,
-    chip: Chip | None,
-) -> None:
-    module, chip = native.load(), chip or Chip.of(x.device)
-    assert x.is_cuda or module.archs == "none", x.device
-    across = 0 if right == "rows" else 1  # the dimension of w and borders that is y's columns
-    assert y.shape == (x.shape[0], w.shape[across]) and x.shape[1] == w.shape[1 - across]
-    assert all(t is None or t.dtype is x.dtype for t in (w, y, *ending.values())), x.dtype
-    plan = module.plan_lora_linear(
-        **dict(rows=x.shape[0], columns=y.shape[1], depth=x.shape[1]),
-        ranks=sum(h.shape[1] for h, _, _ in groups),
-        right=getattr(module.Right, right),
-        activation=getattr(module.Activation, activation),
-        **dict(processors=chip.processors, tile=tile),
-    )
-    assert plan is not None, tile
-    problem = module.LinearProblem(
-        **dict(x=_placed(x), w=_placed(w), y=_placed(y)),
-        **dict(u=_placed(ending["u"]), residual=_placed(ending["residual"])),
-        **{name: _address(ending[name]) for name in ("bias", "factor")},
-        groups=[
-            module.LinearGroup(
-                **dict(h=_placed(h), border=_placed(border), first_column=first),
-                **dict(columns=border.shape[across], rank=h.shape[1]),
-            )
-            for h, border, first in groups
-        ],
-        type=getattr(module.DType, str(x.dtype).removeprefix("torch.")),
-    )
-    device, stream = _queue(x.device)
-    module.lora_linear(problem=problem, plan=plan, device=device, stream=stream)
+def backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor | None,  # [M, K]; None where no gradient reads it
+    kept: Tensor | None,  # what forward kept
+    w: Tensor | None,  # [N, K]; None where dx is not asked for
+    adapters: Adapters,
+    needs: Needs,
+    plan: Plan,
+) -> Grads:
+    """The gradients named by ``needs``."""
+    dx, dh = input_grad(dy, kept, w, adapters, plan) if needs.x else (None, None)
+    dw = None
+    if needs.w:
+        assert x is not None
+        dw = dy.t() @ x
+    if plan.gradient is Gradient.FULL:
+        a, b = full_grads(dy, x, dw, adapters, adapters.to(dy.dtype), needs)
+    else:
+        h = kept if plan.keep is Keep.HIDDEN else None
+        a = _a_grads(dy, dh, x, adapters) if needs.a else _none(adapters)
+        b = _b_grads(dy, h, x, adapters) if needs.b else _none(adapters)
+    return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b)
 
 
-def _queue(device: torch.device) -> tuple[int, int]:
-    """Device number and stream; a CPU, where tests launch, has neither."""
-    if device.type == "cpu":
-        return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+def _a_grads(
+    dy: Tensor, dh: Tensor | None, x: Tensor | None, adapters: Adapters
+) -> list[Tensor | None]:
+    """da = dhT x, each in its own dtype."""
+    assert x is not None
+    dh = packed(lora_extended.shrink_grad(dy, adapters), adapters) if dh is None else dh
+    return [
+        product(columns(dh, ranks).t(), x, 1.0, adapters.a[g].dtype)
+        for g, _, ranks in adapters.ranks()
+    ]
 
 
-def _address(vector: Tensor | None) -> int:
-    assert vector is None or vector.is_contiguous()
-    return 0 if vector is None else vector.data_ptr()
+def _b_grads(
+    dy: Tensor, h: Tensor | None, x: Tensor | None, adapters: Adapters
+) -> list[Tensor | None]:
+    """db = s dyT h, each in its own dtype."""
+    if h is None:
+        assert x is not None
+        h = packed(lora_extended.shrink(x, adapters), adapters)
+    return [
+        outer(columns(dy, cols), columns(h, ranks), adapters.scales[g], adapters.b[g].dtype)
+        for g, cols, ranks in adapters.ranks()
+    ]
 
 
-def _placed(matrix: Tensor | None) -> tuple[int, Any]:
-    """Address, and elements from one row to the next."""
-    if matrix is None:
-        return 0, 0
-    assert matrix.stride(1) == 1 or matrix.shape[1] <= 1, matrix.stride()
-    return matrix.data_ptr(), matrix.stride(0)
+def _none(adapters: Adapters) -> list[Tensor | None]:
+    return [None] * len(adapters.spans)

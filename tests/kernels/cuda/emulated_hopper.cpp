@@ -72,7 +72,7 @@ void EmulatedBlock::run(const Work& body) {
   }
   for (bool busy = true; busy;) {
     bool moved = busy = false;
-    for (int i = 0; i < kThreads; ++i) moved |= turn(backwards_ ? kThreads - 1 - i : i);
+    for (int i = 0; i < kThreads; i += 32) moved |= run_warp(backwards_ ? kThreads - 32 - i : i);
     for (const Fiber& fiber : fibers_) busy |= !fiber.done;
     if (moved || land() || !busy) continue;
     std::string who;
@@ -87,6 +87,16 @@ void EmulatedBlock::run(const Work& body) {
   for (const auto& [at, barrier] : barriers_) {
     require(barrier.bytes == 0, "a barrier ends with bytes announced or brought too many");
   }
+}
+
+// As far as it gets without other warps: no kernel may count on them being as far.
+bool EmulatedBlock::run_warp(int first) {
+  bool any = false;
+  for (bool moved = true; moved; any |= moved) {
+    moved = false;
+    for (int i = 0; i < 32; ++i) moved |= turn(backwards_ ? first + 31 - i : first + i);
+  }
+  return any;
 }
 
 // One copy that nobody may count on before: the youngest.

@@ -89,6 +89,7 @@ class EmulatedBlock {
   static void enter();
   void start(Fiber& fiber);
   bool turn(int thread);
+  bool run_warp(int first);
   bool land();
   Fiber& me() { return fibers_[thread_]; }
   Warpgroup& warpgroup() { return warpgroups_[thread_ / 128]; }

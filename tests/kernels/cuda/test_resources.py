@@ -25,7 +25,7 @@ def has_kernels(source: Path) -> bool:
 ARCHS = [entry.removesuffix("-real") for entry in cmake_archs(DEFAULT)]
 SOURCES = sorted(path for path in CSRC.glob("*/*.cu") if has_kernels(path))
 SMEM_LIMIT_BYTES = 48 << 10  # what a kernel gets without asking; test_lora_grad.py and
-# test_lora_linear.py see to what others ask for
+# test_lora_extended.py see to what others ask for
 
 
 def ptxas_report(nvcc: str, source: Path, arch: str, folder: Path) -> str:

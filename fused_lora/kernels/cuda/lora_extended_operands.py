@@ -1,4 +1,4 @@
-"""Adapters as ``lora_linear`` reads them: 16-bit matrices in rows of whole 16 bytes.
+"""Adapters as ``lora_extended`` reads them: 16-bit matrices in rows of whole 16 bytes.
 
     h, dh  [M, sum P]   group g in P_g columns, its rank and up to 7 zeros
     b      [N_g, R_g]   s b, rounded once to the compute dtype
@@ -29,6 +29,11 @@ def aligned(matrix: Tensor) -> bool:
     """Whether its rows are contiguous and begin at multiples of 16 bytes."""
     whole_rows = matrix.stride(1) == 1 and matrix.stride(0) % STEP == 0
     return whole_rows and matrix.data_ptr() % 16 == 0
+
+
+def readable(matrix: Tensor) -> Tensor:
+    """``matrix``, copied unless it is ``aligned``."""
+    return matrix if aligned(matrix) else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def parts(ranks: Sequence[int]) -> Iterator[slice]:
@@ -71,6 +76,13 @@ def spread(h: Tensor, ranks: Sequence[int]) -> Tensor:
     for part, narrow in zip(parts(ranks), h.split(list(ranks), 1), strict=True):
         wide[:, part].copy_(narrow)
     return wide
+
+
+def packed(h: Tensor, adapters: Adapters) -> Tensor:
+    """``h`` [M, sum P] as [M, sum R], rows contiguous: without the zeros."""
+    if h.shape[1] == adapters.rank:
+        return h
+    return torch.cat([h[:, part] for part in parts([span.rank for span in adapters.spans])], 1)
 
 
 def shrink(x: Tensor, adapters: Adapters) -> Tensor:

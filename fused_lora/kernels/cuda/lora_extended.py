@@ -1,0 +1,195 @@
+"""EXTENDED by hand on Hopper; see csrc/lora_linear_sm90/.
+
+    forward   y = residual + factor act(u), u = x wT + bias + s h bT    h = x aT
+    dx        dx = residual + dy w + dh a                               dh = s dy b
+
+                  x [M, K]   w [N, K]   bias, factor [N]   u, y, residual [M, N]
+
+Base and low-rank products share one fp32 accumulator. s b is rounded once, as are y and, where an
+activation follows, u. Adapters own any columns; a tile sums over those that it meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.cuda import native
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_extended_operands import (
+    aligned,
+    parts,
+    scaled_b,
+    shrink,
+    shrink_grad,
+    spread,
+    stacked_a,
+)
+from fused_lora.kernels.interface import Adapters
+
+Tile = tuple[int, int]  # rows and columns of y
+TILES: tuple[Tile, ...] = ((128, 128), (128, 192), (128, 256), (64, 128), (64, 256))
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Output(NamedTuple):
+    """What one forward hands back."""
+
+    y: Tensor  # [M, N]
+    h: Tensor  # [M, sum P], see lora_extended_operands
+    u: Tensor | None  # [M, N], the pre-activation where there is an activation
+
+
+def why_not(x: Tensor, w: Tensor, adapters: Adapters) -> str | None:
+    """One sentence why x [M, K], or dy [M, N], and w cannot be served; None when they can."""
+    if x.dtype not in DTYPES or w.dtype is not x.dtype:
+        return f"x and w must be both bfloat16 or both float16, got {x.dtype} and {w.dtype}"
+    if w.shape[0] % 8 or w.shape[1] % 8 or 0 in w.shape:
+        return f"w {tuple(w.shape)} must have sizes that are multiples of 8"
+    for name, matrix in (("x", x), ("w", w)):
+        if not aligned(matrix):
+            return f"{name} or its rows do not begin at multiples of 16 bytes"
+    most = native.load().linear_most_groups
+    if len(adapters.spans) > most:
+        return f"{len(adapters.spans)} adapters share this layer; {most} are served"
+    return None
+
+
+def tile_of(
+    rows: int, columns: int, depth: int, ranks: int, chip: Chip, right: str = "rows"
+) -> Tile:
+    """The tile of one product: y [rows, columns] of x [rows, depth]; dx where w lies by columns."""
+    plan = _plan(rows, columns, depth, ranks, chip, right)
+    return plan.tile_rows, plan.tile_columns
+
+
+def _plan(
+    rows: int,
+    columns: int,
+    depth: int,
+    ranks: int,
+    chip: Chip,
+    right: str,
+    activation: str = "none",
+    tile: Tile | None = None,
+) -> Any:
+    """fused_lora._native.LinearPlan."""
+    module = native.load()
+    plan = module.plan_lora_linear(
+        **dict(rows=rows, columns=columns, depth=depth, ranks=ranks),
+        right=getattr(module.Right, right),
+        activation=getattr(module.Activation, activation),
+        **dict(processors=chip.processors, tile=tile),
+    )
+    assert plan is not None, tile
+    return plan
+
+
+def forward(
+    x: Tensor,  # [M, K]
+    w: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N], contiguous
+    adapters: Adapters,
+    activation: str = "none",  # or gelu: erf, tanh
+    h: Tensor | None = None,  # [M, sum R] where the shrink is done already
+    tile: Tile | None = None,
+    *,
+    factor: Tensor | None = None,  # [N], contiguous: LayerScale
+    residual: Tensor | None = None,  # [M, N]
+    out: Tensor | None = None,  # [M, N]
+    chip: Chip | None = None,
+) -> Output:
+    """y = residual + factor act(x wT + bias + s h bT), and what a backward pass may keep."""
+    ranks = [span.rank for span in adapters.spans]
+    h = shrink(x, adapters) if h is None else spread(h, ranks)
+    y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
+    u = None if activation == "none" else torch.empty_like(y)
+    groups = [
+        (h[:, part], b_g, span.start)
+        for part, b_g, span in zip(
+            parts(ranks), scaled_b(adapters, x.dtype), adapters.spans, strict=True
+        )
+    ]
+    ending = dict(bias=bias, factor=factor, residual=residual, u=u)
+    _launch(x, w, groups, y, ending, "rows", activation, tile, chip)
+    return Output(y, h, u)
+
+
+def input_grad(
+    dy: Tensor,  # [M, N]
+    w: Tensor,  # [N, K]
+    adapters: Adapters,
+    dh: Tensor | None = None,  # [M, sum R] where it is formed already
+    tile: Tile | None = None,
+    *,
+    residual: Tensor | None = None,  # [M, K]: a gradient that joins
+    out: Tensor | None = None,  # [M, K]
+    chip: Chip | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dx = residual + dy w + dh a [M, K], and dh."""
+    ranks = [span.rank for span in adapters.spans]
+    dh = shrink_grad(dy, adapters) if dh is None else spread(dh, ranks)
+    dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out
+    a = stacked_a(adapters, dy.dtype)
+    groups = [(dh[:, part], a[part], 0) for part in parts(ranks)]
+    ending = dict(bias=None, factor=None, residual=residual, u=None)
+    _launch(dy, w, groups, dx, ending, "columns", "none", tile, chip)
+    return dx, dh
+
+
+def _launch(
+    x: Tensor,
+    w: Tensor,
+    groups: Sequence[tuple[Tensor, Tensor, int]],  # h, border, first column of y
+    y: Tensor,
+    ending: dict[str, Tensor | None],
+    right: str,  # rows where w and borders have a row for each column of y, else columns
+    activation: str,
+    tile: Tile | None,
+    chip: Chip | None,
+) -> None:
+    module, chip = native.load(), chip or Chip.of(x.device)
+    assert x.is_cuda or module.archs == "none", x.device
+    across = 0 if right == "rows" else 1  # the dimension of w and borders that is y's columns
+    assert y.shape == (x.shape[0], w.shape[across]) and x.shape[1] == w.shape[1 - across]
+    assert all(t is None or t.dtype is x.dtype for t in (w, y, *ending.values())), x.dtype
+    ranks = sum(h.shape[1] for h, _, _ in groups)
+    plan = _plan(*y.shape, x.shape[1], ranks, chip, right, activation, tile)
+    problem = module.LinearProblem(
+        **dict(x=_placed(x), w=_placed(w), y=_placed(y)),
+        **dict(u=_placed(ending["u"]), residual=_placed(ending["residual"])),
+        **{name: _address(ending[name]) for name in ("bias", "factor")},
+        groups=[
+            module.LinearGroup(
+                **dict(h=_placed(h), border=_placed(border), first_column=first),
+                **dict(columns=border.shape[across], rank=h.shape[1]),
+            )
+            for h, border, first in groups
+        ],
+        type=getattr(module.DType, str(x.dtype).removeprefix("torch.")),
+    )
+    device, stream = _queue(x.device)
+    module.lora_linear(problem=problem, plan=plan, device=device, stream=stream)
+
+
+def _queue(device: torch.device) -> tuple[int, int]:
+    """Device number and stream; a CPU, where tests launch, has neither."""
+    if device.type == "cpu":
+        return 0, 0
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _address(vector: Tensor | None) -> int:
+    assert vector is None or vector.is_contiguous()
+    return 0 if vector is None else vector.data_ptr()
+
+
+def _placed(matrix: Tensor | None) -> tuple[int, Any]:
+    """Address, and elements from one row to the next."""
+    if matrix is None:
+        return 0, 0
+    assert matrix.stride(1) == 1 or matrix.shape[1] <= 1, matrix.stride()
+    return matrix.data_ptr(), matrix.stride(0)
