@@ -265,6 +265,8 @@ def _adopt(targets: list[Target], generator: torch.Generator | None) -> None:
     try:
         for target in targets:
             done.append(_adopt_one(target, vars(target.config) | {"generator": generator}))
+            for name, scale in target.scales.items():
+                done[-1].set_scale(scale, name)
     except BaseException:
         for module in done:
             module.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.nn.around import opaque
+from fused_lora.nn.inits import OF_WEIGHT
 from fused_lora.nn.read import READABLE
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.errors import PatchError
@@ -32,6 +33,7 @@ class Target:
     ranks: dict[str, int]
     config: AdapterConfig
     read: bool = False  # by others, without a call of its module
+    scales: dict[str, float] = field(default_factory=dict)  # by group, where they differ
 
     @property
     def weight(self) -> Tensor:
@@ -114,8 +116,19 @@ def _target(
     }
     for name, (start, stop) in spans.items():
         _check_rank(found.name, ranks[name], k, stop - start, choice.allow_large_rank)
-    alphas = {value_for(choice.alpha_pattern, found.name, r, math.nan) for r in roles.values()}
-    config = _with_alpha(choice.config, alphas, found.name)
+    alphas = {
+        name: value_for(choice.alpha_pattern, found.name, role, math.nan)
+        for name, role in roles.items()
+    }
+    configs = {name: _with_alpha(choice.config, alpha) for name, alpha in alphas.items()}
+    config = next(iter(configs.values()))
+    scales = {name: each.scale_for(ranks[name]) for name, each in configs.items()}
+    several = len(set(configs.values())) > 1
+    if several and config.init in OF_WEIGHT:
+        raise PatchError(
+            f"{found.name}: init={config.init!r} divides by one scale, and alpha_pattern gives it "
+            f"several alphas {alphas}; give it one"
+        )
     if read and config.dora:
         raise PatchError(
             f"{found.name}: dora cannot be served, since the model reads the weight without "
@@ -126,7 +139,7 @@ def _target(
             f"{found.name}: dropout {config.dropout} cannot be served, since the model reads the "
             "weight without calling the module: there is no x to drop from"
         )
-    return Target(found, spans, ranks, config, read)
+    return Target(found, spans, ranks, config, read, scales if several else {})
 
 
 def _check_rank(name: str, rank: int, k: int, columns: int, allow_large: bool) -> None:
@@ -188,13 +201,8 @@ def _reads_at_will(model: nn.Module, found: Found) -> bool:
     return isinstance(owner, kinds) and type(found.module) in READABLE
 
 
-def _with_alpha(config: AdapterConfig, alphas: set[float], name: str) -> AdapterConfig:
-    given = {alpha for alpha in alphas if not math.isnan(alpha)}
-    if not given:
-        return config
-    if len(alphas) > 1:
-        raise PatchError(f"alpha_pattern gives {name} several alphas {sorted(given)}; give it one")
-    return replace(config, alpha=given.pop(), scale=None)
+def _with_alpha(config: AdapterConfig, alpha: float) -> AdapterConfig:
+    return config if math.isnan(alpha) else replace(config, alpha=alpha, scale=None)
 
 
 def _spans(found: Found, n: int, columns: Columns, choice: Choice) -> dict[str, tuple[int, int]]:

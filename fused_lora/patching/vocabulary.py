@@ -81,6 +81,10 @@ def _key_value(q: Shape, kv: Shape, proj: Shape) -> bool:
     return 2 * q[0] == kv[0] and q[0] == proj[1]
 
 
+def _key_wide_value(q: Shape, kv: Shape, proj: Shape) -> bool:
+    return kv[0] == q[0] + proj[1]  # values as wide as the output wants them
+
+
 def _query_key(qk: Shape, v: Shape, proj: Shape) -> bool:
     return qk[0] % 2 == 0 and qk[1] == v[1] and v[0] == proj[1]
 
@@ -126,8 +130,16 @@ OUTS = (
     "proj.ln",
     "to_out.0",
     "out",
+    "merge",
 )
-QKV = (("qkv",), ("to_qkv",), ("in_proj",), ("Wqkv",), ("qkv_proj",))
+QKV = (
+    ("qkv",),
+    ("to_qkv",),
+    ("in_proj",),
+    ("Wqkv",),
+    ("qkv_proj",),
+    ("queries_keys_values",),
+)
 SEPARATE = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -188,6 +200,13 @@ RULES = (
         _separate,
     ),
     Rule("key-value attention", True, ((Q,), (K, V), (OUT,)), (("q", "kv", "proj"),), _key_value),
+    Rule(
+        "key-value attention, values wider",
+        True,
+        ((Q,), (K, V), (OUT,)),
+        (("queries", "keys_values", "projection"),),
+        _key_wide_value,
+    ),
     Rule("query-key attention", True, ((Q, K), (V,), (OUT,)), (("qk", "v", "proj"),), _query_key),
     Rule("outlook attention", True, ((), (V,), (OUT,)), (("attn", "v", "proj"),), _outlook),
     Rule(
@@ -218,8 +237,10 @@ RULES = (
             ("weights_in", "weights_out"),
             ("dense1", "dense2"),
             ("ln1", "ln2"),
+            ("linear_up", "linear_down"),
             ("0", "2"),
             ("0", "3"),
+            ("1", "3"),
         ),
         _mlp,
     ),

@@ -62,7 +62,7 @@ BAD = {
     "json list": (lambda f: (f / CONFIG).write_text("[]"), "expected an object, got list"),
     "foreign json": (lambda f: (f / CONFIG).write_text('{"model_type": "vit"}'), "no peft_type"),
     "loha": (_config(peft_type="LOHA"), "peft_type is 'LOHA'; only 'LORA'"),
-    "dora": (_config(use_dora=True), "use_dora is True; only False"),
+    "dora": (_config(use_dora=True), "use_dora is True, and the model was patched with dora=False"),
     "bias": (_config(bias="lora_only"), "bias is 'lora_only'; only 'none'"),
     "unknown option": (_config(use_new=3), "use_new is 3, an option unknown here"),
     "rank text": (_config(r="4"), "r should be a whole number from 1, got '4'"),

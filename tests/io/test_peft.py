@@ -31,10 +31,11 @@ def _to_peft(vit, config, noise=0.1):
         {"alpha": 16, "rank_pattern": {"q": 3, "k": 5, "blocks.1.mlp.fc1": 7}},
         {"alpha": 16, "rank_stabilized": True, "rank_pattern": {"fc1": 8}},
         {"qkv": "joint", "alpha": 8},
+        {"alpha": 8, "alpha_pattern": {"q": 4, "v": 32}, "rank_pattern": {"k": 2}},
         {"targets": ("q", "v")},
         {"trainable": ("^head", "norm")},  # also the norms that PEFT's endswith would catch
     ],
-    ids=["default", "odd scales", "rslora", "joint", "subset", "head and norms"],
+    ids=["default", "odd scales", "rslora", "joint", "alphas", "subset", "head and norms"],
 )
 def test_peft_loads_ours(vit, patched, image, tmp_path, options):
     model = patched(**options)

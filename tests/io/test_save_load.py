@@ -13,10 +13,10 @@ import fused_lora
 from fused_lora.io import pair
 from fused_lora.io.describe import alpha_for, pattern_for, targets_for
 from fused_lora.io.fuse import fuse, groups_of, split
-from fused_lora.io.written import written
 from fused_lora.io.header import unpack
 from fused_lora.io.pair import read_pair
 from fused_lora.io.peft import lookup
+from fused_lora.io.written import written
 
 ODD = {"q": 3, "k": 5, "blocks.1.mlp.fc1": 7}  # scales 16/3, 16/5, 16/4: no ratio is a power of 2
 

@@ -176,3 +176,14 @@ def test_on_meta():
     linear = nn.Linear(12, 20, device="meta")
     with pytest.raises(ValueError, match="reads the weight, which holds no values on meta"):
         FusedLoRALinear.adopt(linear, 4, init="pissa")
+
+
+def test_slora_starts_from_the_largest_components_of_a_difference():
+    layer = FusedLoRALinear(24, 20, rank=5, alpha=10.0, adapter_dtype=torch.float64).double()
+    left, right = torch.randn(20, 5).double(), torch.randn(5, 24).double()
+    u, sigma, vt = torch.linalg.svd(left @ right / layer.scales[0])
+    layer.lora_A.data.copy_(vt[:5])
+    layer.lora_B.data.copy_(u[:, :5] * sigma[:5])
+    x = torch.randn(7, 24, dtype=torch.float64)
+    whole = layer.weight + left @ right  # of rank 5, so nothing of it is lost
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, whole, layer.bias))

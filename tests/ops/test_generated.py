@@ -40,6 +40,15 @@ def test_nola():
     same(lora_linear(x, w, None, [a], [b], [0.5]), x @ (w + 0.5 * change).T, (x, alpha, beta))
 
 
+def test_vera():
+    x, w = base()
+    shared_a, shared_b = drawn(R, K), drawn(N, R)
+    d, out = drawn(R, requires_grad=True), drawn(N, requires_grad=True)
+    y = lora_linear(x, w, None, [d[:, None] * shared_a], [out[:, None] * shared_b], [1.0])
+    change = torch.diag(out) @ shared_b @ torch.diag(d) @ shared_a
+    same(y, x @ (w + change).T, (x, d, out))
+
+
 def test_randlora():
     x, w = base()
     basis_a, basis_b = drawn(R, K), drawn(5, N, R)

@@ -40,7 +40,10 @@ def refuse(model, message, kind=PatchError, **options):
         ({"rank_pattern": {"fc2": 49}}, r"blocks.0.mlp.fc2: rank 49 is above .*min\(192, 48\)"),
         ({"rank_pattern": {"mpl": 8}}, "rank_pattern: 'mpl' is no role and matches no"),
         ({"rank_pattern": {"(": 8}}, r"rank_pattern: '\(' is no regular expression"),
-        ({"alpha_pattern": {"q": 1, "k": 2}}, r"gives blocks.0.attn.qkv several alphas"),
+        (
+            {"alpha_pattern": {"q": 1, "k": 2}, "init": "pissa"},
+            r"blocks.0.attn.qkv: init='pissa' divides by one scale, and .* several alphas",
+        ),
         ({"targets": ["q", "gate"]}, "targets: 'gate' is not a valid Role; the roles are"),
         ({"targets": []}, "targets is empty"),
         ({"qkv": "fused"}, r"qkv must be one of \('separate', 'joint'\), got 'fused'"),

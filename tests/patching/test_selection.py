@@ -53,3 +53,11 @@ def test_bad_input(options, message):
         fused_lora.patch(model, rank=4, **options)
     assert before == {name: type(module) for name, module in model.named_modules()}
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_alphas_and_ranks_of_q_k_and_v_on_one_weight():
+    model = build()
+    fused_lora.patch(model, rank=4, alpha=8, alpha_pattern={"q": 2, "v": 12}, rank_pattern={"v": 6})
+    qkv = model.blocks[1].attn.qkv
+    assert qkv.scales == (0.5, 2.0, 2.0) and [s.rank for s in qkv.groups.values()] == [4, 4, 6]
+    assert model.blocks[1].attn.proj.scales == (2.0,)
