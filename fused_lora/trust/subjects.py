@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_lora.kernels.cuda.merged import merged as compiled_merge
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.testing.yardstick import Verdict as Comparison
-from fused_lora.trust import triton_checks
+from fused_lora.trust import triton_checks, triton_partners
 from fused_lora.trust.check import check, compare
 from fused_lora.trust.equations import Named, equations
 from fused_lora.trust.problems import Operands, problems
@@ -36,6 +36,7 @@ class Checked:
     run: Callable[[Operands], Named]  # every result by name
     noisy: Callable[[Operands], Tensor] | None = None  # w' of stochastic rounding
     aligned: bool = False  # rows of whole 16 bytes alone
+    width: int = 0  # of blocks of whole rows
 
     def check(self, device: torch.device) -> Verdict:
         """The verdict of ``device``, found now."""
@@ -43,8 +44,9 @@ class Checked:
 
     def _comparisons(self, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison | str]:
         band = TF32_BAND if self.subject.dtype == "tf32" else None
-        for p in problems(dtype, device, self.aligned):
-            plain, truth = (equations(p.to(kind)) for kind in (dtype, torch.float64))
+        kernel = self.subject.kernel
+        for p in problems(dtype, device, self.aligned, self.width):
+            plain, truth = (equations(p.to(kind), kernel) for kind in (dtype, torch.float64))
             yield from compare(partial(self.run, p), plain, truth, dtype, band)
             if self.noisy and dtype is not torch.float32:
                 yield from stochastic(p, self.noisy)
@@ -53,13 +55,10 @@ class Checked:
 def of_launch(launch: Launch, dtype: str) -> Checked:
     """A Triton kernel in one tile."""
     subject = Subject("triton", launch.kernel, launch.configuration, dtype)
-    noisy = partial(triton_checks.merged, tile=launch.tile, noise=NOISE)
-    return Checked(
-        subject,
-        partial(triton_checks.run, launch),
-        noisy if launch.kernel == "merge" else None,
-        launch.bulk,
-    )
+    merged = {"merge": triton_checks.merged, "merge_many": triton_partners.merged}
+    draws = merged.get(launch.kernel)
+    noisy = None if draws is None else partial(draws, tile=launch.tile, noise=NOISE)
+    return Checked(subject, partial(triton_checks.run, launch), noisy, launch.bulk, launch.width)
 
 
 def of_compiled_merge(dtype: str) -> Checked:

@@ -16,7 +16,7 @@ from fused_lora.bench.timing import Times, interleave
 from fused_lora.bench.tune.launched import Launched, launched
 from fused_lora.kernels.triton import available, winners
 from fused_lora.kernels.triton.launches import Launch, tile_of
-from fused_lora.kernels.triton.winners import AnyTile
+from fused_lora.kernels.triton.winners import MeasuredTile
 from fused_lora.trust.everything import launches
 from fused_lora.trust.subjects import of_launch
 from fused_lora.trust.verify import verdict
@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
 
 def tuned(
     size: Linear, dtype: torch.dtype, device: torch.device, clock: Clock, budget_s: float
-) -> Iterator[tuple[str, AnyTile]]:
+) -> Iterator[tuple[str, MeasuredTile]]:
     """The winner of each launch of ``size`` that beats the rule's tile, by key."""
     jobs = list(launched(size, dtype, device))
     for job in jobs:
