@@ -5,12 +5,16 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from fused_lora.kernels.triton import available
-from fused_lora.kernels.triton.launches import Launch, launches
+from fused_lora.kernels.triton.launches import NO_PRODUCTS, Launch, launches, tile_of
+from fused_lora.ops.ceilings import conditions
 from fused_lora.plan.problem import Problem
-from fused_lora.plan.strategies import STRATEGIES, why_not_backend, why_not_strategy
-from fused_lora.trust.subjects import of_launch
+from fused_lora.plan.strategies import INT32, STRATEGIES, why_not_backend, why_not_strategy
+from fused_lora.trust.check import NotNow
+from fused_lora.trust.moment import untouchable
+from fused_lora.trust.subjects import Checked, of_launch
 from fused_lora.trust.verdict import Verdict
 from fused_lora.trust.verify import verdict
 from fused_lora.types import Backend, Impl, Plan
@@ -66,6 +70,39 @@ def failures(
     needed = sorted(launches(problem, plan, dtype, device), key=str)
     found = {launch: verdict(of_launch(launch, key), device) for launch in needed}
     return {launch: said for launch, said in found.items() if not said.passed}
+
+
+def why_not_launch(kernel: str, rows: int, columns: int, depth: int, t: Tensor) -> str | None:
+    """One sentence why Triton cannot launch ``kernel`` on ``t``; None when it can.
+
+    The sizes are those of ``fused_lora.kernels.triton.launches``.
+    """
+    if reason := _triton(t.device, t.dtype) or untouchable(t):
+        return reason
+    if rows * columns == 0:
+        return "there is nothing to launch"
+    if max(rows, columns, depth) >= INT32:
+        return f"it counts in 32 bits, got {rows:,} x {columns:,} x {depth:,}"
+    tile = tile_of(kernel, rows, columns, depth, t.dtype, t.device)
+    return distrust(_checked(Launch(kernel, tile), _rate(kernel, t)), t.device)
+
+
+def distrust(checked: Checked, device: torch.device) -> str | None:
+    """One sentence why ``checked`` may not serve on ``device``; the first to ask may wait."""
+    try:
+        found = verdict(checked, device)
+    except NotNow as reason:
+        return f"it is not checked yet, and {reason}"
+    return None if found.passed else str(found)
+
+
+_checked = lru_cache(maxsize=4096)(of_launch)
+
+
+def _rate(kernel: str, t: Tensor) -> str:
+    """How products of fp32 are formed where the kernel has any."""
+    name = str(t.dtype).removeprefix("torch.")
+    return name if kernel in NO_PRODUCTS else conditions(t.device, t.dtype)[0]
 
 
 @lru_cache(maxsize=64)

@@ -30,6 +30,7 @@ from fused_lora.kernels.triton.winners import MeasuredTile, winner
 from fused_lora.plan.problem import Problem
 from fused_lora.types import Forward, Gradient, Keep, Plan
 
+NO_PRODUCTS = ("layer_norm", "gelu", "merge_many")  # or fp32 ones, whatever torch allows
 AnyTile = MeasuredTile | tiles.RowTile | tiles.ElementTile
 
 
