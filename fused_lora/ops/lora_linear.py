@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_lora import env
 from fused_lora.kernels.aten import lora_linear as aten
-from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.kernels.interface import Adapters, Ending, Grads
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import plain, transformed
 from fused_lora.ops.planning import plan_for
@@ -162,6 +162,7 @@ class Computed(NamedTuple):
     w: Tensor  # [N, K], likewise
     kept: Tensor | None  # what the plan keeps
     plan: Plan
+    u: Tensor | None = None  # [M, N], where an activation follows: what went into it
 
 
 def compute(
@@ -174,16 +175,25 @@ def compute(
     dtype: torch.dtype,
     ab: tuple[Tensor, ...],  # every a, then every b
     needs: Needs,
+    ending: Ending | None = None,
 ) -> Computed:
-    """One forward pass. Its y is no view: it may be written in place, as any linear's."""
+    """One forward pass. Its y is no view: it may be written in place, as any linear's.
+
+    With an ``ending``, y is what that makes of it, in one pass where a kernel serves both.
+    """
     rows = as_rows(x, dtype)
     w = w.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
     plan = call_plan(rows, w, bias is not None, spans, needs, impl=impl)
-    y, kept = forward(rows, w, bias, adapters, plan, impl)
+    if ending is None:
+        (y, kept), u = forward(rows, w, bias, adapters, plan, impl), None
+    else:
+        from fused_lora.ops.ending import ended
+
+        y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending)
     y = y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[1]))
-    return Computed(y, rows, w, kept, plan)
+    return Computed(y, rows, w, kept, plan, u)
 
 
 def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fused_lora.kernels.interface import Ending
 from fused_lora.ops import gelu, layer_norm
-from fused_lora.types import Impl
+from fused_lora.ops.ending import why_not_fused
+from fused_lora.ops.lora_linear import NO_GRADIENT, compute
+from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -52,3 +55,22 @@ def test_triton_says_why_it_cannot_serve(call, why):
         pytest.skip("there is a device")
     with pytest.raises(RuntimeError, match=f"impl='triton' cannot serve: .*({why})"):
         call(torch.randn(6, 8))
+
+
+@pytest.mark.parametrize("activation", ["none", "erf", "tanh"])
+def test_an_ending_is_what_it_says(activation):
+    x, w, residual = torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(10, 6)
+    a, b, factor = torch.randn(3, 8), torch.randn(6, 3), torch.randn(6)
+    given = ((2.0,), (Span(0, 6, 3),), Impl.AUTO, x.dtype, (a, b), NO_GRADIENT)
+    done = compute(x, w, None, *given, Ending(activation, factor, residual))
+    u = compute(x, w, None, *given).y.view(10, 6)
+    act = {"none": lambda u: u, "erf": F.gelu, "tanh": lambda u: F.gelu(u, approximate="tanh")}
+    expected = (residual + factor * act[activation](u)).view(2, 5, 6)
+    torch.testing.assert_close(done.y, expected)
+    assert done.u is None if activation == "none" else torch.equal(done.u, u)
+
+
+def test_no_epilogue_where_the_plan_is_the_librarys():
+    plan = Plan(Forward.SEPARATE, Forward.SEPARATE, Gradient.NONE, Keep.NOTHING)
+    x = torch.randn(4, 4)
+    assert "the plan is separate/" in why_not_fused(x, x, plan, Ending("erf"))

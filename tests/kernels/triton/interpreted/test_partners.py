@@ -5,14 +5,17 @@ import torch
 from torch import nn
 
 import fused_lora
+from fused_lora.kernels.interface import Ending
 from fused_lora.kernels.triton import lora_merge_many as launched
 from fused_lora.kernels.triton import lora_shrink as shrinks
 from fused_lora.ops import gelu, layer_norm, lora_merge_backends
 from fused_lora.ops.lora_expand import lora_add
+from fused_lora.ops.lora_linear import compute
 from fused_lora.ops.lora_merge import lora_merge
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.reference import dropout as reference
+from fused_lora.reference import lora_linear as reference_linear
 from fused_lora.testing.yardstick import judge
 from fused_lora.trust import problems, verify
 from fused_lora.trust.problems import Shape
@@ -56,8 +59,8 @@ def test_a_broken_norm_never_serves(checking):
 
     right = kernels.forward
 
-    def broken(x, *arguments):
-        found = right(x, *arguments)
+    def broken(x, *arguments, **options):
+        found = right(x, *arguments, **options)
         found.y[-1, -1] += 1
         return found
 
@@ -162,3 +165,40 @@ def test_a_whole_model(serving):  # noqa: F811
 def test_verdicts_of_partners_are_kept(checking):
     gelu.forward(torch.randn(4, 8))
     assert "triton gelu" in verify.path().read_text()
+
+
+def endings(m, n):
+    yield Ending("erf")
+    yield Ending("tanh")
+    yield Ending(factor=torch.randn(n), residual=torch.randn(m, n))
+    yield Ending("erf", torch.randn(n))  # no epilogue does both
+
+
+def test_endings_in_the_epilogue(serving):  # noqa: F811
+    from fused_lora.kernels.triton import lora_linear_ended
+    from fused_lora.ops import ending as module
+    from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
+    from tests.kernels.triton.cases import CASES, TILE, adapters, build, lowered
+
+    fused = []
+    right = lora_linear_ended.forward
+    serving.setattr(lora_linear_ended, "forward", lambda *a: (fused.append(1), right(*a))[1])
+    serving.setattr(lora_linear_ended, "tile_of", lambda *shape: TILE)
+    plan = Plan(Forward.EXTENDED, Forward.EXTENDED, Gradient.RANK, Keep.HIDDEN, 0, Backend.TRITON)
+    serving.setattr("fused_lora.ops.lora_linear.call_plan", lambda *_, **__: plan)
+    p = build(CASES[3], BF16, torch.float32)
+    for one in endings(p.x.shape[0], p.w.shape[0]):
+        call = (p.scales, p.spans, Impl.AUTO, BF16, (*p.a, *p.b), Needs(), one)
+        y, _, _, h, _, u = compute(p.x, p.w, p.bias, *call)
+        runs = []
+        for q in (lowered(p, BF16), p.double()):
+            as_q = [None if t is None else t.to(q.x.dtype) for t in one[1:]]
+            base = reference_linear.forward(q.x, q.w, q.bias, *adapters(q))
+            runs.append((*module.composed(base.clone(), None, Ending(one[0], *as_q)), base))
+        verdict = judge("y", y, runs[0][0], runs[1][0], BF16)
+        assert verdict.passed, str(verdict)
+        assert (u is None) == (one.activation == "none") and h is not None
+        if u is not None:
+            assert judge("u", u, runs[0][3], runs[1][3], BF16).passed
+        assert y.dtype is (BF16 if one.factor is None else torch.float32)
+    assert len(fused) == 3
