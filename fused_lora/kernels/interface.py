@@ -22,6 +22,13 @@ class Ending(NamedTuple):
     factor: Tensor | None = None  # [N]: LayerScale
     residual: Tensor | None = None  # [M, N], maybe wider than u; y has the wider dtype
 
+    def kernel(self, dtype: torch.dtype) -> str:
+        """Which launch of kernels/triton/launches.py ends so behind a product of ``dtype``."""
+        if self.activation != "none":
+            return "extended_gelu"
+        same = all(t is None or t.dtype is dtype for t in (self.factor, self.residual))
+        return "extended_scale" if same else "extended_wide"
+
 
 class Adapters(NamedTuple):
     """The trained operands of one call, and where they act."""

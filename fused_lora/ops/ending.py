@@ -54,9 +54,5 @@ def why_not_fused(rows: Tensor, w: Tensor, plan: Plan, ending: Ending) -> str | 
     for t in (factor, residual):
         if t is not None and (t.dtype not in available.DTYPES or t.stride(-1) != 1):
             return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
-    return why_not_launch(kernel_of(ending), rows.shape[0], *w.shape, rows)
-
-
-def kernel_of(ending: Ending) -> str:
-    """The launch, as kernels/triton/launches.py names it."""
-    return "extended_scale" if ending.activation == "none" else "extended_gelu"
+    n, k = w.shape
+    return why_not_launch(ending.kernel(rows.dtype), rows.shape[0], n, k, rows)

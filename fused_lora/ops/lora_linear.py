@@ -133,7 +133,7 @@ class LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         """y [..., N]."""
         needs = _needs(ctx.needs_input_grad, len(spans))
-        y, rows, w, kept, plan = compute(x, w, bias, scales, spans, impl, dtype, ab, needs)
+        y, rows, w, kept, plan, _ = compute(x, w, bias, scales, spans, impl, dtype, ab, needs)
         ctx.meta = (x.shape, dtype, scales, spans, impl, needs, plan)
         saves_x = impl is Impl.REFERENCE or keeps_x(needs, plan)
         saves_w = impl is Impl.REFERENCE or (needs.x and plan.keep is not Keep.MERGED)

@@ -66,7 +66,8 @@ def why_not_many(weights: Sequence[Tensor], adapters: Sequence[Adapters], by: st
     first = weights[0]
     if by == "cuda":
         return distrust(_checked(first, adapters[0], by), first.device)
-    return why_not_launch("merge_many", *first.shape, adapters[0].rank, first)
+    n, k = first.shape
+    return why_not_launch("merge_many", n, k, adapters[0].rank, first)
 
 
 def triton_many(

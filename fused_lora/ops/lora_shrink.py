@@ -67,9 +67,9 @@ class _DroppedShrink(torch.autograd.Function):
         shape, dropout, seed, by = ctx.meta
         rows, a = ctx.saved_tensors
         dh = as_rows(dh, dh.dtype)
-        face, mask = _backend(by), (dropout, seed)
+        face, mask = _backend(by), [dropout, seed]
         if by is Backend.TRITON and untouchable(dh):
-            face, mask = aten, (dropout, seed, True)
+            face, mask = aten, [dropout, seed, True]  # the mask that the kernels drew
         dx = da = None
         with without_autocast(dh.device):
             if ctx.needs_input_grad[0]:

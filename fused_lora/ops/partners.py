@@ -37,4 +37,5 @@ def why_not(kernel: str, x: Tensor, *others: Tensor | None) -> str | None:
     for t in (x, *others):
         if t is not None and (t.stride(1) != 1 or t.dtype not in available.DTYPES):
             return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
-    return why_not_launch(kernel, *x.shape, 0, x)
+    rows, columns = x.shape
+    return why_not_launch(kernel, rows, columns, 0, x)

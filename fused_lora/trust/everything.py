@@ -18,6 +18,7 @@ ROWS = (197, 1 << 20)  # few and many, as tiles are chosen by
 RANKS = (16, 32, 64)  # every block of ranks
 WIDTHS = (192, 384, 768, 1280, 4096)  # of a token, and of what lies inside its MLP
 ENDINGS = ("extended_gelu", "extended_scale", "extended_dropout")
+OF_HALVES = (*ENDINGS, "extended_wide")  # nothing is wider than fp32
 
 
 def everything(dtypes: Sequence[str], device: torch.device) -> Iterator[Checked]:
@@ -34,7 +35,7 @@ def endings(dtype: torch.dtype, device: torch.device) -> list[Launch]:
     """Products with something before or behind them, in the tiles of common widths."""
     found = [
         Launch(kernel, by_rule(kernel, m, n, WIDTHS[0], dtype, device))
-        for kernel in ENDINGS
+        for kernel in (OF_HALVES if dtype.itemsize == 2 else ENDINGS)
         for m in ROWS
         for n in WIDTHS
     ]

@@ -95,6 +95,7 @@ def apart(p: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
 PARTNERS: dict[str, Callable[[Operands], Named]] = {
     "extended_gelu": _extended_gelu,
     "extended_scale": _extended_scale,
+    "extended_wide": _extended_scale,
     "extended_dropout": _extended_dropout,
     "shrink_dropout": _shrink_dropout,
     "grad_dropout": _grad_dropout,

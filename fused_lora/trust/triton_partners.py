@@ -112,6 +112,7 @@ def merged(p: Operands, tile: Any, noise: tuple[int, int] | None = None) -> Tens
 RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "extended_gelu": _extended_gelu,
     "extended_scale": _extended_scale,
+    "extended_wide": _extended_scale,
     "extended_dropout": _extended_dropout,
     "shrink_dropout": _shrink_dropout,
     "grad_dropout": _grad_dropout,

@@ -21,6 +21,7 @@ RESULTS = {
     "merge_many": ("w'",),
     "extended_gelu": ("u", "erf", "erf du", "tanh", "tanh du"),
     "extended_scale": ("y", "dx"),
+    "extended_wide": ("y", "dx"),
     "extended_dropout": ("dx", "dx of the adapters"),
     "shrink_dropout": ("h",),
     "grad_dropout": ("da",),

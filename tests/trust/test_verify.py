@@ -32,6 +32,7 @@ TILES = {
 PARTNERS = {
     "extended_gelu": TILES["extended"],
     "extended_scale": TILES["extended"],
+    "extended_wide": TILES["extended"],
     "extended_dropout": TILES["extended"],
     "shrink_dropout": TILES["shrink"],
     "grad_dropout": TILES["grad"],

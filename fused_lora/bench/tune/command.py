@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 
@@ -77,7 +78,7 @@ def tuned(
         gain = times[usual].median_ms / times[best].median_ms if usual in times else 1.0
         print(f"  {job.key:40} {best.configuration:36} {gain:5.2f}x of {usual.configuration}")
         if gain > GAIN:
-            yield job.key, best.tile
+            yield job.key, cast(MeasuredTile, best.tile)
 
 
 def _times(

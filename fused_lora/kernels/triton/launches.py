@@ -9,6 +9,7 @@ merge             N     K        sum R
 
 extended_gelu     M     N        K       with GELU behind it, or its slope behind dx
 extended_scale    M     N        K       with LayerScale and a residual behind it
+extended_wide     M     N        K       likewise, either of them wider than x
 extended_dropout  M     K        N       dx of a dropped x; N = 0 of the adapters alone
 shrink_dropout    M     sum R    K       of a dropped x
 grad_dropout      sum R K        M       likewise
@@ -80,7 +81,7 @@ def by_rule(
     size, dropout = dtype.itemsize, ending == "dropout"
     if name == "extended":
         rows_fit = depth * size % 16 == columns * size % 16 == 0  # as descriptors need them to be
-        bulk = rows_fit and not dropout
+        bulk = rows_fit and ending not in ("dropout", "wide")  # which take registers
         return tiles.gemm_tile(rows, columns, size, bool(ending), device, bulk, ending == "gelu")
     if name == "one":
         return tiles.one_pass_tile(rows, columns, size, device)

@@ -23,14 +23,14 @@ def forward(
     """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] of an activation."""
     adapters, (active, factor, residual) = uniform(adapters), ending
     x, bias = rows(x), None if bias is None else bias.contiguous()
-    kernel = "extended_scale" if active == "none" else "extended_gelu"
-    tile = tile_of(kernel, x.shape[0], *w.shape, x.dtype, x.device)
+    n, k = w.shape
+    tile = tile_of(ending.kernel(x.dtype), x.shape[0], n, k, x.dtype, x.device)
     x, w = (readable(t, tile) for t in (x, w))
     h = shrink(x, adapters)
     dtype = x.dtype
     for t in (factor, residual):
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    out = x.new_empty((x.shape[0], w.shape[0]), dtype=dtype)
+    out = x.new_empty((x.shape[0], n), dtype=dtype)
     y, _, u = lora_extended.forward(
         *(x, w, bias, adapters, active, h, tile), factor=factor, residual=residual, out=out
     )
