@@ -72,6 +72,11 @@ def failures(
     return {launch: said for launch, said in found.items() if not said.passed}
 
 
+def why_not_device(t: Tensor, dtype: torch.dtype) -> str | None:
+    """One sentence why Triton serves no product in ``dtype`` where ``t`` is; None when it may."""
+    return _triton(t.device, dtype)
+
+
 def why_not_launch(kernel: str, rows: int, columns: int, depth: int, t: Tensor) -> str | None:
     """One sentence why Triton cannot launch ``kernel`` on ``t``; None when it can.
 

@@ -74,15 +74,21 @@ class Chain(torch.autograd.Function):
         values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
         runs: list[Run] = []
         with without_autocast(source.device):
+            beside = source if recipe.around else residual
+            ending = recipe.stages[-1].ending(beside, gamma, mask)
             for i, stage in enumerate(recipe.stages):
-                run = stage.forward(values[i], operands[recipe.parts[i]], asked[i])
+                given = (values[i], operands[recipe.parts[i]], asked[i])
+                if ending and i + 1 == len(recipe.stages):
+                    run = stage.forward_to(ending, *given)
+                else:
+                    run = stage.forward(*given)
                 if i and i not in recipe.keep:
                     del values[i]
                 values[i + 1] = run.out
                 runs.append(Run((), run.extra, run.note))
             (z,) = values.pop(len(runs))
             z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
-            y = finish(z, source if recipe.around else residual, combined((gamma, mask)))
+            y = z if ending else finish(z, beside, combined((gamma, mask)))
         _save(ctx, recipe, values, runs, asked, (gamma, mask, *operands))
         ctx.like = source.shape, source.dtype, None if residual is None else residual.dtype
         return y

@@ -6,6 +6,7 @@ from torch import nn
 
 import fused_lora
 from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.triton import lora_linear_ended
 from fused_lora.kernels.triton import lora_merge_many as launched
 from fused_lora.kernels.triton import lora_shrink as shrinks
 from fused_lora.ops import gelu, layer_norm, lora_merge_backends
@@ -16,10 +17,11 @@ from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.reference import dropout as reference
 from fused_lora.reference import lora_linear as reference_linear
-from fused_lora.testing.yardstick import judge
+from fused_lora.testing.yardstick import error, judge
 from fused_lora.trust import problems, verify
 from fused_lora.trust.problems import Shape
 from fused_lora.types import Impl, Span
+from tests.kernels.triton.cases import CASES, TILE, adapters, build, lowered
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
 
 BF16 = torch.bfloat16
@@ -175,10 +177,8 @@ def endings(m, n):
 
 
 def test_endings_in_the_epilogue(serving):  # noqa: F811
-    from fused_lora.kernels.triton import lora_linear_ended
     from fused_lora.ops import ending as module
     from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
-    from tests.kernels.triton.cases import CASES, TILE, adapters, build, lowered
 
     fused = []
     right = lora_linear_ended.forward
@@ -202,3 +202,29 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
             assert judge("u", u, runs[0][3], runs[1][3], BF16).passed
         assert y.dtype is (BF16 if one.factor is None else torch.float32)
     assert len(fused) == 3
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["bf16", "fp32 around"])
+def test_a_chain_ends_in_the_epilogue(serving, wide):  # noqa: F811
+    from fused_lora.ops.lora_residual import lora_residual
+    from fused_lora.ops.operand import Adapted
+
+    serving.setattr("fused_lora.plan.cost_triton.EFFICIENCY", 1e6)
+    serving.setattr("fused_lora.plan.cost_triton.MERGE_EFFICIENCY", 1e-9)
+    serving.setattr("fused_lora.plan.strategies.ONE_PASS_RANKS", 0)
+    fused = []
+    right = lora_linear_ended.forward
+    serving.setattr(lora_linear_ended, "forward", lambda *a: (fused.append(1), right(*a))[1])
+    serving.setattr(lora_linear_ended, "tile_of", lambda *shape: TILE)
+    x, w, a, b = (torch.randn(*s).to(BF16) for s in ((2, 16, 32), (48, 32), (4, 32), (48, 4)))
+    beside = torch.randn(2, 16, 48, dtype=torch.float32 if wide else BF16)
+    gamma, dy = torch.randn(48).to(beside.dtype), torch.randn(2, 16, 48, dtype=beside.dtype)
+    leaves = [t.requires_grad_() for t in (x, a, b, beside)]
+    runs = []
+    for impl in (Impl.AUTO, Impl.REFERENCE):
+        y = lora_residual(x, Adapted(w, None, [a], [b], (1.0,), impl=impl), beside, gamma)
+        runs.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for ours, plain in zip(*runs, strict=True):
+        assert ours.dtype is plain.dtype
+        assert error(ours.detach(), plain.detach().double()) < 2e-2
+    assert fused == [1]
