@@ -20,7 +20,7 @@ from fused_lora.patching.explain import explain
 from fused_lora.patching.patch import patch
 from fused_lora.version import __version__
 
-TRITON = "serves lora_linear and lora_merge, each kernel after this device has checked it"
+TRITON = "serves lora_linear, merges, dropout, norms and GELU, each after this device checked it"
 CUDA = (
     "serves adapter gradients, lora_merge and, where asked on sm_90, lora_linear, "
     "each kernel after this device has checked it"

@@ -12,7 +12,22 @@ from torch import Tensor
 from fused_lora.reference.lora_linear import Grads
 from fused_lora.types import Span
 
-__all__ = ["Adapters", "Grads"]
+__all__ = ["Adapters", "Ending", "Grads"]
+
+
+class Ending(NamedTuple):
+    """What follows a product before its one rounding: u = product, y = residual + factor act(u)."""
+
+    activation: str = "none"  # or GELU: erf, tanh; u is stored beside y
+    factor: Tensor | None = None  # [N]: LayerScale
+    residual: Tensor | None = None  # [M, N], maybe wider than u; y has the wider dtype
+
+    def kernel(self, dtype: torch.dtype) -> str:
+        """Which launch of kernels/triton/launches.py ends so behind a product of ``dtype``."""
+        if self.activation != "none":
+            return "extended_gelu"
+        same = all(t is None or t.dtype is dtype for t in (self.factor, self.residual))
+        return "extended_scale" if same else "extended_wide"
 
 
 class Adapters(NamedTuple):

@@ -22,6 +22,7 @@ from fused_lora.nn.scope import taken
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.sharded import is_sharded
 from fused_lora.types import Span
 
@@ -39,6 +40,18 @@ STATE = (  # beside the parameters
     "_origin",
     "_sibling",
 )
+
+
+def merge_together(
+    modules: Sequence[AdaptedLinear], rounding: str = "nearest", seed: int = 0, impl: str = "auto"
+) -> None:
+    """Merge all modules or none, in as few launches as serve them; the seed counts on."""
+    with torch.no_grad():
+        jobs = [module.merge_job(rounding, seed + i) for i, module in enumerate(modules)]
+        merged = zip(modules, lora_merge_many(jobs, rounding, impl=impl), strict=True)
+        done = [module._finished(weight) for module, weight in merged]
+    for module, weight in zip(modules, done, strict=True):
+        module._take_merged(weight)
 
 
 def check_rank(rank: int, where: str) -> None:
@@ -245,13 +258,17 @@ class AdaptedLinear(WithVariants):
             seed: key of the counter-based generator.
             impl: "auto", "aten", "reference", or "cuda" for the compiled kernel.
         """
+        merge_together([self], rounding, seed, impl)
+
+    def merge_job(self, rounding: str, seed: int) -> Job:
+        """The merge of this layer; raises RuntimeError where there is none to do."""
         if self.merged:
             raise RuntimeError("merge: already merged")
         self._refuse_sharded("merge")
-        base = self.base
-        with torch.no_grad():
-            merged = self._merged(base, rounding, seed, impl)
-        self._base = (base,)
+        return self._merge_job(rounding, seed)
+
+    def _take_merged(self, merged: Tensor) -> None:
+        self._base = (self.base,)
         self._put_base(nn.Parameter(merged, requires_grad=False))
 
     def _refuse_sharded(self, action: str) -> None:

@@ -20,6 +20,7 @@ from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.linear import become, ranks_of
 from fused_lora.ops.lora_expand import lora_add
+from fused_lora.ops.lora_merge_many import Job
 from fused_lora.ops.sharded import is_sharded
 
 
@@ -36,7 +37,7 @@ class AroundLinear(AdaptedLinear):
         dropout = self.config.dropout if self.training else 0.0
         return lora_add(y, x, *self._operands(), self._scales, self._used, dropout)
 
-    def merge(self, *_: Any, **__: Any) -> None:
+    def merge_job(self, *_: Any, **__: Any) -> Job:
         """Raises RuntimeError: there is no weight to fold the adapters into."""
         raise RuntimeError(
             f"merge: a {self.plain.__name__} computes with a weight of its own making; take it out "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.dora import output_factors
 from fused_lora.ops.lora_merge import lora_merge
+from fused_lora.ops.lora_merge_many import Job
 from fused_lora.types import Span
 
 
@@ -119,13 +120,17 @@ class WithVariants(nn.Linear):
             return self._origin[0].detach()
         return self._base[0] if self._base else self.base
 
-    def _merged(self, base: Tensor, rounding: str, seed: int, impl: str) -> Tensor:
-        wide, dora = base, self.config.dora
-        if dora and rounding == "nearest":  # scaled before it is rounded
-            wide = base.to(torch.promote_types(base.dtype, torch.float32))
-        elif dora:
+    def _merge_job(self, rounding: str, seed: int) -> Job:
+        """What is to be merged."""
+        wide = self.base
+        if self.config.dora and rounding == "nearest":  # scaled before it is rounded
+            wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
+        elif self.config.dora:
             raise ValueError(f"merge: rounding={rounding!r} does not go with dora")
-        merged = lora_merge(
-            wide, *self._operands(), self.scales, self._used, rounding, seed, impl=impl
-        )
-        return merged.mul_(self._output_factors()[:, None]).to(base.dtype) if dora else merged
+        return Job(wide, *self._operands(), self.scales, self._used, seed)
+
+    def _finished(self, merged: Tensor) -> Tensor:
+        """w' of what was merged; may write it."""
+        if not self.config.dora:
+            return merged
+        return merged.mul_(self._output_factors()[:, None]).to(self.base.dtype)

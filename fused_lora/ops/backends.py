@@ -5,21 +5,26 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_linear as hopper
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad_shape import shape_of
 from fused_lora.kernels.triton import available
-from fused_lora.kernels.triton.launches import launches
+from fused_lora.kernels.triton.launches import NO_PRODUCTS, Launch, launches, tile_of
 from fused_lora.ops import lora_grad_backends
+from fused_lora.ops.ceilings import conditions
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.strategies import (
+    INT32,
     STRATEGIES,
     candidates,
     why_not_backend,
     why_not_products,
     why_not_strategy,
 )
+from fused_lora.trust.check import NotNow
+from fused_lora.trust.moment import untouchable
 from fused_lora.trust.subjects import Checked, of_compiled_product, of_launch
 from fused_lora.trust.verdict import Subject, Verdict
 from fused_lora.trust.verify import verdict
@@ -125,6 +130,44 @@ def failures(
 
 
 _product = lru_cache(maxsize=64)(hopper.why_not)
+
+
+def why_not_device(t: Tensor, dtype: torch.dtype) -> str | None:
+    """One sentence why Triton serves no product in ``dtype`` where ``t`` is; None when it may."""
+    return _triton(t.device, dtype)
+
+
+def why_not_launch(kernel: str, rows: int, columns: int, depth: int, t: Tensor) -> str | None:
+    """One sentence why Triton cannot launch ``kernel`` on ``t``; None when it can.
+
+    The sizes are those of ``fused_lora.kernels.triton.launches``.
+    """
+    if reason := _triton(t.device, t.dtype) or untouchable(t):
+        return reason
+    if rows * columns == 0:
+        return "there is nothing to launch"
+    if max(rows, columns, depth) >= INT32:
+        return f"it counts in 32 bits, got {rows:,} x {columns:,} x {depth:,}"
+    tile = tile_of(kernel, rows, columns, depth, t.dtype, t.device)
+    return distrust(_checked(Launch(kernel, tile), _rate(kernel, t)), t.device)
+
+
+def distrust(checked: Checked, device: torch.device) -> str | None:
+    """One sentence why ``checked`` may not serve on ``device``; the first to ask may wait."""
+    try:
+        found = verdict(checked, device)
+    except NotNow as reason:
+        return f"it is not checked yet, and {reason}"
+    return None if found.passed else str(found)
+
+
+_checked = lru_cache(maxsize=4096)(of_launch)
+
+
+def _rate(kernel: str, t: Tensor) -> str:
+    """How products of fp32 are formed where the kernel has any."""
+    name = str(t.dtype).removeprefix("torch.")
+    return name if kernel in NO_PRODUCTS else conditions(t.device, t.dtype)[0]
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_lora import env
 from fused_lora.kernels.aten import lora_linear as aten
-from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.kernels.interface import Adapters, Ending, Grads
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import plain, transformed
 from fused_lora.ops.planning import plan_for
@@ -134,7 +134,7 @@ class LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         """y [..., N]."""
         needs = _needs(ctx.needs_input_grad, len(spans))
-        y, rows, w, kept, plan = compute(x, w, bias, scales, spans, impl, dtype, ab, needs)
+        y, rows, w, kept, plan, _ = compute(x, w, bias, scales, spans, impl, dtype, ab, needs)
         ctx.meta = (x.shape, dtype, scales, spans, impl, needs, plan)
         saves_x = impl is Impl.REFERENCE or keeps_x(needs, plan)
         saves_w = impl is Impl.REFERENCE or (needs.x and plan.keep is not Keep.MERGED)
@@ -163,6 +163,7 @@ class Computed(NamedTuple):
     w: Tensor  # [N, K], likewise
     kept: Tensor | None  # what the plan keeps
     plan: Plan
+    u: Tensor | None = None  # [M, N], where an activation follows: what went into it
 
 
 def compute(
@@ -177,15 +178,24 @@ def compute(
     needs: Needs,
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x, in ``dtype``
     plan: Plan | None = None,  # the one that asked for ``bordered``
+    ending: Ending | None = None,
 ) -> Computed:
-    """One forward pass. Its y is no view: it may be written in place, as any linear's."""
+    """One forward pass. Its y is no view: it may be written in place, as any linear's.
+
+    With an ``ending``, y is what that makes of it, in one pass where a kernel serves both.
+    """
     rows = as_rows(x, dtype)
     w = w.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
     plan = plan or call_plan(rows, w, bias is not None, spans, needs, impl=impl)
-    y, kept = forward(rows, w, bias, adapters, plan, impl, bordered)
-    return Computed(as_leading(y, x), rows, w, kept, plan)
+    if ending is None:
+        (y, kept), u = forward(rows, w, bias, adapters, plan, impl, bordered), None
+    else:
+        from fused_lora.ops.ending import ended
+
+        y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending, bordered)
+    return Computed(as_leading(y, x), rows, w, kept, plan, u)
 
 
 def as_leading(y: Tensor, x: Tensor) -> Tensor:

@@ -50,12 +50,7 @@ def lora_merge(
         ValueError: an unknown ``rounding`` or ``impl``, or stochastic rounding to a wide dtype.
         RuntimeError: ``impl`` names a kernel that cannot serve, with the reason.
     """
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
-    if rounding == "stochastic" and w.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"stochastic rounding serves bfloat16 and float16 weights, not {w.dtype}")
+    check_rounding(rounding, w.dtype, impl)
     adapters = Adapters(a, b, scales, spans)
     noise = (seed, step) if rounding == "stochastic" else None
     by = impl if impl in ("aten", "reference") else server(w, adapters, impl)
@@ -65,6 +60,16 @@ def lora_merge(
     if by == "aten":
         return aten_merge(w, a, b, scales, spans, noise)
     return {"cuda": compiled, "triton": triton}[by](w.detach(), adapters, noise)
+
+
+def check_rounding(rounding: str, dtype: torch.dtype, impl: str) -> None:
+    """Raises ValueError for words that ``lora_merge`` does not know, or a dtype too wide."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    if rounding == "stochastic" and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"stochastic rounding serves bfloat16 and float16 weights, not {dtype}")
 
 
 def _reference(w: Tensor, adapters: Adapters, rounding: str, seed: int, step: int) -> Tensor:

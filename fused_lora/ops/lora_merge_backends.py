@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,9 @@ from fused_lora.kernels.cuda import native
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.launches import Launch, tile_of
-from fused_lora.trust.check import NotNow
+from fused_lora.ops.backends import distrust, why_not_launch
 from fused_lora.trust.moment import untouchable
 from fused_lora.trust.subjects import Checked, of_compiled_merge, of_launch
-from fused_lora.trust.verify import verdict
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 Noise = tuple[int, int] | None  # seed and step of stochastic rounding
@@ -36,7 +37,47 @@ def server(w: Tensor, adapters: Adapters, impl: str) -> str:
 def why_not(w: Tensor, adapters: Adapters, by: str) -> str | None:
     """One sentence why ``by`` cannot merge these operands; None when it can."""
     reason = _compiled(w, adapters) if by == "cuda" else _triton(w, adapters)
-    return reason or untouchable(w) or _distrust(_checked(w, adapters, by), w.device)
+    return reason or untouchable(w) or distrust(_checked(w, adapters, by), w.device)
+
+
+def server_of_many(weights: Sequence[Tensor], adapters: Sequence[Adapters], impl: str) -> str:
+    """As ``server``, of who merges all of them in one launch; they are of one device and dtype.
+
+    Raises:
+        RuntimeError: ``impl`` cannot serve, with the reason.
+    """
+    if len(weights) == 1:
+        return server(weights[0], adapters[0], impl)
+    if impl == "auto":
+        others = ("cuda", "triton") if weights[0].is_cuda else ()
+        serving = (by for by in others if why_not_many(weights, adapters, by) is None)
+        return next(serving, "aten")
+    if reason := why_not_many(weights, adapters, impl):
+        raise RuntimeError(f"impl={impl!r} cannot serve: {reason}")
+    return impl
+
+
+def why_not_many(weights: Sequence[Tensor], adapters: Sequence[Adapters], by: str) -> str | None:
+    """One sentence why ``by`` cannot merge all of these in one launch; None when it can."""
+    own = _compiled if by == "cuda" else _triton
+    for w, group in zip(weights, adapters, strict=True):
+        if reason := own(w, group) or untouchable(w):
+            return reason
+    first = weights[0]
+    if by == "cuda":
+        return distrust(_checked(first, adapters[0], by), first.device)
+    n, k = first.shape
+    return why_not_launch("merge_many", n, k, adapters[0].rank, first)
+
+
+def triton_many(
+    weights: Sequence[Tensor], adapters: Sequence[Adapters], noise: Noise
+) -> list[Tensor]:
+    """Every w' by Triton's kernel, in one launch."""
+    from fused_lora.kernels.triton.lora_linear import rows, uniform
+    from fused_lora.kernels.triton.merged import merged_together
+
+    return merged_together([rows(w) for w in weights], [uniform(a) for a in adapters], noise)
 
 
 def triton(w: Tensor, adapters: Adapters, noise: Noise) -> Tensor:
@@ -69,11 +110,3 @@ def _checked(w: Tensor, adapters: Adapters, by: str) -> Checked:
         return of_compiled_merge(key)
     tile = tile_of("merge", *w.shape, adapters.rank, w.dtype, w.device)
     return of_launch(Launch("merge", tile), key)
-
-
-def _distrust(checked: Checked, device: torch.device) -> str | None:
-    try:
-        found = verdict(checked, device)
-    except NotNow as reason:
-        return f"it is not checked yet, and {reason}"
-    return None if found.passed else str(found)

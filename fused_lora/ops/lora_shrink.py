@@ -1,8 +1,9 @@
 """shrink: h = x aT, with seeded dropout on x that keeps neither mask nor a second x.
 
 With dropout, h = d(x) aT where d(x) = x m / (1 - p) and the mask m is drawn from a seed; backward
-draws it again: da = dhT d(x), dx = d(dh a). The seed comes from torch's global generator, so both
-checkpoint modes see the mask that they recompute.
+draws it again: da = dhT d(x), dx = d(dh a). Triton's kernels, where this device trusts them, form
+it as they read x; the library fills a tensor like x with it, for as long as a GEMM takes. The seed
+comes from torch's global generator, so both checkpoint modes see the mask that they recompute.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_lora.kernels.aten import lora_dropout as aten
+from fused_lora.ops.backends import why_not_launch
 from fused_lora.ops.lora_linear import as_rows, autocasts, refuse_double_backward, without_autocast
 from fused_lora.ops.lora_linear_plain import transformed
+from fused_lora.trust.moment import untouchable
+from fused_lora.types import Backend
+
+MOST_DROPOUT = 1 - 2**-17  # that 16 random bits express
 
 
 def shrink(x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
@@ -42,36 +49,56 @@ def shrink(x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
     return F.linear(x.to(dtype), a.to(dtype))
 
 
-def dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """x m / (1 - p), the same m for the same seed and shape."""
-    if x.is_meta:
-        return torch.empty_like(x)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    mask = torch.empty_like(x).bernoulli_(1.0 - dropout, generator=generator)
-    return mask.mul_(x).mul_(1.0 / (1.0 - dropout))
-
-
 class _DroppedShrink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
         rows = as_rows(x, dtype)
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-        ctx.meta = (x.shape, dropout, seed)
+        by = server(rows, a, dropout)
+        ctx.meta = (x.shape, dropout, seed, by)
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, a)
         with without_autocast(x.device):
-            h = F.linear(dropped(rows, dropout, seed), a.to(dtype))
+            h = _backend(by).shrink(rows, a, dropout, seed)
         return h.view(*x.shape[:-1], a.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward()
-        shape, dropout, seed = ctx.meta
+        shape, dropout, seed, by = ctx.meta
         rows, a = ctx.saved_tensors
         dh = as_rows(dh, dh.dtype)
+        face, mask = _backend(by), [dropout, seed]
+        if by is Backend.TRITON and untouchable(dh):
+            face, mask = aten, [dropout, seed, True]  # the mask that the kernels drew
         dx = da = None
         with without_autocast(dh.device):
             if ctx.needs_input_grad[0]:
-                dx = dropped(dh @ a.to(dh.dtype), dropout, seed).view(shape)
+                dx = face.input_grad(dh, a, *mask).view(shape)
             if rows is not None:
-                da = (dh.t() @ dropped(rows, dropout, seed)).to(a.dtype)
+                da = face.a_grad(dh, rows, a, *mask)
         return dx, da, None, None
+
+
+def server(rows: Tensor, a: Tensor, dropout: float) -> Backend:
+    """Who serves one call, forward and backward: the mask is of one making in both."""
+    return Backend.ATEN if why_not_triton(rows, a, dropout) else Backend.TRITON
+
+
+def why_not_triton(rows: Tensor, a: Tensor, dropout: float) -> str | None:
+    """One sentence why Triton cannot serve h = d(rows) aT; None when it can."""
+    (m, k), r = rows.shape, a.shape[0]
+    if dropout >= MOST_DROPOUT:
+        return f"it draws 16 bits for each element, too few for a dropout of {dropout}"
+    return (
+        why_not_launch("shrink_dropout", m, r, k, rows)
+        or why_not_launch("grad_dropout", r, k, m, rows)
+        or why_not_launch("extended_dropout", m, k, 0, rows)
+    )
+
+
+def _backend(by: Backend) -> Any:
+    if by is Backend.ATEN:
+        return aten
+    from fused_lora.kernels.triton import lora_dropout as triton
+
+    return triton

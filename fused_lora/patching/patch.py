@@ -17,6 +17,7 @@ from fused_lora.nn import (
     FusedLoRARead,
     adopt_around,
 )
+from fused_lora.nn.adapted import merge_together
 from fused_lora.nn.around import standing_in
 from fused_lora.ops.sharded import is_sharded
 from fused_lora.patching.asked import choice_of, options_given
@@ -213,15 +214,7 @@ def merge_all(
     impl: str = "auto",
 ) -> None:
     """Merge each module, the seed counting on from one to the next; all of them or none."""
-    done: list[AdaptedLinear] = []
-    try:
-        for module in modules:
-            module.merge(rounding, seed + len(done), impl)
-            done.append(module)
-    except BaseException:
-        for module in done:
-            module.unmerge()
-        raise
+    merge_together(list(modules), rounding, seed, impl)
 
 
 def adapted(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:

@@ -14,8 +14,15 @@ from fused_lora.types import Needs
 Named = Mapping[str, Tensor]
 
 
-def equations(p: Operands) -> Named:
-    """Every result by name."""
+def equations(p: Operands, kernel: str = "") -> Named:
+    """Every result of ``kernel`` by name, and maybe others."""
+    from fused_lora.trust.partners import PARTNERS
+
+    return PARTNERS.get(kernel, products)(p)
+
+
+def products(p: Operands) -> Named:
+    """Those of lora_linear and of the merge."""
     a, b, scales, spans = p.adapters
     h, dh = thin(p)
     y = reference.forward(p.x, p.w, p.bias, *p.adapters)

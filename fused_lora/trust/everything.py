@@ -1,4 +1,7 @@
-"""Every kernel in every configuration class that this library may choose on a device."""
+"""Every kernel that this library may choose on a device, in its configuration classes.
+
+Of the partners of a product, in those of common widths: others are checked at their first use.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
 from fused_lora.kernels.cuda.native import why_not_on
 from fused_lora.kernels.triton import tiles
 from fused_lora.kernels.triton.launch import architecture
-from fused_lora.kernels.triton.launches import Launch
+from fused_lora.kernels.triton.launches import Launch, by_rule
 from fused_lora.trust.subjects import (
     DTYPES,
     Checked,
@@ -26,13 +29,18 @@ from fused_lora.trust.subjects import (
 ROWS = (197, 1 << 20)  # few and many, as tiles are chosen by
 ANY_FORM = (Form(6, 1, True, 1), GradShape(376, 376, 15, needs_bias=True))
 RANKS = (16, 32, 64)  # every block of ranks
+WIDTHS = (192, 384, 768, 1280, 4096)  # of a token, and of what lies inside its MLP
+ENDINGS = ("extended_gelu", "extended_scale", "extended_dropout")
+OF_HALVES = (*ENDINGS, "extended_wide")  # nothing is wider than fp32
 
 
 def everything(dtypes: Sequence[str], device: torch.device) -> Iterator[Checked]:
     """What a self-test of ``device`` checks, by dtype."""
     for dtype in dtypes:
         yield from (of_launch(launch, dtype) for launch in launches(DTYPES[dtype], device))
-        if dtype != "tf32":  # its products are fp32 whatever torch allows
+        yield from (of_launch(launch, dtype) for launch in endings(DTYPES[dtype], device))
+        if dtype != "tf32":  # these form no products, or fp32 ones whatever torch allows
+            yield from (of_launch(launch, dtype) for launch in passes(DTYPES[dtype]))
             yield of_compiled_merge(dtype)
         if dtype in ("bfloat16", "float16"):
             yield from compiled_grads(dtype, device)
@@ -57,6 +65,32 @@ def compiled_products(dtype: str, device: torch.device) -> Iterator[Checked]:
         yield of_compiled_product(TILES[0], dtype)
     elif hopper.why_not(device) is None:
         yield from (of_compiled_product(tile, dtype) for tile in TILES)
+
+
+def endings(dtype: torch.dtype, device: torch.device) -> list[Launch]:
+    """Products with something before or behind them, in the tiles of common widths."""
+    found = [
+        Launch(kernel, by_rule(kernel, m, n, WIDTHS[0], dtype, device))
+        for kernel in (OF_HALVES if dtype.itemsize == 2 else ENDINGS)
+        for m in ROWS
+        for n in WIDTHS
+    ]
+    for rank in RANKS:
+        tall = by_rule("shrink_dropout", ROWS[1], rank, WIDTHS[0], dtype, device)
+        found.append(Launch("shrink_dropout", tall))
+        wide = by_rule("grad_dropout", rank, WIDTHS[0], ROWS[1], dtype, device)
+        found.append(Launch("grad_dropout", wide))
+    return list(dict.fromkeys(found))
+
+
+def passes(dtype: torch.dtype) -> list[Launch]:
+    """What passes over rows and elements, and the merge of a whole model."""
+    norms = dict.fromkeys(tiles.row_tile(width) for width in WIDTHS)
+    return [
+        *(Launch("layer_norm", tile) for tile in norms),
+        Launch("gelu", tiles.ELEMENTS),
+        Launch("merge_many", tiles.MergeTile()),
+    ]
 
 
 def launches(dtype: torch.dtype, device: torch.device) -> list[Launch]:

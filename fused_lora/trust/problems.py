@@ -46,12 +46,17 @@ class Operands:
     bias: Tensor | None  # [N]
     dy: Tensor  # [M, N]
     adapters: Adapters
+    gamma: Tensor  # [K], in the adapters' dtype, as are the next two
+    beta: Tensor  # [K]
+    factor: Tensor  # [N]
 
     def to(self, dtype: torch.dtype, adapters: bool = True) -> Operands:
         """The same numbers in ``dtype``."""
         x, w, dy = (t.to(dtype) for t in (self.x, self.w, self.dy))
         bias = None if self.bias is None else self.bias.to(dtype)
-        return Operands(x, w, bias, dy, self.adapters.to(dtype) if adapters else self.adapters)
+        low = self.adapters.to(dtype) if adapters else self.adapters
+        vectors = (t.to(dtype) if adapters else t for t in (self.gamma, self.beta, self.factor))
+        return Operands(x, w, bias, dy, low, *vectors)
 
 
 def problems(
@@ -61,6 +66,13 @@ def problems(
     generator = torch.Generator().manual_seed(20)
     for shape in shapes:
         yield _operands(shape, dtype, device, generator)
+
+
+def of_rows(width: int) -> tuple[Shape, ...]:
+    """Rows that fill a block, and rows that just ask for one and lie in a wider tensor."""
+    one = (Span(0, 1, 1),)
+    narrow = Shape(19, width // 2 + 3, 1, one, bias=True, wide=False, inside=3)
+    return Shape(21, width, 1, one, bias=False, wide=True, inside=0), narrow
 
 
 def _operands(
@@ -78,4 +90,6 @@ def _operands(
     bias = draw(1, n, 1.0, dtype)[0] if shape.bias else None
     x, dy = draw(m, k, 1.0, dtype, inside), draw(m, n, 1.0, dtype, inside)
     w = draw(*((n, k) if shape.frozen else (0, 0)), k**-0.5, dtype)
-    return Operands(x, w, bias, dy, Adapters(a, b, scales, shape.spans))
+    gamma, beta, factor = (draw(1, size, 1.0, low)[0] for size in (k, k, n))
+    adapters = Adapters(a, b, scales, shape.spans)
+    return Operands(x, w, bias, dy, adapters, gamma, beta, factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,4 +29,4 @@ def stochastic(p: Operands, merged: Callable[[Operands], Tensor]) -> Iterator[st
 def _exact(p: Operands) -> Operands:
     """The same problem with a and b in eighths: their products sum exactly in fp32."""
     a, b = ([(4 * t).round() / 8 for t in half] for half in (p.adapters.a, p.adapters.b))
-    return Operands(p.x, p.w, p.bias, p.dy, p.adapters._replace(a=a, b=b))
+    return replace(p, adapters=p.adapters._replace(a=a, b=b))

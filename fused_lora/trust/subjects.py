@@ -13,10 +13,10 @@ from fused_lora.kernels.cuda.lora_extended import Tile
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.testing.yardstick import Verdict as Comparison
-from fused_lora.trust import cuda_checks, triton_checks
+from fused_lora.trust import cuda_checks, triton_checks, triton_partners
 from fused_lora.trust.check import check, compare
 from fused_lora.trust.equations import Named, equations, gradients
-from fused_lora.trust.problems import ALIGNED, SHAPES, Operands, Shape, problems
+from fused_lora.trust.problems import ALIGNED, SHAPES, Operands, Shape, of_rows, problems
 from fused_lora.trust.rounding import NOISE, stochastic
 from fused_lora.trust.verdict import Subject, Verdict
 
@@ -55,13 +55,12 @@ class Checked:
 def of_launch(launch: Launch, dtype: str) -> Checked:
     """A Triton kernel in one tile."""
     subject = Subject("triton", launch.kernel, launch.configuration, dtype)
-    noisy = partial(triton_checks.merged, tile=launch.tile, noise=NOISE)
-    return Checked(
-        subject,
-        partial(triton_checks.run, launch),
-        noisy if launch.kernel == "merge" else None,
-        ALIGNED if launch.bulk else SHAPES,
-    )
+    merged = {"merge": triton_checks.merged, "merge_many": triton_partners.merged}
+    draws = merged.get(launch.kernel)
+    noisy = None if draws is None else partial(draws, tile=launch.tile, noise=NOISE)
+    shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
+    truth = partial(equations, kernel=launch.kernel)
+    return Checked(subject, partial(triton_checks.run, launch), noisy, shapes, truth)
 
 
 def of_compiled_merge(dtype: str) -> Checked:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_lora.kernels.triton.launches import Launch
+from fused_lora.trust import triton_partners
 from fused_lora.trust.equations import Named, flat, thin
 from fused_lora.trust.problems import Operands
 
@@ -60,6 +61,7 @@ def merged(p: Operands, tile: Any, noise: tuple[int, int] | None = None) -> Tens
 
 
 RUNS: dict[str, Callable[[Operands, Any], Named]] = {
+    **triton_partners.RUNS,
     "extended": _extended,
     "one_pass": _one_pass,
     "shrink": _shrink,

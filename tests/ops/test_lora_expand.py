@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fused_lora.kernels.aten.lora_dropout import dropped
 from fused_lora.ops.lora_expand import expand_add, lora_add
 from fused_lora.ops.lora_linear import lora_linear
-from fused_lora.ops.lora_shrink import dropped, shrink
+from fused_lora.ops.lora_shrink import shrink
 from fused_lora.testing.yardstick import judge
 from fused_lora.types import Span
 

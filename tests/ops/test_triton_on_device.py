@@ -5,13 +5,16 @@ import warnings
 import pytest
 import torch
 
+from fused_lora.kernels.interface import Ending
 from fused_lora.kernels.triton import available
-from fused_lora.ops import planning
-from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops import gelu, layer_norm, planning
+from fused_lora.ops.lora_linear import NO_GRADIENT, compute, lora_linear
 from fused_lora.ops.lora_merge import lora_merge
+from fused_lora.ops.lora_merge_many import Job, lora_merge_many
+from fused_lora.ops.lora_shrink import shrink, why_not_triton
 from fused_lora.testing.yardstick import error, judge
 from fused_lora.trust import verify
-from fused_lora.types import Backend, Needs, Span
+from fused_lora.types import Backend, Impl, Needs, Span
 
 pytestmark = pytest.mark.gpu
 QKV = tuple(Span(384 * g, 384 * g + 384, 16) for g in range(3))
@@ -139,3 +142,48 @@ def test_merge(dtype, impl):
     double = [[t.detach().double() for t in half] for half in (a, b)]
     truth = lora_merge(w.double(), *double, (1.0, 0.5, 2.0), QKV, impl="reference")
     assert error(merged, truth) <= torch.finfo(dtype).eps
+
+
+def test_partners_serve_by_name():
+    x, gamma = torch.randn(1576, 768, dtype=torch.bfloat16), torch.randn(768)
+    bordered = x.new_zeros(1576, 784)[:, :768]
+    for call in (
+        lambda impl: layer_norm.forward(x, gamma, gamma, 1e-6, bordered, impl=impl).y.clone(),
+        lambda impl: gelu.forward(x, "erf", bordered, impl=impl).clone(),
+        lambda impl: gelu.input_grad(x, x, "tanh", impl=impl),
+    ):
+        ours, plain = (call(impl).double() for impl in (Impl.TRITON, Impl.ATEN))
+        assert error(ours, plain) < 1e-2
+
+
+def test_dropout_draws_one_mask_for_both_passes():
+    x, a = torch.ones(1576, 768, requires_grad=True), torch.ones(1, 768)
+    assert why_not_triton(x.detach(), a, 0.5) is None
+    h = shrink(x, a, 0.5)
+    (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
+    torch.testing.assert_close(dx.sum(1, keepdim=True), h.detach())
+    assert abs(float((dx > 0).float().mean()) - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_merges_of_many_layers(impl):
+    jobs = []
+    for _ in range(3):
+        _, w, _, a, b = operands(torch.bfloat16)
+        jobs.append(Job(w, a, b, (1.0, 0.5, 2.0), QKV))
+    for ours, job in zip(lora_merge_many(jobs, impl=impl), jobs, strict=True):
+        truth = lora_merge(*job[:5], impl="reference").detach()
+        assert error(ours, truth.double()) <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("one", ["erf", "scale"])
+def test_an_ending_is_near_what_is_composed(one):
+    x, w, bias, a, b = operands(torch.bfloat16)
+    factor, residual = torch.randn(1152), torch.randn(4 * 197, 1152)
+    ending = Ending("erf") if one == "erf" else Ending("none", factor, residual)
+    given = ((1.0, 0.5, 2.0), QKV, x.dtype, (*a, *b), NO_GRADIENT, ending)
+    runs = []
+    with torch.no_grad():
+        for impl in (Impl.TRITON, Impl.ATEN):
+            runs.append(compute(x, w, bias, *given[:2], impl, *given[2:]).y)
+    assert error(runs[0], runs[1].double()) < 2e-2

@@ -204,15 +204,15 @@ def test_merge_twice_and_unmerge_twice():
 def test_a_merge_that_fails_leaves_nothing_merged(monkeypatch):
     model = build()
     fused_lora.patch(model, rank=4)
-    merge, calls = AdaptedLinear.merge, []
+    finish, calls = AdaptedLinear._finished, []
 
-    def third_fails(module, *arguments):
+    def third_fails(module, merged):
         calls.append(module)
         if len(calls) == 3:
             raise RuntimeError("out of memory")
-        merge(module, *arguments)
+        return finish(module, merged)
 
-    monkeypatch.setattr(AdaptedLinear, "merge", third_fails)
+    monkeypatch.setattr(AdaptedLinear, "_finished", third_fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         fused_lora.merge(model)
     assert not any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear))

@@ -9,7 +9,7 @@ import torch
 
 from fused_lora.kernels.triton import available
 from fused_lora.ops import backends, planning
-from fused_lora.trust import triton_checks, verify
+from fused_lora.trust import triton_checks, triton_partners, verify
 from fused_lora.trust.equations import equations
 
 RESULTS = {
@@ -18,6 +18,15 @@ RESULTS = {
     "one_pass": ("h", "dh", "y", "dx"),
     "grad": ("da", "db"),
     "merge": ("w'",),
+    "merge_many": ("w'",),
+    "extended_gelu": ("u", "erf", "erf du", "tanh", "tanh du"),
+    "extended_scale": ("y", "dx"),
+    "extended_wide": ("y", "dx"),
+    "extended_dropout": ("dx", "dx of the adapters"),
+    "shrink_dropout": ("h",),
+    "grad_dropout": ("da",),
+    "layer_norm": ("n", "n again", "dx"),
+    "gelu": ("erf", "erf du", "tanh", "tanh du"),
 }
 
 
@@ -30,7 +39,7 @@ class Kernels:
 
     def run(self, name: str, p, tile) -> dict[str, torch.Tensor]:
         self.runs[name] += 1
-        right = equations(p.to(p.x.dtype))
+        right = equations(p.to(p.x.dtype), name)
         fault = self.faults.get(name, lambda t: t)
         return {key: fault(right[key].clone()) for key in RESULTS[name]}
 
@@ -54,7 +63,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Kernels]:
     for name in RESULTS:
         run = lambda p, tile, name=name: made.run(name, p, tile)  # noqa: E731
         monkeypatch.setitem(triton_checks.RUNS, name, run)
-    monkeypatch.setattr(triton_checks, "merged", _stochastic)
+    for module in (triton_checks, triton_partners):
+        monkeypatch.setattr(module, "merged", _stochastic)
     forget()
     yield made
     forget()

@@ -10,7 +10,11 @@ from fused_lora.trust import everything, selftest, verify
 from fused_lora.types import Backend, Needs, Span
 
 CPU = torch.device("cpu")
-KERNELS = {"shrink", "extended", "one_pass", "grad", "merge"}
+PARTNERS = {
+    *("extended_gelu", "extended_scale", "extended_dropout", "shrink_dropout", "grad_dropout"),
+    *("extended_wide", "layer_norm", "gelu", "merge_many"),
+}
+KERNELS = {"shrink", "extended", "one_pass", "grad", "merge"} | PARTNERS
 
 
 def test_without_a_device_it_says_why_and_shows_what_it_would_run(capsys, tmp_path):
@@ -27,6 +31,7 @@ def test_without_a_device_it_says_why_and_shows_what_it_would_run(capsys, tmp_pa
     assert len(printed.splitlines()) == len(rows) + 1
 
 
+@pytest.mark.usefixtures("few")
 def test_all_right(kernels, capsys):
     assert cli.main(["selftest", "--dtype", "bfloat16"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
@@ -35,7 +40,15 @@ def test_all_right(kernels, capsys):
     assert all(kernels.runs.values())
 
 
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.fixture
+def few(monkeypatch):
+    """One class or two of each kernel."""
+    monkeypatch.setattr(everything, "WIDTHS", (192,))
+    monkeypatch.setattr(everything, "RANKS", (16,))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("name", ["shrink", "extended", "merge", "layer_norm", "extended_gelu"])
 def test_one_wrong_kernel_is_an_exit_status(kernels, capsys, name, tmp_path):
     kernels.faults[name] = torch.zeros_like
     path = tmp_path / "rows.jsonl"
@@ -48,6 +61,7 @@ def test_one_wrong_kernel_is_an_exit_status(kernels, capsys, name, tmp_path):
     assert "is over the budget" in wrong["said"] and wrong["said"] in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("few")
 def test_it_checks_anew_and_its_verdicts_hold(kernels):
     (first, *_) = selftest.selftest(dtypes=["bfloat16"])
     ran = kernels.runs["shrink"]
@@ -94,6 +108,7 @@ def test_wrong_words_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("few")
 def test_a_full_memory_is_not_a_failure(kernels, capsys):
     def full(t):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -103,6 +118,7 @@ def test_a_full_memory_is_not_a_failure(kernels, capsys):
     assert "no memory is left" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("few")
 def test_the_products_setting_is_put_back(kernels):
     before = torch.backends.cuda.matmul.fp32_precision
     selftest.selftest(dtypes=["tf32"])

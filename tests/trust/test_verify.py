@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from fused_lora import disk
 from fused_lora.kernels.triton import identity as identities
 from fused_lora.kernels.triton.launches import Launch
-from fused_lora.kernels.triton.tiles import GradTile, MergeTile, ThinTile, Tile
+from fused_lora.kernels.triton.tiles import ELEMENTS, GradTile, MergeTile, ThinTile, Tile, row_tile
 from fused_lora.ops.planning import plan_for
 from fused_lora.trust import verify
 from fused_lora.trust.check import NotNow
@@ -28,6 +29,17 @@ TILES = {
     "grad": GradTile(16, 128, 64, 4, 4),
     "merge": MergeTile(),
 }
+PARTNERS = {
+    "extended_gelu": TILES["extended"],
+    "extended_scale": TILES["extended"],
+    "extended_wide": TILES["extended"],
+    "extended_dropout": TILES["extended"],
+    "shrink_dropout": TILES["shrink"],
+    "grad_dropout": TILES["grad"],
+    "merge_many": MergeTile(),
+    "layer_norm": row_tile(200),
+    "gelu": ELEMENTS,
+}
 
 
 def plan(impl=Impl.AUTO, rank=16, dtype=torch.bfloat16):
@@ -35,7 +47,7 @@ def plan(impl=Impl.AUTO, rank=16, dtype=torch.bfloat16):
 
 
 def verdict(name="extended", dtype="bfloat16"):
-    return verify.verdict(of_launch(Launch(name, TILES[name]), dtype), CPU)
+    return verify.verdict(of_launch(Launch(name, (TILES | PARTNERS)[name]), dtype), CPU)
 
 
 def one_element(t):
@@ -60,8 +72,13 @@ def test_right_kernels_serve_and_are_checked_once(kernels):
     assert kernels.runs == ran  # from the disk
 
 
-@pytest.mark.parametrize("name", TILES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "tf32"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *product(TILES, ["bfloat16", "float16", "float32", "tf32"]),
+        *product(PARTNERS, ["bfloat16", "float32"]),
+    ],
+)
 def test_every_kernel_and_dtype_has_a_check_that_one_wrong_element_fails(kernels, name, dtype):
     assert verdict(name, dtype).passed
     kernels.faults[name] = one_element

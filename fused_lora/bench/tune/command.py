@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 
@@ -16,7 +17,7 @@ from fused_lora.bench.timing import Times, interleave
 from fused_lora.bench.tune.launched import Launched, launched
 from fused_lora.kernels.triton import available, winners
 from fused_lora.kernels.triton.launches import Launch, tile_of
-from fused_lora.kernels.triton.winners import AnyTile
+from fused_lora.kernels.triton.winners import MeasuredTile
 from fused_lora.trust.everything import launches
 from fused_lora.trust.subjects import of_launch
 from fused_lora.trust.verify import verdict
@@ -67,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
 
 def tuned(
     size: Linear, dtype: torch.dtype, device: torch.device, clock: Clock, budget_s: float
-) -> Iterator[tuple[str, AnyTile]]:
+) -> Iterator[tuple[str, MeasuredTile]]:
     """The winner of each launch of ``size`` that beats the rule's tile, by key."""
     jobs = list(launched(size, dtype, device))
     for job in jobs:
@@ -77,7 +78,7 @@ def tuned(
         gain = times[usual].median_ms / times[best].median_ms if usual in times else 1.0
         print(f"  {job.key:40} {best.configuration:36} {gain:5.2f}x of {usual.configuration}")
         if gain > GAIN:
-            yield job.key, best.tile
+            yield job.key, cast(MeasuredTile, best.tile)
 
 
 def _times(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.triton.launch import on_device
-from fused_lora.kernels.triton.tiles import ELEMENTS
+from fused_lora.kernels.triton.tiles import ELEMENTS, ElementTile
 
 
 @triton.jit
@@ -87,24 +87,34 @@ def _gelu_rows(
     tl.store(out + m64 * out_row + n[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-def forward(u: Tensor, kind: str = "erf", out: Tensor | None = None) -> Tensor:
+def forward(
+    u: Tensor, kind: str = "erf", out: Tensor | None = None, tile: ElementTile = ELEMENTS
+) -> Tensor:
     """GELU(u) [M, N]; ``out`` may be the left of a bordered buffer. Rows are contiguous."""
-    return _launch(u, None, kind, out)
+    return _launch(u, None, kind, out, tile)
 
 
-def input_grad(dy: Tensor, u: Tensor, kind: str = "erf", out: Tensor | None = None) -> Tensor:
+def input_grad(
+    dy: Tensor,
+    u: Tensor,
+    kind: str = "erf",
+    out: Tensor | None = None,
+    tile: ElementTile = ELEMENTS,
+) -> Tensor:
     """du = GELU'(u) dy [M, N], likewise."""
-    return _launch(u, dy, kind, out)
+    return _launch(u, dy, kind, out, tile)
 
 
-def _launch(u: Tensor, dy: Tensor | None, kind: str, out: Tensor | None) -> Tensor:
+def _launch(
+    u: Tensor, dy: Tensor | None, kind: str, out: Tensor | None, tile: ElementTile
+) -> Tensor:
     out = u.new_empty(tuple(u.shape)) if out is None else out
     for matrix in (u, out, u if dy is None else dy):
         assert matrix.shape == u.shape and matrix.stride(1) == 1, matrix.stride()
     assert kind in ("erf", "tanh"), kind
     if u.numel() == 0:
         return out
-    (rows, columns), tile = u.shape, ELEMENTS
+    rows, columns = u.shape
     grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(columns, tile.block_n))
     with on_device(u.device):
         _gelu_rows[grid](

@@ -1,11 +1,21 @@
-"""Which kernels a plan launches, each in which tile: what is verified is what runs.
+"""Which kernels are launched, each in which tile: what is verified is what runs.
 
-kernel     rows  columns  depth
-extended   M     N        K       or M, K, N for dx
-one_pass   M     N        K       likewise
-shrink     M     sum R    K       or N for dh
-grad       sum R K        M       or N for db
-merge      N     K        sum R
+kernel            rows  columns  depth
+extended          M     N        K       or M, K, N for dx
+one_pass          M     N        K       likewise
+shrink            M     sum R    K       or N for dh
+grad              sum R K        M       or N for db
+merge             N     K        sum R
+
+extended_gelu     M     N        K       with GELU behind it, or its slope behind dx
+extended_scale    M     N        K       with LayerScale and a residual behind it
+extended_wide     M     N        K       likewise, either of them wider than x
+extended_dropout  M     K        N       dx of a dropped x; N = 0 of the adapters alone
+shrink_dropout    M     sum R    K       of a dropped x
+grad_dropout      sum R K        M       likewise
+merge_many        any                    every matrix of a table
+layer_norm        M     D                forward, rebuilding and dx
+gelu              M     N                both kinds, and their slopes
 """
 
 from __future__ import annotations
@@ -17,9 +27,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_lora.kernels.triton import tiles
-from fused_lora.kernels.triton.winners import AnyTile, winner
+from fused_lora.kernels.triton.winners import MeasuredTile, winner
 from fused_lora.plan.problem import Problem
 from fused_lora.types import Backend, Forward, Gradient, Keep, Plan
+
+NO_PRODUCTS = ("layer_norm", "gelu", "merge_many")  # or fp32 ones, whatever torch allows
+AnyTile = MeasuredTile | tiles.RowTile | tiles.ElementTile
 
 
 class Launch(NamedTuple):
@@ -42,6 +55,13 @@ class Launch(NamedTuple):
         """Whether it reads by descriptors."""
         return isinstance(self.tile, tiles.BulkTile)
 
+    @property
+    def width(self) -> int:
+        """Columns of the rows that it takes whole or in long blocks; 0 for a product."""
+        if isinstance(self.tile, tiles.RowTile):
+            return self.tile.block_d
+        return 2 * self.tile.block_n if isinstance(self.tile, tiles.ElementTile) else 0
+
 
 @lru_cache(maxsize=4096)
 def tile_of(
@@ -50,15 +70,28 @@ def tile_of(
     """The tile of one launch, of its kernel's kind: a measured winner, else by this room's rule."""
     if found := winner(kernel, rows, columns, depth, dtype, device):
         return found
-    size = dtype.itemsize
-    if kernel == "extended":
-        bulk = depth * size % 16 == columns * size % 16 == 0  # as descriptors need rows to be
-        return tiles.gemm_tile(rows, columns, size, False, device, bulk)
-    if kernel == "one_pass":
+    return by_rule(kernel, rows, columns, depth, dtype, device)
+
+
+def by_rule(
+    kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The tile of one launch where nothing was measured."""
+    name, _, ending = kernel.partition("_")
+    size, dropout = dtype.itemsize, ending == "dropout"
+    if name == "extended":
+        rows_fit = depth * size % 16 == columns * size % 16 == 0  # as descriptors need them to be
+        bulk = rows_fit and ending not in ("dropout", "wide")  # which take registers
+        return tiles.gemm_tile(rows, columns, size, bool(ending), device, bulk, ending == "gelu")
+    if name == "one":
         return tiles.one_pass_tile(rows, columns, size, device)
-    if kernel == "shrink":
-        return tiles.thin_tile(rows, columns, size, device)
-    return tiles.grad_tile(rows, size) if kernel == "grad" else tiles.MergeTile()
+    if name == "shrink":
+        return tiles.thin_tile(rows, columns, size, device, dropout)
+    if name == "grad":
+        return tiles.grad_tile(rows, size, dropout)
+    if name == "layer":
+        return tiles.row_tile(columns)
+    return tiles.ELEMENTS if name == "gelu" else tiles.MergeTile()
 
 
 def launches(

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.triton.launch import on_device
-from fused_lora.kernels.triton.tiles import MOST_WIDTH, row_tile
+from fused_lora.kernels.triton.tiles import MOST_WIDTH, RowTile, row_tile
 
 
 class Normed(NamedTuple):
@@ -121,10 +121,11 @@ def forward(
     bias: Tensor | None,  # likewise
     eps: float,
     out: Tensor | None = None,  # [M, D], rows contiguous, any float dtype
+    tile: RowTile | None = None,
 ) -> Normed:
     """LayerNorm of each row, in x's dtype or ``out``'s, and its statistics."""
     mean, rstd = (x.new_empty((x.shape[0],), dtype=torch.float32) for _ in range(2))
-    return _launch_forward(x, weight, bias, eps, mean, rstd, False, out)
+    return _launch_forward(x, weight, bias, eps, mean, rstd, False, out, tile)
 
 
 def rebuild(
@@ -134,9 +135,10 @@ def rebuild(
     mean: Tensor,  # [M], fp32
     rstd: Tensor,  # [M], fp32
     out: Tensor | None = None,  # [M, D], rows contiguous
+    tile: RowTile | None = None,
 ) -> Tensor:
     """What ``forward`` made of x, from its statistics."""
-    return _launch_forward(x, weight, bias, 0.0, mean, rstd, True, out).y
+    return _launch_forward(x, weight, bias, 0.0, mean, rstd, True, out, tile).y
 
 
 def input_grad(
@@ -147,6 +149,7 @@ def input_grad(
     rstd: Tensor,  # [M], fp32
     residual: Tensor | None = None,  # [M, D], rows contiguous; added
     out: Tensor | None = None,  # [M, D], rows contiguous
+    tile: RowTile | None = None,
 ) -> Tensor:
     """dx, in dy's dtype or ``out``'s."""
     dx = dy.new_empty(tuple(dy.shape)) if out is None else out
@@ -154,7 +157,8 @@ def input_grad(
     if dx.numel() == 0:
         return dx
     rows, columns = dy.shape
-    tile = row_tile(columns)
+    tile = tile or row_tile(columns)
+    assert columns <= tile.block_d, (columns, tile)
     with on_device(dy.device):
         _layer_norm_grad[(triton.cdiv(rows, tile.block_m),)](
             *(dy, dy.stride(0), x, x.stride(0), weight, mean, rstd),
@@ -174,13 +178,15 @@ def _launch_forward(
     rstd: Tensor,
     given: bool,
     out: Tensor | None,
+    tile: RowTile | None,
 ) -> Normed:
     y = x.new_empty(tuple(x.shape)) if out is None else out
     _check([weight, bias], x, y)
     if y.numel() == 0:
         return Normed(y, mean, rstd)
     rows, columns = x.shape
-    tile = row_tile(columns)
+    tile = tile or row_tile(columns)
+    assert columns <= tile.block_d, (columns, tile)
     with on_device(x.device):
         _layer_norm[(triton.cdiv(rows, tile.block_m),)](
             *(x, x.stride(0), weight, bias, y, y.stride(0), mean, rstd, rows, columns, float(eps)),

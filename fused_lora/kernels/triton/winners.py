@@ -18,9 +18,9 @@ from fused_lora import disk, env
 from fused_lora.kernels.triton.identity import identity
 from fused_lora.kernels.triton.tiles import BulkTile, GradTile, MergeTile, ThinTile, Tile
 
-AnyTile = Tile | ThinTile | GradTile | MergeTile
+MeasuredTile = Tile | ThinTile | GradTile | MergeTile
 FORMAT = "tiles 1"
-KINDS: dict[str, type[AnyTile]] = {
+KINDS: dict[str, type[MeasuredTile]] = {
     "extended": Tile,
     "one_pass": Tile,
     "shrink": ThinTile,
@@ -41,12 +41,12 @@ def key(kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype) ->
 
 def winner(
     kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device
-) -> AnyTile | None:
+) -> MeasuredTile | None:
     """The measured tile of exactly this shape; None where none was."""
     return _winners(device).get(key(kernel, rows, columns, depth, dtype))
 
 
-def store(device: torch.device, found: Mapping[str, AnyTile]) -> None:
+def store(device: torch.device, found: Mapping[str, MeasuredTile]) -> None:
     """Keep ``found`` by key beside what the file has for ``device``; heard at the next start."""
     here = f"{FORMAT}|{identity(device)}"
     kept = disk.read(path()).get(here)
@@ -55,14 +55,14 @@ def store(device: torch.device, found: Mapping[str, AnyTile]) -> None:
 
 
 @lru_cache(maxsize=64)
-def _winners(device: torch.device) -> dict[str, AnyTile]:
+def _winners(device: torch.device) -> dict[str, MeasuredTile]:
     rows = disk.read(path())
     kept = rows.get(f"{FORMAT}|{identity(device)}") if rows else None
     tiles = {name: _tile(name, row) for name, row in kept.items()} if isinstance(kept, dict) else {}
     return {name: tile for name, tile in tiles.items() if tile is not None}
 
 
-def _tile(name: str, row: object) -> AnyTile | None:
+def _tile(name: str, row: object) -> MeasuredTile | None:
     kind = KINDS.get(name.split(" ")[0])
     if kind is None or not isinstance(row, dict):
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.kernels.aten import gelu
+from fused_lora.ops import gelu
 from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # of what goes in, and where to write

@@ -75,10 +75,16 @@ class Chain(torch.autograd.Function):
         runs: list[Run] = []
         with without_autocast(source.device):
             own = [operands[part] for part in recipe.parts]
+            beside = source if recipe.around else residual
+            ending = recipe.stages[-1].ending(beside, gamma, mask)
             room: Room | None = None
             for i, stage in enumerate(recipe.stages):
                 following = behind(recipe, i, values[i], own, asked)
-                run = stage.forward(values[i], own[i], asked[i], following and following.left, room)
+                given = (values[i], own[i], asked[i])
+                if ending and i + 1 == len(recipe.stages):
+                    run = stage.forward_to(ending, *given, room)
+                else:
+                    run = stage.forward(*given, following and following.left, room)
                 room = following
                 if i and i not in recipe.keep:
                     del values[i]
@@ -86,7 +92,7 @@ class Chain(torch.autograd.Function):
                 runs.append(Run((), run.extra, run.note))
             (z,) = values.pop(len(runs))
             z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
-            y = finish(z, source if recipe.around else residual, combined((gamma, mask)))
+            y = z if ending else finish(z, beside, combined((gamma, mask)))
         _save(ctx, recipe, values, runs, asked, (gamma, mask, *operands))
         ctx.like = source.shape, source.dtype, None if residual is None else residual.dtype
         return y

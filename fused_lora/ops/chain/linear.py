@@ -7,11 +7,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.interface import Adapters, Ending
+from fused_lora.ops.backends import why_not_device
 from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors, consecutive
 from fused_lora.ops.lora_linear import as_rows, backward, call_plan, compute, lora_linear
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.types import Forward, Impl, Keep, Needs, Plan, Span
+
+ASKED_OF_TRITON = (Impl.AUTO, Impl.TRITON)
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,40 @@ class LoRALinear(Stage):
         room: Room | None = None,
     ) -> Run:
         """y [M, N] of x [M, K], for each frame."""
+        return self._forward(None, x, own, asked, room)
+
+    def forward_to(
+        self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
+    ) -> Run:
+        """residual + factor y."""
+        return self._forward(ending, x, own, asked, room)
+
+    def ending(
+        self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None
+    ) -> Ending | None:
+        """LayerScale and residual, where Triton's epilogue might serve: the plan decides."""
+        if residual is None or mask is not None or len(self.frames) > 1:
+            return None
+        if self.frames[0].impl not in ASKED_OF_TRITON or why_not_device(residual, self.dtype):
+            return None
+        return Ending(factor=gamma, residual=residual.reshape(-1, residual.shape[-1]))
+
+    def _forward(
+        self,
+        ending: Ending | None,
+        x: Tensors,
+        own: Optional,
+        asked: Asked,
+        room: Room | None,
+    ) -> Run:
         ys, extra, plans = [], [], []
+        placed = (room and room.buffer, room and room.plan)
         for (frame, part), needs in zip(self.parts, asked.note, strict=True):
             w, bias, *ab = own[part]
             assert w is not None
             scales, spans, impl = frame.scales, frame.spans, frame.impl
             given = (scales, spans, impl, self.dtype, tuple(ab), needs)
-            done = compute(x[0], w, bias, *given, room and room.buffer, room and room.plan)  # type: ignore[arg-type]
+            done = compute(x[0], w, bias, *given, *placed, ending)  # type: ignore[arg-type]
             reads_w = impl is Impl.REFERENCE or done.plan.keep is not Keep.MERGED
             ys.append(done.y)
             extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.kernels.aten import layer_norm
+from fused_lora.ops import layer_norm
 from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fused_lora.kernels.interface import Ending
 from fused_lora.types import Plan
 
 Tensors = tuple[Tensor, ...]
@@ -81,6 +82,18 @@ class Stage:
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """The same from operations that autograd and the compiler know."""
+        raise NotImplementedError(type(self).__name__)
+
+    def ending(
+        self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None
+    ) -> Ending | None:
+        """What of residual + gamma mask z it computes as it forms z, as the last stage; or None."""
+        return None
+
+    def forward_to(
+        self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
+    ) -> Run:
+        """One pass, and what ``ending`` names; ``room`` as in ``forward``."""
         raise NotImplementedError(type(self).__name__)
 
     def asked(self, x: bool, own: tuple[bool, ...]) -> Any:

@@ -89,6 +89,8 @@ def dropout_launches(x: Tensor) -> Iterator[Launch]:
     yield lambda: lora_shrink.shrink(x, wide, dropout=mask)
     yield lambda: lora_grad.a_grads(h, x, wide, dropout=mask)
     yield lambda: lora_extended.input_grad(x, x.new_zeros(N, K), wide, h, dropout=mask)
+    none = x.new_zeros(0, K)
+    yield lambda: lora_extended.input_grad(x[:, :0], none, wide, h, dropout=mask)
 
 
 def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
@@ -102,6 +104,9 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         yield lambda t=tile: input_grad(x, w, one, dh=h, tile=t)
     for tile in candidates(arch, size, heavy=True, bulk=True):
         yield lambda t=tile: forward(x, w, bias, one, h=h, tile=t, factor=bias, residual=x)
+    wide = {"factor": torch.zeros(N), "residual": torch.zeros(M, N), "out": torch.zeros(M, N)}
+    for tile in candidates(arch, size, heavy=True) if size == 2 else ():
+        yield lambda t=tile: forward(x, w, bias, one, h=h, tile=t, **wide)
     for tile in candidates(arch, size, bulk=True, activation=True):
         yield lambda t=tile: forward(x, w, bias, one, "erf", h, t)
         yield lambda t=tile: input_grad(x, w, one, h, t, activation="erf", u=x)

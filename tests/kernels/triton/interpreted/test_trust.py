@@ -5,7 +5,15 @@ import torch
 
 from fused_lora.kernels.triton import lora_extended, lora_one_pass
 from fused_lora.kernels.triton.launches import Launch
-from fused_lora.kernels.triton.tiles import SAFE, BulkTile, GradTile, MergeTile, ThinTile
+from fused_lora.kernels.triton.tiles import (
+    ELEMENTS,
+    SAFE,
+    BulkTile,
+    GradTile,
+    MergeTile,
+    ThinTile,
+    row_tile,
+)
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.testing.yardstick import judge
 from fused_lora.trust import problems, verify
@@ -23,6 +31,14 @@ LAUNCHES = [
     Launch("shrink", ThinTile(64, 16, 64, 4, 4)),
     Launch("grad", GradTile(16, 128, 64, 4, 4)),
     Launch("merge", MergeTile()),
+    *(Launch(f"extended_{ending}", SAFE) for ending in ("gelu", "scale", "dropout")),
+    Launch("extended_gelu", BulkTile(128, 128, 64, 4, 8)),
+    Launch("extended_scale", BulkTile(128, 128, 64, 3, 8, rest_n=64)),
+    Launch("shrink_dropout", ThinTile(64, 16, 64, 4, 8)),
+    Launch("grad_dropout", GradTile(16, 128, 64, 4, 8)),
+    Launch("merge_many", MergeTile()),
+    Launch("layer_norm", row_tile(200)),
+    Launch("gelu", ELEMENTS),
 ]
 
 

@@ -1,0 +1,104 @@
+"""What the partners of a product should compute of one problem, by plain torch in its own dtype.
+
+LayerNorm and GELU take x [M, K] as their input and u; rows of x stand for gradients as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_lora.reference.dropout import dropout
+from fused_lora.trust.equations import Named, flat, products, thin
+from fused_lora.trust.problems import Operands
+
+EPS = 1e-6  # of LayerNorm
+DROPOUT = (0.3, 2**63 + 5, 2**40 + 1)  # p, and a seed and a step with bits in all four words
+KINDS = {"erf": "none", "tanh": "tanh"}  # of GELU, here and in torch
+
+
+def other(x: Tensor, rows: int = 1) -> Tensor:
+    """Another [M, K] as random as x."""
+    return x.roll(rows, 0)
+
+
+def narrow(x: Tensor) -> Tensor:
+    """A gradient [M, K] that any dtype holds exactly."""
+    return (8 * other(x)).round() / 8
+
+
+def _layer_norm(p: Operands) -> Named:
+    """n, and dx with a gradient that joins; wrong statistics would show in what reads them."""
+    y, *statistics = torch.native_layer_norm(p.x, p.x.shape[1:], p.gamma, p.beta, EPS)
+    asked = [True, False, False]
+    dx = torch.ops.aten.native_layer_norm_backward(
+        narrow(p.x), p.x, p.x.shape[1:], *statistics, p.gamma, p.beta, asked
+    )[0]
+    low = y.bfloat16() if y.dtype is torch.float32 else y
+    named = {"n": y, "n again": y, "n in bfloat16": low}
+    return named | {"dx": dx + other(p.x, 2), "dx of bfloat16": dx}
+
+
+def _slope(u: Tensor, dy: Tensor, kind: str) -> Tensor:
+    return torch.ops.aten.gelu_backward(dy, u, approximate=KINDS[kind])
+
+
+def _gelu(p: Operands) -> Named:
+    """y and du of both kinds; du far into the tails."""
+    named = {}
+    for kind, approximate in KINDS.items():
+        named[f"{kind}"] = F.gelu(p.x, approximate=approximate)
+        named[f"{kind} du"] = _slope(4 * p.x, other(p.x), kind)
+    return named
+
+
+def _extended_gelu(p: Operands) -> Named:
+    """u and act(u), and dx behind an activation of x."""
+    right = products(p)
+    named = {"u": right["y"]}
+    for kind, approximate in KINDS.items():
+        named[f"{kind}"] = F.gelu(right["y"], approximate=approximate)
+        named[f"{kind} du"] = _slope(p.x, right["dx"], kind)
+    return named
+
+
+def _extended_scale(p: Operands) -> Named:
+    """y scaled, with dy in the residual's place, and dx that a gradient joins."""
+    right = products(p)
+    return {"y": p.dy + p.factor * right["y"], "dx": right["dx"] + p.x}
+
+
+def _shrink_dropout(p: Operands) -> Named:
+    return {"h": dropout(p.x, *DROPOUT) @ torch.cat(tuple(p.adapters.to(p.x.dtype).a)).T}
+
+
+def _grad_dropout(p: Operands) -> Named:
+    dropped, _, parts = dropout(p.x, *DROPOUT), *apart(p)
+    return {"da": flat([part.T @ dropped for part in parts])}
+
+
+def _extended_dropout(p: Operands) -> Named:
+    a = p.adapters.to(p.x.dtype).a
+    branch = dropout(apart(p)[0] @ torch.cat(tuple(a)), *DROPOUT)
+    return {"dx of the adapters": branch, "dx": p.dy @ p.w + branch}
+
+
+def apart(p: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """dh, and the ranks of each group of it."""
+    dh = thin(p)[1]
+    return dh, dh.split([span.rank for span in p.adapters.spans], dim=1)
+
+
+PARTNERS: dict[str, Callable[[Operands], Named]] = {
+    "extended_gelu": _extended_gelu,
+    "extended_scale": _extended_scale,
+    "extended_wide": _extended_scale,
+    "extended_dropout": _extended_dropout,
+    "shrink_dropout": _shrink_dropout,
+    "grad_dropout": _grad_dropout,
+    "layer_norm": _layer_norm,
+    "gelu": _gelu,
+}

@@ -1,0 +1,122 @@
+"""What each partner in Triton computes of one problem, under the names of ``partners``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.trust.equations import Named, flat, thin
+from fused_lora.trust.partners import DROPOUT, EPS, KINDS, narrow, other
+from fused_lora.trust.problems import Operands
+
+
+def _left(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised [M, K] at the left of a longer tensor."""
+    m, k = like.shape
+    return like.new_empty((m, k + 8), dtype=dtype or like.dtype)[:, :k]
+
+
+def _layer_norm(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.layer_norm import forward, input_grad, rebuild
+
+    n, mean, rstd = forward(p.x, p.gamma, p.beta, EPS, tile=tile)
+    again = rebuild(p.x, p.gamma, p.beta, mean, rstd, _left(p.x), tile)
+    grad = (p.x, p.gamma, mean, rstd)
+    dx = input_grad(narrow(p.x), *grad, other(p.x, 2), tile=tile)
+    named = {"n": n, "n again": again, "dx": dx}
+    if p.x.dtype is not torch.float32:
+        return named
+    low = _left(p.x, torch.bfloat16)  # as autocast asks for
+    named["n in bfloat16"] = forward(p.x, p.gamma, p.beta, EPS, low, tile).y
+    dy, out = narrow(p.x).bfloat16(), torch.empty_like(p.x)
+    return named | {"dx of bfloat16": input_grad(dy, *grad, out=out, tile=tile)}
+
+
+def _gelu(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.gelu import forward, input_grad
+
+    named: dict[str, Tensor] = {}
+    for kind in KINDS:
+        named[f"{kind}"] = forward(p.x, kind, _left(p.x), tile)
+        named[f"{kind} du"] = input_grad(other(p.x), 4 * p.x, kind, tile=tile)
+    return named
+
+
+def _extended_gelu(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_extended import forward, input_grad
+
+    h, dh = thin(p)
+    named: dict[str, Tensor] = {}
+    for kind in KINDS:
+        y, _, u = forward(p.x, p.w, p.bias, p.adapters, kind, h, tile)
+        assert u is not None
+        du, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, activation=kind, u=p.x)
+        named |= {"u": u, f"{kind}": y, f"{kind} du": du}
+    return named
+
+
+def _extended_scale(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_extended import forward, input_grad
+
+    h, dh = thin(p)
+    residual = p.dy.to(p.factor.dtype)  # where adapters are fp32, so may what goes around be
+    ending: dict[str, Any] = {"factor": p.factor, "residual": residual}
+    ending["out"] = torch.empty_like(residual)
+    y, _, _ = forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, **ending)
+    dx, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, residual=p.x)
+    return {"y": y, "dx": dx}
+
+
+def _dropout() -> Any:
+    from fused_lora.kernels.triton.dropout import dropout
+
+    return dropout(*DROPOUT)
+
+
+def _shrink_dropout(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_shrink import shrink
+
+    return {"h": shrink(p.x, p.adapters, tile=tile, dropout=_dropout())}
+
+
+def _grad_dropout(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_grad import a_grads
+
+    return {"da": flat(a_grads(thin(p)[1], p.x, p.adapters, tile=tile, dropout=_dropout()))}
+
+
+def _extended_dropout(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_extended import input_grad
+
+    dh, mask = thin(p)[1], _dropout()
+    dx, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, dropout=mask)
+    branch, _ = input_grad(p.dy[:, :0], p.w[:0], p.adapters, dh, tile, dropout=mask)
+    return {"dx": dx, "dx of the adapters": branch}
+
+
+def _merge_many(p: Operands, tile: Any) -> Named:
+    return {"w'": merged(p, tile)}
+
+
+def merged(p: Operands, tile: Any, noise: tuple[int, int] | None = None) -> Tensor:
+    """w', each adapter a row of one table."""
+    from fused_lora.kernels.triton.merged import merged_together
+
+    (out,) = merged_together([p.w], [p.adapters], noise, tile)
+    return out
+
+
+RUNS: dict[str, Callable[[Operands, Any], Named]] = {
+    "extended_gelu": _extended_gelu,
+    "extended_scale": _extended_scale,
+    "extended_wide": _extended_scale,
+    "extended_dropout": _extended_dropout,
+    "shrink_dropout": _shrink_dropout,
+    "grad_dropout": _grad_dropout,
+    "merge_many": _merge_many,
+    "layer_norm": _layer_norm,
+    "gelu": _gelu,
+}

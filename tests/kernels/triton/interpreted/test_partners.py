@@ -1,0 +1,230 @@
+"""Partners end to end by Triton, once it is trusted: norms, GELU, dropout, whole models merged."""
+
+import pytest
+import torch
+from torch import nn
+
+import fused_lora
+from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.triton import lora_linear_ended
+from fused_lora.kernels.triton import lora_merge_many as launched
+from fused_lora.kernels.triton import lora_shrink as shrinks
+from fused_lora.ops import gelu, layer_norm, lora_merge_backends
+from fused_lora.ops.lora_expand import lora_add
+from fused_lora.ops.lora_linear import compute
+from fused_lora.ops.lora_merge import lora_merge
+from fused_lora.ops.lora_merge_many import Job, lora_merge_many
+from fused_lora.ops.lora_shrink import shrink
+from fused_lora.reference import dropout as reference
+from fused_lora.reference import lora_linear as reference_linear
+from fused_lora.testing.yardstick import error, judge
+from fused_lora.trust import problems, verify
+from fused_lora.trust.problems import Shape
+from fused_lora.types import Impl, Span
+from tests.kernels.triton.cases import CASES, TILE, adapters, build, lowered
+from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def checking(serving):  # noqa: F811
+    """First use is checked, on few elements."""
+    small = Shape(40, 32, 48, (Span(0, 48, 5),), True, True, 0)
+    for name in ("SHAPES", "ALIGNED"):
+        serving.setattr(problems, name, (small,))
+    serving.setenv("FUSED_LORA_VERIFY", "first")
+    return serving
+
+
+def test_rows_in_a_bordered_buffer(checking):
+    x, gamma = torch.randn(9, 40).to(BF16), torch.randn(40)
+    bordered = torch.zeros(9, 48, dtype=BF16)
+    runs = (
+        lambda impl: layer_norm.forward(x, gamma, gamma, 1e-6, bordered[:, :40], impl=impl).y,
+        lambda impl: gelu.forward(x, "erf", bordered[:, :40], impl=impl),
+        lambda impl: gelu.input_grad(x, x, "tanh", impl=impl),
+    )
+    for run in runs:
+        ours, plain = run(Impl.AUTO).clone(), run(Impl.ATEN).clone()
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
+        assert not bordered[:, 40:].any()
+    assert layer_norm.places(x) and gelu.places(x)
+    *_, mean, rstd = layer_norm.forward(x, gamma, gamma, 1e-6)
+    for impl in (Impl.TRITON, Impl.ATEN):  # statistics of one serve the other
+        layer_norm.input_grad(x, x, gamma, mean, rstd, x, impl=impl)
+        layer_norm.rebuild(x, gamma, gamma, mean, rstd, impl=impl)
+
+
+def test_a_broken_norm_never_serves(checking):
+    from fused_lora.kernels.triton import layer_norm as kernels
+
+    right = kernels.forward
+
+    def broken(x, *arguments, **options):
+        found = right(x, *arguments, **options)
+        found.y[-1, -1] += 1
+        return found
+
+    checking.setattr(kernels, "forward", broken)
+    x = torch.randn(9, 40)
+    with pytest.warns(RuntimeWarning, match="does not use triton layer_norm"):
+        ours = layer_norm.forward(x, None, None, 1e-6).y
+    torch.testing.assert_close(ours, torch.nn.functional.layer_norm(x, (40,), eps=1e-6))
+    with pytest.raises(RuntimeError, match="cannot serve: error .* over the budget"):
+        layer_norm.forward(x, None, None, 1e-6, impl=Impl.TRITON)
+
+
+def dropped_run(kind, seed):
+    """h, dx and da of the reference's mask."""
+    torch.manual_seed(3)
+    x, a, dh = (torch.randn(*shape).to(BF16) for shape in ((21, 24), (5, 24), (21, 5)))
+    x, a, dh = (t.to(kind) for t in (x, a, dh))
+    kept = reference.dropout(x, 0.3, seed, 0)
+    return kept @ a.T, reference.dropout(dh @ a, 0.3, seed, 0), dh.T @ kept
+
+
+def test_dropout_without_a_mask(checking, monkeypatch):
+    torch.manual_seed(3)
+    x, a, dh = (torch.randn(*shape).to(BF16) for shape in ((21, 24), (5, 24), (21, 5)))
+    torch.manual_seed(11)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    torch.manual_seed(11)
+    for leaf in (x, a):
+        leaf.requires_grad_()
+    h = shrink(x, a, 0.3)
+    ours = (h.detach(), *torch.autograd.grad(h, (x, a), dh))
+    runs = zip(ours, dropped_run(BF16, seed), dropped_run(torch.float64, seed), strict=True)
+    for mine, plain, truth in runs:
+        verdict = judge("dropped", mine, plain, truth, BF16)
+        assert verdict.passed, str(verdict)
+
+
+def test_a_backward_that_triton_cannot_run_has_the_forwards_mask(checking):
+    x, a = torch.ones(16, 24, requires_grad=True), torch.ones(1, 24)
+    h = shrink(x, a, 0.5)
+    checking.setattr("fused_lora.ops.lora_shrink.untouchable", lambda t: "held elsewhere")
+    (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
+    torch.testing.assert_close(dx.sum(1, keepdim=True), h.detach())
+
+
+def test_a_broken_dropout_never_serves(checking):
+    right, calls = shrinks.shrink, []
+
+    def broken(x, adapters, out=None, tile=None, *, dropout=None):
+        calls.append(dropout)
+        return right(x, adapters, out, tile)
+
+    checking.setattr(shrinks, "shrink", broken)
+    x, a, y = torch.ones(8, 24), torch.ones(1, 24), torch.zeros(8, 6)
+    with pytest.warns(RuntimeWarning, match="does not use triton shrink_dropout"):
+        lora_add(y, x, [a], [torch.ones(6, 1)], (1.0,), (Span(0, 6, 1),), 0.5)
+    served = len(calls)
+    shrink(x, a, 0.5)
+    assert len(calls) == served  # the library's, from now on
+
+
+def jobs(dtype):
+    torch.manual_seed(5)
+    spans = (Span(0, 16, 3), Span(20, 32, 2))
+    for i, k in enumerate((24, 40, 16)):
+        a = [torch.randint(-8, 9, (span.rank, k)) / 8 for span in spans]
+        b = [torch.randint(-8, 9, (span.width, span.rank)) / 8 for span in spans]
+        yield Job(torch.randn(32, k).to(dtype), a, b, (1.0, 0.5), spans, i // 2)
+
+
+@pytest.mark.parametrize("noise", [("nearest", 0), ("stochastic", 3)], ids=lambda n: n[0])
+def test_many_merges_in_one_launch(checking, noise):
+    launches = []
+    right = launched.launch
+    checking.setattr("fused_lora.kernels.triton.merged.launch",
+                     lambda *arguments: (launches.append(1), right(*arguments)))  # fmt: skip
+    group = list(jobs(BF16))
+    lora_merge_many(group, *noise, impl="triton")  # checked now
+    launches.clear()
+    merged = lora_merge_many(group, *noise, impl="triton")
+    assert len(launches) == 1
+    for ours, job in zip(merged, group, strict=True):
+        assert torch.equal(ours, lora_merge(*job[:5], noise[0], job.seed, noise[1], impl="aten"))
+
+
+def test_a_whole_model(serving):  # noqa: F811
+    served = []
+    right = lora_merge_backends.triton_many
+    serving.setattr("fused_lora.ops.lora_merge_many.triton_many",
+                    lambda w, *rest: (served.append(len(w)), right(w, *rest))[1])  # fmt: skip
+    linears = [fused_lora.nn.FusedLoRALinear(16, 24, rank=2) for _ in range(3)]
+    model = nn.ModuleList(linears)
+    for one in linears:
+        nn.init.normal_(one.lora_B)
+    expected = [one.base + one.lora_B @ one.lora_A * one.scales[0] for one in linears]
+    fused_lora.merge(model, impl="triton")
+    assert served == [3]
+    for one, truth in zip(linears, expected, strict=True):
+        torch.testing.assert_close(one.weight, truth)
+
+
+def test_verdicts_of_partners_are_kept(checking):
+    gelu.forward(torch.randn(4, 8))
+    assert "triton gelu" in verify.path().read_text()
+
+
+def endings(m, n):
+    yield Ending("erf")
+    yield Ending("tanh")
+    yield Ending(factor=torch.randn(n), residual=torch.randn(m, n))
+    yield Ending("erf", torch.randn(n))  # no epilogue does both
+
+
+def test_endings_in_the_epilogue(serving):  # noqa: F811
+    from fused_lora.ops import ending as module
+    from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
+
+    fused = []
+    right = lora_linear_ended.forward
+    serving.setattr(lora_linear_ended, "forward", lambda *a: (fused.append(1), right(*a))[1])
+    serving.setattr(lora_linear_ended, "tile_of", lambda *shape: TILE)
+    plan = Plan(Forward.EXTENDED, Forward.EXTENDED, Gradient.RANK, Keep.HIDDEN, 0, Backend.TRITON)
+    serving.setattr("fused_lora.ops.lora_linear.call_plan", lambda *_, **__: plan)
+    p = build(CASES[3], BF16, torch.float32)
+    for one in endings(p.x.shape[0], p.w.shape[0]):
+        call = (p.scales, p.spans, Impl.AUTO, BF16, (*p.a, *p.b), Needs(), one)
+        y, _, _, h, _, u = compute(p.x, p.w, p.bias, *call)
+        runs = []
+        for q in (lowered(p, BF16), p.double()):
+            as_q = [None if t is None else t.to(q.x.dtype) for t in one[1:]]
+            base = reference_linear.forward(q.x, q.w, q.bias, *adapters(q))
+            runs.append((*module.composed(base.clone(), None, Ending(one[0], *as_q)), base))
+        verdict = judge("y", y, runs[0][0], runs[1][0], BF16)
+        assert verdict.passed, str(verdict)
+        assert (u is None) == (one.activation == "none") and h is not None
+        if u is not None:
+            assert judge("u", u, runs[0][3], runs[1][3], BF16).passed
+        assert y.dtype is (BF16 if one.factor is None else torch.float32)
+    assert len(fused) == 3
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["bf16", "fp32 around"])
+def test_a_chain_ends_in_the_epilogue(serving, wide):  # noqa: F811
+    from fused_lora.ops.lora_residual import lora_residual
+    from fused_lora.ops.operand import Adapted
+
+    serving.setattr("fused_lora.plan.cost_triton.EFFICIENCY", 1e6)
+    serving.setattr("fused_lora.plan.cost_triton.MERGE_EFFICIENCY", 1e-9)
+    serving.setattr("fused_lora.plan.strategies.ONE_PASS_RANKS", 0)
+    fused = []
+    right = lora_linear_ended.forward
+    serving.setattr(lora_linear_ended, "forward", lambda *a: (fused.append(1), right(*a))[1])
+    serving.setattr(lora_linear_ended, "tile_of", lambda *shape: TILE)
+    x, w, a, b = (torch.randn(*s).to(BF16) for s in ((2, 16, 32), (48, 32), (4, 32), (48, 4)))
+    beside = torch.randn(2, 16, 48, dtype=torch.float32 if wide else BF16)
+    gamma, dy = torch.randn(48).to(beside.dtype), torch.randn(2, 16, 48, dtype=beside.dtype)
+    leaves = [t.requires_grad_() for t in (x, a, b, beside)]
+    runs = []
+    for impl in (Impl.AUTO, Impl.REFERENCE):
+        y = lora_residual(x, Adapted(w, None, [a], [b], (1.0,), impl=impl), beside, gamma)
+        runs.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for ours, plain in zip(*runs, strict=True):
+        assert ours.dtype is plain.dtype
+        assert error(ours.detach(), plain.detach().double()) < 2e-2
+    assert fused == [1]

@@ -1,0 +1,76 @@
+"""LayerNorm and GELU by who may serve: here the library, and by name nobody else."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fused_lora.kernels.interface import Ending
+from fused_lora.ops import gelu, layer_norm
+from fused_lora.ops.ending import why_not_fused
+from fused_lora.ops.lora_linear import NO_GRADIENT, compute
+from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_layer_norm_is_torchs(dtype):
+    x, gamma = torch.randn(5, 24, dtype=dtype), torch.randn(24)
+    gamma = gamma.to(dtype) if dtype is torch.float64 else gamma
+    bordered = torch.zeros(5, 32, dtype=dtype)
+    y, mean, rstd = layer_norm.forward(x, gamma, gamma, 1e-6, bordered[:, :24])
+    assert y.data_ptr() == bordered.data_ptr() and not bordered[:, 24:].any()
+    leaf = x.clone().requires_grad_()
+    expected = F.layer_norm(leaf, (24,), gamma.to(dtype), gamma.to(dtype), 1e-6)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {}
+    torch.testing.assert_close(y, expected.detach(), **tolerance)
+    torch.testing.assert_close(layer_norm.rebuild(x, gamma, gamma, mean, rstd), y, **tolerance)
+    (dx,) = torch.autograd.grad(expected, leaf, x)
+    ours = layer_norm.input_grad(x, x, gamma, mean, rstd)
+    torch.testing.assert_close(ours, dx, **tolerance)
+    first, *_ = layer_norm.grads(x, x, gamma, gamma, mean, rstd, (True, True, True))
+    torch.testing.assert_close(first, dx, **tolerance)
+
+
+@pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
+def test_gelu_is_torchs(kind, approximate):
+    u, out = torch.randn(5, 24), torch.zeros(5, 32)[:, :24]
+    torch.testing.assert_close(gelu.forward(u, kind, out), F.gelu(u, approximate=approximate))
+    du = torch.ops.aten.gelu_backward(u, u, approximate=approximate)
+    assert torch.equal(gelu.input_grad(u, u, kind), du)
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda x: layer_norm.forward(x, None, None, 1e-6, impl=Impl.TRITON), ""),
+        (lambda x: layer_norm.forward(x.t(), None, None, 1e-6, impl=Impl.TRITON), "strides|rows"),
+        (lambda x: layer_norm.forward(x, x[0, ::2], None, 0.0, impl=Impl.TRITON), "no weight"),
+        (lambda x: gelu.forward(x.double(), impl=Impl.TRITON), "float64"),
+        (lambda x: gelu.input_grad(x, x, impl=Impl.TRITON), ""),
+        (lambda x: layer_norm.forward(x.new_ones(1, 20000), None, None, 0, impl=Impl.TRITON),
+         "20000 columns"),
+    ],
+)  # fmt: skip
+def test_triton_says_why_it_cannot_serve(call, why):
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    with pytest.raises(RuntimeError, match=f"impl='triton' cannot serve: .*({why})"):
+        call(torch.randn(6, 8))
+
+
+@pytest.mark.parametrize("activation", ["none", "erf", "tanh"])
+def test_an_ending_is_what_it_says(activation):
+    x, w, residual = torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(10, 6)
+    a, b, factor = torch.randn(3, 8), torch.randn(6, 3), torch.randn(6)
+    given = ((2.0,), (Span(0, 6, 3),), Impl.AUTO, x.dtype, (a, b), NO_GRADIENT)
+    done = compute(x, w, None, *given, Ending(activation, factor, residual))
+    u = compute(x, w, None, *given).y.view(10, 6)
+    act = {"none": lambda u: u, "erf": F.gelu, "tanh": lambda u: F.gelu(u, approximate="tanh")}
+    expected = (residual + factor * act[activation](u)).view(2, 5, 6)
+    torch.testing.assert_close(done.y, expected)
+    assert done.u is None if activation == "none" else torch.equal(done.u, u)
+
+
+def test_no_epilogue_where_the_plan_is_the_librarys():
+    plan = Plan(Forward.SEPARATE, Forward.SEPARATE, Gradient.NONE, Keep.NOTHING)
+    x = torch.randn(4, 4)
+    assert "the plan is separate/" in why_not_fused(x, x, plan, Ending("erf"))
