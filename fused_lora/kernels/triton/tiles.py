@@ -76,6 +76,7 @@ class ThinTile:
     block_c: int  # columns of x per step
     stages: int  # steps in flight
     warps: int
+    registers: int = 0  # per thread at most, where ptxas would rather spill; 0 leaves it to choose
 
     def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
@@ -155,6 +156,8 @@ def _arguments(
 ) -> dict[str, int | bool]:
     fields = asdict(tile)
     options = {"num_stages": fields.pop("stages"), "num_warps": fields.pop("warps")}
+    if registers := fields.pop("registers", 0):
+        options["maxnreg"] = registers
     return {name.upper(): value for name, value in fields.items()} | options | CONTRACTED
 
 
@@ -166,7 +169,14 @@ _LARGE = (
     BulkTile(128, 128, 64, 3, 8, rest_n=64),
     BulkTile(128, 128, 64, 4, 8),
 )
-_SINGLE = (Tile(64, 64, 32, 3, 4), Tile(32, 32, 32, 3, 4))  # fp32 operands
+_SMALL = Tile(32, 32, 32, 3, 4)
+# fp32 operands: in four warps ragged ranks spill 8 bytes on sm_80, and dx on sm_100 without TF32.
+_SINGLE: dict[int, tuple[Tile, ...]] = {
+    80: (Tile(64, 64, 32, 3, 8), _SMALL),
+    90: (Tile(64, 64, 32, 3, 4), _SMALL),
+    100: (_SMALL,),
+    120: (Tile(64, 64, 32, 3, 4), _SMALL),
+}
 _HALF: dict[int, tuple[Tile, ...]] = {
     80: (SAFE, *_NARROW),
     90: (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 8), *_NARROW),
@@ -186,7 +196,7 @@ _BULK: dict[int, tuple[BulkTile, ...]] = {
     100: _LARGE,
     120: (BulkTile(128, 128, 64, 3, 8),),
 }
-# fp32 operands; after the pointers' tile of this size, which is chosen while neither is timed.
+# After the pointers' tile of this size where there is one, which is chosen while neither is timed.
 _SINGLE_BULK = {90: (BulkTile(64, 64, 32, 4, 8),), 100: (BulkTile(64, 64, 32, 4, 8),)}
 # GELU or its slope is seen to spill here in spite of the rule, 8 to 136 bytes.
 _SPILLS: dict[int, tuple[Tile, ...]] = {
@@ -212,7 +222,7 @@ def candidates(
     if itemsize == 2:
         tiles = (*(_BULK[family] if bulk else ()), *_HALF[family])
     else:
-        tiles = (*_SINGLE, *(_SINGLE_BULK.get(family, ()) if bulk else ()))
+        tiles = (*_SINGLE[family], *(_SINGLE_BULK.get(family, ()) if bulk else ()))
     spills = _SPILLS.get(family, ()) if activation else ()
     fits = (t for t in tiles if t.fits(arch, itemsize, heavy or activation))
     return tuple(t for t in fits if t not in spills)
@@ -273,7 +283,8 @@ def thin_tile(
 ) -> ThinTile:
     """Short in rows where there are few, so that every multiprocessor has some."""
     if itemsize == 4:
-        return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4)
+        capped = 128 if _family(architecture(device)) == 100 else 0
+        return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4, capped)
     ranks = power_of_two(ranks, 16, 64)
     if dropout or rows < 128 * multiprocessors(device):
         return ThinTile(64, ranks, 64, 4, 8 if dropout or ranks == 64 else 4)

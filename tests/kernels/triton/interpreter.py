@@ -50,14 +50,15 @@ def dot(
     input_precision: object,
     max_num_imprecise_acc: int,
 ) -> TensorHandle:
-    """``a b + d`` in fp32."""
+    """``a b + d`` in fp32; contiguous, since numpy's order of summation differs by layout."""
     operands = []
     for operand in (a, b):
         values = widened(operand.data) if operand.dtype.scalar == tl.bfloat16 else operand.data
         truncates = values.dtype == np.float32 and "TF32" in str(input_precision).upper()
         operands.append(TensorHandle(tf32(values) if truncates else values, tl.float32))
     return TensorHandle(
-        np.matmul(*(o.data.astype(np.float32) for o in operands)) + d.data, d.dtype.scalar
+        np.matmul(*(o.data.astype(np.float32, order="C") for o in operands)) + d.data,
+        d.dtype.scalar,
     )
 
 
