@@ -29,7 +29,7 @@ class AdapterConfig:
         dora: train a magnitude per output beside the adapter's direction (Liu et al. 2024).
         mid: a trained "diagonal" [R] or "full" [R, R] matrix between a and b; None for none.
         adapter_dtype: dtype of the trained parameters, whatever the base is in.
-        impl: who computes: "auto", "aten" or "reference".
+        impl: who computes: "auto", "aten", "triton", "cuda" or "reference".
     """
 
     alpha: float | None = None

@@ -62,7 +62,7 @@ def test_an_ending_is_what_it_says(activation):
     x, w, residual = torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(10, 6)
     a, b, factor = torch.randn(3, 8), torch.randn(6, 3), torch.randn(6)
     given = ((2.0,), (Span(0, 6, 3),), Impl.AUTO, x.dtype, (a, b), NO_GRADIENT)
-    done = compute(x, w, None, *given, Ending(activation, factor, residual))
+    done = compute(x, w, None, *given, ending=Ending(activation, factor, residual))
     u = compute(x, w, None, *given).y.view(10, 6)
     act = {"none": lambda u: u, "erf": F.gelu, "tanh": lambda u: F.gelu(u, approximate="tanh")}
     expected = (residual + factor * act[activation](u)).view(2, 5, 6)
