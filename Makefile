@@ -2,7 +2,7 @@
 # compiled (see SOURCES) installs again; a change of Python code does not need to.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 BENCH_ARGS ?=
 TRITON ?= 3.6
 
@@ -38,6 +38,8 @@ bench: $(VENV)/.installed-bench
 families: $(VENV)/.installed-test
 	$(BIN)/python -m fused_lora.testing.families.table docs/families.md
 
+# A process per core, each with one thread.
+test test-triton: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

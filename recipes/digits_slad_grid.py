@@ -31,8 +31,8 @@ RECIPE = Path(__file__).with_name("digits_slad.toml")
 METHODS = ("joint", "two_step", "probe")
 FRACTIONS = (0.10, 0.02)
 SEEDS = (0, 1, 2)
-STEPS = 120
-RATES = (0.08, 0.24)
+STEPS = 600
+RATES = (0.02, 0.08)
 SWEEP_FRACTION, SWEEP_SEED = 0.10, 9
 
 

@@ -146,7 +146,9 @@ class Run:
         recipe, train = self.recipe, self.recipe.train
         order = Order(chosen, train.batch_size, train.accumulate, self.world.size, train.seed)
         header = {k: v for k, v in plain(recipe).items() if k != "evaluate"}
-        del header["train"]["parallel"]  # another way to the same weights
+        for key in ("parallel", "batch_size", "accumulate"):  # other ways to the same weights
+            del header["train"][key]
+        header["images_per_step"] = order.whole
         view = self._view(recipe.data.augment)
         return Fit(
             objective,

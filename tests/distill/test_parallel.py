@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fused_lora.distill.recipe import Recipe
 from fused_lora.distill.run import distill
-from fused_lora.distill.train.checkpoint import header_of
+from fused_lora.distill.train.checkpoint import CheckpointError, header_of
 from fused_lora.distill.train.fit import LAST, Fit
 from fused_lora.distill.weights import read
 from tests.distill.runs import checkpoint, recipe, slad_recipe
@@ -135,4 +135,11 @@ def test_a_run_in_shards_goes_on_where_it_was_killed(folder: Path) -> None:
 
 def test_one_process_takes_over_a_checkpoint_of_two(folder: Path) -> None:
     assert header_of(folder / "taken_over" / LAST)["step"] == 2
-    distill(joint(folder, **TWO | {"batch_size": 8}), folder / "taken_over")
+    distill(joint(folder), folder / "taken_over")
+    for file in FILES:
+        close(folder / "taken_over" / file, folder / "joint" / file)
+
+
+def test_a_step_of_other_images_is_another_run(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="images_per_step was 16 and is 8"):
+        distill(joint(folder, **TWO), folder / "joint", fresh=False)

@@ -145,6 +145,11 @@ class Train(Table):
         super().__post_init__()
         if not self.epochs and not self.steps:
             raise RecipeError("train.epochs and train.steps are both 0: give one")
+        if self.parallel == "fsdp2" and self.precision == "fp16":
+            raise RecipeError(
+                "train.parallel = 'fsdp2' goes with fp32, fp64 and bf16: the scaler of fp16 does "
+                "not look at gradients in shards and whole ones together"
+            )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fused_lora.distill.train.parallel import spread
 from fused_lora.distill.train.precision import Precision
 from fused_lora.distill.train.schedule import Cosine
 from fused_lora.distill.train.world import World
+from fused_lora.ops.sharded import is_sharded
 
 LAST = "last.safetensors"
 
@@ -180,12 +181,14 @@ def adamw(module: nn.Module, train: Train) -> torch.optim.AdamW:
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the student trains")
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in trained:  # one kernel updates a group, and takes shards or whole ones
+        groups.setdefault((parameter.ndim > 1, is_sharded(parameter)), []).append(parameter)
+    given = [
+        {"params": found, "weight_decay": train.weight_decay if decays else 0.0}
+        for (decays, _), found in groups.items()
     ]
-    betas = (train.beta1, train.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.blr, betas=betas)
+    return torch.optim.AdamW(given, lr=train.blr, betas=(train.beta1, train.beta2))
 
 
 def differences(theirs: Any, mine: Any, where: str = "") -> list[str]:
