@@ -44,12 +44,12 @@ def written(module: AdaptedLinear, where: str, fold_mid: bool = True) -> Written
             "fold_mid=True, which writes b mid for b (and cannot be taken apart again), or keep "
             "model.state_dict()"
         )
-    pairs = {
-        name: tuple(gathered(h.detach()) for h in module.adapter(name)) for name in module.groups
-    }
-    for name in module.groups if config.mid else ():
-        a, b = pairs[name]
-        pairs[name] = a, folded(b, gathered(getattr(module, key_of("lora_mid", name)).detach()))
+    pairs: dict[str, Pair] = {}
+    for name in module.groups:
+        a, b = (gathered(half.detach()) for half in module.adapter(name))
+        if config.mid:
+            b = folded(b, gathered(getattr(module, key_of("lora_mid", name)).detach()))
+        pairs[name] = a, b
     groups = groups_of(module)
     if config.init in CHANGES_BASE:
         groups, pairs = _on_the_original(module, groups, pairs, where)
