@@ -15,11 +15,13 @@ from fused_lora.plan.strategies import (
     candidates,
     why_not,
     why_not_backend,
+    why_not_products,
 )
 from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan, Span
 
 H200 = Ceilings("an H200", "bfloat16", 790_000, 32.0, 4_300, 4.0, True)
 ALL = tuple(Backend)
+EXTENDED = Forward.EXTENDED
 
 
 def problem(rank=16, n=768, dtype="bfloat16", m=25216, k=768, groups=1, **more):
@@ -110,3 +112,36 @@ def test_the_library_takes_over_what_they_kept():
         other = by_library(plan)
         assert other.library_alone and why_not(problem(), other) is None
         assert (other.keep, other.gradient) == (plan.keep, plan.gradient)
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        (problem(dtype="float32"), "not float32"),
+        (problem(k=772), r"rows of whole 16 bytes, and w is [768, 772]"),
+        (problem(n=0), "w is [0, 768]"),
+        (problem(rank=4, groups=6), "this one has 6"),
+        (problem(m=1 << 31), "counts rows in 32 bits"),
+    ],
+)
+def test_what_the_product_cannot_serve_is_said(question, sentence):
+    assert sentence in why_not_products(question)
+    assert not candidates(question, (), compiled=True)
+
+
+def test_products_stand_only_where_asked_for_and_take_any_rank():
+    assert not [p for p in candidates(problem(), ALL) if p.backend is Backend.CUDA]
+    for rank in (16, 512):
+        plans = [p for p in candidates(problem(rank), ALL, True) if p.backend is Backend.CUDA]
+        assert {plan.forward for plan in plans} == {plan.dx for plan in plans} == {EXTENDED}
+        assert any(plan.grads_by for plan in plans) == (rank == 16)
+
+
+def test_a_product_reads_h_beside_x():
+    plan = Plan(EXTENDED, EXTENDED, Gradient.RANK, Keep.HIDDEN, backend=Backend.CUDA)
+    found = {step.name: step for step in steps(problem(), plan)}
+    assert list(found) == ["shrink", "extended", "dy shrink", "dx extended", "db", "da"]
+    assert (found["extended"].k, found["dx extended"].k) == (768 + 16, 768 + 16)
+    merged = compiled(dx=EXTENDED, backend=Backend.CUDA)
+    assert str(merged) == "cuda:extended/extended/cuda:rank/hidden"
+    assert "one pass db da" in {step.name for step in steps(problem(), merged)}

@@ -103,6 +103,7 @@ def forward(
     chip: Chip | None = None,
 ) -> Output:
     """y = residual + factor act(x wT + bias + s h bT), and what a backward pass may keep."""
+    assert (reason := why_not(x, w, adapters)) is None, reason
     ranks = [span.rank for span in adapters.spans]
     h = shrink(x, adapters) if h is None else spread(h, ranks)
     y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
@@ -130,6 +131,7 @@ def input_grad(
     chip: Chip | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx = residual + dy w + dh a [M, K], and dh."""
+    assert (reason := why_not(dy, w, adapters)) is None, reason
     ranks = [span.rank for span in adapters.spans]
     dh = shrink_grad(dy, adapters) if dh is None else spread(dh, ranks)
     dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from fused_lora.kernels.cuda import lora_extended, native
 from fused_lora.kernels.cuda import lora_linear as room
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.ops import backends, planning
+from fused_lora.plan.strategies import PRODUCT_GROUPS
 from fused_lora.testing.yardstick import judge
 from fused_lora.trust import cuda_checks, everything
 from fused_lora.types import Backend, Gradient, Impl, Needs, Span
@@ -156,3 +159,7 @@ def test_a_self_test_lists_every_tile(hopper: list[str], monkeypatch: pytest.Mon
         question = planning.problem(m, 768, n, (Span(0, n, 16),), BF16, True, Needs())
         tiles = room.tiles(question, plan(Impl.CUDA), Chip(90, 132))
         assert {"{} x {}".format(*tile) for tile in tiles} <= set(listed)
+
+
+def test_the_plan_knows_how_many_adapters_it_takes(host: ModuleType) -> None:
+    assert host.linear_most_groups == PRODUCT_GROUPS
