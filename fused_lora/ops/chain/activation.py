@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.ops import gelu
-from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors
+from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Run, Stage, Tensors
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # of what goes in, and where to write
 Backward = Callable[[Tensor, Tensor], Tensor]  # of the gradient and of what went in
@@ -52,16 +52,9 @@ class Activation(Stage):
 
     name: str  # a key of ACTIVATIONS
 
-    def forward(
-        self,
-        x: Tensors,
-        own: Optional,
-        asked: Asked,
-        out: Tensor | None = None,
-        room: Room | None = None,
-    ) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
         """g of u."""
-        return Run((ACTIVATIONS[self.name][0](x[0], out),))
+        return Run((ACTIVATIONS[self.name][0](x[0], place.out),))
 
     def backward(
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
@@ -92,17 +85,10 @@ class Gated(Stage):
         first, second = x if len(x) == 2 else x[0].chunk(2, dim=-1)
         return (second, first) if self.gate_last else (first, second)
 
-    def forward(
-        self,
-        x: Tensors,
-        own: Optional,
-        asked: Asked,
-        out: Tensor | None = None,
-        room: Room | None = None,
-    ) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
         """g of gate and value."""
         gate, value = self._halves(x)
-        act = ACTIVATIONS[self.name][0](gate, None)
+        act, out = ACTIVATIONS[self.name][0](gate, None), place.out
         return Run((act.mul_(value) if out is None else torch.mul(act, value, out=out),))
 
     def backward(

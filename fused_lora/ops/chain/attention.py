@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.aten import attention as kernels
-from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors
+from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Run, Stage, Tensors
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,7 @@ class Attention(Stage):
     heads: int  # H
     tokens: int  # T, rows of one sample
 
-    def forward(
-        self,
-        x: Tensors,
-        own: Optional,
-        asked: Asked,
-        out: Tensor | None = None,
-        room: Room | None = None,
-    ) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
         """One pass; extra is what a fused backward takes: out, log-sum-exp and their like."""
         qkv = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
         key = kernels.serves(*qkv)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.recipe import Recipe, combined, finish, stored
-from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Tensors
+from fused_lora.ops.chain.stage import Asked, Optional, Place, Room, Run, Tensors
 from fused_lora.ops.lora_linear import refuse_double_backward, reshaped, without_autocast
 
 FIXED = 5  # recipe, residual, gamma, mask and source stand before the operands
@@ -80,11 +80,9 @@ class Chain(torch.autograd.Function):
             room: Room | None = None
             for i, stage in enumerate(recipe.stages):
                 following = behind(recipe, i, values[i], own, asked)
-                given = (values[i], own[i], asked[i])
-                if ending and i + 1 == len(recipe.stages):
-                    run = stage.forward_to(ending, *given, room)
-                else:
-                    run = stage.forward(*given, following and following.left, room)
+                last = i + 1 == len(recipe.stages)
+                place = Place(following and following.left, room, ending if last else None)
+                run = stage.forward(values[i], own[i], asked[i], place)
                 room = following
                 if i and i not in recipe.keep:
                     del values[i]
@@ -146,10 +144,9 @@ class _Backward:
             before, last = self.value(i - 1), i - 1
             if i < len(self.runs) and self.runs[i] is None:
                 self.rooms[i] = behind(self.recipe, last, before, self.own, self.asked)
-            out, room = self.rooms.get(i), self.rooms.pop(last, None)
-            run = self.recipe.stages[last].forward(
-                before, self.own[last], self.asked[last], out and out.left, room
-            )
+            following, room = self.rooms.get(i), self.rooms.pop(last, None)
+            place = Place(following and following.left, room)
+            run = self.recipe.stages[last].forward(before, self.own[last], self.asked[last], place)
             self.values[i], self.runs[last] = run.out, Run((), run.extra, run.note)
         return self.values[i]
 

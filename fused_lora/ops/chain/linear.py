@@ -9,7 +9,17 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters, Ending
 from fused_lora.ops.backends import why_not_device
-from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors, consecutive
+from fused_lora.ops.chain.stage import (
+    FREE,
+    Asked,
+    Optional,
+    Place,
+    Room,
+    Run,
+    Stage,
+    Tensors,
+    consecutive,
+)
 from fused_lora.ops.lora_linear import as_rows, backward, call_plan, compute, lora_linear
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.types import Forward, Impl, Keep, Needs, Plan, Span
@@ -55,42 +65,10 @@ class LoRALinear(Stage):
         """The gradients each frame is asked for."""
         return tuple(frame.needs(x, own[part]) for frame, part in self.parts)
 
-    def forward(
-        self,
-        x: Tensors,
-        own: Optional,
-        asked: Asked,
-        out: Tensor | None = None,
-        room: Room | None = None,
-    ) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
         """y [M, N] of x [M, K], for each frame."""
-        return self._forward(None, x, own, asked, room)
-
-    def forward_to(
-        self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
-    ) -> Run:
-        """residual + factor y."""
-        return self._forward(ending, x, own, asked, room)
-
-    def ending(
-        self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None
-    ) -> Ending | None:
-        """LayerScale and residual, where Triton's epilogue might serve: the plan decides."""
-        if residual is None or mask is not None or len(self.frames) > 1:
-            return None
-        if self.frames[0].impl not in ASKED_OF_TRITON or why_not_device(residual, self.dtype):
-            return None
-        return Ending(factor=gamma, residual=residual.reshape(-1, residual.shape[-1]))
-
-    def _forward(
-        self,
-        ending: Ending | None,
-        x: Tensors,
-        own: Optional,
-        asked: Asked,
-        room: Room | None,
-    ) -> Run:
         ys, extra, plans = [], [], []
+        room, ending = place.room, place.ending
         placed = (room and room.buffer, room and room.plan)
         for (frame, part), needs in zip(self.parts, asked.note, strict=True):
             w, bias, *ab = own[part]
@@ -103,6 +81,16 @@ class LoRALinear(Stage):
             extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
             plans.append(done.plan)
         return Run(tuple(ys), tuple(extra), tuple(plans))
+
+    def ending(
+        self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None
+    ) -> Ending | None:
+        """LayerScale and residual, where Triton's epilogue might serve: the plan decides."""
+        if residual is None or mask is not None or len(self.frames) > 1:
+            return None
+        if self.frames[0].impl not in ASKED_OF_TRITON or why_not_device(residual, self.dtype):
+            return None
+        return Ending(factor=gamma, residual=residual.reshape(-1, residual.shape[-1]))
 
     def backward(
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked

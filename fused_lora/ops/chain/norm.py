@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.ops import layer_norm
-from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Stage, Tensors
+from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Run, Stage, Tensors
 
 
 @dataclass(frozen=True)
@@ -20,17 +19,10 @@ class LayerNorm(Stage):
     dtype: torch.dtype
     operands = 2
 
-    def forward(
-        self,
-        x: Tensors,
-        own: Optional,
-        asked: Asked,
-        out: Tensor | None = None,
-        room: Room | None = None,
-    ) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
         """n [M, K] of x [M, K]."""
         gamma, beta = own
-        n, mean, rstd = layer_norm.forward(x[0], gamma, beta, self.eps, out)
+        n, mean, rstd = layer_norm.forward(x[0], gamma, beta, self.eps, place.out)
         return Run((n.to(self.dtype),), (mean, rstd))
 
     def backward(

@@ -49,6 +49,17 @@ class Room(NamedTuple):
         return self.buffer[:, : self.columns]
 
 
+class Place(NamedTuple):
+    """Where a stage finds and leaves what it computes with, where it asked for that."""
+
+    out: Tensor | None = None  # [M, N], written by a stage that places
+    room: Room | None = None  # holds x
+    ending: Ending | None = None  # computed behind its y
+
+
+FREE = Place()
+
+
 def consecutive(lengths: Iterable[int]) -> tuple[slice, ...]:
     """Slices one behind another."""
     found, first = [], 0
@@ -63,15 +74,8 @@ class Stage:
 
     operands = 0  # how many tensors it owns: weights and adapters
 
-    def forward(
-        self,
-        x: Tensors,
-        own: Optional,
-        asked: Asked,
-        out: Tensor | None = None,
-        room: Room | None = None,
-    ) -> Run:
-        """One pass: into ``out``, if the stage places; ``room`` holds x, if it asked for one."""
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
+        """One pass, as ``place`` has it."""
         raise NotImplementedError(type(self).__name__)
 
     def backward(
@@ -89,12 +93,6 @@ class Stage:
     ) -> Ending | None:
         """What of residual + gamma mask z it computes as it forms z, as the last stage; or None."""
         return None
-
-    def forward_to(
-        self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
-    ) -> Run:
-        """One pass, and what ``ending`` names; ``room`` as in ``forward``."""
-        raise NotImplementedError(type(self).__name__)
 
     def asked(self, x: bool, own: tuple[bool, ...]) -> Any:
         """The note of ``Asked``."""
