@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from fused_lora.io.attention import from_peft, to_peft
 from fused_lora.io.blocks import LAYOUTS, dense, in_blocks
 from fused_lora.io.describe import config_for
 from fused_lora.io.errors import AdapterFileError
@@ -82,11 +83,18 @@ def save(
     if layout == "blocks":
         if dora:
             raise AdapterFileError('layout="blocks": PEFT\'s BdLora has no dora; save it "dense"')
+        if any(isinstance(each, nn.MultiheadAttention) for each in module_names(model).values()):
+            raise AdapterFileError(
+                'layout="blocks": PEFT\'s BdLora has no MultiheadAttention; save it "dense"'
+            )
         tensors, blocks[BLOCKS] = in_blocks(tensors, groups)
+    ranks = {name: total_rank(each) for name, each in groups.items()}
+    scales = {name: outer_scale(each) for name, each in groups.items()}
+    tensors, ranks, scales = to_peft(module_names(model), tensors, ranks, scales)
     for key, tensor in whole_state(model, others).items():
         check_values(tensor, key)
         tensors[key] = gathered(tensor)
-    config = _config(model, groups, others) | blocks | {"use_dora": dora}
+    config = _config(model, ranks, scales, others) | blocks | {"use_dora": dora}
     text = json.dumps(config, indent=2) + "\n"
     if writes(model):
         write_pair(Path(folder), text.encode(), pack(tensors, groups, config))
@@ -135,12 +143,12 @@ def dora_of(modules: Mapping[str, AdaptedLinear]) -> bool:
 
 
 def _config(
-    model: nn.Module, groups: Mapping[str, Sequence[Group]], others: list[str]
+    model: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, float], others: list[str]
 ) -> dict[str, Any]:
     base = getattr(model, "name_or_path", None)
     return config_for(
-        {name: total_rank(each) for name, each in groups.items()},
-        {name: outer_scale(each) for name, each in groups.items()},
+        ranks,
+        scales,
         module_names(model),
         others,
         max(module.config.dropout for module in adapted(model).values()),
@@ -168,6 +176,7 @@ def _changes(
     for key, tensor in content.tensors.items():
         kind = adapters if key in own or ".lora_" in key or key.startswith(ASIDE) else others
         kind[key] = tensor
+    adapters, settings = from_peft(module_names(model), adapters, settings, where)
     old = old_names(modules, adapters)
     adapters = {renamed(key, old): tensor for key, tensor in adapters.items()}
     former = {new: name for name, new in old.items()}
