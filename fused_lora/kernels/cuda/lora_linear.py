@@ -51,11 +51,13 @@ def forward(
     bias: Tensor | None,  # [N], x's dtype
     adapters: Adapters,
     plan: Plan,
+    bordered: Tensor | None = None,  # for the library's one GEMM: not read here
+    h: Tensor | None = None,  # [M, sum R] where it is there already
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and what ``plan.keep`` names: h [M, sum R] or None."""
     if bias is not None and not (bias.is_contiguous() and bias.data_ptr() % 4 == 0):
         bias = bias.clone()
-    y, h, _ = lora_extended.forward(readable(x), readable(w), bias, adapters)
+    y, h, _ = lora_extended.forward(readable(x), readable(w), bias, adapters, h=h)
     kept = packed(h, adapters) if plan.keep is Keep.HIDDEN else None
     return y, kept
 
