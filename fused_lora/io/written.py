@@ -84,9 +84,8 @@ def _check_base(
     module: AdaptedLinear, origin: Tensor, base: Tensor, taken: Tensor, where: str
 ) -> None:
     """The base must be the original less what the init took, but for its rounding."""
-    off = (
-        origin.detach().double() - base.detach().double() - taken
-    ).norm() / origin.double().norm()
+    wanted, found = origin.detach().double(), base.detach().double() + taken.detach()
+    off = (wanted - found).norm() / wanted.norm()
     limit = 16 * torch.finfo(origin.dtype).eps
     if not off <= limit:
         raise AdapterFileError(
