@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -76,6 +77,11 @@ class Span:
     def width(self) -> int:
         """Columns owned."""
         return self.stop - self.start
+
+
+def ragged(spans: Sequence[Span]) -> bool:
+    """Whether there are several adapters, of ranks that the matrix instructions' 16 divides not."""
+    return len(spans) > 1 and any(span.rank % 16 for span in spans)
 
 
 @dataclass(frozen=True)

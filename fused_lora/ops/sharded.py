@@ -27,7 +27,8 @@ def like(value: Tensor, destination: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = destination.device_mesh, destination.placements  # type: ignore[attr-defined]
-    return distribute_tensor(value.to(destination.device), mesh, placements)
+    whole = value.to(destination.device)
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)  # nothing is sent
 
 
 def writes(model: nn.Module) -> bool:

@@ -102,8 +102,17 @@ def test_nothing_to_patch():
 
 
 def test_an_attention_that_no_rule_knows():
-    model = torchvision.models.MaxVit((64, 64), 16, 2, [16], [1], 8, 0.0)
-    refuse(model, "no block has an attention and an MLP of linears that a rule")
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x):
+            q, k, v = self.whole(x).chunk(3, dim=-1)
+            return self.proj(torch.softmax(q @ k.mT, -1) @ v)
+
+    model, x = nn.Sequential(Attention(), nn.Linear(16, 16)), torch.randn(1, 5, 16)
+    refuse(model, "no block has an attention and an MLP of linears that a rule", example_input=x)
 
 
 def test_a_projection_that_is_neither_called_nor_read():

@@ -29,8 +29,9 @@ import torch
 from fused_lora.kernels.triton import tiles
 from fused_lora.kernels.triton.winners import MeasuredTile, winner
 from fused_lora.plan.problem import Problem
-from fused_lora.types import Backend, Forward, Gradient, Keep, Plan
+from fused_lora.types import Backend, Forward, Gradient, Keep, Plan, ragged
 
+PRODUCTS = ("extended", "one_pass")  # of a big matrix and of a border, in one accumulator
 NO_PRODUCTS = ("layer_norm", "gelu", "merge_many")  # or fp32 ones, whatever torch allows
 AnyTile = MeasuredTile | tiles.RowTile | tiles.ElementTile
 
@@ -65,16 +66,27 @@ class Launch(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def tile_of(
-    kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device
+    kernel: str,
+    rows: int,
+    columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ragged: bool = False,  # of a product with adapters; winners are measured without
 ) -> Any:
     """The tile of one launch, of its kernel's kind: a measured winner, else by this room's rule."""
-    if found := winner(kernel, rows, columns, depth, dtype, device):
-        return found
-    return by_rule(kernel, rows, columns, depth, dtype, device)
+    found = None if ragged else winner(kernel, rows, columns, depth, dtype, device)
+    return found or by_rule(kernel, rows, columns, depth, dtype, device, ragged)
 
 
 def by_rule(
-    kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device
+    kernel: str,
+    rows: int,
+    columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ragged: bool = False,
 ) -> Any:
     """The tile of one launch where nothing was measured."""
     name, _, ending = kernel.partition("_")
@@ -82,9 +94,10 @@ def by_rule(
     if name == "extended":
         rows_fit = depth * size % 16 == columns * size % 16 == 0  # as descriptors need them to be
         bulk = rows_fit and ending not in ("dropout", "wide")  # which take registers
-        return tiles.gemm_tile(rows, columns, size, bool(ending), device, bulk, ending == "gelu")
+        how = (bool(ending), device, bulk, ending == "gelu", ragged)
+        return tiles.gemm_tile(rows, columns, size, *how)
     if name == "one":
-        return tiles.one_pass_tile(rows, columns, size, device)
+        return tiles.one_pass_tile(rows, columns, size, device, ragged)
     if name == "shrink":
         return tiles.thin_tile(rows, columns, size, device, dropout)
     if name == "grad":
@@ -101,7 +114,10 @@ def launches(
     if plan.backend is not Backend.TRITON:
         return frozenset()
     shapes = set(_shapes(problem, plan))
-    return frozenset(Launch(s[0], tile_of(*s, dtype, device)) for s in shapes)
+    uneven = {kernel: ragged(problem.spans) for kernel in PRODUCTS}
+    return frozenset(
+        Launch(s[0], tile_of(*s, dtype, device, uneven.get(s[0], False))) for s in shapes
+    )
 
 
 def _shapes(p: Problem, plan: Plan) -> Iterator[tuple[str, int, int, int]]:

@@ -23,7 +23,7 @@ from fused_lora.kernels.triton.launches import tile_of
 from fused_lora.kernels.triton.lora_extended_bulk import describable
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.tiles import BulkTile
-from fused_lora.types import Forward, Gradient, Keep, Needs, Plan
+from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, ragged
 
 
 def forward(
@@ -42,10 +42,10 @@ def forward(
     adapters = uniform(adapters)
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if plan.forward is Forward.ONE_PASS:
-        tile = _tile("one_pass", x, w.shape[0], x.shape[1])
+        tile = _product_tile("one_pass", x, w.shape[0], adapters)
         y, h, _ = lora_one_pass.forward(x, w, bias, adapters, tile=tile)
     else:
-        tile = _tile("extended", x, w.shape[0], x.shape[1])
+        tile = _product_tile("extended", x, w.shape[0], adapters)
         tail = None if bordered is None else bordered[:, x.shape[1] :]
         x, w = (readable(t, tile) for t in (x, w))
         h = shrink(x, adapters, tail) if h is None else readable(h, tile)
@@ -93,7 +93,7 @@ def input_grad(
     if plan.dx is Forward.MERGE:
         return dy @ merged(w, adapters), None
     dy, adapters = rows(dy), uniform(adapters)
-    tile = _tile(plan.dx.value, dy, w.shape[1], dy.shape[1])
+    tile = _product_tile(plan.dx.value, dy, w.shape[1], adapters)
     if plan.dx is Forward.ONE_PASS:
         return lora_one_pass.input_grad(dy, w, adapters, tile=tile)
     dy, w = (readable(t, tile) for t in (dy, w))
@@ -132,6 +132,11 @@ def shrink_grad(dy: Tensor, adapters: Adapters) -> Tensor:
     """dh = s dy b, [M, sum R]."""
     tile = _tile("shrink", dy, adapters.rank, dy.shape[1])
     return lora_shrink.shrink_grad(dy, adapters, tile=tile)
+
+
+def _product_tile(kernel: str, x: Tensor, columns: int, adapters: Adapters):
+    rows, depth = x.shape
+    return tile_of(kernel, rows, columns, depth, x.dtype, x.device, ragged(adapters.spans))
 
 
 def _tile(kernel: str, x: Tensor, columns: int, depth: int):

@@ -200,14 +200,21 @@ _BULK: dict[int, tuple[BulkTile, ...]] = {
 _SINGLE_BULK = {90: (BulkTile(64, 64, 32, 4, 8),), 100: (BulkTile(64, 64, 32, 4, 8),)}
 # GELU or its slope is seen to spill here in spite of the rule, 8 to 136 bytes.
 _SPILLS: dict[int, tuple[Tile, ...]] = {
-    90: (_LARGE[1],),
+    90: (_LARGE[1], *_SINGLE[90][:1]),
     100: (_NARROW[0], *_LARGE[1:]),
     120: (SAFE, *_BULK[120]),
 }
+# Several adapters of ranks that 16 does not divide are seen to spill here, 8 and 32 bytes.
+_SPILLS_RAGGED: dict[int, tuple[Tile, ...]] = {90: (_LARGE[0], _HALF[90][0])}
 
 
 def candidates(
-    arch: int, itemsize: int, heavy: bool = False, bulk: bool = False, activation: bool = False
+    arch: int,
+    itemsize: int,
+    heavy: bool = False,
+    bulk: bool = False,
+    activation: bool = False,
+    ragged: bool = False,
 ) -> tuple[Tile, ...]:
     """The extended GEMM's tiles for sm_``arch``; the first of equal cost is chosen.
 
@@ -217,6 +224,7 @@ def candidates(
         heavy: whether the epilogue does more than add a bias.
         bulk: whether descriptors can be made of x and w, which the persistent form needs.
         activation: whether the epilogue applies GELU or its slope; heavy too, then.
+        ragged: whether several adapters have ranks that 16 does not divide.
     """
     family = _family(arch)
     if itemsize == 2:
@@ -224,6 +232,7 @@ def candidates(
     else:
         tiles = (*_SINGLE[family], *(_SINGLE_BULK.get(family, ()) if bulk else ()))
     spills = _SPILLS.get(family, ()) if activation else ()
+    spills += _SPILLS_RAGGED.get(family, ()) if ragged else ()
     fits = (t for t in tiles if t.fits(arch, itemsize, heavy or activation))
     return tuple(t for t in fits if t not in spills)
 
@@ -236,9 +245,10 @@ def gemm_tile(
     device: torch.device,
     bulk: bool = False,
     activation: bool = False,
+    ragged: bool = False,
 ) -> Tile:
     """The candidate that keeps the busiest multiprocessor busy shortest."""
-    tiles = candidates(architecture(device), itemsize, heavy, bulk, activation)
+    tiles = candidates(architecture(device), itemsize, heavy, bulk, activation, ragged)
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
@@ -251,17 +261,25 @@ _ONE_PASS: dict[int, tuple[Tile, ...]] = {
     100: (SAFE, *_ONE_PASS_HALF),
     120: _ONE_PASS_HALF,
 }
+# As above, 8 to 152 bytes.
+_ONE_PASS_SPILLS_RAGGED: dict[int, tuple[Tile, ...]] = {
+    90: (SAFE, _ONE_PASS_SINGLE[0]),
+    100: (SAFE,),
+}
 
 
-def one_pass_candidates(arch: int, itemsize: int) -> tuple[Tile, ...]:
+def one_pass_candidates(arch: int, itemsize: int, ragged: bool = False) -> tuple[Tile, ...]:
     """The one-pass GEMM's tiles for sm_``arch``, largest first."""
     tiles = _ONE_PASS[_family(arch)] if itemsize == 2 else _ONE_PASS_SINGLE
-    return tuple(tile for tile in tiles if tile.fits(arch, itemsize))
+    spills = _ONE_PASS_SPILLS_RAGGED.get(_family(arch), ()) if ragged else ()
+    return tuple(tile for tile in tiles if tile.fits(arch, itemsize) and tile not in spills)
 
 
-def one_pass_tile(rows: int, columns: int, itemsize: int, device: torch.device) -> Tile:
+def one_pass_tile(
+    rows: int, columns: int, itemsize: int, device: torch.device, ragged: bool = False
+) -> Tile:
     """As ``gemm_tile``."""
-    tiles = one_pass_candidates(architecture(device), itemsize)
+    tiles = one_pass_candidates(architecture(device), itemsize, ragged)
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
@@ -283,13 +301,15 @@ def thin_tile(
 ) -> ThinTile:
     """Short in rows where there are few, so that every multiprocessor has some."""
     if itemsize == 4:
-        capped = 128 if _family(architecture(device)) == 100 else 0
+        capped = 0 if _family(architecture(device)) == 80 else 128
         return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4, capped)
     ranks = power_of_two(ranks, 16, 64)
     if dropout or rows < 128 * multiprocessors(device):
         return ThinTile(64, ranks, 64, 4, 8 if dropout or ranks == 64 else 4)
     roomy = shared_bytes(architecture(device)) > LEAST_SHARED_KIB << 10
-    return ThinTile(128, ranks, 64, 4, 4) if roomy else ThinTile(128, ranks, 64, 3, 8)
+    if not roomy:
+        return ThinTile(128, ranks, 64, 3, 8)
+    return ThinTile(128, ranks, 64, 4, 8 if ranks == 64 else 4)
 
 
 def grad_tile(ranks: int, itemsize: int, dropout: bool = False) -> GradTile:

@@ -55,9 +55,9 @@ def ragged_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     h = x.new_zeros(M, three.rank)
     yield from thin_launches(x, three)
     yield lambda: lora_grad.b_grads(h, x, three)
-    for tile in candidates(arch, size, bulk=True):
+    for tile in candidates(arch, size, bulk=True, ragged=True):
         yield lambda t=tile: lora_extended.forward(x, w, bias, three, h=h, tile=t)
-    for tile in one_pass_candidates(arch, size):
+    for tile in one_pass_candidates(arch, size, ragged=True):
         for adapters in (two, three):
             yield lambda t=tile, a=adapters: lora_one_pass.forward(x, w, bias, a, t)
             yield lambda t=tile, a=adapters: lora_one_pass.input_grad(x, w, a, t)

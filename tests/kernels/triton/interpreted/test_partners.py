@@ -188,8 +188,8 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
     serving.setattr("fused_lora.ops.lora_linear.call_plan", lambda *_, **__: plan)
     p = build(CASES[3], BF16, torch.float32)
     for one in endings(p.x.shape[0], p.w.shape[0]):
-        call = (p.scales, p.spans, Impl.AUTO, BF16, (*p.a, *p.b), Needs(), one)
-        y, _, _, h, _, u = compute(p.x, p.w, p.bias, *call)
+        call = (p.scales, p.spans, Impl.AUTO, BF16, (*p.a, *p.b), Needs())
+        y, _, _, h, _, u = compute(p.x, p.w, p.bias, *call, ending=one)
         runs = []
         for q in (lowered(p, BF16), p.double()):
             as_q = [None if t is None else t.to(q.x.dtype) for t in one[1:]]
