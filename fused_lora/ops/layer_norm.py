@@ -1,6 +1,6 @@
 """LayerNorm of rows and its gradients: the face of kernels/aten/layer_norm.py, and who serves it.
 
-    x^ = (x - mean) rstd     y = x^ weight + bias        Source: Ba, Kiros and Hinton 2016
+    x^ = (x - mean) rstd     y = x^ weight + bias        Source: arXiv 1607.06450
 
 ``out`` may be the left of a bordered buffer, where the next product reads its operand. Triton's
 kernels serve where this device has found them right; statistics of either backend do for both.

@@ -70,7 +70,7 @@ def test_an_ending_is_what_it_says(activation):
     assert done.u is None if activation == "none" else torch.equal(done.u, u)
 
 
-def test_no_epilogue_where_the_plan_is_the_librarys():
+def test_no_epilogue_where_the_library_has_the_plan():
     plan = Plan(Forward.SEPARATE, Forward.SEPARATE, Gradient.NONE, Keep.NOTHING)
     x = torch.randn(4, 4)
     assert "the plan is separate/" in why_not_fused(x, x, plan, Ending("erf"))
