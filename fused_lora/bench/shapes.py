@@ -61,7 +61,7 @@ CPU_GRIDS = {
     "saved_bytes": _COUNTED,
     "sharing": Grid(_SMALL_BASE, (16,), (2,), ("fp32",), (), (), 60),
     "train_step": Grid(
-        _SMALL_BASE, (16, 128, 512), (2,), ("fp32",), (*_STEP, *_BLOCK), _SMALL_BASE[1:], 150
+        _SMALL_BASE, (16, 128), (2,), ("fp32",), (*_STEP, *_BLOCK), _SMALL_BASE[1:], 100
     ),
     "wecolora_step": Grid(
         _SMALL_BASE[1:], (128,), (8,), ("fp32",), ("frozen", "naive", "peft", "fused"), (), 120
