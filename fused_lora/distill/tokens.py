@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ def tokens_of(
         ValueError: ``last`` is not from 1 to the model's blocks, or a block's output is no
             [B, T, d].
     """
-    blocks = [model.get_submodule(block.name) for block in blocks_of(model)]
+    blocks = [model.get_submodule(name) for name in _names(model)]
     count = len(blocks) if last is None else last
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(blocks):
         raise ValueError(f"last must be a whole number from 1 to {len(blocks)}, got {last!r}")
@@ -57,6 +58,18 @@ def tokens_of(
         outputs = [final(output) for output in outputs]
     height, width = images.shape[-2:]
     return Tokens(outputs, int(getattr(model, "num_prefix_tokens", 1)), (height, width))
+
+
+# Of a model with so many modules: to find its blocks takes longer than a small one's forward.
+_known: WeakKeyDictionary[nn.Module, tuple[int, list[str]]] = WeakKeyDictionary()
+
+
+def _names(model: nn.Module) -> list[str]:
+    count = sum(1 for _ in model.modules())
+    known = _known.get(model)
+    if known is None or known[0] != count:
+        known = _known[model] = count, [block.name for block in blocks_of(model)]
+    return known[1]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, takewhile
 
 from torch import nn
 
@@ -31,8 +31,8 @@ class Rule:
     def paths(self, module: nn.Module) -> tuple[str, ...]:
         """Where in ``module`` the projections are; empty where the rule does not fit."""
         for names in self.names:
-            found = [_path(module, name) for name in names]
-            if None in found:
+            found = tuple(takewhile(bool, (_path(module, name) for name in names)))
+            if len(found) < len(names):
                 continue
             shapes = [projection(module, path).shape for path in found if path]  # type: ignore[union-attr]
             if self.fits(*shapes):

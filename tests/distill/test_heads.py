@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fused_lora.distill import tokens
 from fused_lora.distill.heads import ClassificationHead, SegmentationHead, grid_of
 from fused_lora.distill.tokens import Tokens, tokens_of
 from fused_lora.patching.errors import PatchError
@@ -31,6 +32,15 @@ class TestTokens:
         x = images(model)
         assert all(map(torch.equal, tokens_of(model, x, 2).blocks, tokens_of(model, x).blocks[1:]))
         assert not any(block._forward_hooks for block in model.blocks)
+
+    def test_blocks_are_looked_for_once(self, monkeypatch):
+        model, found = build(depth=3), tokens.blocks_of
+        x, searched = images(model), []
+        monkeypatch.setattr(tokens, "blocks_of", lambda m: searched.append(m) or found(m))
+        assert [len(tokens_of(model, x).blocks) for _ in range(3)] == [3, 3, 3]
+        del model.blocks[1]
+        assert len(tokens_of(model, x).blocks) == 2
+        assert len(searched) == 2
 
     @pytest.mark.parametrize("last", [0, 3, -1, 1.0, True])
     def test_wrong_counts(self, last):
