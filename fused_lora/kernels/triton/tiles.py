@@ -254,6 +254,8 @@ def gemm_tile(
 
 # A third operand in every step and a second accumulator: smaller than the extended GEMM's.
 _ONE_PASS_SINGLE = (Tile(64, 32, 16, 4, 8), Tile(32, 32, 16, 4, 4))
+# On sm_80 Triton 3.6 spills 8 bytes of TF32 with more stages.
+_ONE_PASS_SINGLE_80 = (Tile(64, 32, 16, 2, 8), _ONE_PASS_SINGLE[1])
 _ONE_PASS_HALF = (Tile(128, 64, 64, 3, 8), Tile(64, 64, 64, 3, 8))
 _ONE_PASS: dict[int, tuple[Tile, ...]] = {
     80: _ONE_PASS_HALF,
@@ -270,7 +272,8 @@ _ONE_PASS_SPILLS_RAGGED: dict[int, tuple[Tile, ...]] = {
 
 def one_pass_candidates(arch: int, itemsize: int, ragged: bool = False) -> tuple[Tile, ...]:
     """The one-pass GEMM's tiles for sm_``arch``, largest first."""
-    tiles = _ONE_PASS[_family(arch)] if itemsize == 2 else _ONE_PASS_SINGLE
+    single = _ONE_PASS_SINGLE_80 if _family(arch) == 80 else _ONE_PASS_SINGLE
+    tiles = _ONE_PASS[_family(arch)] if itemsize == 2 else single
     spills = _ONE_PASS_SPILLS_RAGGED.get(_family(arch), ()) if ragged else ()
     return tuple(tile for tile in tiles if tile.fits(arch, itemsize) and tile not in spills)
 
