@@ -32,7 +32,7 @@ METHODS = ("joint", "two_step", "probe")
 FRACTIONS = (0.10, 0.02)
 SEEDS = (0, 1, 2)
 STEPS = 600
-RATES = (0.02, 0.08)
+RATES = (0.02, 0.08, 0.24)
 SWEEP_FRACTION, SWEEP_SEED = 0.10, 9
 
 
