@@ -180,10 +180,28 @@ def test_dropout_without_a_mask(checking, monkeypatch):
         assert verdict.passed, str(verdict)
 
 
-def test_a_backward_that_triton_cannot_run_has_the_forwards_mask(checking):
+def test_dropout_reaches_the_same_kernels_when_compiled(serving):  # noqa: F811
+    from fused_lora.kernels.triton import lora_dropout as kernels
+
+    x, a = (torch.randn(*shape, requires_grad=True) for shape in ((21, 24), (5, 24)))
+    runs, calls = [], []
+    for name in ("shrink", "input_grad", "a_grad"):
+        right = getattr(kernels, name)
+        spy = lambda *args, name=name, right=right: (calls.append(name), right(*args))[1]  # noqa: E731
+        serving.setattr(kernels, name, spy)
+    for run in (shrink, torch.compile(shrink, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(11)
+        h = run(x, a, 0.3)
+        runs.append([h.detach(), *torch.autograd.grad(h.square().sum(), (x, a))])
+    assert calls == ["shrink", "input_grad", "a_grad"] * 2
+    for mine, other in zip(*runs, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_backward_that_triton_cannot_run_has_the_forwards_mask(serving):  # noqa: F811
     x, a = torch.ones(16, 24, requires_grad=True), torch.ones(1, 24)
     h = shrink(x, a, 0.5)
-    checking.setattr("fused_lora.ops.lora_shrink.untouchable", lambda t: "held elsewhere")
+    serving.setattr("fused_lora.ops.lora_shrink.untouchable", lambda t: "held elsewhere")
     (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
     torch.testing.assert_close(dx.sum(1, keepdim=True), h.detach())
 
