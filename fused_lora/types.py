@@ -96,6 +96,17 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class Halves:
+    """What of the adapters costs a library calls of its own, beside their shapes."""
+
+    dtype: str = ""  # of a and b; "" for that of the products
+    scaled: tuple[bool, ...] = ()  # by adapter, whether s is not 1; () where none is
+
+
+ALIKE = Halves()
+
+
+@dataclass(frozen=True)
 class Plan:
     """One way to compute one problem, forward and backward."""
 

@@ -67,10 +67,11 @@ class _DroppedShrink(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward()
-        shape, *mask = ctx.meta
-        needs_x = ctx.needs_input_grad[0]
+        shape, dropout, seed, by = ctx.meta
+        rows, a = ctx.saved_tensors
+        mask = (dropout, seed, by, ctx.needs_input_grad[0])
         with without_autocast(dh.device):
-            dx, da = backward(as_rows(dh, dh.dtype), *ctx.saved_tensors, *mask, needs_x)
+            dx, da = backward(as_rows(dh, dh.dtype), rows, a, *mask)
         return None if dx is None else dx.view(shape), da, None, None
 
 
