@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Forward(str, Enum):
@@ -95,8 +96,7 @@ class Needs:
     b: bool = True
 
 
-@dataclass(frozen=True)
-class Halves:
+class Halves(NamedTuple):
     """What of the adapters costs a library calls of its own, beside their shapes."""
 
     dtype: str = ""  # of a and b; "" for that of the products
