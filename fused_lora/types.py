@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Forward(str, Enum):
@@ -93,6 +94,16 @@ class Needs:
     bias: bool = False
     a: bool = True
     b: bool = True
+
+
+class Halves(NamedTuple):
+    """What of the adapters costs a library calls of its own, beside their shapes."""
+
+    dtype: str = ""  # of a and b; "" for that of the products
+    scaled: tuple[bool, ...] = ()  # by adapter, whether s is not 1; () where none is
+
+
+ALIKE = Halves()
 
 
 @dataclass(frozen=True)

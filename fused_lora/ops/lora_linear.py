@@ -19,11 +19,11 @@ from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters, Ending, Grads
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import plain, transformed
-from fused_lora.ops.planning import plan_for
+from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.reference import lora_linear as reference
 from fused_lora.trust.moment import untouchable
-from fused_lora.types import Backend, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import ALIKE, Backend, Halves, Impl, Keep, Needs, Plan, Span
 
 FIXED_INPUTS = 7  # x, w, bias, scales, spans, impl, dtype stand before the adapters
 reshaped = torch.ops.aten._unsafe_view.default  # a view that autograd takes for a tensor of its own
@@ -188,7 +188,9 @@ def compute(
     w = w.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
-    plan = plan or call_plan(rows, w, bias is not None, spans, needs, impl=impl)
+    if plan is None:
+        question = (rows, w, bias is not None, spans, needs, halves_of(ab, scales))
+        plan = call_plan(*question, impl=impl)
     if ending is None:
         (y, kept), u = forward(rows, w, bias, adapters, plan, impl, bordered), None
     else:
@@ -218,6 +220,7 @@ def call_plan(
     bias: bool,
     spans: tuple[Span, ...],
     needs: Needs,
+    halves: Halves = ALIKE,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
     dtype: torch.dtype | None = None,  # of the GEMMs, where it is not that of ``rows``
@@ -226,7 +229,7 @@ def call_plan(
     """The plan for one call on an x of as many rows as ``rows``."""
     n, k = w.shape
     question = (rows.shape[0], k, n, spans, dtype or rows.dtype, bias, needs, rows.device)
-    plan = plan_for(*question, keep, impl, bordered)
+    plan = plan_for(*question, keep, impl, bordered, halves)
     if plan.library_alone or not (reason := untouchable(rows)):
         return plan
     if impl is Impl.AUTO:

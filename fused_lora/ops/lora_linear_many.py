@@ -30,7 +30,7 @@ from fused_lora.ops.lora_linear import (
 )
 from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.operand import Adapted, compute_dtype
-from fused_lora.ops.planning import plan_for
+from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.trust.moment import untouchable
 from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan
@@ -87,7 +87,8 @@ def _plans(
             return None
         n, k = layer.w.shape
         question = (m, k, n, frame.spans, dtype, layer.bias is not None, _needs(x, layer, frame))
-        plan = plan_for(*question, x.device, impl=frame.impl)
+        halves = halves_of(layer.a, frame.scales)
+        plan = plan_for(*question, x.device, impl=frame.impl, halves=halves)
         if plan.forward not in FORMS_H or plan.gradient is Gradient.FULL:
             return None
         if plan.backend is not Backend.ATEN and untouchable(x):

@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import lora_linear as eager
 from fused_lora.ops.lora_linear import refuse_double_backward, without_autocast
-from fused_lora.ops.planning import plan_for, problem
+from fused_lora.ops.planning import halves_of, plan_for, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.reference import lora_linear as reference
@@ -93,10 +93,11 @@ def _spans(flat: tuple[int, ...]) -> tuple[Span, ...]:
     return tuple(Span(*flat[i : i + 3]) for i in range(0, len(flat), 3))
 
 
-def _plan(m: int, w: Tensor, spans: Sequence[int], needs: int, keep: str, impl: str) -> Plan:
+def _plan(m: int, w: Tensor, adapters: Adapters, needs: int, keep: str, impl: str) -> Plan:
     n, k = w.shape
-    question = (m, k, n, _spans(tuple(spans)), w.dtype, True, _needs(needs), w.device)
-    return plan_for(*question, Keep(keep), Impl(impl))
+    question = (m, k, n, tuple(adapters.spans), w.dtype, True, _needs(needs), w.device)
+    halves = halves_of(adapters.a, adapters.scales)
+    return plan_for(*question, Keep(keep), Impl(impl), False, halves)
 
 
 def _adapters(a: list[Tensor], b: list[Tensor], scales: Tensor, spans: Sequence[int]) -> Adapters:
@@ -115,9 +116,10 @@ def _forward(
     keep: str,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    plan = _plan(x.shape[0], w, spans, needs, keep, impl)
+    adapters = _adapters(a, b, scales, spans)
+    plan = _plan(x.shape[0], w, adapters, needs, keep, impl)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y, kept = eager.forward(x, w, bias, _adapters(a, b, scales, spans), plan, Impl(impl))
+    y, kept = eager.forward(x, w, bias, adapters, plan, Impl(impl))
     return y, x.new_empty(0) if kept is None else kept
 
 
@@ -152,10 +154,10 @@ def _backward(
     keep: str,
     impl: str = "auto",
 ) -> list[Tensor]:
-    plan = _plan(dy.shape[0], w, spans, needs, keep, impl)
+    adapters = _adapters(a, b, scales, spans)
+    plan = _plan(dy.shape[0], w, adapters, needs, keep, impl)
     dy = dy if dy.stride(-1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
     h = kept if plan.keep is Keep.HIDDEN else None
-    adapters = _adapters(a, b, scales, spans)
     with without_autocast(dy.device):
         grads = eager.backward(dy, x, h, w, adapters, _needs(needs), plan, Impl(impl))
     ranks_apart = [grad if grad is None or len(a) == 1 else grad.clone() for grad in grads.a]

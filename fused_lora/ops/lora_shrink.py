@@ -3,7 +3,8 @@
 With dropout, h = d(x) aT where d(x) = x m / (1 - p) and the mask m is drawn from a seed; backward
 draws it again: da = dhT d(x), dx = d(dh a). Triton's kernels, where this device trusts them, form
 it as they read x; the library fills a tensor like x with it, for as long as a GEMM takes. The seed
-comes from torch's global generator, so both checkpoint modes see the mask that they recompute.
+comes from torch's global generator, so both checkpoint modes see the mask that they recompute, and
+``torch.compile``, which traces ``fused_lora.ops.lora_shrink_traced``, the one of an eager call.
 """
 
 from __future__ import annotations
@@ -43,22 +44,24 @@ def shrink(x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"shrink: dropout must lie in [0, 1), got {dropout}")
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-    if dropout and not (torch.compiler.is_compiling() or transformed()):
-        return _DroppedShrink.apply(x, a, dropout, dtype)
-    x = F.dropout(x, dropout) if dropout else x
-    return F.linear(x.to(dtype), a.to(dtype))
+    if not dropout or transformed():
+        x = F.dropout(x, dropout) if dropout else x
+        return F.linear(x.to(dtype), a.to(dtype))
+    if torch.compiler.is_compiling():
+        from fused_lora.ops.lora_shrink_traced import traced
+
+        return traced(x, a, dropout, dtype)
+    return _DroppedShrink.apply(x, a, dropout, dtype)
 
 
 class _DroppedShrink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
-        rows = as_rows(x, dtype)
-        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-        by = server(rows, a, dropout)
-        ctx.meta = (x.shape, dropout, seed, by)
+        rows, seed = as_rows(x, dtype), int(drawn())
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, a)
         with without_autocast(x.device):
-            h = _backend(by).shrink(rows, a, dropout, seed)
+            h, by = forward(rows, a, dropout, seed)
+        ctx.meta = (x.shape, dropout, seed, by)
         return h.view(*x.shape[:-1], a.shape[0])
 
     @staticmethod
@@ -66,17 +69,38 @@ class _DroppedShrink(torch.autograd.Function):
         refuse_double_backward()
         shape, dropout, seed, by = ctx.meta
         rows, a = ctx.saved_tensors
-        dh = as_rows(dh, dh.dtype)
-        face, mask = _backend(by), [dropout, seed]
-        if by is Backend.TRITON and untouchable(dh):
-            face, mask = aten, [dropout, seed, True]  # the mask that the kernels drew
-        dx = da = None
+        mask = (dropout, seed, by, ctx.needs_input_grad[0])
         with without_autocast(dh.device):
-            if ctx.needs_input_grad[0]:
-                dx = face.input_grad(dh, a, *mask).view(shape)
-            if rows is not None:
-                da = face.a_grad(dh, rows, a, *mask)
-        return dx, da, None, None
+            dx, da = backward(as_rows(dh, dh.dtype), rows, a, *mask)
+        return None if dx is None else dx.view(shape), da, None, None
+
+
+def drawn() -> Tensor:
+    """A seed of torch's global generator, an int64 on the CPU; a compiler draws each call's own."""
+    return torch.ops.aten.random.default(torch.empty((), dtype=torch.int64, device="cpu"))
+
+
+def forward(rows: Tensor, a: Tensor, dropout: float, seed: int) -> tuple[Tensor, Backend]:
+    """h [M, R] of rows [M, K], and who made its mask."""
+    by = server(rows, a, dropout)
+    return _backend(by).shrink(rows, a, dropout, seed), by
+
+
+def backward(
+    dh: Tensor,  # [M, R], rows contiguous
+    rows: Tensor | None,  # [M, K]; None where a asks for no gradient
+    a: Tensor,  # [R, K]
+    dropout: float,
+    seed: int,
+    by: Backend,  # as ``forward`` said
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx [M, K] and da, where asked for, through the mask of ``forward``."""
+    face, mask = _backend(by), [dropout, seed]
+    if by is Backend.TRITON and untouchable(dh):
+        face, mask = aten, [dropout, seed, True]  # the mask that the kernels drew
+    dx = face.input_grad(dh, a, *mask) if needs_x else None
+    return dx, None if rows is None else face.a_grad(dh, rows, a, *mask)
 
 
 def server(rows: Tensor, a: Tensor, dropout: float) -> Backend:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fused_lora.ops import backends
 from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.plan.choose import Row, ranked
 from fused_lora.plan.problem import Problem
 from fused_lora.trust.check import NotNow
-from fused_lora.types import Backend, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import ALIKE, Backend, Halves, Impl, Keep, Needs, Plan, Span
+
+CPU = torch.device("cpu")
 
 
 def problem(
@@ -24,9 +28,23 @@ def problem(
     bias: bool,
     needs: Needs,
     bordered: bool = False,
+    halves: Halves = ALIKE,
+    device: torch.device = CPU,
 ) -> Problem:
     """The plan's question for one call."""
-    return Problem(m, k, n, spans, str(dtype).removeprefix("torch."), bias, needs, bordered)
+    name = str(dtype).removeprefix("torch.")
+    return Problem(m, k, n, spans, name, bias, needs, bordered, halves, device.type)
+
+
+def halves_of(ab: Sequence[Tensor], scales: Sequence[float]) -> Halves:
+    """What the plan asks of adapters beside their shapes; the first a speaks for all dtypes."""
+    return _halves(ab[0].dtype if ab else None, tuple(scales))
+
+
+@lru_cache(maxsize=1024)
+def _halves(dtype: torch.dtype | None, scales: tuple[float, ...]) -> Halves:
+    name = "" if dtype is None else str(dtype).removeprefix("torch.")
+    return Halves(name, tuple(scale != 1.0 for scale in scales))
 
 
 def plan_for(
@@ -41,6 +59,7 @@ def plan_for(
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
     bordered: bool = False,
+    halves: Halves = ALIKE,
 ) -> Plan:
     """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before.
 
@@ -49,9 +68,10 @@ def plan_for(
     """
     now = conditions(device, dtype)
     try:
-        return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, impl, bordered, now)
+        asked = (m, k, n, spans, dtype, bias, needs, device, keep, impl, bordered, halves)
+        return _plan_for(*asked, now)
     except NotNow as reason:
-        question = problem(m, k, n, spans, dtype, bias, needs, bordered)
+        question = problem(m, k, n, spans, dtype, bias, needs, bordered, halves, device)
         return _unchecked(question, dtype, device, keep, impl, reason).rows[0].plan
 
 
@@ -68,9 +88,10 @@ def _plan_for(
     keep: Keep | None,
     impl: Impl,
     bordered: bool,
+    halves: Halves,
     now: tuple[str, int],  # a change of it asks anew
 ) -> Plan:
-    question = problem(m, k, n, spans, dtype, bias, needs, bordered)
+    question = problem(m, k, n, spans, dtype, bias, needs, bordered, halves, device)
     return settled(question, dtype, device, keep, impl).rows[0].plan
 
 

@@ -9,7 +9,7 @@ from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRARead
 from fused_lora.ops.backends import refusals
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
-from fused_lora.ops.planning import explained, plan_for, problem
+from fused_lora.ops.planning import explained, halves_of, plan_for, problem
 from fused_lora.plan.problem import Problem
 from fused_lora.types import Needs, Plan
 
@@ -17,9 +17,13 @@ LOSERS = 4  # losing rows shown per shape
 
 
 def problem_of(
-    module: AdaptedLinear, rows: int, dtype: torch.dtype | None = None, x_needs_grad: bool = True
+    module: AdaptedLinear,
+    rows: int,
+    dtype: torch.dtype | None = None,
+    x_needs_grad: bool = True,
+    device: torch.device | str | None = None,
 ) -> Problem:
-    """The plan's question for ``module`` on ``rows`` rows of x."""
+    """The plan's question for ``module`` on ``rows`` rows of x, by default where and as it is."""
     n, k = module.weight.shape
     a, b = zip(*module.adapters(), strict=True)
     needs = Needs(
@@ -30,14 +34,17 @@ def problem_of(
         any(p.requires_grad for p in b),
     )
     spans = tuple(module.groups.values())
-    return problem(rows, k, n, spans, dtype or module.weight.dtype, module.bias is not None, needs)
+    question = (rows, k, n, spans, dtype or module.weight.dtype, module.bias is not None, needs)
+    halves = halves_of(a, module.scales)
+    where = module.weight.device if device is None else torch.device(device)
+    return problem(*question, halves=halves, device=where)
 
 
 def plan_of(module: AdaptedLinear, rows: int) -> Plan:
     """The plan that serves ``module`` on ``rows`` rows of x that need a gradient."""
     q = problem_of(module, rows)
-    device = module.weight.device
-    return plan_for(q.m, q.k, q.n, q.spans, module.weight.dtype, q.bias, q.needs, device)
+    question = (q.m, q.k, q.n, q.spans, module.weight.dtype, q.bias, q.needs)
+    return plan_for(*question, module.weight.device, halves=q.halves)
 
 
 def explain(
@@ -74,7 +81,7 @@ def explain(
             unplanned.setdefault(why, []).append(name)
             continue
         rows = rows_per_image.get(module, 1) * batch_size
-        question = problem_of(module, rows, dtype)
+        question = problem_of(module, rows, dtype, device=device)
         shapes.setdefault(question, []).append(name)
         where[question] = module
     planned = [

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fused_lora.nn.peft_linear import classes, why_not
-from fused_lora.ops.planning import plan_for
+from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.report import PatchReport, Row
 from fused_lora.patching.rule import Found, find
@@ -113,7 +113,10 @@ def _plan(layer: Any, rows: int) -> str:
         return "PEFT's own: no adapter is active"
     spans = (Span(0, w.shape[0], rank),)
     bias = layer.base_layer.bias is not None
-    return str(plan_for(rows, w.shape[1], w.shape[0], spans, w.dtype, bias, Needs(), w.device))
+    question = (rows, w.shape[1], w.shape[0], spans, w.dtype, bias, Needs(), w.device)
+    first = next(name for name in layer.active_adapters if name in layer.r)
+    halves = halves_of([layer.lora_A[first].weight], [layer.scaling[first]])
+    return str(plan_for(*question, halves=halves))
 
 
 def _listed(left: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fused_lora.plan.full import full_steps
+from fused_lora.plan.full import cast_steps, full_steps
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.step import Step
 from fused_lora.types import Forward, Gradient, Keep, Plan
@@ -38,6 +38,8 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         if not (p.needs.x and plan.dx is not Forward.MERGE):
             yield _thin(p, "dy shrink", p.n)
         yield from _gradient(p, "da", p.k)
+    if plan.gradient is Gradient.FULL:
+        yield from cast_steps(p)
     yield from full_steps(p, plan)
 
 

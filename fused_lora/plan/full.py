@@ -14,10 +14,27 @@ def full_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     full = plan.gradient is Gradient.FULL
     if p.needs.w:
         yield Step("dw", p.n, p.k, p.m)
-    for span in p.spans if full else ():
+    for g, span in enumerate(p.spans if full else ()):
         if not p.needs.w:
             yield Step("dw", span.width, p.k, p.m)
         if p.needs.b:
-            yield Step("db", span.width, span.rank, p.k)
+            yield from finished(p, Step("db", span.width, span.rank, p.k), p.scaled(g))
         if p.needs.a:
-            yield Step("da", span.rank, p.k, span.width)
+            yield from finished(p, Step("da", span.rank, p.k, span.width), p.scaled(g))
+
+
+def cast_steps(p: Problem, dtype: str = "") -> Iterator[Step]:
+    """a and b as ``dtype`` or the products have them."""
+    for span in p.spans if p.casts(dtype) else ():
+        yield Step("cast a", span.rank, p.k)
+        yield Step("cast b", span.width, span.rank)
+
+
+def finished(p: Problem, product: Step, scaled: bool) -> Iterator[Step]:
+    """A gradient in its operand's dtype and scale; CUDA's accumulator is fp32 without a cast."""
+    yield product
+    widens = p.low_precision and p.halves.dtype == "float32" and p.device != "cpu"
+    if p.casts() and not widens:
+        yield Step(f"cast {product.name}", product.m, product.n)
+    if scaled:
+        yield Step(f"scale {product.name}", product.m, product.n)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from fused_lora.types import Needs, Span
+from fused_lora.types import ALIKE, Halves, Needs, Span
 
 ITEMSIZE = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 
@@ -22,6 +22,8 @@ class Problem:
     bias: bool = True
     needs: Needs = Needs()
     bordered: bool = False  # x is written into the left of [x | h] by whoever makes it
+    halves: Halves = ALIKE
+    device: str = "cpu"  # its kind
 
     @cached_property
     def rank(self) -> int:
@@ -37,6 +39,19 @@ class Problem:
     def low_precision(self) -> bool:
         """Whether rounding y twice can hide the adapter's own signal (DESIGN.md section 3)."""
         return self.itemsize == 2
+
+    @property
+    def wide(self) -> str:
+        """What w' is formed in."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def casts(self, dtype: str = "") -> bool:
+        """Whether a and b are of another dtype than ``dtype``, or than the products."""
+        return (self.halves.dtype or self.dtype) != (dtype or self.dtype)
+
+    def scaled(self, g: int) -> bool:
+        """Whether adapter g's s is not 1."""
+        return bool(self.halves.scaled) and self.halves.scaled[g]
 
     @property
     def trains_adapters(self) -> bool:

@@ -43,12 +43,12 @@ def chosen(question, backends=BOTH, keep=None):
     [
         (16, "bfloat16", "triton:one_pass/one_pass/rank/hidden"),
         (64, "bfloat16", "triton:extended/extended/rank/hidden"),
-        (256, "bfloat16", "bordered/separate/rank/hidden"),
-        (512, "bfloat16", "merge/merge/full/merged"),
+        (256, "bfloat16", "separate/separate/rank/hidden"),
+        (512, "bfloat16", "triton:merge/merge/full/merged"),
         (16, "float32", "merge/merge/rank/nothing"),
         (64, "float32", "merge/merge/rank/merged"),
-        (256, "float32", "triton:merge/merge/full/merged"),
-        (512, "float32", "triton:merge/merge/full/merged"),
+        (256, "float32", "merge/merge/full/merged"),
+        (512, "float32", "merge/merge/full/merged"),
     ],
 )
 def test_what_is_chosen_for_a_vit_b_projection(rank, dtype, expected):

@@ -20,9 +20,10 @@ from fused_lora.bench.rows import append
 from fused_lora.bench.shapes import SHAPES, Grid, Shape
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.planning import problem
-from fused_lora.types import Needs, Span
+from fused_lora.types import Halves, Needs, Span
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ADAPTERS = Halves("float32")  # with s = 1: Subject's
 CALL_US = 5000.0  # part of a case's weight whatever its size
 
 
@@ -67,5 +68,6 @@ def trial_of(case: PlanCase, device: str) -> Trial:
     """The trial of one case, with the ceilings that the library itself plans by."""
     wide, dtype = case.n // case.groups, DTYPES[case.dtype]
     spans = tuple(Span(g * wide, (g + 1) * wide, case.rank) for g in range(case.groups))
-    question = problem(case.m, case.k, case.n, spans, dtype, True, Needs())
-    return Trial(case, question, ceilings(torch.device(device), dtype), device)
+    where = torch.device(device)
+    question = (case.m, case.k, case.n, spans, dtype, True, Needs(), False, ADAPTERS, where)
+    return Trial(case, problem(*question), ceilings(where, dtype), device)

@@ -21,6 +21,7 @@ from fused_lora.ops.chain.stage import (
     consecutive,
 )
 from fused_lora.ops.lora_linear import as_rows, backward, call_plan, compute, lora_linear
+from fused_lora.ops.planning import halves_of
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.types import Forward, Impl, Keep, Needs, Plan, Span
 
@@ -128,7 +129,8 @@ class LoRALinear(Stage):
             return None
         (frame,), w, (needs,) = self.frames, own[0], asked.note
         assert w is not None
-        question = (like, w, own[1] is not None, frame.spans, needs)
+        halves = halves_of(own[2:], frame.scales)  # type: ignore[arg-type]
+        question = (like, w, own[1] is not None, frame.spans, needs, halves)
         plan = call_plan(*question, impl=frame.impl, dtype=self.dtype, bordered=True)
         if plan.forward is not Forward.BORDERED:
             return None

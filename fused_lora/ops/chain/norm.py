@@ -1,10 +1,16 @@
-"""LayerNorm as a stage: n = (x - mean) rstd gamma + beta over the last dimension."""
+"""LayerNorm as a stage: n = (x - mean) rstd gamma + beta over the last dimension.
+
+Triton's kernel writes n, in whatever dtype the next product reads, into the left of [n | h] where
+that is one GEMM's operand, and dx in x's dtype. The library's writes a tensor of its own: torch's
+``native_layer_norm.out`` makes that too and copies, so nothing is asked of it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.ops import layer_norm
@@ -22,7 +28,8 @@ class LayerNorm(Stage):
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
         """n [M, K] of x [M, K]."""
         gamma, beta = own
-        n, mean, rstd = layer_norm.forward(x[0], gamma, beta, self.eps, place.out)
+        out = self._as(x[0], self.dtype) if place.out is None else place.out
+        n, mean, rstd = layer_norm.forward(x[0], gamma, beta, self.eps, out)
         return Run((n.to(self.dtype),), (mean, rstd))
 
     def backward(
@@ -34,7 +41,9 @@ class LayerNorm(Stage):
         mean, rstd = run.extra
         assert mean is not None and rstd is not None
         if not any(asked.own):
-            dx = layer_norm.input_grad(dy[0].to(x[0].dtype), x[0], gamma, mean, rstd)
+            out = self._as(dy[0], x[0].dtype)
+            dz = dy[0].to(x[0].dtype) if out is None else dy[0]
+            dx = layer_norm.input_grad(dz, x[0], gamma, mean, rstd, out=out)
             return (dx,), (None, None)
         needs = (asked.x, *asked.own)
         wide, *down = layer_norm.grads(dy[0], x[0], gamma, beta, mean, rstd, needs)
@@ -44,6 +53,11 @@ class LayerNorm(Stage):
         """As torch has it."""
         gamma, beta = own
         return (F.layer_norm(x[0], x[0].shape[1:], gamma, beta, self.eps),)
+
+    def _as(self, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Where the kernel writes rows like these in ``dtype``, if a pass to cast is saved so."""
+        casts = like.dtype is not dtype and layer_norm.places(like)
+        return torch.empty_like(like, dtype=dtype) if casts else None
 
     def places(self, x: Tensors) -> bool:
         """As the kernel does."""

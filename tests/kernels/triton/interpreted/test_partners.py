@@ -3,26 +3,32 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_lora
+from fused_lora.kernels.aten import lora_linear as aten_linear
 from fused_lora.kernels.interface import Ending
 from fused_lora.kernels.triton import lora_linear_ended
 from fused_lora.kernels.triton import lora_merge_many as launched
 from fused_lora.kernels.triton import lora_shrink as shrinks
 from fused_lora.ops import gelu, layer_norm, lora_merge_backends
+from fused_lora.ops.chain import linear as linear_stage
+from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear import compute
 from fused_lora.ops.lora_merge import lora_merge
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
+from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.reference import dropout as reference
 from fused_lora.reference import lora_linear as reference_linear
 from fused_lora.testing.yardstick import error, judge
 from fused_lora.trust import problems, verify
 from fused_lora.trust.problems import Shape
-from fused_lora.types import Impl, Span
+from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
 from tests.kernels.triton.cases import CASES, TILE, adapters, build, lowered
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
+from tests.ops.block_problems import cast, matrix, norm, plain_linear, plain_norm
 
 BF16 = torch.bfloat16
 
@@ -75,6 +81,80 @@ def test_a_broken_norm_never_serves(checking):
         layer_norm.forward(x, None, None, 1e-6, impl=Impl.TRITON)
 
 
+class Copies(TorchDispatchMode):
+    """How many tensors of ``shape`` are copied or cast."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.found = shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in COPIES and tuple(out.shape) == self.shape:
+            self.found.append(str(func))
+        return out
+
+
+COPIES = {torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.clone}
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["bf16", "autocast around fp32"])
+class TestNormBeforeOneGemm:
+    M, K, N, R = 42, 24, 40, 3
+
+    @pytest.fixture(autouse=True)
+    def one_gemm(self, serving):  # noqa: F811
+        plan = Plan(Forward.BORDERED, Forward.SEPARATE, Gradient.RANK, Keep.HIDDEN)
+        serving.setattr(linear_stage, "call_plan", lambda *_, **__: plan)
+        self.buffers, right = [], aten_linear.forward
+
+        def spy(x, w, bias, adapters, plan, bordered=None, h=None):
+            if x.shape[1] == self.K:
+                assert bordered is not None and bordered.shape == (self.M, self.K + self.R)
+                assert x.data_ptr() == bordered.data_ptr()
+                self.buffers.append(bordered.untyped_storage().data_ptr())
+            return right(x, w, bias, adapters, plan, bordered, h)
+
+        serving.setattr(aten_linear, "forward", spy)
+
+    def operands(self, wide):
+        dtype = torch.float32 if wide else BF16
+        x = torch.randn(2, 21, self.K, dtype=dtype, requires_grad=True)
+        trains = {"w": False, "bias": False}
+        fc1 = matrix(self.N, self.K, self.R, dtype=dtype, **trains)
+        return x, norm(self.K, dtype, trains=False), fc1, matrix(self.K, self.N, 2, 1, dtype)
+
+    def test_writes_where_the_gemm_reads(self, wide):
+        x, before, fc1, _ = self.operands(wide)
+        copies = Copies((self.M, self.K))
+        with torch.autocast("cpu", BF16, enabled=wide), copies:
+            y = layer_norm_lora_linear(x, before, fc1)
+        assert len(self.buffers) == 1 and copies.found == []
+        saved = [t for t in y.grad_fn.saved_tensors if t is not None]
+        assert not {t.untyped_storage().data_ptr() for t in saved} & set(self.buffers)
+        leaves = (x, *fc1.a, *fc1.b)
+        with copies:
+            ours = [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+        assert copies.found == []  # dy and dx are cast as the norm reads and writes them
+        runs = []
+        for dtype in (BF16, torch.float64):
+            given = cast((x, before, fc1), dtype)
+            y = plain_linear(plain_norm(*given[:2]), given[2])
+            leaves = (given[0], *given[2].a, *given[2].b)
+            runs.append([y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+        for mine, plain, truth in zip(ours, *runs, strict=True):
+            verdict = judge("normed", mine, plain, truth, BF16)
+            assert verdict.passed, str(verdict)
+
+    def test_writes_there_again_in_backward(self, wide):
+        x, *operands = self.operands(wide)
+        with torch.autocast("cpu", BF16, enabled=wide):
+            y = lora_mlp(x, *operands[1:], norm=operands[0], around=True, recompute="gemm")
+        assert len(self.buffers) == 1
+        y.sum().backward()
+        assert len(self.buffers) == 2 and x.grad.isfinite().all()
+
+
 def dropped_run(kind, seed):
     """h, dx and da of the reference's mask."""
     torch.manual_seed(3)
@@ -100,10 +180,28 @@ def test_dropout_without_a_mask(checking, monkeypatch):
         assert verdict.passed, str(verdict)
 
 
-def test_a_backward_that_triton_cannot_run_has_the_forwards_mask(checking):
+def test_dropout_reaches_the_same_kernels_when_compiled(serving):  # noqa: F811
+    from fused_lora.kernels.triton import lora_dropout as kernels
+
+    x, a = (torch.randn(*shape, requires_grad=True) for shape in ((21, 24), (5, 24)))
+    runs, calls = [], []
+    for name in ("shrink", "input_grad", "a_grad"):
+        right = getattr(kernels, name)
+        spy = lambda *args, name=name, right=right: (calls.append(name), right(*args))[1]  # noqa: E731
+        serving.setattr(kernels, name, spy)
+    for run in (shrink, torch.compile(shrink, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(11)
+        h = run(x, a, 0.3)
+        runs.append([h.detach(), *torch.autograd.grad(h.square().sum(), (x, a))])
+    assert calls == ["shrink", "input_grad", "a_grad"] * 2
+    for mine, other in zip(*runs, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_backward_that_triton_cannot_run_has_the_forwards_mask(serving):  # noqa: F811
     x, a = torch.ones(16, 24, requires_grad=True), torch.ones(1, 24)
     h = shrink(x, a, 0.5)
-    checking.setattr("fused_lora.ops.lora_shrink.untouchable", lambda t: "held elsewhere")
+    serving.setattr("fused_lora.ops.lora_shrink.untouchable", lambda t: "held elsewhere")
     (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
     torch.testing.assert_close(dx.sum(1, keepdim=True), h.detach())
 
