@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_lora.reference.lora_linear import Grads
 from fused_lora.types import Span
 
-__all__ = ["Adapters", "Ending", "Grads"]
+__all__ = ["Adapters", "Ending", "Grads", "Slope"]
 
 
 class Ending(NamedTuple):
@@ -28,6 +28,13 @@ class Ending(NamedTuple):
             return "extended_gelu"
         same = all(t is None or t.dtype is dtype for t in (self.factor, self.residual))
         return "extended_scale" if same else "extended_wide"
+
+
+class Slope(NamedTuple):
+    """What dx goes on through where x = act(u): du = act'(u) dx, dx itself not written."""
+
+    activation: str  # GELU: erf, tanh
+    u: Tensor  # [M, K], rows contiguous
 
 
 class Adapters(NamedTuple):

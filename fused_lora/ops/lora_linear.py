@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_lora import env
 from fused_lora.kernels.aten import lora_linear as aten
-from fused_lora.kernels.interface import Adapters, Ending, Grads
+from fused_lora.kernels.interface import Adapters, Ending, Grads, Slope
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import plain, transformed
 from fused_lora.ops.planning import plan_for
@@ -179,6 +179,7 @@ def compute(
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x, in ``dtype``
     plan: Plan | None = None,  # the one that asked for ``bordered``
     ending: Ending | None = None,
+    out: Tensor | None = None,  # [M, N], rows contiguous: for y behind an activation
 ) -> Computed:
     """One forward pass. Its y is no view: it may be written in place, as any linear's.
 
@@ -194,7 +195,7 @@ def compute(
     else:
         from fused_lora.ops.ending import ended
 
-        y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending, bordered)
+        y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending, bordered, out)
     return Computed(as_leading(y, x), rows, w, kept, plan, u)
 
 
@@ -271,6 +272,7 @@ def backward(
     needs: Needs,
     plan: Plan,
     impl: Impl,
+    *slope: Slope,  # one, where ``ops.slope`` finds that dx may go on to du
 ) -> Grads:
     """The gradients named by ``needs``."""
     if impl is Impl.REFERENCE:
@@ -282,8 +284,8 @@ def backward(
     if plan.grads_by is Backend.CUDA:
         from fused_lora.ops import lora_grad_backends as compiled
 
-        return compiled.backward(dy, rows, kept, w, adapters, needs, plan, room)
-    return room.backward(dy, rows, kept, w, adapters, needs, plan)
+        return compiled.backward(dy, rows, kept, w, adapters, needs, plan, room, slope)
+    return room.backward(dy, rows, kept, w, adapters, needs, plan, *slope)
 
 
 def _needs(asked: Sequence[bool], groups: int) -> Needs:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters, Ending
-from fused_lora.ops.backends import why_not_device
+from fused_lora.kernels.interface import Adapters, Ending, Slope
 from fused_lora.ops.chain.stage import (
     FREE,
     Asked,
@@ -20,11 +19,10 @@ from fused_lora.ops.chain.stage import (
     Tensors,
     consecutive,
 )
+from fused_lora.ops.epilogues import why_nobody, why_not_fused, why_not_sloped
 from fused_lora.ops.lora_linear import as_rows, backward, call_plan, compute, lora_linear
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.types import Forward, Impl, Keep, Needs, Plan, Span
-
-ASKED_OF_TRITON = (Impl.AUTO, Impl.TRITON)
 
 
 @dataclass(frozen=True)
@@ -66,29 +64,31 @@ class LoRALinear(Stage):
         return tuple(frame.needs(x, own[part]) for frame, part in self.parts)
 
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
-        """y [M, N] of x [M, K], for each frame."""
-        ys, extra, plans = [], [], []
-        room, ending = place.room, place.ending
-        placed = (room and room.buffer, room and room.plan)
+        """y [M, N] of x [M, K], for each frame; u, and act(u) beyond, where that is its ending."""
+        ys, extra, plans, beyond = [], [], [], None
+        room = place.room
+        plan = room.plan if room else place.plan
+        placed = (room and room.buffer, plan, place.ending, place.out)
         for (frame, part), needs in zip(self.parts, asked.note, strict=True):
             w, bias, *ab = own[part]
             assert w is not None
             scales, spans, impl = frame.scales, frame.spans, frame.impl
             given = (scales, spans, impl, self.dtype, tuple(ab), needs)
-            done = compute(x[0], w, bias, *given, *placed, ending)  # type: ignore[arg-type]
+            done = compute(x[0], w, bias, *given, *placed)  # type: ignore[arg-type]
             reads_w = impl is Impl.REFERENCE or done.plan.keep is not Keep.MERGED
-            ys.append(done.y)
+            y, beyond = (done.y, None) if done.u is None else (done.u, done.y)
+            ys.append(y)
             extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
             plans.append(done.plan)
-        return Run(tuple(ys), tuple(extra), tuple(plans))
+        return Run(tuple(ys), tuple(extra), tuple(plans), beyond)
 
     def ending(
         self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None
     ) -> Ending | None:
-        """LayerScale and residual, where Triton's epilogue might serve: the plan decides."""
+        """LayerScale and residual, where an epilogue might serve: the plan decides."""
         if residual is None or mask is not None or len(self.frames) > 1:
             return None
-        if self.frames[0].impl not in ASKED_OF_TRITON or why_not_device(residual, self.dtype):
+        if why_nobody(residual, self.dtype, self.frames[0].impl):
             return None
         return Ending(factor=gamma, residual=residual.reshape(-1, residual.shape[-1]))
 
@@ -96,6 +96,39 @@ class LoRALinear(Stage):
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
     ) -> tuple[Tensors | None, Optional]:
         """dx [M, K], the sum over frames, and the gradients of the operands."""
+        return self.sloped(dy, x, run, own, asked, None)
+
+    def fuses(
+        self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
+    ) -> Plan | None:
+        """One product does, where an epilogue of its plan's serves."""
+        frame, w = self.frames[0], own[0]
+        if len(self.frames) > 1 or why_nobody(x[0], self.dtype, frame.impl):
+            return None
+        assert w is not None
+        question = (x[0], w, own[1] is not None, frame.spans, asked.note[0])
+        plan = room.plan if room else call_plan(*question, impl=frame.impl, dtype=self.dtype)
+        reason = why_not_fused(x[0], w, frame.spans, plan, ending, self.dtype)
+        return None if reason else plan
+
+    def slopes(self, dy: Tensors, run: Run, own: Optional) -> bool:
+        """Likewise in the plan of its backward."""
+        frame, w = self.frames[0], own[0]
+        if len(self.frames) > 1 or frame.impl is Impl.REFERENCE:
+            return False
+        assert w is not None
+        return why_not_sloped(dy[0], w, frame.spans, run.note[0], self.dtype) is None
+
+    def sloped(
+        self,
+        dy: Tensors,
+        x: Tensors | None,
+        run: Run,
+        own: Optional,
+        asked: Asked,
+        slope: Slope | None,
+    ) -> tuple[Tensors | None, Optional]:
+        """The same with du [M, K], of one frame."""
         rows = None if x is None else as_rows(x[0], self.dtype)
         dx: Tensor | None = None
         down: list[Tensor | None] = []
@@ -106,7 +139,8 @@ class LoRALinear(Stage):
             w = w.to(self.dtype) if cast is None else cast
             groups, dy_i = len(frame.spans), as_rows(dy[i], self.dtype)
             adapters = Adapters(ab[:groups], ab[groups:], frame.scales, frame.spans)  # type: ignore[arg-type]
-            grads = backward(dy_i, rows, kept, w, adapters, needs, run.note[i], frame.impl)
+            given = (dy_i, rows, kept, w, adapters, needs, run.note[i], frame.impl)
+            grads = backward(*given, *((slope,) if slope else ()))
             down += [grads.w, grads.bias, *grads.a, *grads.b]
             dx = grads.x if dx is None or grads.x is None else dx.add_(grads.x)
         return None if dx is None else (dx,), tuple(down)

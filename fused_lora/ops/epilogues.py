@@ -1,0 +1,82 @@
+"""Whether a kernel computes what lies beside a product in its own pass; a sentence if none does.
+
+forward    y = residual + factor act(x wT + bias + s h bT)        ``Ending``
+dx         du = act'(u) (dy w + dh a), where x = act(u)           ``Slope``
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.cuda import lora_linear_ended as compiled
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_extended import tile_of
+from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.triton import available
+from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
+from fused_lora.trust.subjects import of_compiled_product
+from fused_lora.types import Backend, Forward, Impl, Keep, Plan, Span, ragged
+
+LIBRARY = (Impl.ATEN, Impl.REFERENCE)
+
+
+def why_nobody(like: Tensor, dtype: torch.dtype, impl: Impl) -> str | None:
+    """One sentence why no plan has an epilogue for products in ``dtype``; None when some may."""
+    if impl in LIBRARY:
+        return f"impl={impl.value!r} is the library's, which has no such epilogue"
+    reason = why_not_device(like, dtype)
+    compiled_too = impl is Impl.CUDA and why_not_product(like.device) is None
+    return None if compiled_too else reason
+
+
+def why_not_fused(
+    x: Tensor,  # [M, K], or as many elements in other rows
+    w: Tensor,  # [N, K]
+    spans: tuple[Span, ...],
+    plan: Plan,
+    ending: Ending,
+    dtype: torch.dtype,  # of the product
+) -> str | None:
+    """One sentence why no epilogue serves ``ending``; None when one does."""
+    if plan.backend is Backend.ATEN or plan.forward is not Forward.EXTENDED:
+        return f"the epilogues are those of triton:extended and cuda:extended; the plan is {plan}"
+    if ending.activation != "none" and ending[1:] != (None, None):
+        return "an activation and a scale or a residual together are checked by nobody"
+    n, k = w.shape
+    if plan.backend is Backend.CUDA:
+        return _why_not_compiled((x.shape[0], n, k), spans, ending, dtype, x.device)
+    for t in ending[1:]:
+        if t is not None and (t.dtype not in available.DTYPES or t.stride(-1) != 1):
+            return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
+    return why_not_launch(ending.kernel(dtype), x.shape[0], n, k, x, dtype, ragged(spans))
+
+
+def _why_not_compiled(
+    shape: tuple[int, int, int],  # M, N, K
+    spans: tuple[Span, ...],
+    ending: Ending,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    if reason := compiled.why_not(dtype, ending):
+        return reason
+    tile = tile_of(*shape, sum(span.rank for span in spans), Chip.of(device))
+    name = str(dtype).removeprefix("torch.")
+    return distrust(of_compiled_product(tile, name, compiled.kind(ending)), device)
+
+
+def why_not_sloped(
+    dy: Tensor,  # [M, N]
+    w: Tensor,  # [N, K]
+    spans: tuple[Span, ...],
+    plan: Plan,
+    dtype: torch.dtype,  # of dx and u
+) -> str | None:
+    """One sentence why no epilogue of dx takes the slope of GELU; None when one does."""
+    if plan.backend is not Backend.TRITON or plan.dx is not Forward.EXTENDED:
+        return f"the slope is taken by triton:extended, and the plan is {plan}"
+    if plan.keep is Keep.MERGED:
+        return "dx is formed of a merged w, by the library"
+    n, k = w.shape
+    return why_not_launch("extended_gelu", dy.shape[0], k, n, dy, dtype, ragged(spans))
