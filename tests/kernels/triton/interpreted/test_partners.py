@@ -18,23 +18,12 @@ from fused_lora.ops.lora_shrink import shrink
 from fused_lora.reference import dropout as reference
 from fused_lora.reference import lora_linear as reference_linear
 from fused_lora.testing.yardstick import error, judge
-from fused_lora.trust import problems, verify
-from fused_lora.trust.problems import Shape
+from fused_lora.trust import verify
 from fused_lora.types import Impl, Span
 from tests.kernels.triton.cases import CASES, TILE, adapters, build, lowered
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
 
 BF16 = torch.bfloat16
-
-
-@pytest.fixture
-def checking(serving):  # noqa: F811
-    """First use is checked, on few elements."""
-    small = Shape(40, 32, 48, (Span(0, 48, 5),), True, True, 0)
-    for name in ("SHAPES", "ALIGNED"):
-        serving.setattr(problems, name, (small,))
-    serving.setenv("FUSED_LORA_VERIFY", "first")
-    return serving
 
 
 def test_rows_in_a_bordered_buffer(checking):
