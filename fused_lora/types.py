@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Forward(str, Enum):
@@ -77,6 +78,17 @@ class Span:
     def width(self) -> int:
         """Columns owned."""
         return self.stop - self.start
+
+
+class Beside(NamedTuple):
+    """What lies beside a product in a chain, and may be part of its pass."""
+
+    bordered: bool = False  # x is written into the left of [x | h] by whoever makes it
+    activated: bool = False  # y goes on through GELU, and both are written
+    sloped: bool = False  # x is a GELU's, so that dx goes on through its slope
+
+
+ALONE = Beside()
 
 
 def ragged(spans: Sequence[Span]) -> bool:

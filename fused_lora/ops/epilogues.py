@@ -6,6 +6,8 @@ dx         du = act'(u) (dy w + dh a), where x = act(u)           ``Slope``
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,36 @@ from fused_lora.kernels.cuda.lora_extended import tile_of
 from fused_lora.kernels.interface import Ending
 from fused_lora.kernels.triton import available
 from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
+from fused_lora.ops.lora_linear import call_plan
+from fused_lora.plan.strategies import ends, slopes
 from fused_lora.trust.subjects import of_compiled_product
-from fused_lora.types import Backend, Forward, Impl, Keep, Plan, Span, ragged
+from fused_lora.types import Backend, Beside, Impl, Needs, Plan, Span, ragged
 
 LIBRARY = (Impl.ATEN, Impl.REFERENCE)
+
+
+def plan_beside(
+    x: Tensor,  # [M, K]
+    w: Tensor,  # [N, K]
+    bias: bool,
+    spans: tuple[Span, ...],
+    needs: Needs,
+    impl: Impl,
+    dtype: torch.dtype,  # of the product
+    beside: Beside,
+) -> Plan:
+    """The plan of a product with something beside it.
+
+    One whose epilogues are not trusted was chosen for nothing: it is asked for without them.
+    """
+    ask = partial(call_plan, x, w, bias, spans, needs, None, impl, dtype)
+    plan = ask(beside)
+    reason = None
+    if beside.activated and ends(plan):
+        reason = why_not_fused(x, w, spans, plan, Ending("erf"), dtype)
+    if reason is None and beside.sloped and needs.x and slopes(plan):
+        reason = why_not_sloped(x, w, spans, plan, dtype)
+    return ask(Beside(beside.bordered)) if reason else plan
 
 
 def why_nobody(like: Tensor, dtype: torch.dtype, impl: Impl) -> str | None:
@@ -39,7 +67,7 @@ def why_not_fused(
     dtype: torch.dtype,  # of the product
 ) -> str | None:
     """One sentence why no epilogue serves ``ending``; None when one does."""
-    if plan.backend is Backend.ATEN or plan.forward is not Forward.EXTENDED:
+    if not ends(plan):
         return f"the epilogues are those of triton:extended and cuda:extended; the plan is {plan}"
     if ending.activation != "none" and ending[1:] != (None, None):
         return "an activation and a scale or a residual together are checked by nobody"
@@ -74,9 +102,7 @@ def why_not_sloped(
     dtype: torch.dtype,  # of dx and u
 ) -> str | None:
     """One sentence why no epilogue of dx takes the slope of GELU; None when one does."""
-    if plan.backend is not Backend.TRITON or plan.dx is not Forward.EXTENDED:
+    if not slopes(plan):
         return f"the slope is taken by triton:extended, and the plan is {plan}"
-    if plan.keep is Keep.MERGED:
-        return "dx is formed of a merged w, by the library"
     n, k = w.shape
     return why_not_launch("extended_gelu", dy.shape[0], k, n, dy, dtype, ragged(spans))

@@ -23,7 +23,7 @@ from fused_lora.ops.planning import plan_for
 from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.reference import lora_linear as reference
 from fused_lora.trust.moment import untouchable
-from fused_lora.types import Backend, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import ALONE, Backend, Beside, Impl, Keep, Needs, Plan, Span
 
 FIXED_INPUTS = 7  # x, w, bias, scales, spans, impl, dtype stand before the adapters
 reshaped = torch.ops.aten._unsafe_view.default  # a view that autograd takes for a tensor of its own
@@ -222,12 +222,12 @@ def call_plan(
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
     dtype: torch.dtype | None = None,  # of the GEMMs, where it is not that of ``rows``
-    bordered: bool = False,
+    beside: Beside = ALONE,
 ) -> Plan:
     """The plan for one call on an x of as many rows as ``rows``."""
     n, k = w.shape
     question = (rows.shape[0], k, n, spans, dtype or rows.dtype, bias, needs, rows.device)
-    plan = plan_for(*question, keep, impl, bordered)
+    plan = plan_for(*question, keep, impl, beside)
     if plan.library_alone or not (reason := untouchable(rows)):
         return plan
     if impl is Impl.AUTO:

@@ -12,7 +12,7 @@ from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.plan.choose import Row, ranked
 from fused_lora.plan.problem import Problem
 from fused_lora.trust.check import NotNow
-from fused_lora.types import Backend, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import ALONE, Backend, Beside, Impl, Keep, Needs, Plan, Span
 
 
 def problem(
@@ -23,10 +23,10 @@ def problem(
     dtype: torch.dtype,
     bias: bool,
     needs: Needs,
-    bordered: bool = False,
+    beside: Beside = ALONE,
 ) -> Problem:
     """The plan's question for one call."""
-    return Problem(m, k, n, spans, str(dtype).removeprefix("torch."), bias, needs, bordered)
+    return Problem(m, k, n, spans, str(dtype).removeprefix("torch."), bias, needs, *beside)
 
 
 def plan_for(
@@ -40,7 +40,7 @@ def plan_for(
     device: torch.device,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
-    bordered: bool = False,
+    beside: Beside = ALONE,
 ) -> Plan:
     """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before.
 
@@ -49,9 +49,9 @@ def plan_for(
     """
     now = conditions(device, dtype)
     try:
-        return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, impl, bordered, now)
+        return _plan_for(m, k, n, spans, dtype, bias, needs, device, keep, impl, beside, now)
     except NotNow as reason:
-        question = problem(m, k, n, spans, dtype, bias, needs, bordered)
+        question = problem(m, k, n, spans, dtype, bias, needs, beside)
         return _unchecked(question, dtype, device, keep, impl, reason).rows[0].plan
 
 
@@ -67,10 +67,10 @@ def _plan_for(
     device: torch.device,
     keep: Keep | None,
     impl: Impl,
-    bordered: bool,
+    beside: Beside,
     now: tuple[str, int],  # a change of it asks anew
 ) -> Plan:
-    question = problem(m, k, n, spans, dtype, bias, needs, bordered)
+    question = problem(m, k, n, spans, dtype, bias, needs, beside)
     return settled(question, dtype, device, keep, impl).rows[0].plan
 
 

@@ -16,6 +16,7 @@ from fused_lora.plan.device import Ceilings
 from fused_lora.plan.full import full_steps
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.step import Step
+from fused_lora.plan.strategies import ends, slopes
 from fused_lora.types import Backend, Forward, Gradient, Keep, Plan
 
 
@@ -61,7 +62,7 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         for span in p.spans:
             yield Step("expand", p.m, span.width, span.rank, accumulates=True)
     elif plan.forward is Forward.EXTENDED:
-        yield cost_cuda.product_step("extended", p, p.n, p.k)
+        yield cost_cuda.product_step("extended", p, p.n, p.k, p.activated)
     else:
         if not p.bordered:
             yield Step("copy x", p.m, p.k)
@@ -116,6 +117,14 @@ def _rank_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         yield Step("da", p.rank, p.k, p.m)
 
 
+def beside_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+    """The passes of a GELU and of its slope, where no epilogue of the plan's has them."""
+    if p.activated and not ends(plan):
+        yield Step("gelu", p.m, p.n)
+    if p.sloped and p.needs.x and not slopes(plan):
+        yield Step("gelu slope", p.m, p.k, extra_elements=p.m * p.k)
+
+
 def steps(p: Problem, plan: Plan) -> list[Step]:
     """Every call of the plan, in order."""
     if plan.backend is Backend.TRITON:
@@ -124,7 +133,7 @@ def steps(p: Problem, plan: Plan) -> list[Step]:
         found = [*forward_steps(p, plan), *(backward_steps(p, plan) if p.trains else ())]
     if plan.grads_by is Backend.CUDA:
         found += cost_cuda.gradient_steps(p, plan)
-    return found
+    return [*found, *beside_steps(p, plan)]
 
 
 def time_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:

@@ -19,10 +19,10 @@ from fused_lora.ops.chain.stage import (
     Tensors,
     consecutive,
 )
-from fused_lora.ops.epilogues import why_nobody, why_not_fused, why_not_sloped
+from fused_lora.ops.epilogues import plan_beside, why_nobody, why_not_fused, why_not_sloped
 from fused_lora.ops.lora_linear import as_rows, backward, call_plan, compute, lora_linear
-from fused_lora.plan.strategies import keeps_x
-from fused_lora.types import Forward, Impl, Keep, Needs, Plan, Span
+from fused_lora.plan.strategies import ends, keeps_x
+from fused_lora.types import ALONE, Beside, Forward, Impl, Keep, Needs, Plan, Span
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class LoRALinear(Stage):
 
     frames: tuple[Frame, ...]
     dtype: torch.dtype
+    beside: Beside = ALONE  # of one frame; whether x is bordered shows in each pass
 
     operands: int = field(init=False, compare=False)  # those of all frames
     parts: tuple[tuple[Frame, slice], ...] = field(init=False, compare=False)  # each one's own
@@ -67,7 +68,7 @@ class LoRALinear(Stage):
         """y [M, N] of x [M, K], for each frame; u, and act(u) beyond, where that is its ending."""
         ys, extra, plans, beyond = [], [], [], None
         room = place.room
-        plan = room.plan if room else place.plan
+        plan = room.plan if room else place.plan or self._plan(x[0], own, asked)
         placed = (room and room.buffer, plan, place.ending, place.out)
         for (frame, part), needs in zip(self.parts, asked.note, strict=True):
             w, bias, *ab = own[part]
@@ -102,14 +103,23 @@ class LoRALinear(Stage):
         self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
     ) -> Plan | None:
         """One product does, where an epilogue of its plan's serves."""
+        plan = None if room else self._plan(x[0], own, asked)
+        if plan is None or not ends(plan):  # of a room, the plan is the library's
+            return None
+        assert own[0] is not None
+        given = (self.frames[0].spans, plan, ending, self.dtype)
+        return None if why_not_fused(x[0], own[0], *given) else plan
+
+    def _plan(
+        self, like: Tensor, own: Optional, asked: Asked, bordered: bool = False
+    ) -> Plan | None:
+        """The plan that counts on what may be part of its passes; None where nothing may."""
         frame, w = self.frames[0], own[0]
-        if len(self.frames) > 1 or why_nobody(x[0], self.dtype, frame.impl):
+        if self.beside == ALONE or why_nobody(like, self.dtype, frame.impl):
             return None
         assert w is not None
-        question = (x[0], w, own[1] is not None, frame.spans, asked.note[0])
-        plan = room.plan if room else call_plan(*question, impl=frame.impl, dtype=self.dtype)
-        reason = why_not_fused(x[0], w, frame.spans, plan, ending, self.dtype)
-        return None if reason else plan
+        question = (like, w, own[1] is not None, frame.spans, asked.note[0], frame.impl)
+        return plan_beside(*question, self.dtype, self.beside._replace(bordered=bordered))
 
     def slopes(self, dy: Tensors, run: Run, own: Optional) -> bool:
         """Likewise in the plan of its backward."""
@@ -162,8 +172,10 @@ class LoRALinear(Stage):
             return None
         (frame,), w, (needs,) = self.frames, own[0], asked.note
         assert w is not None
-        question = (like, w, own[1] is not None, frame.spans, needs)
-        plan = call_plan(*question, impl=frame.impl, dtype=self.dtype, bordered=True)
+        plan = self._plan(like, own, asked, bordered=True)
+        if plan is None:
+            question = (like, w, own[1] is not None, frame.spans, needs, None, frame.impl)
+            plan = call_plan(*question, self.dtype, Beside(bordered=True))
         if plan.forward is not Forward.BORDERED:
             return None
         k, rank = w.shape[1], sum(span.rank for span in frame.spans)

@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.triton import lora_extended, lora_linear, lora_linear_ended
 from fused_lora.ops import gelu
+from fused_lora.ops.epilogues import plan_beside
+from fused_lora.ops.lora_linear import call_plan
 from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.testing.yardstick import judge
-from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Plan
+from fused_lora.types import Backend, Beside, Forward, Gradient, Impl, Keep, Needs, Plan, Span
 from tests.kernels.triton.interpreted.serving import serving, small_tiles  # noqa: F401
 from tests.ops.block_problems import cast, leaves, matrix, norm, plain_mlp, plain_norm
 
@@ -150,7 +152,7 @@ def test_into_the_room_of_fc2(passes, serving):  # noqa: F811
     ends = Plan(Forward.EXTENDED, Forward.EXTENDED, Gradient.RANK, Keep.HIDDEN, 0, Backend.TRITON)
     one = Plan(Forward.BORDERED, Forward.SEPARATE, Gradient.RANK, Keep.HIDDEN)
     choose = lambda like, w, *_, **__: one if w.shape == (D, H) else ends  # noqa: E731
-    for module in ("chain.linear", "lora_linear"):
+    for module in ("chain.linear", "epilogues", "lora_linear"):
         serving.setattr(f"fused_lora.ops.{module}.call_plan", choose)
     seen, right = [], aten.forward
 
@@ -208,6 +210,9 @@ def test_a_broken_epilogue_leaves_the_chain_as_it_was(passes, checking, what):
     given = operands()
     with pytest.warns(RuntimeWarning, match="does not use triton extended_gelu .*error .* over"):
         run(given, BF16, "elementwise")
+    x, w, spans = torch.zeros(38, D, dtype=BF16), given[2].w, (Span(0, H, 3),)
+    question = (x, w, True, spans, Needs())
+    assert plan_beside(*question, Impl.AUTO, BF16, Beside(activated=True)) == call_plan(*question)
     passes.clear()
     within(run(given, BF16, "elementwise"), given, BF16)
     assert passes == [
