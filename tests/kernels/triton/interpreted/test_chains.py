@@ -62,11 +62,12 @@ def watch(
     monkeypatch.setattr(module, name, watched)
 
 
-def operands(dtype=BF16, rows=(2, 19), **trains):
-    """x, a norm, fc1 and fc2 of odd sizes."""
-    x = torch.randn(*rows, D, dtype=dtype, requires_grad=trains.pop("x", True))
+def operands(dtype=BF16, rows=(2, 19), sizes=(D, H), **trains):
+    """x, a norm, fc1 and fc2."""
+    d, h = sizes
+    x = torch.randn(*rows, d, dtype=dtype, requires_grad=trains.pop("x", True))
     how = {"dtype": dtype, "w": False, "bias": False, **trains}
-    return x, norm(D, dtype, trains=False), matrix(H, D, 3, **how), matrix(D, H, 5, **how)
+    return x, norm(d, dtype, trains=False), matrix(h, d, 3, **how), matrix(d, h, 5, **how)
 
 
 def run(given, dtype, recompute, activation="gelu", impl=Impl.AUTO) -> list[Tensor]:
@@ -107,8 +108,8 @@ def test_the_epilogues_are_asked_for(passes, recompute, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_other_dtypes(passes, dtype):
-    given = operands(dtype, rows=(1, 33))
+def test_other_dtypes_and_odd_sizes(passes, dtype):
+    given = operands(dtype, (1, 33), (23, 37))
     within(run(given, dtype, "elementwise"), given, dtype)
     assert "product erf" in passes and "dx erf" in passes
 
