@@ -18,9 +18,10 @@ __all__ = ["Adapters", "Ending", "Grads", "Slope"]
 class Ending(NamedTuple):
     """What follows a product before its one rounding: u = product, y = residual + factor act(u)."""
 
-    activation: str = "none"  # or GELU: erf, tanh; u is stored beside y
+    activation: str = "none"  # or GELU: erf, tanh
     factor: Tensor | None = None  # [N]: LayerScale
     residual: Tensor | None = None  # [M, N], maybe wider than u; y has the wider dtype
+    stores_u: bool = True  # or may leave it out: nobody reads it
 
     def kernel(self, dtype: torch.dtype) -> str:
         """Which launch of kernels/triton/launches.py ends so behind a product of ``dtype``."""

@@ -69,13 +69,14 @@ def why_not_fused(
     """One sentence why no epilogue serves ``ending``; None when one does."""
     if not ends(plan):
         return f"the epilogues are those of triton:extended and cuda:extended; the plan is {plan}"
-    if ending.activation != "none" and ending[1:] != (None, None):
+    others = [t for t in (ending.factor, ending.residual) if t is not None]
+    if ending.activation != "none" and others:
         return "an activation and a scale or a residual together are checked by nobody"
     n, k = w.shape
     if plan.backend is Backend.CUDA:
         return _why_not_compiled((x.shape[0], n, k), spans, ending, dtype, x.device)
-    for t in ending[1:]:
-        if t is not None and (t.dtype not in available.DTYPES or t.stride(-1) != 1):
+    for t in others:
+        if t.dtype not in available.DTYPES or t.stride(-1) != 1:
             return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
     return why_not_launch(ending.kernel(dtype), x.shape[0], n, k, x, dtype, ragged(spans))
 

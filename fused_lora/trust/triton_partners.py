@@ -54,7 +54,8 @@ def _extended_gelu(p: Operands, tile: Any) -> Named:
         y, _, u = forward(p.x, p.w, p.bias, p.adapters, kind, h, tile)
         assert u is not None
         du, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, activation=kind, u=p.x)
-        named |= {"u": u, f"{kind}": y, f"{kind} du": du}
+        alone = forward(p.x, p.w, p.bias, p.adapters, kind, h, tile, stores_u=False).y
+        named |= {"u": u, f"{kind}": y, f"{kind}, u not stored": alone, f"{kind} du": du}
     return named
 
 

@@ -21,8 +21,8 @@ def forward(
     ending: Ending,
     out: Tensor | None = None,  # [M, N] for y, rows contiguous
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] of an activation."""
-    adapters, (active, factor, residual) = uniform(adapters), ending
+    """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the ending stores it."""
+    adapters, (active, factor, residual, stores_u) = uniform(adapters), ending
     x, bias = rows(x), None if bias is None else bias.contiguous()
     n, k = w.shape
     kernel, uneven = ending.kernel(x.dtype), ragged(adapters.spans)
@@ -35,6 +35,10 @@ def forward(
     if out is None:
         out = x.new_empty((x.shape[0], n), dtype=dtype)
     y, _, u = lora_extended.forward(
-        *(x, w, bias, adapters, active, h, tile), factor=factor, residual=residual, out=out
+        *(x, w, bias, adapters, active, h, tile),
+        factor=factor,
+        residual=residual,
+        out=out,
+        stores_u=stores_u,
     )
     return y, h.contiguous() if plan.keep is Keep.HIDDEN else None, u

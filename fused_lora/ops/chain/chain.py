@@ -23,6 +23,7 @@ from fused_lora.ops.chain.step import Steps
 from fused_lora.ops.chain.walk import Walk
 from fused_lora.ops.lora_linear import refuse_double_backward, reshaped, without_autocast
 
+NONE: frozenset[int] = frozenset()
 FIXED = 5  # recipe, residual, gamma, mask and source stand before the operands
 
 
@@ -37,6 +38,9 @@ def chain(
     """y [..., N]; under ``torch.compile`` composed, for the compiler to fuse what it can."""
     if torch.compiler.is_compiling():
         return composed(recipe, source, operands, residual, gamma, mask)
+    if not torch.is_grad_enabled():
+        nothing = (False,) * (1 + len(operands))
+        return forward(recipe, nothing, source, operands, residual, gamma, mask)[0]
     return Chain.apply(recipe, residual, gamma, mask, source, *operands)
 
 
@@ -59,6 +63,34 @@ def composed(
     return z if residual is None else residual + z
 
 
+def forward(
+    recipe: Recipe,
+    flags: tuple[bool, ...],  # whether a gradient is asked for, of the source and the operands
+    source: Tensor,
+    operands: Sequence[Tensor | None],
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, dict[int, Tensors], list[Run]]:
+    """y [..., N], the boundaries that the recipe keeps for a backward, and what each stage left."""
+    asked = recipe.asked(flags)
+    values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
+    runs: list[Run] = []
+    with without_autocast(source.device):
+        keep = recipe.keep if any(flags) else NONE
+        steps = Steps(recipe, [tuple(operands[part]) for part in recipe.parts], asked, keep)
+        beside = source if recipe.around else residual
+        ending = recipe.stages[-1].ending(beside, gamma, mask)
+        room: Room | None = None
+        while (i := len(runs)) < len(recipe.stages):
+            last = i + 1 == len(recipe.stages)
+            room = _advance(steps, values, runs, room, ending if last else None)
+        (z,) = values.pop(len(runs))
+        z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
+        y = z if ending else finish(z, beside, combined((gamma, mask)))
+    return y, values, runs
+
+
 class Chain(torch.autograd.Function):
     """``apply(recipe, residual, gamma, mask, source, *operands)``; gamma and mask are frozen."""
 
@@ -73,21 +105,9 @@ class Chain(torch.autograd.Function):
         *operands: Tensor | None,
     ) -> Tensor:
         """y [..., N]."""
-        asked = recipe.asked(ctx.needs_input_grad[FIXED - 1 :])
-        values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
-        runs: list[Run] = []
-        with without_autocast(source.device):
-            steps = Steps(recipe, [operands[part] for part in recipe.parts], asked)
-            beside = source if recipe.around else residual
-            ending = recipe.stages[-1].ending(beside, gamma, mask)
-            room: Room | None = None
-            while (i := len(runs)) < len(recipe.stages):
-                last = i + 1 == len(recipe.stages)
-                room = _advance(steps, values, runs, room, ending if last else None)
-            (z,) = values.pop(len(runs))
-            z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
-            y = z if ending else finish(z, beside, combined((gamma, mask)))
-        _save(ctx, recipe, values, runs, asked, (gamma, mask, *operands))
+        flags = ctx.needs_input_grad[FIXED - 1 :]
+        y, values, runs = forward(recipe, flags, source, operands, residual, gamma, mask)
+        _save(ctx, recipe, values, runs, recipe.asked(flags), (gamma, mask, *operands))
         ctx.like = source.shape, source.dtype, None if residual is None else residual.dtype
         return y
 
@@ -114,11 +134,11 @@ def _advance(
     room: Room | None,
     ending: Ending | None,
 ) -> Room | None:
-    """Take the next step, keeping of the boundaries behind it what the recipe keeps."""
-    first, keep = len(runs), steps.recipe.keep
+    """Take the next step, keeping of the boundaries behind it what is to be kept."""
+    first = len(runs)
     done, following = steps.take(first, values[first], room, ending)
     for at, run in enumerate(done, first):
-        if at and at not in keep:
+        if at and at not in steps.keep:
             del values[at]
         values[at + 1] = run.out
         runs.append(Run((), run.extra, run.note))

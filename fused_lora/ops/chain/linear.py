@@ -65,8 +65,8 @@ class LoRALinear(Stage):
         return tuple(frame.needs(x, own[part]) for frame, part in self.parts)
 
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
-        """y [M, N] of x [M, K], for each frame; u, and act(u) beyond, where that is its ending."""
-        ys, extra, plans, beyond = [], [], [], None
+        """y [M, N] of x [M, K], for each frame; with an activation as its ending u, if stored."""
+        ys, extra, plans = [], [], []
         room = place.room
         plan = room.plan if room else place.plan or self._plan(x[0], own, asked)
         placed = (room and room.buffer, plan, place.ending, place.out)
@@ -77,11 +77,13 @@ class LoRALinear(Stage):
             given = (scales, spans, impl, self.dtype, tuple(ab), needs)
             done = compute(x[0], w, bias, *given, *placed)  # type: ignore[arg-type]
             reads_w = impl is Impl.REFERENCE or done.plan.keep is not Keep.MERGED
-            y, beyond = (done.y, None) if done.u is None else (done.u, done.y)
-            ys.append(y)
+            ys.append(done.y)
             extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
             plans.append(done.plan)
-        return Run(tuple(ys), tuple(extra), tuple(plans), beyond)
+        if place.ending is None or place.ending.activation == "none":
+            return Run(tuple(ys), tuple(extra), tuple(plans))
+        u = () if done.u is None else (done.u,)
+        return Run(u, tuple(extra), tuple(plans), done.y)
 
     def ending(
         self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None

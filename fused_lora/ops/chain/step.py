@@ -18,6 +18,8 @@ class Steps(NamedTuple):
     recipe: Recipe
     own: Sequence[Optional]  # the operands of each stage
     asked: Sequence[Asked]
+    keep: frozenset[int]  # boundaries kept for backward
+    again: bool = False  # in backward, which reads all that it makes
 
     def behind(self, i: int, x: Tensors, free: bool = False) -> Room | None:
         """Where stage i, given x, is to write for the one behind it; what is kept lies alone.
@@ -25,7 +27,7 @@ class Steps(NamedTuple):
         ``free``: it writes wherever it is told at no cost, and x has but its rows.
         """
         j, stages = i + 1, self.recipe.stages
-        if j == len(stages) or j in self.recipe.keep or not (free or stages[i].places(x)):
+        if j == len(stages) or j in self.keep or not (free or stages[i].places(x)):
             return None
         return stages[j].room(x[0], self.own[j], self.asked[j])
 
@@ -43,8 +45,8 @@ class Steps(NamedTuple):
         kind = None if alone else self.recipe.ahead[i]
         if kind and (plan := stage.fuses(Ending(kind), x, *given, room)):
             following = self.behind(i + 1, x, free=True) if place else None
-            at = Place(following and following.left, room, Ending(kind), plan)
-            run = stage.forward(x, *given, at)
+            how = Ending(kind, stores_u=self.again or i + 1 in self.keep)
+            run = stage.forward(x, *given, Place(following and following.left, room, how, plan))
             assert run.beyond is not None
             return (run, Run((run.beyond,))), following
         following = self.behind(i, x) if place else None

@@ -25,7 +25,7 @@ class Walk:
     ) -> None:
         self.recipe, self.values, self.runs, self.asked = recipe, values, runs, asked
         self.own = [operands[part] for part in recipe.parts]
-        self.steps = Steps(recipe, self.own, asked)
+        self.steps = Steps(recipe, self.own, asked, recipe.keep, again=True)
         self.rooms: dict[int, Room | None] = {}  # of boundaries, each with what lies in it
 
     def value(self, i: int) -> Tensors:

@@ -136,6 +136,40 @@ def test_every_subset_of_gradients(passes, recompute, trains):
     assert passes.count("dx erf") == trained and "gelu slope" not in passes
 
 
+@pytest.mark.parametrize(
+    "grad, recompute, stored",
+    [
+        (False, "none", 0),
+        (True, "gemm", 0),
+        (True, "none", 1),
+        (True, "elementwise", 1),
+    ],
+)
+def test_u_is_stored_where_backward_reads_it(passes, serving, grad, recompute, stored):  # noqa: F811
+    right, found = lora_extended.forward, []
+
+    def spy(*args, **options):
+        done = right(*args, **options)
+        found.append(done.u is not None)
+        return done
+
+    serving.setattr(lora_extended, "forward", spy)
+    x, before, fc1, fc2 = operands(rows=(1, 5))
+    with torch.set_grad_enabled(grad):
+        y = lora_mlp(x, fc1, fc2, norm=before, recompute=recompute)
+        lora_mlp(x.detach(), frozen(fc1), frozen(fc2), norm=before, recompute=recompute)
+    assert found == [stored, False, False, False]
+    if grad:
+        y.sum().backward()
+        assert sum(found[4:]) == (recompute == "gemm")
+
+
+def frozen(fc):
+    """``fc``, of which nothing trains."""
+    halves = [[t.detach() for t in half] for half in (fc.a, fc.b)]
+    return fc._replace(a=halves[0], b=halves[1])
+
+
 @each_mode
 def test_it_keeps_what_it_kept(passes, recompute):
     x, before, fc1, fc2 = operands()
