@@ -54,8 +54,10 @@ def _extended_gelu(p: Operands, tile: Any) -> Named:
         y, _, u = forward(p.x, p.w, p.bias, p.adapters, kind, h, tile)
         assert u is not None
         du, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, activation=kind, u=p.x)
-        alone = forward(p.x, p.w, p.bias, p.adapters, kind, h, tile, stores_u=False).y
-        named |= {"u": u, f"{kind}": y, f"{kind}, u not stored": alone, f"{kind} du": du}
+        named |= {"u": u, f"{kind}": y, f"{kind} du": du}
+        if p.x.element_size() == 2:
+            alone = forward(p.x, p.w, p.bias, p.adapters, kind, h, tile, stores_u=False).y
+            named[f"{kind}, u not stored"] = alone
     return named
 
 

@@ -39,6 +39,6 @@ def forward(
         factor=factor,
         residual=residual,
         out=out,
-        stores_u=stores_u,
+        stores_u=stores_u or x.element_size() > 2,  # without it fp32 spills in some tiles
     )
     return y, h.contiguous() if plan.keep is Keep.HIDDEN else None, u

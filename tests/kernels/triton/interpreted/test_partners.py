@@ -181,7 +181,7 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
         y, _, _, h, _, u = compute(p.x, p.w, p.bias, *call, ending=one)
         runs = []
         for q in (lowered(p, BF16), p.double()):
-            as_q = [None if t is None else t.to(q.x.dtype) for t in one[1:]]
+            as_q = [None if t is None else t.to(q.x.dtype) for t in one[1:3]]
             base = reference_linear.forward(q.x, q.w, q.bias, *adapters(q))
             runs.append((*module.composed(base.clone(), None, Ending(one[0], *as_q)), base))
         verdict = judge("y", y, runs[0][0], runs[1][0], BF16)
