@@ -80,6 +80,17 @@ class Span:
         return self.stop - self.start
 
 
+class Beside(NamedTuple):
+    """What lies beside a product in a chain, and may be part of its pass."""
+
+    bordered: bool = False  # x is written into the left of [x | h] by whoever makes it
+    activated: bool = False  # y goes on through GELU, and both are written
+    sloped: bool = False  # x is a GELU's, so that dx goes on through its slope
+
+
+ALONE = Beside()
+
+
 def ragged(spans: Sequence[Span]) -> bool:
     """Whether there are several adapters, of ranks that the matrix instructions' 16 divides not."""
     return len(spans) > 1 and any(span.rank % 16 for span in spans)

@@ -12,15 +12,16 @@ from torch import Tensor
 from fused_lora.reference.lora_linear import Grads
 from fused_lora.types import Span
 
-__all__ = ["Adapters", "Ending", "Grads"]
+__all__ = ["Adapters", "Ending", "Grads", "Slope"]
 
 
 class Ending(NamedTuple):
     """What follows a product before its one rounding: u = product, y = residual + factor act(u)."""
 
-    activation: str = "none"  # or GELU: erf, tanh; u is stored beside y
+    activation: str = "none"  # or GELU: erf, tanh
     factor: Tensor | None = None  # [N]: LayerScale
     residual: Tensor | None = None  # [M, N], maybe wider than u; y has the wider dtype
+    stores_u: bool = True  # or may leave it out: nobody reads it
 
     def kernel(self, dtype: torch.dtype) -> str:
         """Which launch of kernels/triton/launches.py ends so behind a product of ``dtype``."""
@@ -28,6 +29,13 @@ class Ending(NamedTuple):
             return "extended_gelu"
         same = all(t is None or t.dtype is dtype for t in (self.factor, self.residual))
         return "extended_scale" if same else "extended_wide"
+
+
+class Slope(NamedTuple):
+    """What dx goes on through where x = act(u): du = act'(u) dx, dx itself not written."""
+
+    activation: str  # GELU: erf, tanh
+    u: Tensor  # [M, K], rows contiguous
 
 
 class Adapters(NamedTuple):

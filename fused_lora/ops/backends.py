@@ -132,24 +132,38 @@ def failures(
 _product = lru_cache(maxsize=64)(hopper.why_not)
 
 
+def why_not_product(device: torch.device) -> str | None:
+    """One sentence why no compiled product serves on ``device``; None when one may."""
+    return _product(device)
+
+
 def why_not_device(t: Tensor, dtype: torch.dtype) -> str | None:
     """One sentence why Triton serves no product in ``dtype`` where ``t`` is; None when it may."""
     return _triton(t.device, dtype)
 
 
-def why_not_launch(kernel: str, rows: int, columns: int, depth: int, t: Tensor) -> str | None:
+def why_not_launch(
+    kernel: str,
+    rows: int,
+    columns: int,
+    depth: int,
+    t: Tensor,
+    dtype: torch.dtype | None = None,  # that it computes in, where it is not t's
+    uneven: bool = False,  # of ranks
+) -> str | None:
     """One sentence why Triton cannot launch ``kernel`` on ``t``; None when it can.
 
-    The sizes are those of ``fused_lora.kernels.triton.launches``.
+    The sizes, and which ranks are uneven, are those of ``fused_lora.kernels.triton.launches``.
     """
-    if reason := _triton(t.device, t.dtype) or untouchable(t):
+    dtype = dtype or t.dtype
+    if reason := _triton(t.device, dtype) or untouchable(t):
         return reason
     if rows * columns == 0:
         return "there is nothing to launch"
     if max(rows, columns, depth) >= INT32:
         return f"it counts in 32 bits, got {rows:,} x {columns:,} x {depth:,}"
-    tile = tile_of(kernel, rows, columns, depth, t.dtype, t.device)
-    return distrust(_checked(Launch(kernel, tile), _rate(kernel, t)), t.device)
+    tile = tile_of(kernel, rows, columns, depth, dtype, t.device, uneven)
+    return distrust(_checked(Launch(kernel, tile), _rate(kernel, dtype, t.device)), t.device)
 
 
 def distrust(checked: Checked, device: torch.device) -> str | None:
@@ -164,10 +178,10 @@ def distrust(checked: Checked, device: torch.device) -> str | None:
 _checked = lru_cache(maxsize=4096)(of_launch)
 
 
-def _rate(kernel: str, t: Tensor) -> str:
+def _rate(kernel: str, dtype: torch.dtype, device: torch.device) -> str:
     """How products of fp32 are formed where the kernel has any."""
-    name = str(t.dtype).removeprefix("torch.")
-    return name if kernel in NO_PRODUCTS else conditions(t.device, t.dtype)[0]
+    name = str(dtype).removeprefix("torch.")
+    return name if kernel in NO_PRODUCTS else conditions(device, dtype)[0]
 
 
 @lru_cache(maxsize=64)

@@ -5,15 +5,17 @@ u = x wT + bias + s h bT      y = residual + factor act(u)
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from fused_lora.kernels.cuda import lora_linear_ended as compiled
 from fused_lora.kernels.interface import Adapters, Ending
-from fused_lora.kernels.triton import available
 from fused_lora.ops import gelu
-from fused_lora.ops.backends import why_not_launch
 from fused_lora.ops.chain.recipe import finish
+from fused_lora.ops.epilogues import why_not_fused
 from fused_lora.ops.lora_linear import forward
-from fused_lora.types import Backend, Forward, Impl, Plan
+from fused_lora.types import Backend, Impl, Plan
 
 Ended = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -27,33 +29,27 @@ def ended(
     impl: Impl,
     ending: Ending,
     bordered: Tensor | None = None,  # as for ``lora_linear.forward``
+    out: Tensor | None = None,  # [M, N], rows contiguous: for y behind an activation
 ) -> Ended:
     """y [M, N], what the plan keeps, and u [M, N] where an activation follows."""
-    if impl is not Impl.REFERENCE and why_not_fused(rows, w, plan, ending) is None:
-        from fused_lora.kernels.triton.lora_linear_ended import forward as fused
-
-        return fused(rows, w, bias, adapters, plan, ending)
+    question = (rows, w, tuple(adapters.spans), plan, ending, rows.dtype)
+    if impl is not Impl.REFERENCE and why_not_fused(*question) is None:
+        return _epilogue(plan).forward(rows, w, bias, adapters, plan, ending, out)
     y, kept = forward(rows, w, bias, adapters, plan, impl, bordered)
-    return composed(y, kept, ending)
+    return composed(y, kept, ending, out)
 
 
-def composed(u: Tensor, kept: Tensor | None, ending: Ending) -> Ended:
+def composed(u: Tensor, kept: Tensor | None, ending: Ending, out: Tensor | None = None) -> Ended:
     """The same in passes of their own."""
     if ending.activation == "none":
         return finish(u, ending.residual, ending.factor), kept, None
-    y = gelu.forward(u, ending.activation)
+    y = gelu.forward(u, ending.activation, out)
     return finish(y, ending.residual, ending.factor), kept, u
 
 
-def why_not_fused(rows: Tensor, w: Tensor, plan: Plan, ending: Ending) -> str | None:
-    """One sentence why no epilogue serves ``ending``; None when one does."""
-    active, (factor, residual) = ending.activation != "none", ending[1:]
-    if plan.backend is not Backend.TRITON or plan.forward is not Forward.EXTENDED:
-        return f"the epilogues are those of triton:extended, and the plan is {plan}"
-    if active and not (factor is None and residual is None):
-        return "an activation and a scale or a residual together are checked by nobody"
-    for t in (factor, residual):
-        if t is not None and (t.dtype not in available.DTYPES or t.stride(-1) != 1):
-            return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
-    n, k = w.shape
-    return why_not_launch(ending.kernel(rows.dtype), rows.shape[0], n, k, rows)
+def _epilogue(plan: Plan) -> Any:
+    if plan.backend is Backend.CUDA:
+        return compiled
+    from fused_lora.kernels.triton import lora_linear_ended as triton
+
+    return triton

@@ -20,7 +20,7 @@ from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad import lora_grads
 from fused_lora.kernels.cuda.lora_grad_call import ADAPTERS, GradCall, aligned
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape, examples, fitting
-from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.kernels.interface import Adapters, Grads, Slope
 from fused_lora.trust.check import NotNow
 from fused_lora.trust.subjects import Checked, of_compiled_grads
 from fused_lora.trust.verify import verdict
@@ -48,9 +48,10 @@ def backward(
     needs: Needs,
     plan: Plan,
     room: Any,  # the kernels that compute dx
+    slope: tuple[Slope, ...] = (),  # one where dx goes on to du, for a room that takes it
 ) -> Grads:
     """The gradients named by ``needs``."""
-    dx, dh = room.input_grad(dy, kept, w, adapters, plan) if needs.x else (None, None)
+    dx, dh = room.input_grad(dy, kept, w, adapters, plan, *slope) if needs.x else (None, None)
     dw = None
     if needs.w:
         assert x is not None

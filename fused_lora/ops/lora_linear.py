@@ -16,14 +16,14 @@ from torch import Tensor
 
 from fused_lora import env
 from fused_lora.kernels.aten import lora_linear as aten
-from fused_lora.kernels.interface import Adapters, Ending, Grads
+from fused_lora.kernels.interface import Adapters, Ending, Grads, Slope
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import plain, transformed
 from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.reference import lora_linear as reference
 from fused_lora.trust.moment import untouchable
-from fused_lora.types import ALIKE, Backend, Halves, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span
 
 FIXED_INPUTS = 7  # x, w, bias, scales, spans, impl, dtype stand before the adapters
 reshaped = torch.ops.aten._unsafe_view.default  # a view that autograd takes for a tensor of its own
@@ -179,6 +179,7 @@ def compute(
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x, in ``dtype``
     plan: Plan | None = None,  # the one that asked for ``bordered``
     ending: Ending | None = None,
+    out: Tensor | None = None,  # [M, N], rows contiguous: for y behind an activation
 ) -> Computed:
     """One forward pass. Its y is no view: it may be written in place, as any linear's.
 
@@ -196,7 +197,7 @@ def compute(
     else:
         from fused_lora.ops.ending import ended
 
-        y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending, bordered)
+        y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending, bordered, out)
     return Computed(as_leading(y, x), rows, w, kept, plan, u)
 
 
@@ -224,12 +225,12 @@ def call_plan(
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
     dtype: torch.dtype | None = None,  # of the GEMMs, where it is not that of ``rows``
-    bordered: bool = False,
+    beside: Beside = ALONE,
 ) -> Plan:
     """The plan for one call on an x of as many rows as ``rows``."""
     n, k = w.shape
     question = (rows.shape[0], k, n, spans, dtype or rows.dtype, bias, needs, rows.device)
-    plan = plan_for(*question, keep, impl, bordered, halves)
+    plan = plan_for(*question, keep, impl, beside, halves)
     if plan.library_alone or not (reason := untouchable(rows)):
         return plan
     if impl is Impl.AUTO:
@@ -274,6 +275,7 @@ def backward(
     needs: Needs,
     plan: Plan,
     impl: Impl,
+    *slope: Slope,  # one, where ``ops.slope`` finds that dx may go on to du
 ) -> Grads:
     """The gradients named by ``needs``."""
     if impl is Impl.REFERENCE:
@@ -285,8 +287,8 @@ def backward(
     if plan.grads_by is Backend.CUDA:
         from fused_lora.ops import lora_grad_backends as compiled
 
-        return compiled.backward(dy, rows, kept, w, adapters, needs, plan, room)
-    return room.backward(dy, rows, kept, w, adapters, needs, plan)
+        return compiled.backward(dy, rows, kept, w, adapters, needs, plan, room, slope)
+    return room.backward(dy, rows, kept, w, adapters, needs, plan, *slope)
 
 
 def _needs(asked: Sequence[bool], groups: int) -> Needs:

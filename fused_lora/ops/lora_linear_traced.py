@@ -21,7 +21,7 @@ from fused_lora.ops.planning import halves_of, plan_for, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.reference import lora_linear as reference
-from fused_lora.types import Forward, Gradient, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import ALONE, Forward, Gradient, Impl, Keep, Needs, Plan, Span
 
 LIBRARY = torch.library.Library("fused_lora", "DEF")
 LIBRARY.define(
@@ -97,7 +97,7 @@ def _plan(m: int, w: Tensor, adapters: Adapters, needs: int, keep: str, impl: st
     n, k = w.shape
     question = (m, k, n, tuple(adapters.spans), w.dtype, True, _needs(needs), w.device)
     halves = halves_of(adapters.a, adapters.scales)
-    return plan_for(*question, Keep(keep), Impl(impl), False, halves)
+    return plan_for(*question, Keep(keep), Impl(impl), ALONE, halves)
 
 
 def _adapters(a: list[Tensor], b: list[Tensor], scales: Tensor, spans: Sequence[int]) -> Adapters:

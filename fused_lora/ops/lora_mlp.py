@@ -25,6 +25,7 @@ from fused_lora.ops.operand import (
     check_recompute,
     compute_dtype,
 )
+from fused_lora.types import Beside
 
 
 def lora_mlp(
@@ -92,7 +93,9 @@ def _recipe(
     around: bool,
 ) -> Recipe:
     stages: list[Stage] = [] if eps is None else [LayerNorm(eps, dtype)]
-    stages += [LoRALinear(firsts, dtype), act, LoRALinear((fc2,), dtype)]
+    active = act.gelu is not None
+    first = LoRALinear(firsts, dtype, Beside(activated=active))
+    stages += [first, act, LoRALinear((fc2,), dtype, Beside(sloped=active))]
     u = len(stages) - 2  # the boundary behind fc1
     keep = {"none": range(1, len(stages)), "elementwise": (u,), "gemm": ()}[recompute]
     return Recipe(tuple(stages), frozenset(keep), recompute == "gemm", around)

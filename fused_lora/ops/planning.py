@@ -14,7 +14,7 @@ from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.plan.choose import Row, ranked
 from fused_lora.plan.problem import Problem
 from fused_lora.trust.check import NotNow
-from fused_lora.types import ALIKE, Backend, Halves, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span
 
 CPU = torch.device("cpu")
 
@@ -27,13 +27,13 @@ def problem(
     dtype: torch.dtype,
     bias: bool,
     needs: Needs,
-    bordered: bool = False,
+    beside: Beside = ALONE,
     halves: Halves = ALIKE,
     device: torch.device = CPU,
 ) -> Problem:
     """The plan's question for one call."""
     name = str(dtype).removeprefix("torch.")
-    return Problem(m, k, n, spans, name, bias, needs, bordered, halves, device.type)
+    return Problem(m, k, n, spans, name, bias, needs, *beside, halves, device.type)
 
 
 def halves_of(ab: Sequence[Tensor], scales: Sequence[float]) -> Halves:
@@ -58,7 +58,7 @@ def plan_for(
     device: torch.device,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
-    bordered: bool = False,
+    beside: Beside = ALONE,
     halves: Halves = ALIKE,
 ) -> Plan:
     """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before.
@@ -68,10 +68,10 @@ def plan_for(
     """
     now = conditions(device, dtype)
     try:
-        asked = (m, k, n, spans, dtype, bias, needs, device, keep, impl, bordered, halves)
+        asked = (m, k, n, spans, dtype, bias, needs, device, keep, impl, beside, halves)
         return _plan_for(*asked, now)
     except NotNow as reason:
-        question = problem(m, k, n, spans, dtype, bias, needs, bordered, halves, device)
+        question = problem(m, k, n, spans, dtype, bias, needs, beside, halves, device)
         return _unchecked(question, dtype, device, keep, impl, reason).rows[0].plan
 
 
@@ -87,11 +87,11 @@ def _plan_for(
     device: torch.device,
     keep: Keep | None,
     impl: Impl,
-    bordered: bool,
+    beside: Beside,
     halves: Halves,
     now: tuple[str, int],  # a change of it asks anew
 ) -> Plan:
-    question = problem(m, k, n, spans, dtype, bias, needs, bordered, halves, device)
+    question = problem(m, k, n, spans, dtype, bias, needs, beside, halves, device)
     return settled(question, dtype, device, keep, impl).rows[0].plan
 
 

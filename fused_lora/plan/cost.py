@@ -9,11 +9,22 @@ compiled kernels in ``cost_cuda``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fused_lora.plan import cost_aten, cost_cuda, cost_triton
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.step import Step
+from fused_lora.plan.strategies import ends, slopes
 from fused_lora.types import Backend, Plan
+
+
+def beside_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+    """The passes of a GELU and of its slope, where no epilogue of the plan's has them."""
+    if p.activated and not ends(plan):
+        yield Step("gelu", p.m, p.n)
+    if p.sloped and p.needs.x and not slopes(plan):
+        yield Step("gelu slope", p.m, p.k, extra_elements=p.m * p.k)
 
 
 def steps(p: Problem, plan: Plan) -> list[Step]:
@@ -24,7 +35,7 @@ def steps(p: Problem, plan: Plan) -> list[Step]:
         found.append(Step("dbias", 1, p.n, extra_elements=p.m * p.n))
     if plan.grads_by is Backend.CUDA:
         found += cost_cuda.gradient_steps(p, plan)
-    return found
+    return [*found, *beside_steps(p, plan)]
 
 
 def time_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:

@@ -58,7 +58,7 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         return
     if plan.forward is Forward.EXTENDED:
         yield from shrink_steps(p)
-        yield cost_cuda.product_step("extended", p, p.n, p.k)
+        yield cost_cuda.product_step("extended", p, p.n, p.k, p.activated)
         return
     yield from cast_steps(p)
     if plan.forward is Forward.SEPARATE:

@@ -34,14 +34,16 @@ def gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     yield Step("sums db da", ranks, k + n, extra_elements=sums, calls=LAUNCH_CALLS)
 
 
-def product_step(name: str, p: Problem, columns: int, depth: int) -> Step:
-    """y [M, columns] of x [M, depth] and h in one launch; h and s b are formed before."""
+def product_step(name: str, p: Problem, columns: int, depth: int, u: bool = False) -> Step:
+    """y [M, columns] of x [M, depth] and h in one launch; h and s b are formed before.
+
+    ``u``: it is written beside y.
+    """
     width = sum(span.rank * span.width for span in p.spans) // p.n  # ranks of a column of y
     ranks = width if columns == p.n else p.rank
-    border = columns * ranks
-    return Step(
-        name, p.m, columns, depth + ranks, False, 0, border, PRODUCT_EFFICIENCY, LAUNCH_CALLS
-    )
+    extra = columns * ranks + (p.m * columns if u else 0)
+    rates = (PRODUCT_EFFICIENCY, LAUNCH_CALLS)
+    return Step(name, p.m, columns, depth + ranks, False, 0, extra, *rates)
 
 
 def dh_given(p: Problem, plan: Plan) -> bool:

@@ -22,14 +22,14 @@ PARTIAL_SUMS = 16  # slices of rows whose fp32 sums a gradient writes and reads;
 
 def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the forward pass."""
-    yield from _product(p, plan.forward, "", p.k, p.n, reuse=False)
+    yield from _product(p, plan.forward, "", p.k, p.n, False, p.activated)
 
 
 def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the backward pass, none where nothing is asked for."""
     rank_gradient = plan.gradient is Gradient.RANK and plan.grads_by is None
     if p.needs.x:
-        yield from _product(p, plan.dx, "dx ", p.n, p.k, plan.keep is Keep.MERGED)
+        yield from _product(p, plan.dx, "dx ", p.n, p.k, plan.keep is Keep.MERGED, p.sloped)
     if rank_gradient and p.needs.b:
         if plan.keep is not Keep.HIDDEN:
             yield _thin(p, "shrink", p.k)
@@ -44,9 +44,12 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 
 
 def _product(
-    p: Problem, strategy: Forward, name: str, depth: int, columns: int, reuse: bool
+    p: Problem, strategy: Forward, name: str, depth: int, columns: int, reuse: bool, u: bool
 ) -> Iterator[Step]:
-    """y [M, columns] of x [M, depth], or likewise dx; ``reuse`` finds w' merged already."""
+    """y [M, columns] of x [M, depth], or likewise dx; ``reuse`` finds w' merged already.
+
+    ``u``: EXTENDED writes or reads that too.
+    """
     if strategy is Forward.MERGE:
         if not reuse:
             yield _merge(p)
@@ -56,7 +59,8 @@ def _product(
     ranks = width if columns == p.n else p.rank
     if strategy is Forward.EXTENDED:
         yield _thin(p, f"{name}shrink", depth)
-        yield _launch(f"{name}extended", p.m, columns, depth + ranks)
+        beside = p.m * columns if u else 0
+        yield _launch(f"{name}extended", p.m, columns, depth + ranks, elements=beside)
     else:
         shrunk, expanded = p.rank * depth * -(-columns // TILE_COLUMNS), ranks * columns
         flops, hidden = 2 * p.m * (shrunk + expanded), p.m * p.rank

@@ -21,7 +21,9 @@ class Problem:
     dtype: str = "float32"  # what the GEMMs compute in: a key of ITEMSIZE
     bias: bool = True
     needs: Needs = Needs()
-    bordered: bool = False  # x is written into the left of [x | h] by whoever makes it
+    bordered: bool = False  # this and the next two: see ``fused_lora.types.Beside``
+    activated: bool = False
+    sloped: bool = False
     halves: Halves = ALIKE
     device: str = "cpu"  # its kind
 

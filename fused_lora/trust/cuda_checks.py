@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_extended
 from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_extended import Tile
 from fused_lora.kernels.cuda.lora_grad import lora_grads
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.cuda.merged import merged as compiled_merge
 from fused_lora.kernels.interface import Grads
 from fused_lora.trust.equations import Named, flat, thin
+from fused_lora.trust.partners import KINDS
 from fused_lora.trust.problems import Operands, Shape
 from fused_lora.types import Needs, Span
 
@@ -65,13 +69,43 @@ def _flat(found: Grads) -> dict[str, Tensor]:
     return {"da": flat(found.a), "db": flat(found.b), "dbias": found.bias}
 
 
-def products(p: Operands, tile: lora_extended.Tile) -> Named:
+def products(p: Operands, **how: Any) -> Named:
     """y and dx in one tile, several of them a block."""
-    h, dh = thin(p)
+    return {"y": _product(p, **how).y, "dx": _input_grad(p, **how)}
+
+
+def products_gelu(p: Operands, **how: Any) -> Named:
+    """u and act(u) of both kinds."""
+    named: dict[str, Tensor] = {}
+    for kind in KINDS:
+        y, _, u = _product(p, activation=kind, **how)
+        assert u is not None
+        named |= {"u": u, kind: y}
+    return named
+
+
+def products_scale(p: Operands, **how: Any) -> Named:
+    """y scaled, with dy in the residual's place, and dx that a gradient joins."""
+    y = _product(p, factor=p.factor.to(p.x.dtype), residual=p.dy, **how).y
+    return {"y": y, "dx": _input_grad(p, residual=p.x, **how)}
+
+
+ENDINGS = {"": products, "gelu": products_gelu, "scale": products_scale}
+
+
+def run_product(p: Operands, behind: str, tile: Tile) -> Named:
+    """Every result of the compiled product with an ending of ``ENDINGS``."""
     chip = Chip.of(p.x.device)
-    chip = chip._replace(processors=min(FEW, chip.processors))
-    y = lora_extended.forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, chip=chip).y
-    return {"y": y, "dx": lora_extended.input_grad(p.dy, p.w, p.adapters, dh, tile, chip=chip)[0]}
+    few = chip._replace(processors=min(FEW, chip.processors))
+    return ENDINGS[behind](p, tile=tile, chip=few)
+
+
+def _product(p: Operands, **how: Any) -> lora_extended.Output:
+    return lora_extended.forward(p.x, p.w, p.bias, p.adapters, h=thin(p)[0], **how)
+
+
+def _input_grad(p: Operands, **how: Any) -> Tensor:
+    return lora_extended.input_grad(p.dy, p.w, p.adapters, thin(p)[1], **how)[0]
 
 
 def merged(p: Operands, noise: tuple[int, int] | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from fused_lora.kernels.cuda.native import why_not_on
 from fused_lora.kernels.triton import tiles
 from fused_lora.kernels.triton.launch import architecture
 from fused_lora.kernels.triton.launches import Launch, by_rule
+from fused_lora.trust.cuda_checks import ENDINGS as BEHIND
 from fused_lora.trust.subjects import (
     DTYPES,
     Checked,
@@ -60,11 +61,9 @@ def compiled_grads(dtype: str, device: torch.device) -> Iterator[Checked]:
 
 
 def compiled_products(dtype: str, device: torch.device) -> Iterator[Checked]:
-    """The compiled product in every tile, where ``device`` has it; of no device, in one."""
-    if why_not_on(device):
-        yield of_compiled_product(TILES[0], dtype)
-    elif hopper.why_not(device) is None:
-        yield from (of_compiled_product(tile, dtype) for tile in TILES)
+    """The compiled product in every tile, and what may stand behind it; of no device, in one."""
+    tiles = TILES[:1] if why_not_on(device) else () if hopper.why_not(device) else TILES
+    yield from (of_compiled_product(tile, dtype, one) for one in BEHIND for tile in tiles)
 
 
 def endings(dtype: torch.dtype, device: torch.device) -> list[Launch]:

@@ -78,8 +78,10 @@ def of_compiled_grads(form: Form, example: GradShape, dtype: str) -> Checked:
     return Checked(subject, run, shapes=shapes, equations=gradients)
 
 
-def of_compiled_product(tile: Tile, dtype: str) -> Checked:
-    """The compiled product in one tile."""
-    subject = Subject("cuda", "lora_linear", "{} x {}".format(*tile), dtype)
-    run = partial(cuda_checks.products, tile=tile)
-    return Checked(subject, run, shapes=cuda_checks.PRODUCTS)
+def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
+    """The compiled product in one tile; ``behind`` it gelu, scale or nothing."""
+    kernel = f"lora_linear_{behind}" if behind else "lora_linear"
+    subject = Subject("cuda", kernel, "{} x {}".format(*tile), dtype)
+    run = partial(cuda_checks.run_product, behind=behind, tile=tile)
+    truth = partial(equations, kernel=f"extended_{behind}")
+    return Checked(subject, run, shapes=cuda_checks.PRODUCTS, equations=truth)

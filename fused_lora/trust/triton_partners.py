@@ -55,6 +55,9 @@ def _extended_gelu(p: Operands, tile: Any) -> Named:
         assert u is not None
         du, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, activation=kind, u=p.x)
         named |= {"u": u, f"{kind}": y, f"{kind} du": du}
+        if p.x.element_size() == 2:
+            alone = forward(p.x, p.w, p.bias, p.adapters, kind, h, tile, stores_u=False).y
+            named[f"{kind}, u not stored"] = alone
     return named
 
 

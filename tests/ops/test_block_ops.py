@@ -349,6 +349,23 @@ def test_a_wide_x_around_it_under_autocast(recompute):
     assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy)
 
 
+@each_mode
+@each_form
+def test_without_gradients_nothing_is_kept_for_them(recompute, form, monkeypatch):
+    """Of a forward alone the plan may be another: the plain one is the measure."""
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    fc1, fc2, activation, gated = mlp_of(form)
+    before, plans = norm(D), []
+    right = linear.compute
+    monkeypatch.setattr(linear, "compute", lambda *a: plans.append(a[8]) or right(*a))
+    options = {"gated": gated, "norm": before, "around": True, "recompute": recompute}
+    with torch.no_grad():
+        y = lora_mlp(x, fc1, fc2, activation, **options)
+        expected = x + plain.plain_mlp(plain.plain_norm(x, before), fc1, fc2, activation, gated)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
+    assert plans and not any(any(vars(needs).values()) for needs in plans)
+
+
 def test_double_backward_fails_loudly():
     x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
     fc1, fc2, *_ = mlp_of("plain")

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.interface import Ending
 from fused_lora.ops import gelu, layer_norm
-from fused_lora.ops.ending import why_not_fused
+from fused_lora.ops.epilogues import why_not_fused, why_not_sloped
 from fused_lora.ops.lora_linear import NO_GRADIENT, compute
 from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
 
@@ -73,4 +73,5 @@ def test_an_ending_is_what_it_says(activation):
 def test_no_epilogue_where_the_library_has_the_plan():
     plan = Plan(Forward.SEPARATE, Forward.SEPARATE, Gradient.NONE, Keep.NOTHING)
     x = torch.randn(4, 4)
-    assert "the plan is separate/" in why_not_fused(x, x, plan, Ending("erf"))
+    assert "the plan is separate/" in why_not_fused(x, x, (), plan, Ending("erf"), x.dtype)
+    assert "the plan is separate/" in why_not_sloped(x, x, (), plan, x.dtype)

@@ -11,10 +11,12 @@ from fused_lora.ops import gelu, layer_norm, planning
 from fused_lora.ops.lora_linear import NO_GRADIENT, compute, lora_linear
 from fused_lora.ops.lora_merge import lora_merge
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
+from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.lora_shrink import shrink, why_not_triton
 from fused_lora.testing.yardstick import error, judge
 from fused_lora.trust import verify
 from fused_lora.types import Backend, Impl, Needs, Span
+from tests.ops.block_problems import leaves, matrix, norm
 
 pytestmark = pytest.mark.gpu
 QKV = tuple(Span(384 * g, 384 * g + 384, 16) for g in range(3))
@@ -174,6 +176,21 @@ def test_merges_of_many_layers(impl):
     for ours, job in zip(lora_merge_many(jobs, impl=impl), jobs, strict=True):
         truth = lora_merge(*job[:5], impl="reference").detach()
         assert error(ours, truth.double()) <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "gemm"])
+def test_an_mlp_by_its_epilogues(recompute):
+    """The plan may pick others for its shapes: whatever serves is near the library."""
+    before, sizes = norm(384, torch.bfloat16, trains=False), ((1536, 384), (384, 1536))
+    fcs = [matrix(*size, 16, dtype=torch.bfloat16, w=False, bias=False) for size in sizes]
+    x = torch.randn(4, 197, 384, dtype=torch.bfloat16, requires_grad=True)
+    runs = []
+    for impl in (Impl.TRITON, Impl.ATEN):
+        both = [fc._replace(impl=impl) for fc in fcs]
+        y = lora_mlp(x, *both, norm=before, around=True, recompute=recompute)
+        runs.append([y.detach(), *torch.autograd.grad(y, leaves(x, fcs), torch.ones_like(y) / 8)])
+    for ours, plain in zip(*runs, strict=True):
+        assert error(ours, plain.double()) < 2e-2
 
 
 @pytest.mark.parametrize("one", ["erf", "scale"])

@@ -13,6 +13,8 @@ from fused_lora.plan.strategies import (
     ROUNDS_ONCE,
     by_library,
     candidates,
+    ends,
+    slopes,
     why_not,
     why_not_backend,
     why_not_strategy,
@@ -63,6 +65,43 @@ def test_a_slow_kernel_is_not_chosen_and_a_fast_one_is(monkeypatch):
     assert chosen(problem()).backend is Backend.ATEN
     monkeypatch.setattr(cost_triton, "EFFICIENCY", 1.0)
     assert all(chosen(problem(r)).backend is Backend.TRITON for r in (16, 64))
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_a_gelu_in_the_epilogue_outweighs_a_slower_product(rank):
+    """fc1 and fc2 of ViT-B: nothing but what lies beside them is another."""
+    fc1, fc2 = problem(rank, 3072), dataclasses.replace(problem(rank), k=3072)
+    assert chosen(fc1).forward is not Forward.EXTENDED
+    assert ends(chosen(dataclasses.replace(fc1, activated=True)))
+    assert slopes(chosen(dataclasses.replace(fc2, sloped=True)))
+
+
+def test_what_is_no_part_of_a_pass_is_one_of_its_own():
+    """GELU moves u and y, its slope dx, u and du; an epilogue moves u beside its product."""
+    for plan in candidates(problem(activated=True, sloped=True), BOTH):
+        both = (problem(), problem(activated=True, sloped=True))
+        alone, beside = (steps(question, plan) for question in both)
+        moved = sum(s.elements() for s in beside) - sum(s.elements() for s in alone)
+        own = [s.name for s in beside if "gelu" in s.name]
+        assert own == ["gelu"] * (not ends(plan)) + ["gelu slope"] * (not slopes(plan))
+        assert moved == 25216 * 768 * ((1 if ends(plan) else 2) + (1 if slopes(plan) else 3))
+
+
+def test_without_a_gradient_of_x_there_is_no_slope():
+    question = problem(needs=Needs(x=False), sloped=True)
+    for plan in candidates(question, BOTH):
+        assert not [s.name for s in steps(question, plan) if "slope" in s.name]
+
+
+@pytest.mark.parametrize("beside", ["activated", "sloped"])
+def test_the_library_is_chosen_as_it_was_but_for_what_precision_is_worth(beside):
+    """Every one of its plans has the same passes beside it; the rules of 16 bits are shares."""
+    for rank in (4, 16, 64, 256):
+        for question in (problem(rank), problem(rank, dtype="float32")):
+            told = dataclasses.replace(question, **{beside: True})
+            plan, before = (chosen(q, (Backend.ATEN,)) for q in (told, question))
+            finer = question.low_precision and plan.forward in ROUNDS_ONCE
+            assert str(plan) == str(before) or finer
 
 
 def test_one_rounding_is_worth_its_price_whoever_rounds():

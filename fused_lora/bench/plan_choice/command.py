@@ -20,7 +20,7 @@ from fused_lora.bench.rows import append
 from fused_lora.bench.shapes import SHAPES, Grid, Shape
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.planning import problem
-from fused_lora.types import Halves, Needs, Span
+from fused_lora.types import ALONE, Halves, Needs, Span
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTERS = Halves("float32")  # with s = 1: Subject's
@@ -69,5 +69,5 @@ def trial_of(case: PlanCase, device: str) -> Trial:
     wide, dtype = case.n // case.groups, DTYPES[case.dtype]
     spans = tuple(Span(g * wide, (g + 1) * wide, case.rank) for g in range(case.groups))
     where = torch.device(device)
-    question = (case.m, case.k, case.n, spans, dtype, True, Needs(), False, ADAPTERS, where)
+    question = (case.m, case.k, case.n, spans, dtype, True, Needs(), ALONE, ADAPTERS, where)
     return Trial(case, problem(*question), ceilings(where, dtype), device)

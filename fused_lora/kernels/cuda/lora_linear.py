@@ -55,11 +55,16 @@ def forward(
     h: Tensor | None = None,  # [M, sum R] where it is there already
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and what ``plan.keep`` names: h [M, sum R] or None."""
-    if bias is not None and not (bias.is_contiguous() and bias.data_ptr() % 4 == 0):
-        bias = bias.clone()
-    y, h, _ = lora_extended.forward(readable(x), readable(w), bias, adapters, h=h)
+    y, h, _ = lora_extended.forward(readable(x), readable(w), vector(bias), adapters, h=h)
     kept = packed(h, adapters) if plan.keep is Keep.HIDDEN else None
     return y, kept
+
+
+def vector(t: Tensor | None) -> Tensor | None:
+    """``t`` [N], copied unless it is contiguous and begins at a multiple of 4 bytes."""
+    if t is None or (t.is_contiguous() and t.data_ptr() % 4 == 0):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def input_grad(

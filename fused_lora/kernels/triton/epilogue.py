@@ -5,7 +5,7 @@
 
                 bias, factor [N]   u, residual, y [M, N]
 
-u is stored, rounded, where an activation follows, so that backward may read it. ``factor`` is the
+u is stored, rounded, where an activation follows and backward may read it. ``factor`` is the
 LayerScale of a block. All of it is fp32 and y is rounded once.
 """
 
@@ -67,11 +67,13 @@ def finish(
     if epilogue.bias is not None:
         acc += _row(epilogue.bias, n, columns)
     if ACTIVATION != "none":
-        at = epilogue.u + m64 * epilogue.u_row + n[None, :]
-        if SLOPE:
-            acc *= gelu_slope(tl.load(at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
-        else:
-            tl.store(at, acc.to(epilogue.u.dtype.element_ty), mask=inside)
+        if epilogue.u is not None:
+            at = epilogue.u + m64 * epilogue.u_row + n[None, :]
+            if SLOPE:
+                acc *= gelu_slope(tl.load(at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+            else:
+                tl.store(at, acc.to(epilogue.u.dtype.element_ty), mask=inside)
+        if not SLOPE:
             acc = gelu(acc, ACTIVATION)
     if epilogue.factor is not None:
         acc *= _row(epilogue.factor, n, columns)

@@ -10,7 +10,7 @@
 
 The extension comes first, so that its scale is one fp32 product per column and s b is never
 rounded; the K loop continues in the same accumulator. y is rounded once, and where an activation
-follows so is the pre-activation u, which is stored beside it. Where x is act(u) of the layer
+follows so is the pre-activation u, stored beside it if asked for. Where x is act(u) of the layer
 before, dx goes on to du = act'(u) dx in its epilogue: dx itself is never written. The border is
 cast to x's dtype on load.
 """
@@ -39,7 +39,7 @@ class Output(NamedTuple):
 
     y: Tensor  # [M, N]
     h: Tensor  # [M, sum R]
-    u: Tensor | None  # [M, N], the pre-activation where there is an activation
+    u: Tensor | None  # [M, N], the pre-activation where there is an activation, and it is stored
 
 
 @triton.jit
@@ -108,11 +108,12 @@ def forward(
     residual: Tensor | None = None,  # [M, N], rows contiguous
     out: Tensor | None = None,  # [M, N], rows contiguous: the left of a bordered buffer
     dropout: Dropout | None = None,  # of the shrink
+    stores_u: bool = True,  # where there is an activation
 ) -> Output:
     """y = residual + factor act(x wT + bias + s h bT), and what a backward pass may keep."""
     h = shrink(x, adapters, dropout=dropout) if h is None else h
     y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
-    u = None if activation == "none" else x.new_empty(x.shape[0], w.shape[0])
+    u = x.new_empty(x.shape[0], w.shape[0]) if stores_u and activation != "none" else None
     ending = epilogue(bias, factor, residual, u)
     _launch(x, w, h, of_b(adapters), y, ending, None, activation, False, tile)
     return Output(y, h, u)
@@ -163,7 +164,8 @@ def _launch(
     if y.numel() == 0:
         return
     bulk = dropout is None and lora_extended_bulk.describable(x, w)  # Philox takes registers
-    heavy, active = ending.heavy or dropout is not None, activation != "none"
+    active = activation != "none"
+    heavy = ending.heavy or active or dropout is not None
     tile = tile or gemm_tile(rows, columns, x.element_size(), heavy, x.device, bulk, active)
     if isinstance(tile, BulkTile):
         assert bulk, (x.stride(), w.stride())

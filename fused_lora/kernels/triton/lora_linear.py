@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.full_grads import full_grads
-from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.kernels.interface import Adapters, Grads, Slope
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.launches import tile_of
@@ -61,10 +61,11 @@ def backward(
     adapters: Adapters,
     needs: Needs,
     plan: Plan,
+    slope: Slope | None = None,  # where dx goes on to du
 ) -> Grads:
     """The gradients named by ``needs``."""
     dy, x, own = rows(dy), None if x is None else rows(x), uniform(adapters)
-    dx, dh = input_grad(dy, kept, w, own, plan) if needs.x else (None, None)
+    dx, dh = input_grad(dy, kept, w, own, plan, slope) if needs.x else (None, None)
     dw = None
     if needs.w:
         assert x is not None
@@ -84,8 +85,9 @@ def input_grad(
     w: Tensor | None,  # [N, K]; None where dx reads a kept w'
     adapters: Adapters,
     plan: Plan,
+    slope: Slope | None = None,  # of EXTENDED
 ) -> tuple[Tensor, Tensor | None]:
-    """dx = dy w + dh a [M, K], and dh where it was formed on the way."""
+    """dx = dy w + dh a [M, K], or du in its place, and dh where it was formed on the way."""
     if plan.keep is Keep.MERGED:
         assert kept is not None
         return dy @ kept, None
@@ -93,12 +95,14 @@ def input_grad(
     if plan.dx is Forward.MERGE:
         return dy @ merged(w, adapters), None
     dy, adapters = rows(dy), uniform(adapters)
-    tile = _product_tile(plan.dx.value, dy, w.shape[1], adapters)
+    kernel = "extended_gelu" if slope else plan.dx.value
+    tile = _product_tile(kernel, dy, w.shape[1], adapters)
     if plan.dx is Forward.ONE_PASS:
         return lora_one_pass.input_grad(dy, w, adapters, tile=tile)
     dy, w = (readable(t, tile) for t in (dy, w))
     dh = shrink_grad(dy, adapters)
-    return lora_extended.input_grad(dy, w, adapters, dh=dh, tile=tile)
+    how = slope._asdict() if slope else {}
+    return lora_extended.input_grad(dy, w, adapters, dh=dh, tile=tile, **how)
 
 
 def rows(t: Tensor) -> Tensor:

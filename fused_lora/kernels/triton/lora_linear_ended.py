@@ -9,7 +9,7 @@ from fused_lora.kernels.interface import Adapters, Ending
 from fused_lora.kernels.triton import lora_extended
 from fused_lora.kernels.triton.launches import tile_of
 from fused_lora.kernels.triton.lora_linear import readable, rows, shrink, uniform
-from fused_lora.types import Keep, Plan
+from fused_lora.types import Keep, Plan, ragged
 
 
 def forward(
@@ -19,19 +19,26 @@ def forward(
     adapters: Adapters,
     plan: Plan,
     ending: Ending,
+    out: Tensor | None = None,  # [M, N] for y, rows contiguous
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] of an activation."""
-    adapters, (active, factor, residual) = uniform(adapters), ending
+    """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the ending stores it."""
+    adapters, (active, factor, residual, stores_u) = uniform(adapters), ending
     x, bias = rows(x), None if bias is None else bias.contiguous()
     n, k = w.shape
-    tile = tile_of(ending.kernel(x.dtype), x.shape[0], n, k, x.dtype, x.device)
+    kernel, uneven = ending.kernel(x.dtype), ragged(adapters.spans)
+    tile = tile_of(kernel, x.shape[0], n, k, x.dtype, x.device, uneven)
     x, w = (readable(t, tile) for t in (x, w))
     h = shrink(x, adapters)
     dtype = x.dtype
     for t in (factor, residual):
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    out = x.new_empty((x.shape[0], n), dtype=dtype)
+    if out is None:
+        out = x.new_empty((x.shape[0], n), dtype=dtype)
     y, _, u = lora_extended.forward(
-        *(x, w, bias, adapters, active, h, tile), factor=factor, residual=residual, out=out
+        *(x, w, bias, adapters, active, h, tile),
+        factor=factor,
+        residual=residual,
+        out=out,
+        stores_u=stores_u or x.element_size() > 2,  # without it fp32 spills in some tiles
     )
     return y, h.contiguous() if plan.keep is Keep.HIDDEN else None, u

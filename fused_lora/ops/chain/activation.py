@@ -69,8 +69,12 @@ class Activation(Stage):
 
     def places(self, x: Tensors) -> bool:
         """As the kernel does; silu's and sigmoid's do."""
-        kind = KINDS.get(self.name)
-        return kind is None or gelu.places(x[0], kind)
+        return self.gelu is None or gelu.places(x[0], self.gelu)
+
+    @property
+    def gelu(self) -> str | None:  # type: ignore[override]
+        """Which form of it."""
+        return KINDS.get(self.name)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_lora.kernels.interface import Ending
 from fused_lora.ops.chain.recipe import Recipe, combined, finish, stored
-from fused_lora.ops.chain.stage import Asked, Optional, Place, Room, Run, Tensors
+from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Tensors
+from fused_lora.ops.chain.step import Steps
+from fused_lora.ops.chain.walk import Walk
 from fused_lora.ops.lora_linear import refuse_double_backward, reshaped, without_autocast
 
+NONE: frozenset[int] = frozenset()
 FIXED = 5  # recipe, residual, gamma, mask and source stand before the operands
 
 
@@ -34,6 +38,9 @@ def chain(
     """y [..., N]; under ``torch.compile`` composed, for the compiler to fuse what it can."""
     if torch.compiler.is_compiling():
         return composed(recipe, source, operands, residual, gamma, mask)
+    if not torch.is_grad_enabled():
+        nothing = (False,) * (1 + len(operands))
+        return forward(recipe, nothing, source, operands, residual, gamma, mask)[0]
     return Chain.apply(recipe, residual, gamma, mask, source, *operands)
 
 
@@ -56,6 +63,34 @@ def composed(
     return z if residual is None else residual + z
 
 
+def forward(
+    recipe: Recipe,
+    flags: tuple[bool, ...],  # whether a gradient is asked for, of the source and the operands
+    source: Tensor,
+    operands: Sequence[Tensor | None],
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, dict[int, Tensors], list[Run]]:
+    """y [..., N], the boundaries that the recipe keeps for a backward, and what each stage left."""
+    asked = recipe.asked(flags)
+    values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
+    runs: list[Run] = []
+    with without_autocast(source.device):
+        keep = recipe.keep if any(flags) else NONE
+        steps = Steps(recipe, [tuple(operands[part]) for part in recipe.parts], asked, keep)
+        beside = source if recipe.around else residual
+        ending = recipe.stages[-1].ending(beside, gamma, mask)
+        room: Room | None = None
+        while (i := len(runs)) < len(recipe.stages):
+            last = i + 1 == len(recipe.stages)
+            room = _advance(steps, values, runs, room, ending if last else None)
+        (z,) = values.pop(len(runs))
+        z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
+        y = z if ending else finish(z, beside, combined((gamma, mask)))
+    return y, values, runs
+
+
 class Chain(torch.autograd.Function):
     """``apply(recipe, residual, gamma, mask, source, *operands)``; gamma and mask are frozen."""
 
@@ -70,28 +105,9 @@ class Chain(torch.autograd.Function):
         *operands: Tensor | None,
     ) -> Tensor:
         """y [..., N]."""
-        asked = recipe.asked(ctx.needs_input_grad[FIXED - 1 :])
-        values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
-        runs: list[Run] = []
-        with without_autocast(source.device):
-            own = [operands[part] for part in recipe.parts]
-            beside = source if recipe.around else residual
-            ending = recipe.stages[-1].ending(beside, gamma, mask)
-            room: Room | None = None
-            for i, stage in enumerate(recipe.stages):
-                following = behind(recipe, i, values[i], own, asked)
-                last = i + 1 == len(recipe.stages)
-                place = Place(following and following.left, room, ending if last else None)
-                run = stage.forward(values[i], own[i], asked[i], place)
-                room = following
-                if i and i not in recipe.keep:
-                    del values[i]
-                values[i + 1] = run.out
-                runs.append(Run((), run.extra, run.note))
-            (z,) = values.pop(len(runs))
-            z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
-            y = z if ending else finish(z, beside, combined((gamma, mask)))
-        _save(ctx, recipe, values, runs, asked, (gamma, mask, *operands))
+        flags = ctx.needs_input_grad[FIXED - 1 :]
+        y, values, runs = forward(recipe, flags, source, operands, residual, gamma, mask)
+        _save(ctx, recipe, values, runs, recipe.asked(flags), (gamma, mask, *operands))
         ctx.like = source.shape, source.dtype, None if residual is None else residual.dtype
         return y
 
@@ -111,66 +127,22 @@ class Chain(torch.autograd.Function):
         return None, dy.to(beside) if needed[1] else None, None, None, dx, *down
 
 
-def behind(
-    recipe: Recipe, i: int, x: Tensors, own: Sequence[Optional], asked: Sequence[Asked]
+def _advance(
+    steps: Steps,
+    values: dict[int, Tensors],
+    runs: list[Run],
+    room: Room | None,
+    ending: Ending | None,
 ) -> Room | None:
-    """Where stage i, given x, is to write for the one behind it; what is kept lies alone."""
-    following = i + 1
-    if following == len(recipe.stages) or following in recipe.keep:
-        return None
-    if not recipe.stages[i].places(x):
-        return None
-    return recipe.stages[following].room(x[0], own[following], asked[following])
-
-
-class _Backward:
-    """One backward pass: what was kept, and what has been made again so far."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        values: dict[int, Tensors],
-        runs: list[Run | None],  # None where the stage has to run again
-        operands: Optional,
-        asked: Sequence[Asked],
-    ) -> None:
-        self.recipe, self.values, self.runs, self.asked = recipe, values, runs, asked
-        self.own = [operands[part] for part in recipe.parts]
-        self.rooms: dict[int, Room | None] = {}
-
-    def value(self, i: int) -> Tensors:
-        """Boundary i, kept or made again."""
-        if i not in self.values:
-            before, last = self.value(i - 1), i - 1
-            if i < len(self.runs) and self.runs[i] is None:
-                self.rooms[i] = behind(self.recipe, last, before, self.own, self.asked)
-            following, room = self.rooms.get(i), self.rooms.pop(last, None)
-            place = Place(following and following.left, room)
-            run = self.recipe.stages[last].forward(before, self.own[last], self.asked[last], place)
-            self.values[i], self.runs[last] = run.out, Run((), run.extra, run.note)
-        return self.values[i]
-
-    def through(self, dz: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        """From the gradient of the last stage's output to those of the source and the operands."""
-        grads: Tensors | None = (dz,)
-        down: list[Optional] = []
-        for i in reversed(range(len(self.asked))):
-            mine: Optional = (None,) * len(self.own[i])
-            if self.asked[i].any:
-                assert grads is not None
-                grads, mine = self._stage(i, grads)
-            down.append(mine)
-        dx = grads[0] if grads is not None and self.asked[0].x else None
-        return dx, [grad for mine in reversed(down) for grad in mine]
-
-    def _stage(self, i: int, grads: Tensors) -> tuple[Tensors | None, Optional]:
-        if self.runs[i] is None:
-            self.value(i + 1)
-        run, stage, asked = self.runs[i], self.recipe.stages[i], self.asked[i]
-        assert run is not None
-        x = self.value(i) if stage.reads_input(run, asked) else None
-        self.values.pop(i + 1, None)
-        return stage.backward(grads, x, run, self.own[i], asked)
+    """Take the next step, keeping of the boundaries behind it what is to be kept."""
+    first = len(runs)
+    done, following = steps.take(first, values[first], room, ending)
+    for at, run in enumerate(done, first):
+        if at and at not in steps.keep:
+            del values[at]
+        values[at + 1] = run.out
+        runs.append(Run((), run.extra, run.note))
+    return following
 
 
 def _save(
@@ -194,7 +166,7 @@ def _save(
     ctx.save_for_backward(*flat)
 
 
-def _load(ctx: Any) -> tuple[_Backward, Tensor | None]:
+def _load(ctx: Any) -> tuple[Walk, Tensor | None]:
     recipe, asked, kept, notes = ctx.meta
     tensors = ctx.saved_tensors
     first = 2 + recipe.parts[-1].stop
@@ -206,7 +178,7 @@ def _load(ctx: Any) -> tuple[_Backward, Tensor | None]:
         length = note[0] if note else 0
         runs.append(Run((), tensors[first : first + length], note[1]) if note else None)
         first += length
-    return _Backward(recipe, values, runs, given[2:], asked), combined(given[:2])
+    return Walk(recipe, values, runs, given[2:], asked), combined(given[:2])
 
 
 def labels(ctx: Any) -> list[str]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters, Ending
-from fused_lora.ops.backends import why_not_device
+from fused_lora.kernels.interface import Adapters, Ending, Slope
 from fused_lora.ops.chain.stage import (
     FREE,
     Asked,
@@ -20,12 +19,11 @@ from fused_lora.ops.chain.stage import (
     Tensors,
     consecutive,
 )
+from fused_lora.ops.epilogues import plan_beside, why_nobody, why_not_fused, why_not_sloped
 from fused_lora.ops.lora_linear import as_rows, backward, call_plan, compute, lora_linear
 from fused_lora.ops.planning import halves_of
-from fused_lora.plan.strategies import keeps_x
-from fused_lora.types import Forward, Impl, Keep, Needs, Plan, Span
-
-ASKED_OF_TRITON = (Impl.AUTO, Impl.TRITON)
+from fused_lora.plan.strategies import ends, keeps_x
+from fused_lora.types import ALONE, Beside, Forward, Impl, Keep, Needs, Plan, Span
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class LoRALinear(Stage):
 
     frames: tuple[Frame, ...]
     dtype: torch.dtype
+    beside: Beside = ALONE  # of one frame; whether x is bordered shows in each pass
 
     operands: int = field(init=False, compare=False)  # those of all frames
     parts: tuple[tuple[Frame, slice], ...] = field(init=False, compare=False)  # each one's own
@@ -67,29 +66,33 @@ class LoRALinear(Stage):
         return tuple(frame.needs(x, own[part]) for frame, part in self.parts)
 
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
-        """y [M, N] of x [M, K], for each frame."""
+        """y [M, N] of x [M, K], for each frame; with an activation as its ending u, if stored."""
         ys, extra, plans = [], [], []
-        room, ending = place.room, place.ending
-        placed = (room and room.buffer, room and room.plan)
+        room = place.room
+        plan = room.plan if room else place.plan or self._plan(x[0], own, asked)
+        placed = (room and room.buffer, plan, place.ending, place.out)
         for (frame, part), needs in zip(self.parts, asked.note, strict=True):
             w, bias, *ab = own[part]
             assert w is not None
             scales, spans, impl = frame.scales, frame.spans, frame.impl
             given = (scales, spans, impl, self.dtype, tuple(ab), needs)
-            done = compute(x[0], w, bias, *given, *placed, ending)  # type: ignore[arg-type]
+            done = compute(x[0], w, bias, *given, *placed)  # type: ignore[arg-type]
             reads_w = impl is Impl.REFERENCE or done.plan.keep is not Keep.MERGED
             ys.append(done.y)
             extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
             plans.append(done.plan)
-        return Run(tuple(ys), tuple(extra), tuple(plans))
+        if place.ending is None or place.ending.activation == "none":
+            return Run(tuple(ys), tuple(extra), tuple(plans))
+        u = () if done.u is None else (done.u,)
+        return Run(u, tuple(extra), tuple(plans), done.y)
 
     def ending(
         self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None
     ) -> Ending | None:
-        """LayerScale and residual, where Triton's epilogue might serve: the plan decides."""
+        """LayerScale and residual, where an epilogue might serve: the plan decides."""
         if residual is None or mask is not None or len(self.frames) > 1:
             return None
-        if self.frames[0].impl not in ASKED_OF_TRITON or why_not_device(residual, self.dtype):
+        if why_nobody(residual, self.dtype, self.frames[0].impl):
             return None
         return Ending(factor=gamma, residual=residual.reshape(-1, residual.shape[-1]))
 
@@ -97,6 +100,49 @@ class LoRALinear(Stage):
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
     ) -> tuple[Tensors | None, Optional]:
         """dx [M, K], the sum over frames, and the gradients of the operands."""
+        return self.sloped(dy, x, run, own, asked, None)
+
+    def fuses(
+        self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
+    ) -> Plan | None:
+        """One product does, where an epilogue of its plan's serves."""
+        plan = None if room else self._plan(x[0], own, asked)
+        if plan is None or not ends(plan):  # of a room, the plan is the library's
+            return None
+        assert own[0] is not None
+        given = (self.frames[0].spans, plan, ending, self.dtype)
+        return None if why_not_fused(x[0], own[0], *given) else plan
+
+    def _plan(
+        self, like: Tensor, own: Optional, asked: Asked, bordered: bool = False
+    ) -> Plan | None:
+        """The plan that counts on what may be part of its passes; None where nothing may."""
+        frame, w = self.frames[0], own[0]
+        if self.beside == ALONE or why_nobody(like, self.dtype, frame.impl):
+            return None
+        assert w is not None
+        halves = halves_of(own[2:], frame.scales)  # type: ignore[arg-type]
+        question = (like, w, own[1] is not None, frame.spans, asked.note[0], halves, frame.impl)
+        return plan_beside(*question, self.dtype, self.beside._replace(bordered=bordered))
+
+    def slopes(self, dy: Tensors, run: Run, own: Optional) -> bool:
+        """Likewise in the plan of its backward."""
+        frame, w = self.frames[0], own[0]
+        if len(self.frames) > 1 or frame.impl is Impl.REFERENCE:
+            return False
+        assert w is not None
+        return why_not_sloped(dy[0], w, frame.spans, run.note[0], self.dtype) is None
+
+    def sloped(
+        self,
+        dy: Tensors,
+        x: Tensors | None,
+        run: Run,
+        own: Optional,
+        asked: Asked,
+        slope: Slope | None,
+    ) -> tuple[Tensors | None, Optional]:
+        """The same with du [M, K], of one frame."""
         rows = None if x is None else as_rows(x[0], self.dtype)
         dx: Tensor | None = None
         down: list[Tensor | None] = []
@@ -107,7 +153,8 @@ class LoRALinear(Stage):
             w = w.to(self.dtype) if cast is None else cast
             groups, dy_i = len(frame.spans), as_rows(dy[i], self.dtype)
             adapters = Adapters(ab[:groups], ab[groups:], frame.scales, frame.spans)  # type: ignore[arg-type]
-            grads = backward(dy_i, rows, kept, w, adapters, needs, run.note[i], frame.impl)
+            given = (dy_i, rows, kept, w, adapters, needs, run.note[i], frame.impl)
+            grads = backward(*given, *((slope,) if slope else ()))
             down += [grads.w, grads.bias, *grads.a, *grads.b]
             dx = grads.x if dx is None or grads.x is None else dx.add_(grads.x)
         return None if dx is None else (dx,), tuple(down)
@@ -129,9 +176,11 @@ class LoRALinear(Stage):
             return None
         (frame,), w, (needs,) = self.frames, own[0], asked.note
         assert w is not None
-        halves = halves_of(own[2:], frame.scales)  # type: ignore[arg-type]
-        question = (like, w, own[1] is not None, frame.spans, needs, halves)
-        plan = call_plan(*question, impl=frame.impl, dtype=self.dtype, bordered=True)
+        plan = self._plan(like, own, asked, bordered=True)
+        if plan is None:
+            halves = halves_of(own[2:], frame.scales)  # type: ignore[arg-type]
+            question = (like, w, own[1] is not None, frame.spans, needs, halves, None, frame.impl)
+            plan = call_plan(*question, self.dtype, Beside(bordered=True))
         if plan.forward is not Forward.BORDERED:
             return None
         k, rank = w.shape[1], sum(span.rank for span in frame.spans)

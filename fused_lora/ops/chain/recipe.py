@@ -21,12 +21,17 @@ class Recipe:
     around: bool = False  # the source itself is the residual
 
     parts: tuple[slice, ...] = field(init=False, compare=False)  # each stage's operands
+    ahead: tuple[str | None, ...] = field(init=False, compare=False)  # the GELU behind a stage
+    before: tuple[str | None, ...] = field(init=False, compare=False)  # and the one before it
     _asked: dict[tuple[bool, ...], tuple[Asked, ...]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         slices = consecutive([stage.operands for stage in self.stages])
         object.__setattr__(self, "parts", slices)
         object.__setattr__(self, "_asked", {})
+        kinds = [stage.gelu for stage in self.stages]
+        object.__setattr__(self, "ahead", (*kinds[1:], None))
+        object.__setattr__(self, "before", (None, *kinds[:-1]))
 
     def asked(self, flags: tuple[bool, ...]) -> tuple[Asked, ...]:
         """The gradients each stage is asked for, of those of the source and every operand.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.interface import Ending, Slope
 from fused_lora.types import Plan
 
 Tensors = tuple[Tensor, ...]
@@ -34,6 +34,7 @@ class Run(NamedTuple):
     out: Tensors
     extra: Optional = ()  # tensors that its backward reads beside its input and its operands
     note: Any = None  # what else its backward must know, no tensor in it
+    beyond: Tensor | None = None  # act(out), where the place's ending is an activation
 
 
 class Room(NamedTuple):
@@ -52,9 +53,10 @@ class Room(NamedTuple):
 class Place(NamedTuple):
     """Where a stage finds and leaves what it computes with, where it asked for that."""
 
-    out: Tensor | None = None  # [M, N], written by a stage that places
+    out: Tensor | None = None  # [M, N], written by a stage that places, or for its ending
     room: Room | None = None  # holds x
     ending: Ending | None = None  # computed behind its y
+    plan: Plan | None = None  # by which it computes an activation as its ending
 
 
 FREE = Place()
@@ -73,6 +75,7 @@ class Stage:
     """The base of all stages; they are frozen dataclasses that hold no tensor."""
 
     operands = 0  # how many tensors it owns: weights and adapters
+    gelu: str | None = None  # erf or tanh, where it is that and nothing else
 
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
         """One pass, as ``place`` has it."""
@@ -82,6 +85,28 @@ class Stage:
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
     ) -> tuple[Tensors | None, Optional]:
         """Gradients of what went in and of the operands; ``run`` comes without its ``out``."""
+        raise NotImplementedError(type(self).__name__)
+
+    def fuses(
+        self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
+    ) -> Plan | None:
+        """The plan by which it computes the activation behind it in its own pass; or None."""
+        return None
+
+    def slopes(self, dy: Tensors, run: Run, own: Optional) -> bool:
+        """Whether its dx goes through the slope of the activation before it in its own pass."""
+        return False
+
+    def sloped(
+        self,
+        dy: Tensors,
+        x: Tensors | None,
+        run: Run,
+        own: Optional,
+        asked: Asked,
+        slope: Slope,
+    ) -> tuple[Tensors | None, Optional]:
+        """As ``backward``, with the gradient of u where x = act(u); where it ``slopes``."""
         raise NotImplementedError(type(self).__name__)
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from types import ModuleType
 
 import pytest
@@ -153,8 +154,10 @@ def test_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_self_test_lists_every_tile(hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "why_not", lambda device: None)
-    listed = [one.subject.configuration for one in everything.compiled_products("bfloat16", CPU)]
-    assert listed == ["128 x 128", "128 x 192", "128 x 256", "64 x 128", "64 x 256"]
+    found = [one.subject for one in everything.compiled_products("bfloat16", CPU)]
+    listed = ["128 x 128", "128 x 192", "128 x 256", "64 x 128", "64 x 256"]
+    kernels = ("lora_linear", "lora_linear_gelu", "lora_linear_scale")
+    assert [(one.kernel, one.configuration) for one in found] == list(product(kernels, listed))
     for m, n in ((197, 384), (25216, 2304)):
         question = planning.problem(m, 768, n, (Span(0, n, 16),), BF16, True, Needs())
         tiles = room.tiles(question, plan(Impl.CUDA), Chip(90, 132))

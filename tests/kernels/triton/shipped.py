@@ -107,7 +107,10 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     wide = {"factor": torch.zeros(N), "residual": torch.zeros(M, N), "out": torch.zeros(M, N)}
     for tile in candidates(arch, size, heavy=True) if size == 2 else ():
         yield lambda t=tile: forward(x, w, bias, one, h=h, tile=t, **wide)
-    for tile in candidates(arch, size, bulk=True, activation=True):
+    active = candidates(arch, size, bulk=True, activation=True)
+    for tile in active if size == 2 else ():
+        yield lambda t=tile: forward(x, w, bias, one, "erf", h, t, stores_u=False)
+    for tile in active:
         yield lambda t=tile: forward(x, w, bias, one, "erf", h, t)
         yield lambda t=tile: input_grad(x, w, one, h, t, activation="erf", u=x)
 

@@ -11,3 +11,5 @@ if INTERPRETED:
     from tests.kernels.triton import interpreter
 
     interpreter.install()
+
+    from tests.kernels.triton.interpreted.serving import checking, serving  # noqa: F401

@@ -9,7 +9,9 @@ import pytest
 from fused_lora.kernels.triton import available, launches, lora_linear
 from fused_lora.kernels.triton.tiles import MergeTile
 from fused_lora.ops import backends, planning
-from fused_lora.trust import verify
+from fused_lora.trust import subjects, verify
+from fused_lora.trust.problems import Shape
+from fused_lora.types import Span
 from tests.kernels.triton.cases import GRAD_TILE, THIN_TILE, TILE
 
 
@@ -23,6 +25,16 @@ def serving(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[pytest.Monkey
     again()
     yield monkeypatch
     again()
+
+
+@pytest.fixture
+def checking(serving: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """First use is checked, on few elements."""
+    small = Shape(40, 32, 48, (Span(0, 48, 5),), True, True, 0)
+    for name in ("SHAPES", "ALIGNED"):
+        serving.setattr(subjects, name, (small,))
+    serving.setenv("FUSED_LORA_VERIFY", "first")
+    return serving
 
 
 @pytest.fixture
@@ -42,4 +54,5 @@ def again() -> None:
     """As a new process would begin."""
     planning._plan_for.cache_clear()
     backends._triton.cache_clear()
+    backends._checked.cache_clear()
     verify.forget()

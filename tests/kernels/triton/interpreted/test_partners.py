@@ -23,24 +23,13 @@ from fused_lora.ops.lora_shrink import shrink
 from fused_lora.reference import dropout as reference
 from fused_lora.reference import lora_linear as reference_linear
 from fused_lora.testing.yardstick import error, judge
-from fused_lora.trust import problems, verify
-from fused_lora.trust.problems import Shape
+from fused_lora.trust import verify
 from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
 from tests.kernels.triton.cases import CASES, TILE, adapters, build, lowered
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
 from tests.ops.block_problems import cast, matrix, norm, plain_linear, plain_norm
 
 BF16 = torch.bfloat16
-
-
-@pytest.fixture
-def checking(serving):  # noqa: F811
-    """First use is checked, on few elements."""
-    small = Shape(40, 32, 48, (Span(0, 48, 5),), True, True, 0)
-    for name in ("SHAPES", "ALIGNED"):
-        serving.setattr(problems, name, (small,))
-    serving.setenv("FUSED_LORA_VERIFY", "first")
-    return serving
 
 
 def test_rows_in_a_bordered_buffer(checking):
@@ -290,7 +279,7 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
         y, _, _, h, _, u = compute(p.x, p.w, p.bias, *call, ending=one)
         runs = []
         for q in (lowered(p, BF16), p.double()):
-            as_q = [None if t is None else t.to(q.x.dtype) for t in one[1:]]
+            as_q = [None if t is None else t.to(q.x.dtype) for t in one[1:3]]
             base = reference_linear.forward(q.x, q.w, q.bias, *adapters(q))
             runs.append((*module.composed(base.clone(), None, Ending(one[0], *as_q)), base))
         verdict = judge("y", y, runs[0][0], runs[1][0], BF16)

@@ -1,0 +1,110 @@
+"""Whether a kernel computes what lies beside a product in its own pass; a sentence if none does.
+
+forward    y = residual + factor act(x wT + bias + s h bT)        ``Ending``
+dx         du = act'(u) (dy w + dh a), where x = act(u)           ``Slope``
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.cuda import lora_linear_ended as compiled
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_extended import tile_of
+from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.triton import available
+from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
+from fused_lora.ops.lora_linear import call_plan
+from fused_lora.plan.strategies import ends, slopes
+from fused_lora.trust.subjects import of_compiled_product
+from fused_lora.types import Backend, Beside, Halves, Impl, Needs, Plan, Span, ragged
+
+LIBRARY = (Impl.ATEN, Impl.REFERENCE)
+
+
+def plan_beside(
+    x: Tensor,  # [M, K]
+    w: Tensor,  # [N, K]
+    bias: bool,
+    spans: tuple[Span, ...],
+    needs: Needs,
+    halves: Halves,
+    impl: Impl,
+    dtype: torch.dtype,  # of the product
+    beside: Beside,
+) -> Plan:
+    """The plan of a product with something beside it.
+
+    One whose epilogues are not trusted was chosen for nothing: it is asked for without them.
+    """
+    ask = partial(call_plan, x, w, bias, spans, needs, halves, None, impl, dtype)
+    plan = ask(beside)
+    reason = None
+    if beside.activated and ends(plan):
+        reason = why_not_fused(x, w, spans, plan, Ending("erf"), dtype)
+    if reason is None and beside.sloped and needs.x and slopes(plan):
+        reason = why_not_sloped(x, w, spans, plan, dtype)
+    return ask(Beside(beside.bordered)) if reason else plan
+
+
+def why_nobody(like: Tensor, dtype: torch.dtype, impl: Impl) -> str | None:
+    """One sentence why no plan has an epilogue for products in ``dtype``; None when some may."""
+    if impl in LIBRARY:
+        return f"impl={impl.value!r} is the library's, which has no such epilogue"
+    reason = why_not_device(like, dtype)
+    compiled_too = impl is Impl.CUDA and why_not_product(like.device) is None
+    return None if compiled_too else reason
+
+
+def why_not_fused(
+    x: Tensor,  # [M, K], or as many elements in other rows
+    w: Tensor,  # [N, K]
+    spans: tuple[Span, ...],
+    plan: Plan,
+    ending: Ending,
+    dtype: torch.dtype,  # of the product
+) -> str | None:
+    """One sentence why no epilogue serves ``ending``; None when one does."""
+    if not ends(plan):
+        return f"the epilogues are those of triton:extended and cuda:extended; the plan is {plan}"
+    others = [t for t in (ending.factor, ending.residual) if t is not None]
+    if ending.activation != "none" and others:
+        return "an activation and a scale or a residual together are checked by nobody"
+    n, k = w.shape
+    if plan.backend is Backend.CUDA:
+        return _why_not_compiled((x.shape[0], n, k), spans, ending, dtype, x.device)
+    for t in others:
+        if t.dtype not in available.DTYPES or t.stride(-1) != 1:
+            return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
+    return why_not_launch(ending.kernel(dtype), x.shape[0], n, k, x, dtype, ragged(spans))
+
+
+def _why_not_compiled(
+    shape: tuple[int, int, int],  # M, N, K
+    spans: tuple[Span, ...],
+    ending: Ending,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    if reason := compiled.why_not(dtype, ending):
+        return reason
+    tile = tile_of(*shape, sum(span.rank for span in spans), Chip.of(device))
+    name = str(dtype).removeprefix("torch.")
+    return distrust(of_compiled_product(tile, name, compiled.kind(ending)), device)
+
+
+def why_not_sloped(
+    dy: Tensor,  # [M, N]
+    w: Tensor,  # [N, K]
+    spans: tuple[Span, ...],
+    plan: Plan,
+    dtype: torch.dtype,  # of dx and u
+) -> str | None:
+    """One sentence why no epilogue of dx takes the slope of GELU; None when one does."""
+    if not slopes(plan):
+        return f"the slope is taken by triton:extended, and the plan is {plan}"
+    n, k = w.shape
+    return why_not_launch("extended_gelu", dy.shape[0], k, n, dy, dtype, ragged(spans))

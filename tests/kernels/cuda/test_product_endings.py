@@ -1,0 +1,175 @@
+"""Endings of the Hopper product under the operations of blocks, over an emulated block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.cuda import lora_extended
+from fused_lora.kernels.cuda import lora_linear_ended as room
+from fused_lora.kernels.interface import Ending
+from fused_lora.ops import gelu
+from fused_lora.ops.lora_mlp import lora_mlp
+from fused_lora.ops.lora_residual import lora_residual
+from fused_lora.testing.yardstick import judge
+from fused_lora.trust import verify
+from fused_lora.trust.subjects import of_compiled_product
+from fused_lora.types import Impl
+from tests.ops.block_problems import cast, leaves, matrix, norm, plain_linear, plain_mlp, plain_norm
+
+from .serving import Served, served  # noqa: F401
+from .test_product_dispatch import BF16, CPU, hopper  # noqa: F401
+
+F64, D, H = torch.float64, 24, 40
+NAMES = {"erf": "gelu", "tanh": "gelu_tanh"}
+TILE = (64, 128)
+
+
+@pytest.fixture
+def ends(hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
+    """What the products that ran ended in, and GELUs of their own; checks are let pass."""
+    ran: list[str] = []
+    monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
+    for module, name in ((lora_extended, "_launch"), (gelu, "forward"), (gelu, "input_grad")):
+        monkeypatch.setattr(module, name, told(getattr(module, name), name, ran))
+    return ran
+
+
+def told(right, name: str, ran: list[str]):
+    """``right``, which leaves a word in ``ran``."""
+
+    def watched(*args, **options):
+        if name == "_launch":
+            *_, ending, side, activation, _, _ = args
+            said = {"rows": "product", "columns": "dx"}[side]
+            joined = " residual" if ending["residual"] is not None else ""
+            ran.append(said + joined + f" {activation}" * (activation != "none"))
+        else:
+            ran.append(f"gelu {name}")
+        return right(*args, **options)
+
+    return watched
+
+
+def operands(dtype=BF16):
+    x = torch.randn(3, 7, D, dtype=dtype, requires_grad=True)
+    how = {"dtype": dtype, "w": False, "bias": False}
+    return x, norm(D, dtype, trains=False), matrix(H, D, 3, **how), matrix(D, H, 5, **how)
+
+
+def within(ours, plain, truth) -> None:
+    for i, each in enumerate(zip(ours, plain, truth, strict=True)):
+        assert (verdict := judge(f"quantity {i}", *each, BF16)).passed, verdict
+
+
+def outcome(function, given, dtype) -> list[Tensor]:
+    """y and the gradients of every leaf."""
+    given = cast(given, dtype)
+    y = function(*given)
+    torch.manual_seed(1)
+    return [y.detach(), *torch.autograd.grad(y, leaves(*given), torch.randn(y.shape).to(y.dtype))]
+
+
+@pytest.mark.parametrize(
+    "kind, recompute, again",
+    [
+        ("erf", "none", []),
+        ("tanh", "elementwise", ["gelu forward"]),
+        ("erf", "gemm", ["product erf"]),
+    ],
+)
+def test_a_chain(ends: list[str], kind: str, recompute: str, again: list[str]) -> None:
+    given = operands()
+
+    def ours(x, before, *fcs):
+        fcs = [fc._replace(impl=Impl.CUDA) for fc in fcs]
+        how = {"norm": before, "around": True, "recompute": recompute}
+        return lora_mlp(x, *fcs, NAMES[kind], **how)
+
+    def plain(x, before, *fcs):
+        return x + plain_mlp(plain_norm(x, before), *fcs, NAMES[kind], None)
+
+    within(outcome(ours, given, BF16), *(outcome(plain, given, d) for d in (BF16, F64)))
+    forward = [f"product {kind}", "product residual"]
+    assert ends == [*forward, *again, "dx", "gelu input_grad", "dx"]
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["bf16", "fp32 around"])
+def test_scale_and_residual(ends: list[str], wide: bool) -> None:
+    """In the epilogue where all is of one type, else behind it."""
+    x, _, fc, _ = operands()
+    around = torch.float32 if wide else BF16
+    beside, gamma = torch.randn(3, 7, H, dtype=around, requires_grad=True), torch.randn(H)
+
+    def ours(x, fc, beside):
+        return lora_residual(x, fc._replace(impl=Impl.CUDA), beside, gamma.to(beside.dtype))
+
+    def plain(x, fc, beside):
+        return beside + gamma.to(beside.dtype) * plain_linear(x, fc)
+
+    given = (x, fc, beside)
+    if wide:
+        y = ours(*given)
+        assert y.dtype is torch.float32 and ends == ["product"]
+        return
+    within(outcome(ours, given, BF16), *(outcome(plain, given, d) for d in (BF16, F64)))
+    assert ends == ["product residual", "dx"]
+
+
+def test_out_where_the_copy_engine_cannot_write(ends: list[str]) -> None:
+    from fused_lora.ops.lora_linear import NO_GRADIENT, compute
+    from fused_lora.types import Span
+
+    x, w, bias = torch.randn(9, D).to(BF16), torch.randn(H, D).to(BF16), torch.randn(H + 1).to(BF16)
+    a, b = torch.randn(3, D), torch.randn(H, 3)
+    given = ((0.5,), (Span(0, H, 3),), Impl.CUDA, BF16, (a, b), NO_GRADIENT)
+    whole = torch.full((9, H + 3), 7.0, dtype=BF16)
+    for odd in (bias[1:], bias[:-1]):
+        done = compute(x, w, odd, *given, ending=Ending("erf"), out=whole[:, :H])
+        direct = compute(x, w, odd, *given, ending=Ending("erf"))
+        assert done.y.data_ptr() == whole.data_ptr() and torch.equal(done.y, direct.y)
+        assert done.u is not None and torch.equal(done.u, direct.u)
+    assert (whole[:, H:] == 7).all() and set(ends) == {"product erf"}
+
+
+@pytest.mark.parametrize("behind", ["gelu", "scale"])
+def test_the_checks_pass(hopper: list[str], behind: str) -> None:  # noqa: F811
+    found = verify.verdict(of_compiled_product(TILE, "bfloat16", behind), CPU)
+    assert found.passed, found
+
+
+def test_a_broken_ending_never_serves(
+    hopper: list[str],  # noqa: F811
+    ends: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = lora_extended.forward
+
+    def broken(*args, **options):
+        found = right(*args, **options)
+        if found.u is not None:
+            found.y[-1, -1] += 1
+        return found
+
+    monkeypatch.setattr(lora_extended, "forward", broken)
+    monkeypatch.setenv("FUSED_LORA_VERIFY", "first")
+    x, before, *fcs = operands()
+    fcs = [fc._replace(impl=Impl.CUDA) for fc in fcs]
+    with pytest.warns(
+        RuntimeWarning, match=r"cuda lora_linear_gelu \(64 x 128\) in bfloat16 .* over"
+    ):
+        lora_mlp(x, *fcs, norm=before)
+    ends.clear()
+    lora_mlp(x, *fcs, norm=before)
+    assert ends == ["product", "gelu forward", "product"]
+
+
+def test_why_not() -> None:
+    t = torch.zeros(8, 16)
+    assert room.why_not(BF16, Ending("erf")) is None
+    assert "a residual of torch.bfloat16, got torch.float32" in str(
+        room.why_not(BF16, Ending(residual=t))
+    )
+    assert "a factor of" in str(room.why_not(BF16, Ending(factor=t[0], residual=t.to(BF16))))
+    assert "16 bytes" in str(room.why_not(BF16, Ending(residual=t.to(BF16)[:, 1:])))
