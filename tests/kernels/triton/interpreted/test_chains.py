@@ -17,7 +17,18 @@ from fused_lora.ops.lora_linear import call_plan
 from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.testing.yardstick import judge
-from fused_lora.types import Backend, Beside, Forward, Gradient, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import (
+    ALIKE,
+    Backend,
+    Beside,
+    Forward,
+    Gradient,
+    Impl,
+    Keep,
+    Needs,
+    Plan,
+    Span,
+)
 from tests.kernels.triton.interpreted.serving import serving, small_tiles  # noqa: F401
 from tests.ops.block_problems import cast, leaves, matrix, norm, plain_mlp, plain_norm
 
@@ -246,7 +257,7 @@ def test_a_broken_epilogue_leaves_the_chain_as_it_was(passes, checking, what):
     with pytest.warns(RuntimeWarning, match="does not use triton extended_gelu .*error .* over"):
         run(given, BF16, "elementwise")
     x, w, spans = torch.zeros(38, D, dtype=BF16), given[2].w, (Span(0, H, 3),)
-    question = (x, w, True, spans, Needs())
+    question = (x, w, True, spans, Needs(), ALIKE)
     assert plan_beside(*question, Impl.AUTO, BF16, Beside(activated=True)) == call_plan(*question)
     passes.clear()
     within(run(given, BF16, "elementwise"), given, BF16)

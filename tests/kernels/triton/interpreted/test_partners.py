@@ -94,7 +94,8 @@ class TestNormBeforeOneGemm:
     @pytest.fixture(autouse=True)
     def one_gemm(self, serving):  # noqa: F811
         plan = Plan(Forward.BORDERED, Forward.SEPARATE, Gradient.RANK, Keep.HIDDEN)
-        serving.setattr(linear_stage, "call_plan", lambda *_, **__: plan)
+        for asked in ("call_plan", "plan_beside"):
+            serving.setattr(linear_stage, asked, lambda *_, **__: plan)
         self.buffers, right = [], aten_linear.forward
 
         def spy(x, w, bias, adapters, plan, bordered=None, h=None):
