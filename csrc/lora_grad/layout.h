@@ -71,7 +71,8 @@ constexpr int smem_limit_bytes(int arch) {
                                          : 99 << 10;
 }
 
-// Calls visit.operator()<T, S, RB, forms>() for each shape compiled for T, narrow before wide.
+// Calls visit.operator()<T, S, RB, forms>() for each shape compiled for T, narrow before wide. Of
+// TF32 there are fewer, since its fragments take twice the room.
 template <typename T, typename Visit>
 constexpr void each_grad_shape(Visit visit) {
   if constexpr (sizeof(T) == 4) {

@@ -189,6 +189,22 @@ def test_fits(on_host: ModuleType, k: int, n: int, ranks: int, arch: int, wanted
     assert cuda.fits(k, n, ranks, arch) is wanted
 
 
+FITS_TF32 = [
+    (384, 384, 16, 89, True), (384, 384, 32, 89, False), (384, 384, 32, 80, True),
+    (384, 384, 48, 80, False), (768, 768, 16, 80, True), (768, 768, 16, 120, True),
+    (768, 768, 32, 120, False), (768, 768, 48, 90, True), (1024, 1024, 64, 90, True),
+    (768, 3072, 16, 90, True), (4096, 4096, 16, 100, True), (4096, 4096, 32, 90, False),
+    (100, 68, 4, 86, True), (102, 68, 4, 90, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("k, n, ranks, arch, wanted", FITS_TF32)
+def test_fits_in_tf32(
+    on_host: ModuleType, k: int, n: int, ranks: int, arch: int, wanted: bool
+) -> None:
+    assert cuda.fits(k, n, ranks, arch, tf32=True) is wanted
+
+
 CLUSTERS = [
     (768, 768, 16, 90, 1), (768, 3072, 16, 90, 2), (384, 1152, 48, 90, 2), (1024, 1024, 64, 90, 4),
     (4096, 4096, 16, 100, 4), (768, 768, 16, 120, 2),
@@ -209,7 +225,8 @@ def test_clusters(on_host: ModuleType, k: int, n: int, ranks: int, arch: int, bl
 def test_given_fits_whatever_the_width(on_host: ModuleType) -> None:
     for arch in (80, 86, 89, 90, 100, 120):
         for ranks in range(1, 65):
-            assert cuda.fits(4096, 16384, ranks, arch, given=True)
+            for wide in (False, True):
+                assert cuda.fits(4096, 16384, ranks, arch, given=True, tf32=wide)
     assert not cuda.fits(4096, 16384, 65, 90, given=True)
 
 
@@ -228,9 +245,9 @@ def test_plans_stay_within_shared_memory(on_host: ModuleType) -> None:
     for arch, limit in LIMIT_BYTES.items():
         sizes = [(384, 384), (768, 768), (768, 3072), (4096, 4096)]
         for (k, n), ranks in product(sizes, (4, 16, 32, 48, 64)):
-            for given in (False, True):
+            for given, wide in product((False, True), repeat=2):
                 shape = dict(k=k, n=n, ranks=ranks, h_given=given, dh_given=given, arch=arch)
-                plan = on_host.plan_lora_grad(**shape, **flags)
+                plan = on_host.plan_lora_grad(**shape, **flags, tf32=wide)
                 assert plan is None or 0 < plan.smem_bytes <= limit
                 assert plan is None or plan.partial_floats * 4 < 64 << 20
 
