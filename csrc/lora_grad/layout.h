@@ -29,8 +29,9 @@ struct GradLayout {
   static constexpr int kPiece = 16 / sizeof(T);             // elements of 16 bytes
   static constexpr int kRows = tile_rows(sizeof(T) == 4);   // of a tile; columns of a fragment
   static constexpr int kFragments = S * RB * (16 / kRows);  // of a warp
-  static constexpr int kMostKept = sizeof(T) == 4 && S == 12 ? 24 : 12;
-  static constexpr bool kKeeps = forms && kFragments <= kMostKept;  // in registers
+  static constexpr int kMostKept = sizeof(T) == 4 ? 24 : 12;
+  static constexpr bool kKeeps = forms && kFragments <= kMostKept;            // in registers
+  static constexpr int kSlots = kKeeps && kFragments > 12 ? 12 : kFragments;  // for them
   // Where sums take 144 registers or more, little else may live long.
   static constexpr bool kCrowded = forms && S * RB >= 18;
   static constexpr int kAtOnce = kCrowded ? 1 : RB;          // rank blocks
@@ -48,15 +49,17 @@ struct GradLayout {
   static constexpr int kTBytes = sizeof(T) * kRows * kTPitch;  // of h, or of dh, at one parity
   static constexpr int kSums = kT + 4 * kTBytes;
   static constexpr int kWarpSumBytes = 4 * kRows * kSumPitch;
-  static constexpr int kFragmentsAt = kSums + (forms ? kGradWarps * kWarpSumBytes : 0);
-  static constexpr int kAllFragmentBytes = forms ? kGradWarps * kFragments * kFragmentBytes : 0;
+  static constexpr int kSlotsAt = kSums + (forms ? kGradWarps * kWarpSumBytes : 0);
+  static constexpr int kAllSlotBytes = forms ? kGradWarps * kSlots * kFragmentBytes : 0;
   // What is kept in registers passes through the tiles' place before the first tile arrives.
-  static constexpr int kTiles = kFragmentsAt + (kKeeps ? 0 : kAllFragmentBytes);
+  static constexpr int kTiles = kSlotsAt + (kKeeps ? 0 : kAllSlotBytes);
 
   static constexpr int kShareBytes = 4 * kRows * kRanks;  // of h, or of dh, at one parity
   static constexpr int kAllShareBytes = 4 * kShareBytes;  // lie last, and only in a cluster
 
-  static_assert(!kKeeps || kAllFragmentBytes <= kLeastStages * kStageBytes);
+  static_assert(kTilePitch / kPiece % 2 == 1 && kTPitch / kPiece % 2 == 1);  // banks
+  static_assert(kFragments % kSlots == 0);
+  static_assert(!kKeeps || kAllSlotBytes <= kLeastStages * kStageBytes);
 
   static constexpr int bytes(int stages, bool cluster = false) {
     return kTiles + stages * kStageBytes + (cluster ? kAllShareBytes : 0);

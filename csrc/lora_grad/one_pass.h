@@ -111,9 +111,9 @@ class OnePass {
                                     (2 * parity + is_dh) * L::kShareBytes);
   }
   // Of this lane: rank blocks of the first columns, of the next.
-  FL_DEVICE Fragment& fragment(int index) const {
-    return reinterpret_cast<Fragment*>(
-        shared_ + L::kFragmentsAt + (warp() * L::kFragments + index) * L::kFragmentBytes)[lane()];
+  FL_DEVICE Fragment& slot(int index) const {
+    return reinterpret_cast<Fragment*>(shared_ + L::kSlotsAt +
+                                       (warp() * L::kSlots + index) * L::kFragmentBytes)[lane()];
   }
 
   FL_DEVICE void prepare() {
@@ -122,11 +122,15 @@ class OnePass {
         const int g = group_of(problem_, thread_);
         scales()[thread_] = g < problem_.groups ? problem_.group[g].scale : 0.0f;
       }
-      if (shrinks()) make_fragments();
       if constexpr (L::kKeeps) {
         FL_UNROLL
-        for (int i = 0; i < L::kFragments; ++i) kept_[i] = shrinks() ? fragment(i) : Fragment{};
+        for (int i = 0; i < L::kFragments; ++i) {
+          if (i % L::kSlots == 0 && shrinks()) make_fragments(i);
+          kept_[i] = shrinks() ? slot(i % L::kSlots) : Fragment{};
+        }
         sync_block();  // tiles of other warps lie where fragments did
+      } else {
+        if (shrinks()) make_fragments(0);
       }
     }
     // No copy touches what lies beyond this warp's columns; it must not be NaN.
@@ -148,18 +152,20 @@ class OnePass {
     for (float& sum : bias_) sum = 0.0f;
   }
 
-  FL_DEVICE void make_fragments() {
+  // As many as there are slots, from this one on.
+  FL_DEVICE void make_fragments(int from) {
     constexpr int kAtOnce = 32 / L::kRows;  // so that sixteen loads are under way
-    static_assert(L::kFragments % kAtOnce == 0);
-    for (int i = 0; i < L::kFragments; i += kAtOnce) {
+    static_assert(L::kSlots % kAtOnce == 0);
+    for (int i = 0; i < L::kSlots; i += kAtOnce) {
       Fragment made[kAtOnce];
       FL_UNROLL
       for (int j = 0; j < kAtOnce; ++j) {
-        made[j] = fragment_of<T>(problem_, is_dy_, first_ + (i + j) / RB * L::kRows,
-                                 (i + j) % RB * 16, lane());
+        const int index = from + i + j;
+        made[j] = fragment_of<T>(problem_, is_dy_, first_ + index / RB * L::kRows, index % RB * 16,
+                                 lane());
       }
       FL_UNROLL
-      for (int j = 0; j < kAtOnce; ++j) fragment(i + j) = made[j];
+      for (int j = 0; j < kAtOnce; ++j) slot(i + j) = made[j];
     }
   }
 
@@ -267,7 +273,7 @@ class OnePass {
     if constexpr (L::kKeeps) {
       return kept_[index];
     } else {
-      return fragment(index);
+      return slot(index);
     }
   }
 

@@ -73,6 +73,7 @@ CASES = [
 TF32_CASES = [
     Case("ViT-S", 20, 384, 384, one(384, 16), F32, arch=89),
     Case("ViT-B, fragments in registers, a narrow pitch", 12, 768, 768, one(768, 16), F32, arch=80),
+    Case("fragments in registers, two rank blocks", 9, 384, 384, one(384, 32), F32, arch=89),
     Case("ViT-B, rank 32, a cluster of two", 12, 768, 768, one(768, 32), F32),
     Case("ViT-S, rank 48 of three, a cluster", 17, 384, 384,
          (Span(0, 128, 16), Span(128, 256, 16), Span(256, 384, 16)), F32),
