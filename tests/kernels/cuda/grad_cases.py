@@ -120,7 +120,8 @@ class Problem:
         """What rounds to ``values`` where products round."""
         if self.case.dtype is not F32:
             return values
-        return values * (1 + 2.0**-12 * 0.9 * (2 * torch.rand(values.shape) - 1))
+        aside = 2 * torch.rand(values.shape, device=values.device) - 1
+        return values * (1 + 2.0**-12 * 0.9 * aside)
 
     def shrunk(self) -> tuple[Tensor, Tensor]:
         """h and dh, [M, sum R], rounded once to the type of the products."""

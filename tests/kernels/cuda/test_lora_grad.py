@@ -305,6 +305,7 @@ def test_the_module_refuses_what_would_read_out_of_place(on_host: ModuleType) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=IDS)
+@tf32()
 def test_kernel_equals_float64(case: Case) -> None:
     if reason := native.why_not():
         pytest.skip(reason)
