@@ -59,13 +59,14 @@ inline void bind_grad_plan(py::module_& m) {
   m.def(
       "plan_lora_grad",
       [](int32_t k, int32_t n, int32_t ranks, bool h_given, bool dh_given, bool needs_a,
-         bool needs_b, bool needs_bias, int64_t rows, int arch, int processors) {
-        const GradShape shape = {k, n, ranks, h_given, dh_given, needs_a, needs_b, needs_bias};
+         bool needs_b, bool needs_bias, bool tf32, int64_t rows, int arch, int processors) {
+        const GradShape shape = {k,       n,       ranks,      h_given, dh_given,
+                                 needs_a, needs_b, needs_bias, tf32};
         return plan_lora_grad(shape, rows, arch, processors);
       },
       py::kw_only(), py::arg("k"), py::arg("n"), py::arg("ranks"), py::arg("h_given"),
       py::arg("dh_given"), py::arg("needs_a"), py::arg("needs_b"), py::arg("needs_bias"),
-      py::arg("rows"), py::arg("arch"), py::arg("processors"),
+      py::arg("tf32") = false, py::arg("rows"), py::arg("arch"), py::arg("processors"),
       "How the gradients are launched; None where a block cannot hold them.");
 }
 

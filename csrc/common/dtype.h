@@ -19,6 +19,11 @@ struct Float16 {
   uint16_t bits;
 };
 
+// fp32 as a product takes it: 10 bits of fraction, the lowest 13 bits zero.
+struct TFloat32 {
+  uint32_t bits;
+};
+
 FL_DEVICE uint32_t bits_of(float x) {
 #ifdef __CUDACC__
   return __float_as_uint(x);
@@ -40,6 +45,8 @@ FL_DEVICE float float_of(uint32_t bits) {
 }
 
 FL_DEVICE float widen(float x) { return x; }
+
+FL_DEVICE float widen(TFloat32 x) { return float_of(x.bits); }
 
 FL_DEVICE float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
@@ -95,6 +102,21 @@ FL_DEVICE Float16 nearest<Float16>(float x) {
   }
   const uint32_t rebiased = magnitude - 0x38000000u;
   return {static_cast<uint16_t>(sign | ((rebiased + 0xFFFu + ((rebiased >> 13) & 1u)) >> 13))};
+#endif
+}
+
+// Ties go away from zero: of this type the instruction has no other.
+template <>
+FL_DEVICE TFloat32 nearest<TFloat32>(float x) {
+#ifdef __CUDACC__
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return {bits};
+#else
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return {0x7FFFE000u};
+  if (magnitude == 0x7F800000u) return {bits};
+  return {(bits + 0x1000u) & ~0x1FFFu};
 #endif
 }
 

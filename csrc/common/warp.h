@@ -109,21 +109,22 @@ FL_DEVICE void load_transposed(uint32_t (&to)[4], const void* row) {
                : "memory");
 }
 
-// sum [16, 8] += a [16, 16] b [16, 8]
+// sum [16, 8] += a [16, 16] b [16, 8], of TF32 a [16, 8] b [8, 8]
 template <typename T>
 FL_DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
-#define FL_MULTIPLY(Type, name)                                                       \
+#define FL_MULTIPLY(Type, shape, name)                                                \
   template <>                                                                         \
   FL_DEVICE void multiply<Type>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, \
                                 uint32_t b1) {                                        \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                        \
+    asm("mma.sync.aligned." shape ".row.col.f32." name "." name                       \
         ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                      \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));              \
   }
-FL_MULTIPLY(BFloat16, "bf16")
-FL_MULTIPLY(Float16, "f16")
+FL_MULTIPLY(BFloat16, "m16n8k16", "bf16")
+FL_MULTIPLY(Float16, "m16n8k16", "f16")
+FL_MULTIPLY(TFloat32, "m16n8k8", "tf32")
 #undef FL_MULTIPLY
 
 // 16 bytes to shared memory behind the thread's back; zeros, and no read, when not `inside`.

@@ -1,5 +1,5 @@
-// a and b as the shrink multiplies with them: [16 columns, 16 ranks] per strip and rank block, zero
-// where no adapter has both.
+// a and b as the shrink multiplies with them: one instruction deep in columns, which is 16 of bf16
+// or fp16 and 8 of TF32, and 16 ranks wide; zero where no adapter has both.
 #pragma once
 
 #include "lora_grad/layout.h"
@@ -53,12 +53,10 @@ struct alignas(16) Fragment {
   uint32_t at[4];
 };
 
-// This lane's part of the block of columns and ranks that start here.
+// Neighbouring columns share a word.
 template <typename T>
-FL_DEVICE Fragment fragment_of(const GradProblem& problem, bool is_dy, int column, int r,
-                               int lane) {
-  const Line lines[2] = {line_of(problem, is_dy, r + lane / 4),
-                         line_of(problem, is_dy, r + lane / 4 + 8)};
+FL_DEVICE Fragment fragment_of_pairs(const GradProblem& problem, const Line (&lines)[2], int column,
+                                     int lane) {
   float value[8];
   FL_UNROLL
   for (int i = 0; i < 8; ++i) {
@@ -71,4 +69,22 @@ FL_DEVICE Fragment fragment_of(const GradProblem& problem, bool is_dy, int colum
   return fragment;
 }
 
+// This lane's part of the block of columns and ranks that start here.
+template <typename T>
+FL_DEVICE Fragment fragment_of(const GradProblem& problem, bool is_dy, int column, int r,
+                               int lane) {
+  const Line lines[2] = {line_of(problem, is_dy, r + lane / 4),
+                         line_of(problem, is_dy, r + lane / 4 + 8)};
+  if constexpr (sizeof(T) == 4) {
+    Fragment fragment;
+    FL_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int c = column + lane % 4 + i / 2 * 4;
+      fragment.at[i] = nearest<T>(on(lines[i % 2], c, problem.adapter)).bits;
+    }
+    return fragment;
+  } else {
+    return fragment_of_pairs<T>(problem, lines, column, lane);
+  }
+}
 }  // namespace fused_lora

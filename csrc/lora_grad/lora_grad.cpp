@@ -22,9 +22,9 @@ struct Choose {
   int cluster_blocks;
   bool* chosen;
 
-  template <int S, int RB, bool forms>
+  template <typename T, int S, int RB, bool forms>
   void operator()() const {
-    using L = GradLayout<S, RB, forms>;
+    using L = GradLayout<T, S, RB, forms>;
     if (*chosen || forms != plan->shape.forms()) return;
     const bool cluster = cluster_blocks > 1;
     if (L::kRanks < plan->shape.all_ranks()) return;
@@ -47,13 +47,9 @@ void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument("lora_grad: " + what);
 }
 
-bool in_16_bytes(const GradSide& side) {
-  return reinterpret_cast<uintptr_t>(side.z) % 16 == 0 && side.row % 8 == 0;
-}
-
-void check_side(const GradSide& side, const std::string& name, bool read) {
-  if (!read) return;
-  require(in_16_bytes(side), name + " must begin, and each of its rows, at a multiple of 16 bytes");
+void check_side(const GradSide& side, int bytes, const std::string& name) {
+  require(reinterpret_cast<uintptr_t>(side.z) % 16 == 0 && side.row * bytes % 16 == 0,
+          name + " must begin, and each of its rows, at a multiple of 16 bytes");
 }
 
 void check_groups(const GradProblem& problem, const GradShape& shape) {
@@ -78,34 +74,37 @@ void check(const GradProblem& problem, const GradPlan& plan) {
       problem.x.columns == shape.k && problem.dy.columns == shape.n && problem.ranks == shape.ranks,
       "the plan was made for another problem");
   check_groups(problem, shape);
-  require(problem.type != DType::kFloat32, "serves bfloat16 and float16 x and dy");
+  require((problem.type == DType::kFloat32) == shape.tf32,
+          std::string("planned for x and dy of ") + (shape.tf32 ? "fp32" : "16 bits"));
   require(shape.needs_bias == (problem.dbias != nullptr), "dbias must be as planned");
   if (problem.rows == 0) return;  // tensors of no elements may have no address
   require(shape.h_given == (problem.x.given != nullptr) &&
               shape.dh_given == (problem.dy.given != nullptr),
           "h and dh must be given as planned");
-  check_side(problem.x, "x", shape.reads_x());
-  check_side(problem.dy, "dy", shape.reads_dy());
+  if (shape.reads_x()) check_side(problem.x, shape.bytes(), "x");
+  if (shape.reads_dy()) check_side(problem.dy, shape.bytes(), "dy");
 }
 
 }  // namespace
 
 std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors) {
-  if (shape.k % 8 || shape.n % 8 || shape.all_ranks() > kMostRanks) return std::nullopt;
+  if (shape.k * shape.bytes() % 16 || shape.n * shape.bytes() % 16) return std::nullopt;
+  if (shape.all_ranks() > kMostRanks) return std::nullopt;
   GradPlan plan = {};
   plan.shape = shape;
   plan.x_strips = shape.reads_x() ? ceil_div(shape.k, 16) : 0;
   plan.dy_strips = shape.reads_dy() ? ceil_div(shape.n, 16) : 0;
   bool chosen = false;
   for (int blocks = 1; blocks <= most_cluster_blocks(arch); blocks *= 2) {
-    each_grad_shape(Choose{&plan, smem_limit_bytes(arch), blocks, &chosen});
+    const Choose choose{&plan, smem_limit_bytes(arch), blocks, &chosen};
+    shape.tf32 ? each_grad_shape<TFloat32>(choose) : each_grad_shape<BFloat16>(choose);
   }
   if (!chosen) return std::nullopt;
   const int warps = plan.chunks * kGradWarps;
   plan.strips_per_warp = 1;
   while (warps_for(plan, plan.strips_per_warp) > warps) ++plan.strips_per_warp;
   plan.x_warps = ceil_div(plan.x_strips, plan.strips_per_warp);
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (rows + tile_rows(shape.tf32) - 1) / tile_rows(shape.tf32);
   // Clusters live inside groups of at least 16 processors; what is left of a group serves none.
   if (plan.in_clusters() && processors > 16) processors -= processors % 16;
   const int64_t blocks = processors * plan.blocks / plan.chunks;

@@ -12,17 +12,17 @@ struct Arguments {
   float* partial;
 };
 
-template <typename T,  // of x, dy, h and dh
+template <typename T,  // of products
           int S,       // strips of 16 columns a warp owns at most
           int RB,      // blocks of 16 ranks
           bool forms   // h or dh
           >
-__global__ void __launch_bounds__(kGradThreads, GradLayout<S, RB, forms>::kBlocks)
+__global__ void __launch_bounds__(kGradThreads, GradLayout<T, S, RB, forms>::kBlocks)
     lora_grad_kernel(const __grid_constant__ Arguments arguments) {
   extern __shared__ char shared[];
 #ifdef __CUDA_ARCH__
   // Where a block's tiles cannot be held, the plan never launches it.
-  if constexpr (GradLayout<S, RB, forms>::bytes(kLeastStages) <=
+  if constexpr (GradLayout<T, S, RB, forms>::bytes(kLeastStages) <=
                 smem_limit_bytes(__CUDA_ARCH__ / 10)) {
     const int slice = blockIdx.x, chunk = blockIdx.y;
     OnePass<T, S, RB, forms, FL_BULK_COPIES>(arguments.problem, arguments.plan, shared, slice,
@@ -45,12 +45,11 @@ struct Find {
   const Arguments* arguments;
   Kernel* kernel;
 
-  template <int S, int RB, bool forms>
+  template <typename T, int S, int RB, bool forms>
   void operator()() const {
     const GradPlan& plan = arguments->plan;
     if (plan.most_strips != S || plan.rank_blocks != RB || plan.shape.forms() != forms) return;
-    *kernel = arguments->problem.type == DType::kBFloat16 ? lora_grad_kernel<BFloat16, S, RB, forms>
-                                                          : lora_grad_kernel<Float16, S, RB, forms>;
+    *kernel = lora_grad_kernel<T, S, RB, forms>;
   }
 };
 
@@ -80,7 +79,7 @@ int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* pa
   if (const cudaError_t error = cudaSetDevice(device)) return error;
   const Arguments arguments = {problem, plan, partial};
   Kernel kernel = nullptr;
-  each_grad_shape(Find{&arguments, &kernel});
+  each_grad_shape(problem.type, Find{&arguments, &kernel});
   const dim3 grid(plan.slices, plan.chunks);
   const int cluster = plan.in_clusters() ? plan.chunks : 1;
   if (const cudaError_t error = launch(kernel, grid, cluster, plan.smem_bytes, arguments, stream)) {

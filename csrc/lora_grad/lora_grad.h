@@ -30,11 +30,11 @@ struct GradGroup {
 
 // x and what it makes, h; or dy and what it makes, dh.
 struct GradSide {
-  const void* z;      // [M, columns], rows contiguous, 16-byte aligned
+  const void* z;      // [M, columns], rows contiguous, each at a multiple of 16 bytes
   const void* given;  // [M, R], rows contiguous; null where it is to be formed from z
   int64_t row;        // from one row of z to the next
   int64_t given_row;
-  int32_t columns;  // a multiple of 8
+  int32_t columns;  // of whole 16 bytes
   int32_t reserved;
 };
 
@@ -44,7 +44,7 @@ struct GradProblem {
   void* dbias;  // [N], contiguous; null where nobody asks
   int64_t rows;
   int32_t groups, ranks;
-  DType type;     // of x, dy, h and dh
+  DType type;     // of x, dy, h and dh; products of fp32 are of TF32
   DType adapter;  // of a and b
   DType grad, dbias_type;
   bool add;  // to what da and db hold
@@ -54,7 +54,9 @@ struct GradProblem {
 struct GradShape {
   int32_t k, n, ranks;
   bool h_given, dh_given, needs_a, needs_b, needs_bias;
+  bool tf32;  // x, dy, h and dh are fp32; else of 16 bits
 
+  constexpr int32_t bytes() const { return tf32 ? 4 : 2; }  // of an element
   constexpr int32_t all_ranks() const { return ranks + needs_bias; }
   constexpr bool forms_h() const { return needs_b && !h_given; }
   constexpr bool forms_dh() const { return needs_a && !dh_given; }
@@ -62,6 +64,9 @@ struct GradShape {
   constexpr bool reads_x() const { return needs_a || forms_h(); }
   constexpr bool reads_dy() const { return needs_b || needs_bias || forms_dh(); }
 };
+
+// Of a tile: as many as a matrix instruction is deep.
+constexpr int32_t tile_rows(bool tf32) { return tf32 ? 8 : 16; }
 
 // A launch. Columns of x and dy are cut into strips of 16, strips are dealt to warps.
 struct GradPlan {
@@ -72,7 +77,7 @@ struct GradPlan {
   int32_t x_strips, dy_strips;
   int32_t x_warps;  // over all chunks; dy's warps follow
   int32_t chunks;   // of 8 warps; where h or dh is formed, a cluster of as many blocks
-  int32_t stages;   // tiles of 16 rows under way
+  int32_t stages;   // tiles of rows under way
   int32_t blocks;   // that share a processor
   int32_t smem_bytes;
   int32_t slices;  // of the rows: a slice of a chunk is a block

@@ -1,10 +1,9 @@
-// One block of lora_grad: a chunk of the columns of [x | dy] over a slice of the rows, 16 at a
-// time.
+// One block of lora_grad: a chunk of the columns of [x | dy] over a slice of the rows, a tile of
+// 16 at a time, or of 8 where they are fp32.
 //
 //     16 columns a strip; a warp owns up to S strips, all of x or all of dy
-//   16 [ x | x | x | dy | dy | dy | ... ]    shrink  h or dh of these rows: each warp its share
-//   rows                                     settle  shares added in the order of the warps,
-//   rounded
+//      [ x | x | x | dy | dy | dy | ... ]    shrink  h or dh of these rows: each warp its share
+//   rows                                     settle  shares added in warp order, rounded
 //                                            expand  da += xT dh, db += dyT h, in registers
 //
 // x and dy come by asynchronous copies, several tiles ahead: 16 bytes at a time that a thread waits
@@ -12,25 +11,29 @@
 // the end. Nothing depends on timing, so equal inputs give equal bits.
 #pragma once
 
-#include "common/warp.h"
-#include "lora_grad/fragments.h"
+#include <type_traits>
+
+#include "lora_grad/products.h"
 
 namespace fused_lora {
-
-struct alignas(8) Two {
-  float at[2];
-};
 
 struct alignas(16) Sixteen {
   uint32_t at[4];
 };
 
-template <typename T,  // of x, dy, h and dh
+template <typename T,  // of products
           int S, int RB, bool forms,
           bool bulk  // copies of rows
           >
 class OnePass {
-  using L = GradLayout<S, RB, forms>;
+  using L = GradLayout<T, S, RB, forms>;
+  using P = Products<T>;
+  using Bits = typename P::Bits;  // of an element of x, dy, h or dh
+  using Both = std::conditional_t<sizeof(T) == 4, uint64_t, uint32_t>;
+  static constexpr int kElements = L::kRows * L::kRanks;  // of h, or of dh, in a tile
+  static constexpr int kTurns = (kElements + kGradThreads - 1) / kGradThreads;
+  static constexpr bool kSumsBias = sizeof(T) == 4;
+  static constexpr int kBiasSums = kSumsBias ? S / 2 : 1;
 
  public:
   FL_DEVICE OnePass(const GradProblem& problem, const GradPlan& plan, char* shared, int slice,
@@ -45,7 +48,7 @@ class OnePass {
     first_ = 16 * before;
     const int left = mine().columns - first_;
     width_ = left < 16 * strips_ ? left : 16 * strips_;
-    const int64_t tiles = (problem.rows + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (problem.rows + L::kRows - 1) / L::kRows;
     tile_ = static_cast<int>(tiles * slice / plan.slices);
     end_ = static_cast<int>(tiles * (slice + 1) / plan.slices);
   }
@@ -83,11 +86,14 @@ class OnePass {
   FL_DEVICE bool expands() const {
     return is_dy_ ? plan_.shape.needs_b || plan_.shape.needs_bias : plan_.shape.needs_a;
   }
+  FL_DEVICE bool sums_bias() const { return kSumsBias && is_dy_ && plan_.shape.needs_bias; }
+  // Whether no element of h is left for a thread.
+  FL_DEVICE static bool beyond(int e) { return kElements % kGradThreads != 0 && e >= kElements; }
 
   FL_DEVICE float* scales() const { return reinterpret_cast<float*>(shared_ + L::kScales); }
-  FL_DEVICE uint16_t* tile(int stage) const {
-    return reinterpret_cast<uint16_t*>(shared_ + L::kTiles + stage * L::kStageBytes +
-                                       warp() * L::kWarpTileBytes);
+  FL_DEVICE Bits* tile(int stage) const {
+    return reinterpret_cast<Bits*>(shared_ + L::kTiles + stage * L::kStageBytes +
+                                   warp() * L::kWarpTileBytes);
   }
   FL_DEVICE uint64_t* barrier(int stage) const {
     return reinterpret_cast<uint64_t*>(shared_ + L::kBarriers) + warp() * kMostStages + stage;
@@ -96,18 +102,18 @@ class OnePass {
     return reinterpret_cast<float*>(shared_ + L::kSums + warp * L::kWarpSumBytes);
   }
   // h, or dh.
-  FL_DEVICE uint16_t* t(int parity, bool is_dh) const {
-    return reinterpret_cast<uint16_t*>(shared_ + L::kT + (2 * parity + is_dh) * L::kTBytes);
+  FL_DEVICE Bits* t(int parity, bool is_dh) const {
+    return reinterpret_cast<Bits*>(shared_ + L::kT + (2 * parity + is_dh) * L::kTBytes);
   }
   // A block's part of h, or of dh.
   FL_DEVICE float* shares(int parity, bool is_dh) const {
     return reinterpret_cast<float*>(shared_ + plan_.smem_bytes - L::kAllShareBytes +
                                     (2 * parity + is_dh) * L::kShareBytes);
   }
-  // Of this lane, one per strip and rank block.
-  FL_DEVICE Fragment& fragment(int index) const {
-    return reinterpret_cast<Fragment*>(shared_ + L::kFragments +
-                                       (warp() * S * RB + index) * L::kFragmentBytes)[lane()];
+  // Of this lane: rank blocks of the first columns, of the next.
+  FL_DEVICE Fragment& slot(int index) const {
+    return reinterpret_cast<Fragment*>(shared_ + L::kSlotsAt +
+                                       (warp() * L::kSlots + index) * L::kFragmentBytes)[lane()];
   }
 
   FL_DEVICE void prepare() {
@@ -116,11 +122,15 @@ class OnePass {
         const int g = group_of(problem_, thread_);
         scales()[thread_] = g < problem_.groups ? problem_.group[g].scale : 0.0f;
       }
-      if (shrinks()) make_fragments();
       if constexpr (L::kKeeps) {
         FL_UNROLL
-        for (int i = 0; i < S * RB; ++i) kept_[i] = shrinks() ? fragment(i) : Fragment{};
+        for (int i = 0; i < L::kFragments; ++i) {
+          if (i % L::kSlots == 0 && shrinks()) make_fragments(i);
+          kept_[i] = shrinks() ? slot(i % L::kSlots) : Fragment{};
+        }
         sync_block();  // tiles of other warps lie where fragments did
+      } else {
+        if (shrinks()) make_fragments(0);
       }
     }
     // No copy touches what lies beyond this warp's columns; it must not be NaN.
@@ -139,20 +149,23 @@ class OnePass {
         for (int i = 0; i < 4; ++i) sum_[s][j][i] = 0.0f;
       }
     }
+    for (float& sum : bias_) sum = 0.0f;
   }
 
-  FL_DEVICE void make_fragments() {
-    // Two at a time, so that sixteen loads are under way at once.
-    static_assert(S * RB % 2 == 0);
-    for (int i = 0; i < S * RB; i += 2) {
-      Fragment made[2];
+  // As many as there are slots, from this one on.
+  FL_DEVICE void make_fragments(int from) {
+    constexpr int kAtOnce = 32 / L::kRows;  // so that sixteen loads are under way
+    static_assert(L::kSlots % kAtOnce == 0);
+    for (int i = 0; i < L::kSlots; i += kAtOnce) {
+      Fragment made[kAtOnce];
       FL_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        made[j] =
-            fragment_of<T>(problem_, is_dy_, first_ + (i + j) / RB * 16, (i + j) % RB * 16, lane());
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int index = from + i + j;
+        made[j] = fragment_of<T>(problem_, is_dy_, first_ + index / RB * L::kRows, index % RB * 16,
+                                 lane());
       }
       FL_UNROLL
-      for (int j = 0; j < 2; ++j) fragment(i + j) = made[j];
+      for (int j = 0; j < kAtOnce; ++j) slot(i + j) = made[j];
     }
   }
 
@@ -165,16 +178,17 @@ class OnePass {
     }
   }
 
-  FL_DEVICE const uint16_t* row_of(int64_t row) const {
-    return static_cast<const uint16_t*>(mine().z) + first_ + row * mine().row;
+  FL_DEVICE const Bits* row_of(int64_t row) const {
+    return static_cast<const Bits*>(mine().z) + first_ + row * mine().row;
   }
 
   FL_DEVICE void copy_words(int from, int stage) {
-    uint16_t* to = tile(stage);
+    constexpr int kPieces = 16 * S / L::kPiece;  // of a row
+    Bits* to = tile(stage);
     FL_UNROLL_BY(1)  // addresses ahead would take the registers of sums
     for (int i = 0; i < S; ++i) {
-      const int m = (lane() + 32 * i) / (2 * S), c = (lane() + 32 * i) % (2 * S) * 8;
-      const int64_t row = static_cast<int64_t>(from) * kTileRows + m;
+      const int m = (lane() + 32 * i) / kPieces, c = (lane() + 32 * i) % kPieces * L::kPiece;
+      const int64_t row = static_cast<int64_t>(from) * L::kRows + m;
       const bool inside = row < problem_.rows;
       if (c < width_) {
         copy_16(to + m * L::kTilePitch + c, row_of(inside ? row : 0) + c, inside);
@@ -184,17 +198,18 @@ class OnePass {
 
   // A lane has a row. Rows past the last are zeros, which nothing is copied over later.
   FL_DEVICE void copy_rows(int from, int stage) {
-    const int64_t row = static_cast<int64_t>(from) * kTileRows + lane();
+    const int64_t row = static_cast<int64_t>(from) * L::kRows + lane();
     const int64_t left = problem_.rows - (row - lane());
-    const int rows = left < kTileRows ? static_cast<int>(left) : kTileRows;
-    if (lane() == 0) expect_bytes(barrier(stage), 2 * rows * width_);
+    const int rows = left < L::kRows ? static_cast<int>(left) : L::kRows;
+    const int bytes = static_cast<int>(sizeof(T)) * width_;
+    if (lane() == 0) expect_bytes(barrier(stage), rows * bytes);
     sync_warp();
-    if (lane() >= kTileRows) return;
-    uint16_t* to = tile(stage) + lane() * L::kTilePitch;
+    if (lane() >= L::kRows) return;
+    Bits* to = tile(stage) + lane() * L::kTilePitch;
     if (lane() < rows) {
-      copy_bulk(to, row_of(row), 2 * width_, barrier(stage));
+      copy_bulk(to, row_of(row), bytes, barrier(stage));
     } else {
-      for (int c = 0; c < width_; c += 8) *reinterpret_cast<Sixteen*>(to + c) = {};
+      for (int c = 0; c < width_; c += L::kPiece) *reinterpret_cast<Sixteen*>(to + c) = {};
     }
   }
 
@@ -214,41 +229,42 @@ class OnePass {
   FL_DEVICE void look_ahead(int from) {
     if constexpr (!L::kLooksAhead) return;
     FL_UNROLL
-    for (int i = 0; i < RB; ++i) {
+    for (int i = 0; i < kTurns; ++i) {
       const int e = thread_ + kGradThreads * i;
-      given_[i] = given(problem_.x, from, e) | given(problem_.dy, from, e) << 16;
+      const Both h = given(problem_.x, from, e), dh = given(problem_.dy, from, e);
+      given_[i] = h | dh << 8 * sizeof(T);
     }
   }
 
-  FL_DEVICE uint32_t given(const GradSide& side, int from, int e) const {
-    const int64_t row = static_cast<int64_t>(from) * kTileRows + e / L::kRanks;
+  FL_DEVICE Bits given(const GradSide& side, int from, int e) const {
+    const int64_t row = static_cast<int64_t>(from) * L::kRows + e / L::kRanks;
     const int r = e % L::kRanks;
     if (!side.given || from >= end_ || row >= problem_.rows || r >= problem_.ranks) return 0;
-    return static_cast<const uint16_t*>(side.given)[row * side.given_row + r];
+    if (beyond(e)) return 0;
+    return static_cast<const Bits*>(side.given)[row * side.given_row + r];
   }
 
   FL_DEVICE void shrink(int stage) {
-    const uint16_t* z = tile(stage) + lane() % 16 * L::kTilePitch + lane() / 16 * 8;
-    float* to = sums(warp()) + lane() / 4 * L::kSumPitch + lane() % 4 * 2;
     FL_UNROLL
     for (int first = 0; first < RB; first += L::kAtOnce) {
-      float sum[2 * L::kAtOnce][4] = {};
+      float sum[L::kAtOnce][P::kShares][4] = {};
       FL_UNROLL
       for (int s = 0; s < S; ++s) {
         uint32_t zs[4];
-        load_matrices(zs, z + 16 * s);
+        P::load_rows(zs, tile(stage) + 16 * s, L::kTilePitch, lane());
         FL_UNROLL
         for (int b = 0; b < L::kAtOnce; ++b) {
-          const Fragment f = fragment_at(s * RB + first + b);
-          multiply<T>(sum[2 * b], zs, f.at[0], f.at[1]);
-          multiply<T>(sum[2 * b + 1], zs, f.at[2], f.at[3]);
+          Fragment f[P::kParts];
+          FL_UNROLL
+          for (int i = 0; i < P::kParts; ++i) {
+            f[i] = fragment_at((s * P::kParts + i) * RB + first + b);
+          }
+          P::shrink(sum[b], zs, f);
         }
       }
       FL_UNROLL
-      for (int j = 0; j < 2 * L::kAtOnce; ++j) {
-        float* low = to + 16 * first + 8 * j;
-        *reinterpret_cast<Two*>(low) = {{sum[j][0], sum[j][1]}};
-        *reinterpret_cast<Two*>(low + 8 * L::kSumPitch) = {{sum[j][2], sum[j][3]}};
+      for (int b = 0; b < L::kAtOnce; ++b) {
+        P::put(sums(warp()) + 16 * (first + b), sum[b], L::kSumPitch, lane());
       }
     }
   }
@@ -257,7 +273,7 @@ class OnePass {
     if constexpr (L::kKeeps) {
       return kept_[index];
     } else {
-      return fragment(index);
+      return slot(index);
     }
   }
 
@@ -270,21 +286,22 @@ class OnePass {
 
   FL_DEVICE void settle(int parity, bool is_dh) {
     const bool formed = is_dh ? plan_.shape.forms_dh() : plan_.shape.forms_h();
-    FL_UNROLL_BY(L::kLooksAhead ? RB : 1)
-    for (int i = 0; i < RB; ++i) {
+    FL_UNROLL_BY(L::kLooksAhead ? kTurns : 1)
+    for (int i = 0; i < kTurns; ++i) {
       const int e = thread_ + kGradThreads * i, m = e / L::kRanks, r = e % L::kRanks;
-      uint32_t bits;
+      if (beyond(e)) return;
+      Bits bits;
       if (forms && formed) {
         const float total = clusters() ? cluster_total(shares(parity, is_dh) + e)
                                        : block_total(is_dh, m * L::kSumPitch + r);
         bits = nearest<T>(is_dh ? scales()[r] * total : total).bits;
       } else if constexpr (L::kLooksAhead) {
-        bits = is_dh ? given_[i] >> 16 : given_[i];
+        bits = P::rounded(static_cast<Bits>(is_dh ? given_[i] >> 8 * sizeof(T) : given_[i]));
       } else {
-        bits = given(is_dh ? problem_.dy : problem_.x, tile_, e);
+        bits = P::rounded(given(is_dh ? problem_.dy : problem_.x, tile_, e));
       }
       if (!is_dh && r == problem_.ranks) bits = nearest<T>(1.0f).bits;
-      t(parity, is_dh)[m * L::kTPitch + r] = static_cast<uint16_t>(bits);
+      t(parity, is_dh)[m * L::kTPitch + r] = bits;
     }
   }
 
@@ -304,9 +321,10 @@ class OnePass {
   // This block's part of h and dh, for the whole cluster to add up.
   FL_DEVICE void share(int parity) {
     FL_UNROLL_BY(1)
-    for (int i = 0; i < 2 * RB; ++i) {
-      const bool is_dh = i >= RB;
-      const int e = thread_ + kGradThreads * (i % RB), m = e / L::kRanks, r = e % L::kRanks;
+    for (int i = 0; i < 2 * kTurns; ++i) {
+      const bool is_dh = i >= kTurns;
+      const int e = thread_ + kGradThreads * (i % kTurns), m = e / L::kRanks, r = e % L::kRanks;
+      if (beyond(e)) continue;
       if (is_dh ? plan_.shape.forms_dh() : plan_.shape.forms_h()) {
         shares(parity, is_dh)[e] = block_total(is_dh, m * L::kSumPitch + r);
       }
@@ -315,18 +333,18 @@ class OnePass {
   }
 
   FL_DEVICE void expand(int stage, int parity) {
-    const uint16_t* ts = t(parity, !is_dy_) + lane() % 16 * L::kTPitch + lane() / 16 * 8;
-    const uint16_t* z =
-        tile(stage) + (lane() % 8 + lane() / 16 * 8) * L::kTilePitch + lane() / 8 % 2 * 8;
+    if (sums_bias()) add_bias(stage);
     FL_UNROLL
     for (int first = 0; first < RB; first += L::kAtOnce) {
       uint32_t tb[L::kAtOnce][4];
       FL_UNROLL
-      for (int b = 0; b < L::kAtOnce; ++b) load_transposed(tb[b], ts + 16 * (first + b));
+      for (int b = 0; b < L::kAtOnce; ++b) {
+        P::load_ranks(tb[b], t(parity, !is_dy_) + 16 * (first + b), L::kTPitch, lane());
+      }
       FL_UNROLL
       for (int s = 0; s < S; ++s) {
         uint32_t zs[4];
-        load_transposed(zs, z + 16 * s);
+        P::load_columns(zs, tile(stage) + 16 * s, L::kTilePitch, lane());
         FL_UNROLL
         for (int b = 0; b < L::kAtOnce; ++b) {
           multiply<T>(sum_[s][2 * (first + b)], zs, tb[b][0], tb[b][1]);
@@ -336,10 +354,21 @@ class OnePass {
     }
   }
 
+  // dbias is a sum and no product: where products round dy, it is added up beside them.
+  FL_DEVICE void add_bias(int stage) {
+    FL_UNROLL
+    for (int i = 0; i < kBiasSums; ++i) {
+      FL_UNROLL
+      for (int m = 0; m < L::kRows; ++m) {
+        bias_[i] += float_of(tile(stage)[m * L::kTilePitch + 32 * i + lane()]);
+      }
+    }
+  }
+
   // To this slice's [columns of x | dy, R].
   FL_DEVICE void store(float* partial) {
-    const int column = (is_dy_ ? 16 * plan_.x_strips : 0) + first_ + lane() / 4;
-    float* to = partial + static_cast<int64_t>(column) * L::kRanks + lane() % 4 * 2;
+    partial += static_cast<int64_t>((is_dy_ ? 16 * plan_.x_strips : 0) + first_) * L::kRanks;
+    float* to = partial + P::column(lane()) * L::kRanks + lane() % 4 * 2;
     FL_UNROLL
     for (int s = 0; s < S; ++s) {
       if (s >= strips_) break;
@@ -347,8 +376,19 @@ class OnePass {
       for (int j = 0; j < 2 * RB; ++j) {
         float* low = to + 16 * s * L::kRanks + 8 * j;
         *reinterpret_cast<Two*>(low) = {{sum_[s][j][0], sum_[s][j][1]}};
-        *reinterpret_cast<Two*>(low + 8 * L::kRanks) = {{sum_[s][j][2], sum_[s][j][3]}};
+        *reinterpret_cast<Two*>(low +
+                                P::kNextColumn * L::kRanks) = {{sum_[s][j][2], sum_[s][j][3]}};
       }
+    }
+    if (sums_bias()) store_bias(partial);
+  }
+
+  FL_DEVICE void store_bias(float* partial) const {
+    sync_warp();  // other lanes have stored ranks beside it
+    FL_UNROLL
+    for (int i = 0; i < kBiasSums; ++i) {
+      const int c = 32 * i + lane();
+      if (c < 16 * strips_) partial[c * L::kRanks + problem_.ranks] = bias_[i];
     }
   }
 
@@ -358,8 +398,9 @@ class OnePass {
   int thread_, x_warps_, strips_, first_, width_, tile_, end_;
   bool is_dy_;
   float sum_[S][2 * RB][4];  // da or db of this warp's columns
-  Fragment kept_[L::kKeeps ? S * RB : 1];
-  uint32_t given_[RB];  // of h below, of dh above
+  float bias_[kBiasSums];    // of this lane's columns
+  Fragment kept_[L::kKeeps ? L::kFragments : 1];
+  Both given_[kTurns];  // of h below, of dh above
 };
 
 }  // namespace fused_lora

@@ -48,7 +48,11 @@ def why_not(
     if backend is Backend.ATEN:
         return None
     if backend is Backend.CUDA:
-        return lora_grad_backends.why_not_on(device) or why_not_backend(problem, backend)
+        return (
+            lora_grad_backends.why_not_on(device)
+            or why_not_backend(problem, backend)
+            or lora_grad_backends.why_not_dtype(dtype)
+        )
     return _triton(device, dtype) or why_not_backend(problem, backend)
 
 

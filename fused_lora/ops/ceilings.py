@@ -9,6 +9,7 @@ import torch
 
 from fused_lora import env
 from fused_lora.kernels.aten import probe
+from fused_lora.kernels.precision import is_tf32
 from fused_lora.plan import device as plan_device
 from fused_lora.plan.device import Ceilings
 from fused_lora.version import __version__
@@ -40,8 +41,7 @@ def conditions(device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
     """What ceilings depend on that may change while the program runs: the rate, the threads."""
     if device.type == "cpu":
         return str(dtype).removeprefix("torch."), torch.get_num_threads()
-    cuda32 = device.type == "cuda" and dtype is torch.float32
-    tf32 = cuda32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = device.type == "cuda" and is_tf32(dtype)
     return "tf32" if tf32 else str(dtype).removeprefix("torch."), 0
 
 

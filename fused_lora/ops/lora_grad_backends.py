@@ -18,7 +18,12 @@ from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad import lora_grads
-from fused_lora.kernels.cuda.lora_grad_call import ADAPTERS, GradCall, aligned
+from fused_lora.kernels.cuda.lora_grad_call import (
+    ADAPTERS,
+    GradCall,
+    aligned,
+    why_not_dtype,
+)
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape, examples, fitting
 from fused_lora.kernels.interface import Adapters, Grads, Slope
 from fused_lora.trust.check import NotNow
@@ -33,10 +38,11 @@ why_not_on = lru_cache(maxsize=64)(native.why_not_on)
 def checked(shape: GradShape, dtype: torch.dtype, device: torch.device) -> Checked | None:
     """What is checked before the compiled kernel serves ``shape``; None where no check is."""
     chip = Chip.of(device)
-    form = fitting(shape, chip).form(chip)
-    if form is None or form not in examples(chip):
+    form, known = fitting(shape, chip).form(chip), examples(chip, shape.tf32)
+    if form is None or form not in known:
         return None
-    return of_compiled_grads(form, examples(chip)[form], str(dtype).removeprefix("torch."))
+    name = "tf32" if shape.tf32 else str(dtype).removeprefix("torch.")
+    return of_compiled_grads(form, known[form], name)
 
 
 def backward(
@@ -71,7 +77,7 @@ def adapter_grads(
 ) -> Grads:
     """da, db and dbias, each in its own operand's dtype."""
     call = GradCall(x, dy, adapters, needs, h, dh)
-    if not _trusted(call.shape, dy):
+    if why_not_dtype(dy.dtype) or not _trusted(call.shape, dy):
         a, b = aten.rank_grads(dy, x, h, dh, adapters, adapters.to(dy.dtype), needs)
         return Grads(None, None, dy.sum(0) if needs.bias else None, a, b)
     shape = fitting(call.shape, Chip.of(dy.device))

@@ -18,6 +18,7 @@ EFFICIENCY = 0.8  # of its products beside the library's; unmeasured
 PRODUCT_EFFICIENCY = 0.9  # of the Hopper product beside the library's; unmeasured
 LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
 RANK_BLOCK = 16  # ranks are padded to it on chip
+TILE_ROW_BYTES = 32  # a tile has as many rows as elements lie in these
 SLICES = 132  # of rows, one per processor, whose fp32 sums are written and read
 
 
@@ -28,7 +29,7 @@ def gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     k = p.k if p.needs.a or forms_h else 0
     n = p.n if p.needs.b or p.needs.bias or forms_dh else 0
     ranks = -(-p.rank // RANK_BLOCK) * RANK_BLOCK
-    sums = min(SLICES, -(-p.m // RANK_BLOCK)) * ranks * (k + n) * (4 // p.itemsize)
+    sums = min(SLICES, -(-p.m * p.itemsize // TILE_ROW_BYTES)) * ranks * (k + n) * (4 // p.itemsize)
     shrinks = 2 * p.m * ranks * (forms_h * p.k + forms_dh * p.n)
     yield Step("one pass db da", ranks, k + n, p.m, False, shrinks, sums, EFFICIENCY, LAUNCH_CALLS)
     yield Step("sums db da", ranks, k + n, extra_elements=sums, calls=LAUNCH_CALLS)

@@ -48,9 +48,9 @@ def why_not_gradients(problem: Problem) -> str | None:
     """One sentence why no compiled pass over x and dy has the gradients of ``problem``."""
     if not problem.trains_adapters:
         return "the compiled kernels compute adapter gradients, and none is asked for"
-    if not problem.low_precision:
-        return f"the compiled gradients take bfloat16 and float16 x and dy, not {problem.dtype}"
-    if problem.k % 8 or problem.n % 8 or min(problem.k, problem.n) == 0:
+    if problem.dtype == "float64":
+        return "the compiled gradients multiply TF32, bfloat16 and float16, not float64"
+    if (problem.k | problem.n) * problem.itemsize % 16 or min(problem.k, problem.n) == 0:
         return (
             "the compiled gradients read rows of whole 16 bytes, and w is "
             f"[{problem.n}, {problem.k}]"

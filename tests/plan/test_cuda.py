@@ -54,7 +54,8 @@ def test_a_plan_names_them():
 @pytest.mark.parametrize(
     ("question", "sentence"),
     [
-        (problem(dtype="float32"), "not float32"),
+        (problem(dtype="float64"), "not float64"),
+        (problem(k=770, dtype="float32"), "rows of whole 16 bytes"),
         (problem(needs=Needs(a=False, b=False)), "none is asked for"),
         (problem(k=772), r"rows of whole 16 bytes, and w is [768, 772]"),
         (problem(n=0), "w is [0, 768]"),
@@ -88,6 +89,15 @@ def test_x_and_dy_are_read_once_and_what_is_not_given_is_formed():
     assert "db" not in names and "da" not in names and "dy shrink" in names  # for dx
     names = [step.name for step in steps(question, compiled(Keep.NOTHING, Forward.MERGE))]
     assert "dy shrink" not in names and "shrink" not in names
+
+
+@pytest.mark.parametrize(("dtype", "slices"), [("bfloat16", 4), ("float32", 8)])
+def test_a_slice_is_a_tile_at_least(dtype, slices):
+    """Of 16 rows, or of 8 of fp32."""
+    question = problem(m=64, dtype=dtype)
+    sums = [*cost_cuda.gradient_steps(question, compiled())][1]
+    partial_bytes = slices * 16 * (768 + 768) * 4
+    assert sums.extra_elements * question.itemsize == partial_bytes
 
 
 def test_one_side_reads_one_operand():

@@ -1,11 +1,12 @@
 """RANK gradients of all groups from one read of x and dy; see csrc/lora_grad/.
 
-    h = x aT   dh_g = s_g dy[:, span_g] b_g     formed on chip and rounded to x's dtype, or given
+    h = x aT   dh_g = s_g dy[:, span_g] b_g     formed on chip and rounded as x is, or given
     db_g = s_g dy[:, span_g]T h_g   da_g = dh_gT x   dbias = sum over rows of dy
 
-Products are of bf16 or fp16, sums are fp32, each gradient is rounded once, to its tensor's dtype.
-No atomics. What is formed on chip must fit the registers of a block, or of a cluster
-(``fits``); with h and dh given, any width does.
+Products are of bf16, of fp16, or of fp32 rounded to TF32 where torch allows that. Sums are fp32,
+dbias that of dy as it is; each gradient is rounded once, to its tensor's dtype. No atomics. What is
+formed on chip must fit the registers of a block, or of a cluster (``fits``); with h and dh given,
+any width does.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in ADAPTERS}
 Into = tuple[Sequence[Tensor], Sequence[Tensor]]  # G of [R_g, K], G of [N_g, R_g]; any strides
 
 
-def fits(k: int, n: int, ranks: int, arch: int, given: bool = False) -> bool:
+def fits(k: int, n: int, ranks: int, arch: int, given: bool = False, tf32: bool = False) -> bool:
     """Whether a block of architecture ``arch`` (80, 90, ...) holds all gradients of this size."""
-    shape = GradShape(k, n, ranks, h_given=given, dh_given=given)
+    shape = GradShape(k, n, ranks, h_given=given, dh_given=given, tf32=tf32)
     return shape.form(Chip(arch, 1)) is not None
 
 

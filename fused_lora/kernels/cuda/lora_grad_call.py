@@ -11,9 +11,13 @@ from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.precision import is_tf32
 from fused_lora.types import Needs
 
 ADAPTERS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of a and b
+
+
+LARGE = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of x, dy, h and dh
 
 
 class GradCall(NamedTuple):
@@ -54,6 +58,7 @@ class GradCall(NamedTuple):
             needs_a=self.needs.a,
             needs_b=self.needs.b,
             needs_bias=self.needs.bias,
+            tf32=self.first.dtype is torch.float32,
         )
 
     def plan(self, chip: Chip) -> Any:
@@ -87,10 +92,13 @@ class GradCall(NamedTuple):
 
     def _why_not_types(self) -> str | None:
         dtypes = {tensor.dtype for tensor in self.large.values()}
-        if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16}:
+        if len(dtypes) > 1 or not dtypes <= {*LARGE}:
             return (
-                f"{', '.join(self.large)} must be all bfloat16 or all float16, got {_list(dtypes)}"
+                f"{', '.join(self.large)} must be all of one dtype, of float32, bfloat16 and "
+                f"float16, got {_list(dtypes)}"
             )
+        if reason := why_not_dtype(self.first.dtype):
+            return reason
         dtypes = {tensor.dtype for tensor in self.small}
         if len(dtypes) > 1 or torch.float64 in dtypes:
             return f"a and b must have one dtype, not float64, got {_list(dtypes)}"
@@ -101,9 +109,20 @@ class GradCall(NamedTuple):
         for name, z in self.large.items():
             if z.stride(1) != 1 and z.shape[1] > 1:
                 return f"rows of {name} are not contiguous"
-            if name in ("x", "dy") and not (_begins(z) and z.shape[1] % 8 == 0):
+            if name in ("x", "dy") and not (_begins(z) and whole(z.shape[1], z.dtype)):
                 return f"{name} or its rows do not begin at multiples of 16 bytes"
         return None
+
+
+def why_not_dtype(dtype: torch.dtype) -> str | None:
+    """One sentence why x and dy of ``dtype`` are not served at this moment; None when they are."""
+    if dtype is not torch.float32 or is_tf32(dtype):
+        return None
+    setting = torch.backends.cuda.matmul.fp32_precision
+    return (
+        "the compiled gradients multiply float32 as TF32, which torch does not allow: "
+        f"torch.backends.cuda.matmul.fp32_precision is {setting!r}"
+    )
 
 
 def aligned(z: Tensor) -> Tensor:
@@ -112,7 +131,12 @@ def aligned(z: Tensor) -> Tensor:
 
 
 def _begins(z: Tensor) -> bool:
-    return z.stride(0) % 8 == 0 and z.data_ptr() % 16 == 0
+    return whole(z.stride(0), z.dtype) and z.data_ptr() % 16 == 0
+
+
+def whole(elements: int, dtype: torch.dtype) -> bool:
+    """Whether so many elements are a multiple of 16 bytes."""
+    return elements * dtype.itemsize % 16 == 0
 
 
 def _list(things: set[Any]) -> str:

@@ -17,6 +17,7 @@ from fused_lora.types import Keep, Plan
 
 STEP, WIDEST = 64, 8192  # columns of the examples, a little less than whole steps
 RANK_BLOCK = 16
+WIDE = ("float32", "tf32")  # dtypes of a problem whose products are of TF32 here
 
 
 class Form(NamedTuple):
@@ -45,6 +46,7 @@ class GradShape(NamedTuple):
     needs_a: bool = True
     needs_b: bool = True
     needs_bias: bool = False
+    tf32: bool = False  # x, dy, h and dh are fp32, multiplied as TF32; else of 16 bits
 
     @property
     def forms(self) -> bool:
@@ -80,17 +82,21 @@ def shape_of(p: Problem, plan: Plan) -> GradShape:
     """What ``plan`` leaves to the compiled gradients."""
     needs = p.needs
     given = (plan.keep is Keep.HIDDEN, dh_given(p, plan))
-    return GradShape(p.k, p.n, p.rank, *given, needs.a, needs.b, needs.bias)
+    tf32 = p.dtype in WIDE
+    return GradShape(p.k, p.n, p.rank, *given, needs.a, needs.b, needs.bias, tf32)
 
 
 @lru_cache(maxsize=16)
-def examples(chip: Chip) -> dict[Form, GradShape]:
-    """A square problem for every form that a chip has, the narrowest that fills its warps."""
+def examples(chip: Chip, tf32: bool = False) -> dict[Form, GradShape]:
+    """A square problem for every form that a chip has, the narrowest that fills its warps.
+
+    Of 16-bit or of TF32 products: other kernels each.
+    """
     found: dict[Form, GradShape] = {}
-    widths = range(STEP, WIDEST + 1, STEP)
+    widths, granule = range(STEP, WIDEST + 1, STEP), 4 if tf32 else 8
     for width, blocks, given in product(widths, range(1, 5), (False, True)):
-        size, ranks = width - 8, RANK_BLOCK * blocks - 1
-        shape = GradShape(size, size, ranks, given, given, needs_bias=True)
+        size, ranks = width - granule, RANK_BLOCK * blocks - 1
+        shape = GradShape(size, size, ranks, given, given, needs_bias=True, tf32=tf32)
         form, plan = shape.form(chip), shape.plan(1, chip)
         if form is None or (form in found and found[form].plan(1, chip).full):
             continue

@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import torch
 
+from fused_lora.kernels.precision import is_tf32
+
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Launches inside go to ``device``; tensors of Triton's interpreter are on no device."""
@@ -15,8 +17,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 def input_precision(dtype: torch.dtype) -> str:
     """``tf32`` only for fp32 products that torch may form so; narrower types are exact."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype is torch.float32 and allowed else "ieee"
+    return "tf32" if is_tf32(dtype) else "ieee"
 
 
 @lru_cache

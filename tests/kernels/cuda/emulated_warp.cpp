@@ -248,13 +248,45 @@ void EmulatedCluster::wait_barrier(uint64_t* barrier, int lap) {
   seen.arrived = 0, seen.lap ^= 1;
 }
 
-void multiply_as(float (&widen)(uint16_t), float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
-                 uint32_t b1) {
+namespace {
+
+// What the lanes of a warp bring to a product, until all have read it.
+EmulatedCluster::Exchange& bring(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   EmulatedCluster::Exchange& warp = emulated->exchange();
-  const int lane = thread_index() % 32, row = lane / 4;
+  const int lane = thread_index() % 32;
   for (int i = 0; i < 4; ++i) warp.a[lane][i] = a[i];
   warp.b[lane][0] = b0, warp.b[lane][1] = b1;
   emulated->sync("multiply", EmulatedCluster::Scope::kWarp);
+  return warp;
+}
+
+double exact(uint32_t tf32) {
+  if (tf32 & 0x1FFFu) throw std::logic_error("an operand of a TF32 product is not rounded to TF32");
+  return float_of(tf32);
+}
+
+}  // namespace
+
+template <>
+void multiply<TFloat32>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const EmulatedCluster::Exchange& warp = bring(a, b0, b1);
+  const int lane = thread_index() % 32, row = lane / 4;
+  for (int i = 0; i < 4; ++i) {
+    const int column = lane % 4 * 2 + i % 2;
+    double total = 0;
+    for (int k = 0; k < 8; ++k) {
+      const uint32_t left = warp.a[row * 4 + k % 4][k / 4 * 2 + i / 2];
+      total += exact(left) * exact(warp.b[column * 4 + k % 4][k / 4]);
+    }
+    sum[i] = static_cast<float>(sum[i] + total);
+  }
+  emulated->sync("multiply", EmulatedCluster::Scope::kWarp);
+}
+
+void multiply_as(float (&widen)(uint16_t), float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                 uint32_t b1) {
+  const EmulatedCluster::Exchange& warp = bring(a, b0, b1);
+  const int lane = thread_index() % 32, row = lane / 4;
   const auto element = [&](uint32_t word, int half) {
     return static_cast<double>(widen(static_cast<uint16_t>(word >> 16 * half)));
   };

@@ -144,4 +144,8 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
   multiply_as(widen_bits<T>, sum, a, b0, b1);
 }
 
+// Half as deep. Throws where an operand has more bits than TF32, which a GPU would cut off.
+template <>
+void multiply<TFloat32>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
 }  // namespace fused_lora

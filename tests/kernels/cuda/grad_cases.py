@@ -1,7 +1,8 @@
 """Gradient problems small enough to emulate, each there for a reason.
 
-x, dy, a and b are few-bit numbers: h and dh are exact before they are rounded to 16 bits, so their
-rounding is the reference's to the bit and what is left of an error is that of the sums.
+x, dy, a and b are few-bit numbers: h and dh are exact before they are rounded to the type of the
+products, so their rounding is the reference's to the bit and what is left of an error is that of
+the sums. What is rounded to TF32 lies a little beside such a number, as far as rounds to it.
 """
 
 from __future__ import annotations
@@ -69,6 +70,30 @@ CASES = [
     Case("both given, rank 48", 33, 1024, 136, one(136, 48), F16, given="h dh"),
     Case("both given, rank 64", 33, 136, 136, one(136, 64), given="h dh", rows=16),
 ]  # fmt: skip
+TF32_CASES = [
+    Case("ViT-S", 20, 384, 384, one(384, 16), F32, arch=89),
+    Case("ViT-B, fragments in registers, a narrow pitch", 12, 768, 768, one(768, 16), F32, arch=80),
+    Case("fragments in registers, two rank blocks", 9, 384, 384, one(384, 32), F32, arch=89),
+    Case("ViT-B, rank 32, a cluster of two", 12, 768, 768, one(768, 32), F32),
+    Case("ViT-S, rank 48 of three, a cluster", 17, 384, 384,
+         (Span(0, 128, 16), Span(128, 256, 16), Span(256, 384, 16)), F32),
+    Case("ViT-S, rank 64, a cluster", 9, 384, 384, one(384, 64), F32),
+    Case("fc1 of ViT-S, a cluster, rank 4", 12, 384, 1536, one(1536, 4), F32, BF16),
+    Case("the rows of one image, odd multiples of 4", 197, 100, 68, one(68, 4), F32),
+    Case("a quarter of a strip, three tiles a slice", 45, 4, 12, one(12, 5), F32, F16),
+    Case("one row", 1, 36, 20, one(20, 16), F32),
+    Case("free ranks and columns, out of order, gaps", 19, 68, 140,
+         (Span(107, 134, 3), Span(5, 68, 20)), F32, rows=4),
+    Case("h given", 21, 132, 76, one(76, 10), F32, given="h", rows=12),
+    Case("dh given, two rank blocks", 20, 196, 100, one(100, 24), F32, arch=80, given="dh"),
+    Case("dh given, crowded registers", 9, 180, 76, one(76, 40), F32, given="dh"),
+    Case("both given, many chunks", 12, 768, 1540, one(1540, 16), F32, given="h dh", arch=89),
+    Case("both given, rank 32 of two", 20, 200, 140, (Span(0, 64, 16), Span(64, 140, 9)), F32,
+         given="h dh", arch=120),
+    Case("both given, rank 48", 17, 260, 68, one(68, 48), F32, given="h dh"),
+    Case("both given, rank 64", 17, 132, 68, one(68, 64), F32, given="h dh", rows=16),
+]  # fmt: skip
+CASES += TF32_CASES
 
 
 class Problem:
@@ -79,29 +104,41 @@ class Problem:
         self.case = case
         ranks = [span.rank for span in case.spans]
         self.firsts = list(accumulate(ranks, initial=0))
-        self.x = padded(few_bits(case.m, case.k), case.rows, case.dtype)
-        self.dy = padded(few_bits(case.m, case.n), case.rows, case.dtype)
-        a = [block(few_bits(case.k, r), case.adapter).T for r in ranks]
-        b = [block(few_bits(span.width, span.rank), case.adapter) for span in case.spans]
+        self.x = padded(self.beside(few_bits(case.m, case.k)), case.rows, case.dtype)
+        self.dy = padded(self.beside(few_bits(case.m, case.n)), case.rows, case.dtype)
+        a = [block(self.beside(few_bits(case.k, r)), case.adapter).T for r in ranks]
+        b = [block(self.beside(few_bits(s.width, s.rank)), case.adapter) for s in case.spans]
         scales = [case.scale * (g + 1) for g in range(len(ranks))]
         self.adapters = Adapters(a, b, scales, case.spans)
         self.h, self.dh = self.shrunk()
 
+    def factor(self, t: Tensor) -> Tensor:
+        """``t`` as a product takes it, in float64."""
+        return (to_tf32(t.float()) if self.case.dtype is F32 else t).double()
+
+    def beside(self, values: Tensor) -> Tensor:
+        """What rounds to ``values`` where products round."""
+        if self.case.dtype is not F32:
+            return values
+        aside = 2 * torch.rand(values.shape, device=values.device) - 1
+        return values * (1 + 2.0**-12 * 0.9 * aside)
+
     def shrunk(self) -> tuple[Tensor, Tensor]:
-        """h and dh, [M, sum R], rounded once to the compute dtype."""
+        """h and dh, [M, sum R], rounded once to the type of the products."""
         a, b, scales, spans = self.adapters
-        h = torch.cat([self.x.double() @ a_g.double().T for a_g in a], 1)
+        h = torch.cat([self.factor(self.x) @ self.factor(a_g).T for a_g in a], 1)
         parts = [
-            s * (self.dy[:, span.start : span.stop].double() @ b_g.double())
+            s * (self.factor(self.dy[:, span.start : span.stop]) @ self.factor(b_g))
             for b_g, s, span in zip(b, scales, spans, strict=True)
         ]
-        dtype = self.case.dtype
-        return h.float().to(dtype), torch.cat(parts, 1).float().to(dtype)
+        both = [t.float().to(self.case.dtype) for t in (h, torch.cat(parts, 1))]
+        h, dh = (self.factor(t).to(self.case.dtype) for t in both)
+        return h, dh
 
     @property
     def given(self) -> dict[str, Tensor]:
         """h and dh, where the case gives them, with gaps between their rows."""
-        named = dict(h=self.h, dh=self.dh)
+        named = dict(h=self.beside(self.h), dh=self.beside(self.dh))
         return {name: padded(named[name], 3, self.case.dtype) for name in self.case.given.split()}
 
     def expected(self, needs: Needs) -> Grads:
@@ -112,12 +149,18 @@ class Problem:
         for g, (span, s) in enumerate(zip(spans, scales, strict=True)):
             ranks = slice(self.firsts[g], self.firsts[g + 1])
             if needs.a:
-                a[g] = (self.dh[:, ranks].double().T @ self.x.double()).to(self.case.adapter)
+                x = self.factor(self.x)
+                a[g] = (self.dh[:, ranks].double().T @ x).to(self.case.adapter)
             if needs.b:
-                dy = self.dy[:, span.start : span.stop].double()
+                dy = self.factor(self.dy[:, span.start : span.stop])
                 b[g] = (s * dy.T @ self.h[:, ranks].double()).to(self.case.adapter)
         bias = self.dy.double().sum(0).to(self.case.dtype) if needs.bias else None
         return Grads(None, None, bias, a, b)
+
+
+def to_tf32(t: Tensor) -> Tensor:
+    """fp32 ``t`` with the ten bits of fraction that TF32 has; ties go away from zero."""
+    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(F32)
 
 
 def few_bits(*shape: int) -> Tensor:

@@ -81,6 +81,8 @@ void wrong(int kind) {
     if (kind == 3) load_matrices(words, cluster.shared() + kBytes);
     uint64_t* barrier = reinterpret_cast<uint64_t*>(cluster.shared()) + thread_index();
     if (kind == 5) wait_barrier(barrier, 0);
+    float sum[4] = {};
+    if (kind == 9) multiply<TFloat32>(sum, {0, 0, 0, bits_of(0.1f)}, 0, 0);
     if (kind >= 6) init_barrier(barrier);
     if (kind == 6) copy_bulk(cluster.shared(), cluster.shared(), 16, barrier);  // no fence
     fence_copies();

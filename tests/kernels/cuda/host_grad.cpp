@@ -16,19 +16,10 @@ struct Run {
   float* partial;
   bool* found;
 
-  template <int S, int RB, bool forms>
+  template <typename T, int S, int RB, bool forms>
   void operator()() const {
     if (plan.most_strips != S || plan.rank_blocks != RB || plan.shape.forms() != forms) return;
     *found = true;
-    if (problem.type == DType::kBFloat16) {
-      of_type<BFloat16, S, RB, forms>();
-    } else {
-      of_type<Float16, S, RB, forms>();
-    }
-  }
-
-  template <typename T, int S, int RB, bool forms>
-  void of_type() const {
     if (bulk) {
       blocks<OnePass<T, S, RB, forms, true>>();
     } else {
@@ -58,7 +49,7 @@ int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* pa
                      void*) {
   if (device < 0) return 101;
   bool found = false;
-  each_grad_shape(Run{problem, plan, partial, &found});
+  each_grad_shape(problem.type, Run{problem, plan, partial, &found});
   if (!found) throw std::logic_error("no kernel of the plan's shape");
   const int sums = plan.columns() * 16 * plan.rank_blocks;
   EmulatedCluster block(1, backwards, late);

@@ -86,6 +86,10 @@ void host_nearest(const float* x, int64_t count, bool bf16, uint16_t* out) {
   }
 }
 
+void host_nearest_tf32(const float* x, int64_t count, uint32_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = nearest<TFloat32>(x[i]).bits;
+}
+
 void host_stochastic(const float* x, const int64_t* random, int64_t count, bool bf16,
                      uint16_t* out) {
   for (int64_t i = 0; i < count; ++i) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
@@ -65,10 +66,21 @@ def served(host: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path) -> Itera
     forget()
 
 
-def narrow(chip: Chip) -> dict[Form, GradShape]:
+def narrow(chip: Chip, tf32: bool) -> dict[Form, GradShape]:
     """Examples that few emulated columns make up."""
-    found = {form: shape._replace(k=40, n=40) for form, shape in examples(chip).items()}
+    found = {form: shape._replace(k=40, n=40) for form, shape in examples(chip, tf32).items()}
     return {form: shape for form, shape in found.items() if shape.form(chip) == form}
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Inside, torch allows products of fp32 by TF32."""
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def one_element(grad: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,22 @@ def test_nearest(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     assert torch.equal(as_bits(rounded), as_bits(x.to(dtype)))
 
 
+def test_nearest_tf32(library: ctypes.CDLL) -> None:
+    """Ten bits of fraction; of two as near, the larger magnitude. NaN stays NaN."""
+    x = every_upper_half()
+    rounded = torch.empty_like(x)
+    library.host_nearest_tf32(pointer(x), ctypes.c_int64(x.numel()), pointer(rounded))
+    bits = x.view(torch.int32)
+    below = bits & ~0x1FFF
+    away = below.view(torch.float32).double(), (below + 0x2000).view(torch.float32).double()
+    nearer_above = (x.double() - away[0]).abs() >= (away[1] - x.double()).abs()
+    finite = x.isfinite() & away[1].isfinite()
+    wanted = torch.where(nearer_above, *reversed(away))
+    assert torch.equal(rounded[finite].double(), wanted[finite])
+    assert torch.equal(rounded.isnan(), x.isnan())
+    assert torch.equal(rounded[x.isinf()], x[x.isinf()])
+
+
 @TYPES
 @pytest.mark.parametrize("bits", RANDOM)
 def test_stochastic(library: ctypes.CDLL, dtype: torch.dtype, bits: int) -> None:

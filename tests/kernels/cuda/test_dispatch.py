@@ -18,10 +18,11 @@ from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.planning import plan_for
 from fused_lora.testing.yardstick import error, judge
 from fused_lora.trust import selftest, verify
+from fused_lora.trust.subjects import TF32_BAND
 from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan, Span
 from tests.ops.block_problems import matrix
 
-from .serving import Served, forget, one_element, served  # noqa: F401
+from .serving import Served, forget, one_element, served, tf32  # noqa: F401
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -218,6 +219,38 @@ def test_beside_triton(unchecked: Served, monkeypatch: pytest.MonkeyPatch) -> No
     assert plan(Impl.TRITON).grads_by is None
 
 
+def test_fp32_is_served_by_tf32_where_torch_allows_it(served: Served) -> None:  # noqa: F811
+    layer = Layer()
+    layer.x, layer.w, layer.bias, layer.dy = (
+        t.float() for t in (layer.x, layer.w, layer.bias, layer.dy)
+    )
+    truth = layer.grads("reference", torch.float64)
+    with tf32():
+        chosen = plan(dtype=torch.float32)
+        assert chosen.grads_by is Backend.CUDA
+        assert {subject.dtype for subject, _ in verify._known} == {"tf32"}
+        ours = layer.grads("cuda", torch.float32)
+        assert served.runs == 1
+    plain = layer.grads("reference", torch.float32)
+    ours, plain, truth = ({n: t.detach() for n, t in g.items()} for g in (ours, plain, truth))
+    for name, grad in ours.items():
+        verdict = judge(name, grad, plain[name], truth[name], torch.float32, TF32_BAND)
+        assert verdict.passed and grad.dtype is torch.float32, str(verdict)
+    assert error(ours["a0"], plain["a0"]) > 1e-5  # it was rounded
+    assert error(ours["bias"], truth["bias"]) < 1e-6  # a sum is not
+    adapters = Adapters(layer.a, layer.b, layer.scales, layer.spans)
+    call = (layer.dy, layer.x, None, layer.w, adapters, ALL, chosen, Impl.AUTO)
+    with torch.no_grad():
+        exact = backward(*call)  # no longer allowed: the library has it
+    assert served.runs == 1 and error(exact.a[0], truth["a0"]) < 1e-5
+
+
+def test_a_broken_kernel_of_tf32_is_caught(served: Served) -> None:  # noqa: F811
+    served.fault = one_element
+    with tf32(), pytest.warns(RuntimeWarning, match=r"lora_grad \(6 strips.*\) in tf32 .* over"):
+        assert plan(dtype=torch.float32).library_alone
+
+
 class TestElsewhere:
     """Without the fixture: this machine as it is."""
 
@@ -227,9 +260,11 @@ class TestElsewhere:
         with pytest.raises(RuntimeError, match="impl='cuda' cannot serve: "):
             plan(Impl.CUDA)
 
-    def test_fp32_is_refused_with_the_reason(self, served: Served) -> None:  # noqa: F811
-        with pytest.raises(RuntimeError, match="bfloat16 and float16 x and dy, not float32"):
+    def test_wider_is_refused_with_the_reason(self, served: Served) -> None:  # noqa: F811
+        with pytest.raises(RuntimeError, match="which torch does not allow: .*fp32_precision"):
             plan(Impl.CUDA, dtype=torch.float32)
+        with pytest.raises(RuntimeError, match="TF32, bfloat16 and float16, not float64"):
+            plan(Impl.CUDA, dtype=torch.float64)
         frozen = Needs(a=False, b=False)
         assert plan(Impl.CUDA, frozen, torch.float32).library_alone  # nothing of theirs to do
 
@@ -239,8 +274,9 @@ def test_the_self_test_lists_every_form(served: Served, monkeypatch) -> None:  #
     from fused_lora.kernels.cuda.lora_grad_shape import examples
     from fused_lora.trust.everything import compiled_grads
 
-    listed = list(compiled_grads("bfloat16", CPU))
-    assert len(listed) == len(examples(Chip(90, 1))) > 20
-    assert len({one.subject for one in listed}) == len(listed)
-    result = selftest._result(listed[0], CPU)
-    assert result.subject.kernel == "lora_grad"
+    for dtype, least in (("bfloat16", 20), ("tf32", 12)):
+        listed = list(compiled_grads(dtype, CPU))
+        assert len(listed) == len(examples(Chip(90, 1), dtype == "tf32")) > least
+        assert len({one.subject for one in listed}) == len(listed)
+        result = selftest._result(listed[0], CPU)
+        assert result.subject.kernel == "lora_grad"

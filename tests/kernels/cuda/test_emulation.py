@@ -40,9 +40,10 @@ def test_a_missing_barrier_is_seen(library: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    range(9),
+    range(10),
     ids=["write beyond", "warp parts", "block parts", "load beyond", "copy not aligned",
-         "no barrier", "no fence", "half of 16 bytes", "bulk copies that nobody waits for"],
+         "no barrier", "no fence", "half of 16 bytes", "bulk copies that nobody waits for",
+         "a product of fp32 as it is"],
 )  # fmt: skip
 def test_what_is_refused(library: ctypes.CDLL, kind: int) -> None:
     assert library.host_refuses(kind)

@@ -22,6 +22,7 @@ from fused_lora.testing.yardstick import error, judge
 from fused_lora.types import Needs, Span
 
 from .grad_cases import BF16, CASES, F16, F32, Case, Problem, few_bits, padded
+from .serving import tf32
 
 IDS = [case.why for case in CASES]
 SMALL = Case("two adapters, a tail", 41, 72, 40, (Span(0, 16, 5), Span(16, 40, 11)))
@@ -38,9 +39,10 @@ BUDGET = 1e-6
 
 @pytest.fixture
 def on_host(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The launcher uses the module whose kernels run on the CPU."""
+    """The launcher uses the module whose kernels run on the CPU; torch allows TF32."""
     monkeypatch.setattr(native, "load", lambda: host)
-    yield host
+    with tf32():
+        yield host
     world(host, False, False)
 
 
@@ -80,11 +82,12 @@ def test_emulated_kernel_equals_float64(on_host: ModuleType, case: Case) -> None
 @pytest.mark.parametrize("given", ["", "h", "dh", "h dh"])
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_every_subset_of_gradients(on_host: ModuleType, needs: Needs, given: str) -> None:
-    p = Problem(replace(SMALL, given=given))
-    ours, truth = run(p, needs), p.expected(needs)
-    check(ours, truth)
-    assert [t is None for t in ours.a] == [not needs.a] * 2
-    assert [t is None for t in ours.b] == [not needs.b] * 2
+    for dtype in (BF16, F32):
+        p = Problem(replace(SMALL, given=given, dtype=dtype))
+        ours, truth = run(p, needs), p.expected(needs)
+        check(ours, truth)
+        assert [t is None for t in ours.a] == [not needs.a] * 2
+        assert [t is None for t in ours.b] == [not needs.b] * 2
 
 
 def test_one_side_is_enough(on_host: ModuleType) -> None:
@@ -123,10 +126,11 @@ def test_into_an_owners_block(on_host: ModuleType, dtype: torch.dtype, beta: int
         assert torch.equal(owner, was)
 
 
-def test_same_inputs_same_bits_in_every_world(on_host: ModuleType) -> None:
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_same_inputs_same_bits_in_every_world(on_host: ModuleType, dtype: torch.dtype) -> None:
     """And the number of slices does not move a gradient by more than fp32 sums do."""
-    p = Problem(SMALL)
-    p.x, p.dy = (torch.randn(t.shape).to(BF16) for t in (p.x, p.dy))
+    p = Problem(replace(SMALL, dtype=dtype))
+    p.x, p.dy = (torch.randn(t.shape).to(dtype) for t in (p.x, p.dy))
     runs = []
     for backwards, late, bulk in product((False, True), repeat=3):
         world(on_host, backwards, late, bulk)
@@ -134,10 +138,10 @@ def test_same_inputs_same_bits_in_every_world(on_host: ModuleType) -> None:
     for other in runs[1:]:
         assert all(torch.equal(runs[0][name], other[name]) for name in runs[0])
     for name, value in flat(run(p, ALL, processors=1)).items():
-        assert error(value, runs[0][name]) < 1e-6 or name == "bias"
+        assert error(value, runs[0][name]) < 1e-6 or (name == "bias" and dtype is BF16)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("given", ["", "h dh"])
 def test_ordinary_numbers_keep_the_yardstick(
     on_host: ModuleType, dtype: torch.dtype, given: str
@@ -156,6 +160,8 @@ def test_ordinary_numbers_keep_the_yardstick(
     wide = [[t.double() for t in halves] for halves in (a, b)]
     truth = flat(plain(p.x.double(), p.dy.double(), *wide))
     theirs = flat(plain(p.x, p.dy, a, b))
+    if dtype is F32:  # a CPU forms no product by TF32
+        theirs |= flat(p.expected(Needs()))
     for name, ours in flat(run(p, ALL)).items():
         verdict = judge(name, ours, theirs[name], truth[name], dtype)
         assert verdict.passed, str(verdict)
@@ -183,6 +189,22 @@ def test_fits(on_host: ModuleType, k: int, n: int, ranks: int, arch: int, wanted
     assert cuda.fits(k, n, ranks, arch) is wanted
 
 
+FITS_TF32 = [
+    (384, 384, 16, 89, True), (384, 384, 32, 89, True), (384, 384, 48, 89, False),
+    (384, 384, 48, 80, False), (768, 768, 16, 80, True), (768, 768, 16, 120, True),
+    (768, 768, 32, 120, True), (768, 768, 48, 90, True), (1024, 1024, 64, 90, True),
+    (768, 3072, 16, 90, True), (4096, 4096, 16, 100, True), (4096, 4096, 32, 90, False),
+    (100, 68, 4, 86, True), (102, 68, 4, 90, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("k, n, ranks, arch, wanted", FITS_TF32)
+def test_fits_in_tf32(
+    on_host: ModuleType, k: int, n: int, ranks: int, arch: int, wanted: bool
+) -> None:
+    assert cuda.fits(k, n, ranks, arch, tf32=True) is wanted
+
+
 CLUSTERS = [
     (768, 768, 16, 90, 1), (768, 3072, 16, 90, 2), (384, 1152, 48, 90, 2), (1024, 1024, 64, 90, 4),
     (4096, 4096, 16, 100, 4), (768, 768, 16, 120, 2),
@@ -203,7 +225,8 @@ def test_clusters(on_host: ModuleType, k: int, n: int, ranks: int, arch: int, bl
 def test_given_fits_whatever_the_width(on_host: ModuleType) -> None:
     for arch in (80, 86, 89, 90, 100, 120):
         for ranks in range(1, 65):
-            assert cuda.fits(4096, 16384, ranks, arch, given=True)
+            for wide in (False, True):
+                assert cuda.fits(4096, 16384, ranks, arch, given=True, tf32=wide)
     assert not cuda.fits(4096, 16384, 65, 90, given=True)
 
 
@@ -222,9 +245,9 @@ def test_plans_stay_within_shared_memory(on_host: ModuleType) -> None:
     for arch, limit in LIMIT_BYTES.items():
         sizes = [(384, 384), (768, 768), (768, 3072), (4096, 4096)]
         for (k, n), ranks in product(sizes, (4, 16, 32, 48, 64)):
-            for given in (False, True):
+            for given, wide in product((False, True), repeat=2):
                 shape = dict(k=k, n=n, ranks=ranks, h_given=given, dh_given=given, arch=arch)
-                plan = on_host.plan_lora_grad(**shape, **flags)
+                plan = on_host.plan_lora_grad(**shape, **flags, tf32=wide)
                 assert plan is None or 0 < plan.smem_bytes <= limit
                 assert plan is None or plan.partial_floats * 4 < 64 << 20
 
@@ -237,8 +260,8 @@ def test_sentences(on_host: ModuleType) -> None:
         "x is needed": good._replace(x=None),
         "dy is needed": good._replace(dy=None, h=p.h),
         "5 adapters": good._replace(adapters=Adapters(*([t[0]] * 5 for t in p.adapters))),
-        "float32": good._replace(x=p.x.float(), dy=p.dy.float()),
-        "all bfloat16 or all float16": good._replace(h=p.h.half()),
+        "of float32, bfloat16": good._replace(x=p.x.double(), dy=p.dy.double()),
+        "all of one dtype": good._replace(h=p.h.half()),
         "one dtype": good._replace(
             adapters=p.adapters._replace(a=[t.half() for t in p.adapters.a])
         ),
@@ -246,7 +269,11 @@ def test_sentences(on_host: ModuleType) -> None:
         "16 bytes": good._replace(dy=p.dy[:, 4:12]),
         "cannot hold rank 16": GradCall(wide.x, wide.dy, wide.adapters, Needs(), None, None),
     }
-    assert good.why_not(Chip(80, 2)) is None
+    fp32 = good._replace(x=p.x.float(), dy=p.dy.float())
+    quarter = fp32._replace(dy=padded(p.dy.float(), 4, F32)[:, 4:])
+    assert [call.why_not(Chip(80, 2)) for call in (good, fp32, quarter)] == [None] * 3
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    bad["fp32_precision is 'ieee'"] = fp32
     for sentence, call in bad.items():
         assert sentence in call.why_not(Chip(80, 2))
 
@@ -266,7 +293,7 @@ def test_the_module_refuses_what_would_read_out_of_place(on_host: ModuleType) ->
         "x must begin": dict(x=p.x.data_ptr() + 2),
         "h and dh": dict(h=p.h.data_ptr()),
         "dbias": dict(dbias=p.x.data_ptr()),
-        "bfloat16 and float16": dict(type=on_host.DType.float32),
+        "planned for x and dy of 16 bits": dict(type=on_host.DType.float32),
         "1 to 4 groups": dict(groups=[]),
         "group 1": dict(groups=[group, group]),
     }
@@ -278,6 +305,7 @@ def test_the_module_refuses_what_would_read_out_of_place(on_host: ModuleType) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=IDS)
+@tf32()
 def test_kernel_equals_float64(case: Case) -> None:
     if reason := native.why_not():
         pytest.skip(reason)
