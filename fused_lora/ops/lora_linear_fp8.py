@@ -18,11 +18,13 @@ from torch.nn import functional as F
 from fused_lora.kernels.aten import lora_linear_fp8 as aten
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import available
+from fused_lora.kernels.triton.tiles import MOST_WIDTH
 from fused_lora.ops import lora_linear as base
 from fused_lora.ops.backends import why_not_launch
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import transformed, widened
 from fused_lora.ops.operand import compute_dtype
+from fused_lora.ops.partners import triton_serves
 from fused_lora.ops.planning import problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
@@ -171,12 +173,22 @@ def forward(
     """y [M, N], and h [M, sum R] where it was formed."""
     if impl is Impl.REFERENCE:
         return reference.forward(rows, w, bias, *adapters.to(rows.dtype)), None
+    (m, k), n = rows.shape, w.codes.shape[0]
+    asked = impl is not Impl.ATEN
+    if asked and triton_serves(impl, why_not_triton(m, n, k, adapters.rank, rows)):
+        from fused_lora.kernels.triton import lora_linear_fp8 as triton
+
+        return triton.forward(rows, w, bias, adapters)
     return aten.forward(rows, w, bias, adapters)
 
 
 def why_not_triton(rows: int, columns: int, depth: int, rank: int, like: Tensor) -> str | None:
     """One sentence why Triton cannot serve y of x [rows, depth] laid out as ``like``."""
-    return available.why_not_fp8(like.device, like.dtype) or (
+    if reason := available.why_not_fp8(like.device, like.dtype):
+        return reason
+    if depth > MOST_WIDTH:
+        return f"it holds rows of up to {MOST_WIDTH} in registers, and x has {depth} columns"
+    return (
         why_not_launch("quantise", rows, depth, 0, like)
         or why_not_launch("shrink", rows, rank, depth, like)
         or why_not_launch("extended_fp8", rows, columns, depth, like)
