@@ -18,12 +18,12 @@ SPANS = (Span(0, 8, 3), Span(10, 16, 2))
 E4M3_NOISE = 0.05  # of a product of two matrices of random numbers: 2^-4 / sqrt(3) each, at most
 
 
-def run(p):
+def run(p, impl="auto"):
     """y and every gradient, by name."""
     x, *ab = (t.detach().requires_grad_() for t in (p.x, *p.a, *p.b))
     bias = None if p.bias is None else p.bias.detach().requires_grad_()
     a, b = ab[: len(p.a)], ab[len(p.a) :]
-    y = lora_linear_fp8(x, quantise(p.w), bias, a, b, p.scales, p.spans)
+    y = lora_linear_fp8(x, quantise(p.w), bias, a, b, p.scales, p.spans, impl=impl)
     y.backward(p.dy)
     yield from (("y", y.detach()), ("dx", x.grad))
     for name, group in (("da", a), ("db", b)):
