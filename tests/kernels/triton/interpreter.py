@@ -3,8 +3,8 @@
 As it comes, ``tl.dot`` multiplies the bit patterns of bf16 operands as integers, casts from fp32 to
 bf16 truncate, and tf32 products are exact. Here operands become fp32 first, casts round to nearest
 even, and tf32 operands lose the 13 bits a matrix unit does not read. Casts from fp32 to e4m3 round
-halves up, without a carry into the exponent, and give 480 for NaN; here they round to nearest even
-and stop at 448, as cvt.rn.satfinite does.
+halves up, lose a carry into the exponent (1.94 becomes 1) and wrap beyond 448, and NaN becomes a
+number in either direction; here they round to nearest even and stop at 448, as cvt.rn.satfinite.
 """
 
 from __future__ import annotations

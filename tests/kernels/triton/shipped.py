@@ -48,7 +48,7 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     yield from dropout_launches(x)
     yield from gemm_launches(x, arch)
     yield from one_pass_launches(x, arch)
-    yield from fp8_launches(x, arch, group(16), group(64, 64, 64))
+    yield from fp8_launches(x, arch, group(64, 64, 64))
     if torch.backends.cuda.matmul.fp32_precision == "ieee":
         yield from row_launches(x)
 
@@ -59,7 +59,7 @@ def ragged_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     two, three = group(5, 20), group(12, 12, 12)
     h = x.new_zeros(M, three.rank)
     yield from thin_launches(x, three)
-    yield from fp8_launches(x, arch, two, three)
+    yield from fp8_launches(x, arch, three)
     yield lambda: lora_grad.b_grads(h, x, three)
     for tile in candidates(arch, size, bulk=True, ragged=True):
         yield lambda t=tile: lora_extended.forward(x, w, bias, three, h=h, tile=t)
@@ -69,18 +69,15 @@ def ragged_launches(x: Tensor, arch: int) -> Iterator[Launch]:
             yield lambda t=tile, a=adapters: lora_one_pass.input_grad(x, w, a, t)
 
 
-def fp8_launches(x: Tensor, arch: int, *groups: Adapters) -> Iterator[Launch]:
+def fp8_launches(x: Tensor, arch: int, adapters: Adapters) -> Iterator[Launch]:
     """A base in FP8 in every tile, and what makes the codes; x in 16 bits."""
     if x.element_size() != 2 or arch < LEAST_FP8:
         return
     w, bias = Quantised(x.new_zeros(N, K, dtype=CODES), torch.ones(N)), x.new_zeros(N)
+    x8, h = Quantised(w.codes[:M], w.scales[:M]), x.new_zeros(M, adapters.rank)
     yield lambda: quantise.quantise(x)
     for tile in FP8:
-        for adapters in groups:
-            x8, h = Quantised(w.codes[:M], w.scales[:M]), x.new_zeros(M, adapters.rank)
-            yield lambda t=tile, a=adapters, x8=x8, h=h: lora_extended_fp8.forward(
-                x8, w, bias, a, h, t
-            )
+        yield lambda t=tile: lora_extended_fp8.forward(x8, w, bias, adapters, h, t)
 
 
 def thin_launches(x: Tensor, adapters: Adapters) -> Iterator[Launch]:
