@@ -9,6 +9,7 @@ the codes makes for as long as it lasts. The rounding of x is passed straight th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -83,6 +84,9 @@ def lora_linear_fp8(
     numbers = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
     if transformed():
         return plain(x, w, bias, a, b, numbers, spans, dtype)
+    if not torch.is_grad_enabled() and impl is not Impl.CUDA:  # which has gradients alone
+        y, _, _ = _compute(x, w, bias, Adapters(a, b, numbers, spans), impl, dtype)
+        return base.as_leading(y, x)
     operands = (x, codes, row_scales, bias, numbers, spans, impl, dtype, *a, *b)
     return LoRALinearFp8.apply(*operands)
 
@@ -117,13 +121,10 @@ class LoRALinearFp8(torch.autograd.Function):
         *ab: Tensor,
     ) -> Tensor:
         """y [..., N]."""
-        rows, w = base.as_rows(x, dtype), Quantised(codes, row_scales)
-        needs = _needs(ctx.needs_input_grad, len(spans))
-        low = None if bias is None else bias.to(dtype)
-        plan = _plan(rows, codes, low is not None, spans, needs, impl)
         adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
-        with base.without_autocast(x.device):
-            y, h = forward(rows, w, low, adapters, impl)
+        w, needs = Quantised(codes, row_scales), _needs(ctx.needs_input_grad, len(spans))
+        y, h, rows = _compute(x, w, bias, adapters, impl, dtype)
+        plan = _plan(rows, codes, bias is not None, spans, needs, impl)
         ctx.meta = (x.shape, dtype, scales, spans, impl, needs, plan)
         saved = rows if impl is Impl.REFERENCE or keeps_x(needs, plan) else None
         ctx.save_for_backward(saved, codes, row_scales, h if _keeps(plan) else None, *ab)
@@ -143,6 +144,20 @@ class LoRALinearFp8(torch.autograd.Function):
             grads = base.backward(dy, rows, kept, w, adapters, needs, plan, impl)
         dx = None if grads.x is None else grads.x.view(shape)
         return dx, None, None, grads.bias, None, None, None, None, *grads.a, *grads.b
+
+
+def _compute(
+    x: Tensor,  # [..., K]
+    w: Quantised,  # [N, K]
+    bias: Tensor | None,  # [N]
+    adapters: Adapters,
+    impl: Impl,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y [M, N], h [M, sum R] where it was formed, and x as rows, all in ``dtype``."""
+    rows, low = base.as_rows(x, dtype), None if bias is None else bias.to(dtype)
+    with base.without_autocast(x.device):
+        return *forward(rows, w, low, adapters, impl), rows
 
 
 def _plan(
@@ -184,7 +199,7 @@ def forward(
 
 def why_not_triton(rows: int, columns: int, depth: int, rank: int, like: Tensor) -> str | None:
     """One sentence why Triton cannot serve y of x [rows, depth] laid out as ``like``."""
-    if reason := available.why_not_fp8(like.device, like.dtype):
+    if reason := _why_not_on(like.device, like.dtype):
         return reason
     if depth > MOST_WIDTH:
         return f"it holds rows of up to {MOST_WIDTH} in registers, and x has {depth} columns"
@@ -193,6 +208,11 @@ def why_not_triton(rows: int, columns: int, depth: int, rank: int, like: Tensor)
         or why_not_launch("shrink", rows, rank, depth, like)
         or why_not_launch("extended_fp8", rows, columns, depth, like)
     )
+
+
+@lru_cache(maxsize=64)
+def _why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    return available.why_not_fp8(device, dtype)
 
 
 def plain(

@@ -9,8 +9,7 @@ from fused_lora.testing.yardstick import judge
 from tests.kernels.triton.cases import CASES, IDS, THIN_TILE, TILE, adapters, build, lowered
 from tests.kernels.triton.guards import fenced
 
-HALVES = (torch.bfloat16, torch.float16)
-DTYPE = pytest.mark.parametrize("dtype", HALVES, ids=str)
+BF16, FP16 = HALVES = (torch.bfloat16, torch.float16)
 SHAPES = [(197, 71), (5, 384), (1, 1), (3, 1025), (0, 16), (4, 0)]  # odd, whole, least, long, empty
 
 
@@ -50,11 +49,10 @@ def product(p, w):
     return lora_extended_fp8.forward(quantise.quantise(p.x), w, p.bias, adapters(p), h, TILE)
 
 
-@DTYPE
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, None], ids=["fp32", "low"])
+@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, torch.float32), (FP16, FP16)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_parity(case, adapter_dtype, dtype, monkeypatch):
-    p = build(case, dtype, adapter_dtype or dtype)
+    p = build(case, dtype, adapter_dtype)
     w = reference.quantise(p.w)
     with fenced(monkeypatch):
         y = product(p, w)

@@ -21,7 +21,7 @@ QKV = CASES[3]
 @pytest.fixture
 def capable(serving):  # noqa: F811
     """Triton takes this CPU for a chip with FP8 matrix units."""
-    serving.setattr(module.available, "why_not_fp8", lambda device, dtype: None)
+    serving.setattr(module, "_why_not_on", lambda device, dtype: None)
     small = Shape(40, 32, 48, (Span(0, 48, 5),), True, True, 0)
     for name in ("SHAPES", "ALIGNED"):
         serving.setattr(problems, name, (small,))
