@@ -2,8 +2,8 @@
 
 x^ and w^ are e4m3 codes times a scale for each row (``reference/lora_linear_fp8.py``): those of w
 are given, x is quantised on the fly. What adapters see of x, and every gradient, is not FP8:
-backward is lora_linear's own, by its own plan, over w^ in the compute dtype, which one pass over
-the codes makes for as long as it lasts. The rounding of x is passed straight through.
+backward is lora_linear's own, by its own plan, over w^ in the compute dtype, which two passes over
+the codes make for as long as it lasts. The rounding of x is passed straight through.
 """
 
 from __future__ import annotations
