@@ -95,8 +95,8 @@ def _deal(
         for part in shared
     }
     configs = [loan.owner.config for loan in loans.values()]
-    if len({(config.dropout, config.impl) for config in configs}) > 1:
-        raise PatchError(f"{name}: the teacher's adapters for it differ in dropout or impl")
+    if len({(config.dropout, config.impl, config.base_dtype) for config in configs}) > 1:
+        raise PatchError(f"{name}: the teacher's adapters for it differ in dropout, impl or base")
     return Deal(name, linear, tuple(part.key for part in shared), loans, configs[0])
 
 

@@ -18,7 +18,7 @@ from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.shared import SharedLoRALinear
 from fused_lora.patching.asked import patterns_of
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.explain import check_batch_size, plan_of
+from fused_lora.patching.explain import check_batch_size, plan_words
 from fused_lora.patching.patch import RECORD, adapted, check_trainable, freeze
 from fused_lora.patching.report import PatchReport, Row
 from fused_lora.patching.rule import find
@@ -176,7 +176,7 @@ def _report(
         module = deal.linear
         assert isinstance(module, SharedLoRALinear)
         ranks = tuple(loan.span.rank for loan in deal.loans.values())
-        plan = str(plan_of(module, rows_per_image[deal.name] * batch_size))
+        plan = plan_words(module, rows_per_image[deal.name] * batch_size)
         keys = "|".join(deal.keys)
         rows.append(Row(deal.name, keys, module.in_features, module.out_features, ranks, 0, plan))
     more = {"froze": froze, "rows_per_image": rows_per_image}

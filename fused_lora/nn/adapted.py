@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fused_lora.nn.borrow import borrow
 from fused_lora.nn.box import Box
 from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
+from fused_lora.nn.fp8 import BaseCodes
 from fused_lora.nn.inits import OF_WEIGHT, check_start, draw
 from fused_lora.nn.loan import borrowers_of
 from fused_lora.nn.scope import taken
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.sharded import is_sharded
 from fused_lora.types import Span
@@ -39,6 +41,7 @@ STATE = (  # beside the parameters
     "_base",
     "_origin",
     "_sibling",
+    "_codes",
 )
 
 
@@ -72,6 +75,7 @@ class AdaptedLinear(WithVariants):
     config: AdapterConfig
     plain: type[nn.Linear] = nn.Linear  # what it was, and becomes on release
     around = False  # whether the base is computed by a forward of its own
+    _codes: BaseCodes | None = None  # of the frozen weight, where the base is in FP8
     _sibling = False  # whether others may have computed its y with theirs (``nn/siblings.py``)
 
     def _attach(
@@ -106,6 +110,8 @@ class AdaptedLinear(WithVariants):
         self._scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
         self._base: tuple[Tensor, ...] = ()  # the frozen weight, while merged
         self._origin: tuple[Tensor, ...] = ()  # the weight as it was, where the init changed it
+        if config.base_dtype:
+            self._codes = BaseCodes()
 
     @property
     def base(self) -> Tensor:
@@ -180,6 +186,7 @@ class AdaptedLinear(WithVariants):
         self._reset_variants()
         if init in CHANGES_BASE:
             self._take_from_base()
+        self.refresh_base()
 
     def reset_parameters(self) -> None:
         """Draw everything anew, base and adapters, as is done after ``to_empty``."""
@@ -236,7 +243,19 @@ class AdaptedLinear(WithVariants):
         if self.training and config.dropout:
             y = F.linear(x, self.base, bias)
             return lora_add(y, x, a, b, scales, spans, config.dropout)
+        if self._codes is not None:
+            codes = self._codes.of(self.base)
+            return lora_linear_fp8(x, codes, bias, a, b, scales, spans, impl=config.impl)
         return lora_linear(x, self.base, bias, a, b, scales, spans, impl=config.impl)
+
+    def refresh_base(self) -> None:
+        """Form the FP8 codes of the frozen weight anew, where the base is in FP8.
+
+        A forward sees by itself that the weight is another or was written in place, unless the
+        write went through ``weight.data`` or the module is compiled: call this then.
+        """
+        if self._codes is not None:
+            self._codes.refresh(self._base[0] if self._base else self.base)
 
     def _refuse_training_merged(self) -> None:
         if self.training and torch.is_grad_enabled():
@@ -323,6 +342,7 @@ class AdaptedLinear(WithVariants):
         finally:
             for name in aside:
                 self.__dict__[name] = (cast(nn.Parameter, self._parameters.pop(name)),)
+            self.refresh_base()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -349,6 +369,7 @@ class AdaptedLinear(WithVariants):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
+        self.refresh_base()
         own = {prefix + name for name in self._parameters if name.startswith("lora_")}
         vanilla = own.issubset(missing)
         if vanilla and self._origin:
@@ -363,6 +384,7 @@ class AdaptedLinear(WithVariants):
         adapters = ", ".join(f"{name or 'rank'}={span.rank}" for name, span in self.groups.items())
         scale = ", ".join(f"{s:g}" for s in self.scales)
         state = ", merged" * self.merged + ", disabled" * (not self.adapter_enabled)
+        state = f", base={self.config.base_dtype}" * (self._codes is not None) + state
         return f"{super().extra_repr()}, {adapters}, scale={scale}{state}"
 
 

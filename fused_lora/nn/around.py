@@ -95,6 +95,11 @@ def adopt_around(
     if config.dora or config.init not in ("kaiming", "gaussian", "orthogonal"):
         read = "dora" if config.dora else f"init={config.init!r}"
         raise ValueError(f"{read} reads the base weight, which {type(linear).__name__} hides")
+    if config.base_dtype:
+        raise ValueError(
+            f"base_dtype={config.base_dtype!r} quantises the base weight, which "
+            f"{type(linear).__name__} hides"
+        )
     columns = dict(spans) if spans else {"": (0, linear.out_features)}
     ranks = dict.fromkeys(columns, rank)
     if spans:

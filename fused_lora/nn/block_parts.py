@@ -51,6 +51,8 @@ def why_not_linear(linear: Any) -> str | None:
         return "adapters with dropout"
     if linear.config.dora:
         return "DoRA"
+    if linear.config.base_dtype:
+        return f"a base in {linear.config.base_dtype}"
     ours = type(linear).forward is AdaptedLinear.forward
     return None if ours else f"{type(linear).__name__}, whose forward is its own"
 

@@ -12,6 +12,7 @@ from fused_lora.types import Impl
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "svd")
 CHANGES_BASE = ("pissa", "olora")  # w becomes w - s b a, the original is kept aside
 MIDS = ("diagonal", "full")
+BASE_DTYPES = ("fp8",)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class AdapterConfig:
         dora: train a magnitude per output beside the adapter's direction (Liu et al. 2024).
         mid: a trained "diagonal" [R] or "full" [R, R] matrix between a and b; None for none.
         adapter_dtype: dtype of the trained parameters, whatever the base is in.
+        base_dtype: None, or "fp8" to compute the base product from e4m3 codes of the frozen weight
+            and of x, one scale a row (``docs/variants.md``); the weight itself stays as it is.
         impl: who computes: "auto", "aten", "triton", "cuda" or "reference".
     """
 
@@ -40,6 +43,7 @@ class AdapterConfig:
     dora: bool = False
     mid: str | None = None
     adapter_dtype: torch.dtype = torch.float32
+    base_dtype: str | None = None
     impl: str = "auto"
 
     def __post_init__(self) -> None:
@@ -59,6 +63,13 @@ class AdapterConfig:
             raise ValueError(f"mid must be None or one of {MIDS}, got {self.mid!r}")
         if not isinstance(self.dora, bool):
             raise ValueError(f"dora must be True or False, got {self.dora!r}")
+        if self.base_dtype is not None and self.base_dtype not in BASE_DTYPES:
+            raise ValueError(
+                f"base_dtype must be None or one of {BASE_DTYPES}, got {self.base_dtype!r}"
+            )
+        if self.base_dtype and (self.dora or self.dropout):
+            clash = "dora=True" if self.dora else f"dropout={self.dropout}"
+            raise ValueError(f"base_dtype={self.base_dtype!r} is not served with {clash}")
         if self.init in CHANGES_BASE and (self.dora or self.mid):
             raise ValueError(
                 f"init={self.init!r} changes the base weight; dora and mid want it as is"

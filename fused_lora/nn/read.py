@@ -106,6 +106,10 @@ def without_x(config: AdapterConfig) -> AdapterConfig:
         raise ValueError("dora scales y; a weight that is read has none")
     if config.dropout:
         raise ValueError(f"dropout {config.dropout} drops from x; a weight that is read has none")
+    if config.base_dtype:
+        raise ValueError(
+            f"base_dtype={config.base_dtype!r} quantises x; a weight that is read has none"
+        )
     return config
 
 

@@ -79,6 +79,8 @@ def why_alone(linear: nn.Module) -> str | None:
         return "computes its base in a way of its own"
     if linear.config.dora:
         return "has dora, which scales y"
+    if linear.config.base_dtype:
+        return f"has its base in {linear.config.base_dtype}"
     return "has dropout, a mask of its own" if linear.config.dropout else None
 
 

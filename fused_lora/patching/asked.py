@@ -42,6 +42,11 @@ def choice_of(
     roles = roles_of(asked.pop("targets", None))
     patterns = asked.pop("rank_pattern", {}), asked.pop("alpha_pattern", {})
     adapter = AdapterConfig(**asked)
+    if adapter.base_dtype and selection.keep_forward:
+        raise PatchError(
+            f"base_dtype={adapter.base_dtype!r} quantises the base, and keep_forward=True leaves "
+            "it to forwards of its own: give one of them"
+        )
     choice = Choice(adapter, rank, roles, qkv, *patterns, allow_large_rank, config, selection)
     return choice, trained
 

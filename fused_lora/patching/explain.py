@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fused_lora.kernels.triton import available
 from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRARead
 from fused_lora.ops.backends import refusals
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
+from fused_lora.ops.lora_linear_fp8 import why_not_triton
 from fused_lora.ops.planning import explained, halves_of, plan_for, problem
+from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.problem import Problem
 from fused_lora.types import Needs, Plan
 
@@ -45,6 +48,32 @@ def plan_of(module: AdaptedLinear, rows: int) -> Plan:
     q = problem_of(module, rows)
     question = (q.m, q.k, q.n, q.spans, module.weight.dtype, q.bias, q.needs)
     return plan_for(*question, module.weight.device, halves=q.halves)
+
+
+def plan_words(module: AdaptedLinear, rows: int) -> str:
+    """The plan as the report shows it; of a base in FP8, its own forward in the plan's place."""
+    if not module.config.base_dtype:
+        return str(plan_of(module, rows))
+    q, like = problem_of(module, rows), module.weight
+    return fp8_words(q, like.dtype, like.device)
+
+
+def fp8_words(q: Problem, dtype: torch.dtype, device: torch.device) -> str:
+    """The plan of a base in FP8: its own forward, and of the plan what backward does."""
+    keep = traced_keep(q)
+    question = (q.m, q.k, q.n, q.spans, dtype, q.bias, q.needs)
+    plan = plan_for(*question, device, keep, halves=q.halves)
+    words = "/".join(part.value for part in (plan.dx, plan.gradient, plan.keep))
+    who = "" if why_not_fp8(q, dtype, device) else "triton:"
+    return f"{who}fp8/{words}"
+
+
+def why_not_fp8(q: Problem, dtype: torch.dtype, device: torch.device) -> str | None:
+    """One sentence why Triton serves no forward on FP8 codes; None if it does."""
+    if reason := available.why_not_fp8(device, dtype):
+        return reason
+    rank = sum(span.rank for span in q.spans)
+    return why_not_triton(q.m, q.n, q.k, rank, torch.empty(0, dtype=dtype, device=device))
 
 
 def explain(
@@ -151,15 +180,19 @@ def _paragraph(
     target = torch.device(device) if device is not None else module.weight.device
     limits = ceilings(target, dtype or module.weight.dtype)
     compute = dtype or module.weight.dtype
-    rows, wrong = explained(question, compute, target)
     ranks = "|".join(str(span.rank) for span in question.spans)
     lines = [
         _first(names),
         f"  M {question.m}  K {question.k}  N {question.n}  rank {ranks}  {question.dtype} on "
         f"{limits.name} ({limits.matmul_gflops:,.0f} GFLOP/s, {limits.bandwidth_gbs:,.0f} GB/s, "
         f"{'measured' if limits.measured else 'from the table'})",
-        f"  chosen  {rows[0].plan!s:38}  {rows[0].plan.time_us:12,.1f} us",
     ]
+    if module.config.base_dtype:
+        lines.append(f"  chosen  {fp8_words(question, compute, target)}")
+        why = why_not_fp8(question, compute, target)
+        return "\n".join([*lines, *([f"  not     triton: {why}"] if why else [])])
+    rows, wrong = explained(question, compute, target)
+    lines.append(f"  chosen  {rows[0].plan!s:38}  {rows[0].plan.time_us:12,.1f} us")
     for row in rows[1 : 1 + LOSERS]:
         ratio = row.plan.time_us / rows[0].plan.time_us
         estimate = f"{row.plan!s:38}  {row.plan.time_us:12,.1f} us  {ratio:5.2f}x"

@@ -19,11 +19,12 @@ from fused_lora.nn import (
 )
 from fused_lora.nn.adapted import merge_together
 from fused_lora.nn.around import standing_in
+from fused_lora.nn.fp8 import weight_error
 from fused_lora.ops.sharded import is_sharded
 from fused_lora.patching.asked import choice_of, options_given
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.explain import check_batch_size, plan_of
+from fused_lora.patching.explain import check_batch_size, plan_words
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
 from fused_lora.patching.lora_config import passed_over
 from fused_lora.patching.options import Selection, block_numbers
@@ -321,7 +322,8 @@ def _report(
                 module.out_features,
                 tuple(target.ranks.values()),
                 sum(p.numel() for p in module.lora_parameters()),
-                READ if target.read else AROUND if module.around else str(plan_of(module, m)),
+                READ if target.read else AROUND if module.around else plan_words(module, m),
+                weight_error(module.base) if module.config.base_dtype else None,
             )
         )
     more = {"froze": froze, "rows_per_image": rows_per_image, "left_alone": left}

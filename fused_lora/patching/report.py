@@ -20,6 +20,7 @@ class Row:
     ranks: tuple[int, ...]  # one per adapter
     parameters: int  # trained, in its adapters
     plan: str  # what computes it at the report's batch size
+    base_error: float | None = None  # |w^ - w| / |w| of a base in FP8, w^ what it computes with
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class PatchReport:
         return cls(type(model).__name__, rows, batch_size, device, trainable, total, **more)
 
     def __str__(self) -> str:
-        header = ("module", "role", "[N, K]", "rank", "parameters", "plan")
-        body = [
+        header: tuple[str, ...] = ("module", "role", "[N, K]", "rank", "parameters", "plan")
+        body: list[tuple[str, ...]] = [
             (
                 row.module,
                 row.role,
@@ -95,6 +96,9 @@ class PatchReport:
             )
             for row in self.rows
         ]
+        if any(row.base_error is not None for row in self.rows):
+            header += ("base error",)
+            body = [(*cells, _error(row)) for cells, row in zip(body, self.rows, strict=True)]
         share = self.trainable / max(1, self.total)
         return "\n".join(
             [
@@ -107,6 +111,10 @@ class PatchReport:
                 *(f"left alone: {name}: {why}" for name, why in self.left_alone.items()),
             ]
         )
+
+
+def _error(row: Row) -> str:
+    return "" if row.base_error is None else f"{row.base_error:.2e}"
 
 
 def grouped(blocks: Sequence[BlockRow | ShareRow]) -> list[str]:

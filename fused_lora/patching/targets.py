@@ -139,6 +139,11 @@ def _target(
             f"{found.name}: dropout {config.dropout} cannot be served, since the model reads the "
             "weight without calling the module: there is no x to drop from"
         )
+    if read and config.base_dtype:
+        raise PatchError(
+            f"{found.name}: base_dtype={config.base_dtype!r} cannot be served, since the model "
+            "reads the weight without calling the module: there is no x to quantise"
+        )
     return Target(found, spans, ranks, config, read, scales if several else {})
 
 

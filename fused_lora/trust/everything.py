@@ -27,6 +27,7 @@ from fused_lora.trust.subjects import (
     of_launch,
 )
 
+LEAST_FP8 = 89  # architecture whose matrix units take e4m3
 ROWS = (197, 1 << 20)  # few and many, as tiles are chosen by
 ANY_FORM = (Form(6, 1, True, 1), GradShape(376, 376, 15, needs_bias=True))
 RANKS = (16, 32, 64)  # every block of ranks
@@ -47,6 +48,7 @@ def everything(dtypes: Sequence[str], device: torch.device) -> Iterator[Checked]
             yield from compiled_grads(dtype, device)
         if dtype in ("bfloat16", "float16"):
             yield from compiled_products(dtype, device)
+            yield from (of_launch(launch, dtype) for launch in fp8(device))
 
 
 def compiled_grads(dtype: str, device: torch.device) -> Iterator[Checked]:
@@ -91,6 +93,15 @@ def passes(dtype: torch.dtype) -> list[Launch]:
         Launch("gelu", tiles.ELEMENTS),
         Launch("merge_many", tiles.MergeTile()),
     ]
+
+
+def fp8(device: torch.device) -> list[Launch]:
+    """What a base in FP8 takes, where ``device`` has matrix units for it, or is none."""
+    if device.type == "cuda" and architecture(device) < LEAST_FP8:
+        return []
+    rows = dict.fromkeys(tiles.row_tile(width) for width in WIDTHS)
+    products = [Launch("extended_fp8", tile) for tile in tiles.FP8]
+    return [*(Launch("quantise", tile) for tile in rows), *products]
 
 
 def launches(dtype: torch.dtype, device: torch.device) -> list[Launch]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.reference.dropout import dropout
 from fused_lora.trust.equations import Named, flat, products, thin
 from fused_lora.trust.problems import Operands
@@ -86,6 +87,15 @@ def _extended_dropout(p: Operands) -> Named:
     return {"dx of the adapters": branch, "dx": p.dy @ p.w + branch}
 
 
+def _quantise(p: Operands) -> Named:
+    return {"x^": reference.quantise(p.x).widened(p.x.dtype)}
+
+
+def _extended_fp8(p: Operands) -> Named:
+    """y on the codes of x and w, which are those of any dtype that holds them."""
+    return {"y": reference.forward(p.x, reference.quantise(p.w), p.bias, *p.adapters)}
+
+
 def apart(p: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
     """dh, and the ranks of each group of it."""
     dh = thin(p)[1]
@@ -99,6 +109,8 @@ PARTNERS: dict[str, Callable[[Operands], Named]] = {
     "extended_dropout": _extended_dropout,
     "shrink_dropout": _shrink_dropout,
     "grad_dropout": _grad_dropout,
+    "quantise": _quantise,
+    "extended_fp8": _extended_fp8,
     "layer_norm": _layer_norm,
     "gelu": _gelu,
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.trust.equations import Named, flat, thin
 from fused_lora.trust.partners import DROPOUT, EPS, KINDS, narrow, other
 from fused_lora.trust.problems import Operands
@@ -100,6 +101,19 @@ def _extended_dropout(p: Operands, tile: Any) -> Named:
     return {"dx": dx, "dx of the adapters": branch}
 
 
+def _quantise(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.quantise import quantise
+
+    return {"x^": quantise(p.x, tile).widened(torch.float32)}
+
+
+def _extended_fp8(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_extended_fp8 import forward
+
+    x, w = reference.quantise(p.x), reference.quantise(p.w)
+    return {"y": forward(x, w, p.bias, p.adapters, thin(p)[0], tile)}
+
+
 def _merge_many(p: Operands, tile: Any) -> Named:
     return {"w'": merged(p, tile)}
 
@@ -120,6 +134,8 @@ RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "shrink_dropout": _shrink_dropout,
     "grad_dropout": _grad_dropout,
     "merge_many": _merge_many,
+    "quantise": _quantise,
+    "extended_fp8": _extended_fp8,
     "layer_norm": _layer_norm,
     "gelu": _gelu,
 }

@@ -427,3 +427,18 @@ def test_nothing_is_left_of_a_step_that_failed():
     assert not aside._passes
     loss(big, small, x=x).backward()
     assert same(mine, grads(big))
+
+
+def test_a_student_s_base_is_in_fp8_as_its_teacher_s():
+    made, small = pair(options={"base_dtype": "fp8"})
+    shared = [m for m in small.modules() if isinstance(m, SharedLoRALinear)]
+    rows = small.__dict__["_fused_lora_report"].rows
+    assert shared and all("fp8/" in row.plan for row in rows)
+    x = images()
+    loss(made, small, x=x).backward()
+    assert all(p.grad.isfinite().all() for p in adapters(made).values())
+    y = small(x)
+    fused_lora.unshare_adapters(small)
+    assert torch.equal(small(x), y) and all(m._codes is not None for m in shared)
+    fused_lora.unpatch(small)
+    assert not any("_codes" in vars(m) for m in small.modules())

@@ -27,6 +27,8 @@ RESULTS = {
     "grad_dropout": ("da",),
     "layer_norm": ("n", "n again", "dx"),
     "gelu": ("erf", "erf du", "tanh", "tanh du"),
+    "quantise": ("x^",),
+    "extended_fp8": ("y",),
 }
 
 

@@ -13,7 +13,15 @@ import torch
 from fused_lora import disk
 from fused_lora.kernels.triton import identity as identities
 from fused_lora.kernels.triton.launches import Launch
-from fused_lora.kernels.triton.tiles import ELEMENTS, GradTile, MergeTile, ThinTile, Tile, row_tile
+from fused_lora.kernels.triton.tiles import (
+    ELEMENTS,
+    FP8,
+    GradTile,
+    MergeTile,
+    ThinTile,
+    Tile,
+    row_tile,
+)
 from fused_lora.ops.planning import plan_for
 from fused_lora.trust import verify
 from fused_lora.trust.check import NotNow
@@ -39,6 +47,8 @@ PARTNERS = {
     "merge_many": MergeTile(),
     "layer_norm": row_tile(200),
     "gelu": ELEMENTS,
+    "quantise": row_tile(200),
+    "extended_fp8": FP8[0],
 }
 
 

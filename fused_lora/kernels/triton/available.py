@@ -9,6 +9,8 @@ import torch
 LEAST_CAPABILITY = (8, 0)  # cp.async and bf16 matrix instructions
 LEAST_VERSION = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FP8_CAPABILITY = (8, 9)  # matrix instructions of e4m3
+FP8_DTYPES = (torch.bfloat16, torch.float16)  # of the x that is quantised
 
 
 def why_not(
@@ -16,6 +18,20 @@ def why_not(
 ) -> str | None:
     """One sentence why Triton cannot serve ``dtype`` on ``device``; None when it can."""
     return why_not_here() or _why_not_on(device) or _why_not_in(dtype)
+
+
+def why_not_fp8(device: torch.device, dtype: torch.dtype) -> str | None:
+    """One sentence why Triton cannot serve a base in FP8 for x in ``dtype``; None when it can."""
+    if reason := why_not(device, dtype):
+        return reason
+    if dtype not in FP8_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return f"the FP8 kernels take x in bfloat16 and float16, not in {name}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        least, found = (".".join(map(str, c)) for c in (FP8_CAPABILITY, capability))
+        return f"the device has compute capability {found}, FP8 matrix units begin at {least}"
+    return None
 
 
 def why_not_here() -> str | None:

@@ -10,10 +10,12 @@ merge             N     K        sum R
 extended_gelu     M     N        K       with GELU behind it, or its slope behind dx
 extended_scale    M     N        K       with LayerScale and a residual behind it
 extended_wide     M     N        K       likewise, either of them wider than x
+extended_fp8      M     N        K       of codes; forward alone
 extended_dropout  M     K        N       dx of a dropped x; N = 0 of the adapters alone
 shrink_dropout    M     sum R    K       of a dropped x
 grad_dropout      sum R K        M       likewise
 merge_many        any                    every matrix of a table
+quantise          M     K                codes and scales of x
 layer_norm        M     D                forward, rebuilding and dx
 gelu              M     N                both kinds, and their slopes
 """
@@ -32,7 +34,12 @@ from fused_lora.plan.problem import Problem
 from fused_lora.types import Backend, Forward, Gradient, Keep, Plan, ragged
 
 PRODUCTS = ("extended", "one_pass")  # of a big matrix and of a border, in one accumulator
-NO_PRODUCTS = ("layer_norm", "gelu", "merge_many")  # or fp32 ones, whatever torch allows
+NO_PRODUCTS = (
+    "layer_norm",
+    "gelu",
+    "merge_many",
+    "quantise",
+)  # or fp32 ones, whatever torch allows
 AnyTile = MeasuredTile | tiles.RowTile | tiles.ElementTile
 
 
@@ -91,6 +98,8 @@ def by_rule(
     """The tile of one launch where nothing was measured."""
     name, _, ending = kernel.partition("_")
     size, dropout = dtype.itemsize, ending == "dropout"
+    if ending == "fp8":
+        return tiles.fp8_tile(rows, columns, device)
     if name == "extended":
         rows_fit = depth * size % 16 == columns * size % 16 == 0  # as descriptors need them to be
         bulk = rows_fit and ending not in ("dropout", "wide")  # which take registers
@@ -102,7 +111,7 @@ def by_rule(
         return tiles.thin_tile(rows, columns, size, device, dropout)
     if name == "grad":
         return tiles.grad_tile(rows, size, dropout)
-    if name == "layer":
+    if name in ("layer", "quantise"):
         return tiles.row_tile(columns)
     return tiles.ELEMENTS if name == "gelu" else tiles.MergeTile()
 

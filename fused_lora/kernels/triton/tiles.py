@@ -287,6 +287,15 @@ def one_pass_tile(
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
+# Operands of one byte: 128 of them in a row of a step.
+FP8 = (Tile(128, 128, 128, 3, 8), Tile(128, 64, 128, 3, 8), Tile(64, 64, 128, 3, 4))
+
+
+def fp8_tile(rows: int, columns: int, device: torch.device) -> Tile:
+    """As ``gemm_tile``, of the extended GEMM on FP8 codes; 128 x 256 spills, its sums being two."""
+    return _least_cost(FP8, rows, columns, multiprocessors(device))
+
+
 @lru_cache(maxsize=4096)
 def _least_cost(tiles: tuple[Tile, ...], rows: int, columns: int, processors: int) -> Tile:
     return min(tiles, key=lambda tile: _busiest(tile, rows, columns, processors))

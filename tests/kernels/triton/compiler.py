@@ -25,6 +25,7 @@ WIDE_STORE = re.compile(r"st\.global(\.\w+)*\.v4\.(b|f|u)32")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 LOCAL_LOAD = re.compile(r"\bLDL\b")
 MATRIX = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")  # of sm_80, 90 and 100
+OF_CODES = re.compile(r"mma[\w.:]*(\.e4m3\.e4m3|kind::f8f6f4)")
 COPIES = ("cp.async", "cp.async.bulk.tensor")
 REGISTERS = 65536  # of a multiprocessor
 
@@ -41,6 +42,7 @@ class Resources:
     warps: int
     instructions: list[str]  # of MATRIX and COPIES
     stores_wide: bool  # 16 bytes by one thread, somewhere
+    of_codes: bool = False  # a matrix instruction on e4m3
     ragged: bool = False  # of ranks that 16 does not divide
 
     @property
@@ -112,7 +114,7 @@ def _resources(kernel: object, warps: int) -> Resources:
     found = [name for name in MATRIX + COPIES if name in ptx]
     wide = bool(WIDE_STORE.search(ptx))
     taken = (registers, spilled, metadata.shared, columns, warps)
-    return Resources(metadata.name, *taken, found, wide)
+    return Resources(metadata.name, *taken, found, wide, bool(OF_CODES.search(ptx)))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

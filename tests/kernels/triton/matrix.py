@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fused_lora.kernels.triton import tiles
+from fused_lora.kernels.triton import lora_extended_fp8, tiles
 from tests.kernels.triton import shipped
 from tests.kernels.triton.compiler import Resources, compiled
 
@@ -52,6 +52,7 @@ def key() -> str:
     """Of everything that a column depends on."""
     here, library = Path(__file__).parent, ROOT / "fused_lora"
     sources = [*sorted((library / "kernels" / "triton").glob("*.py")), library / "types.py"]
+    sources += [library / "reference" / "lora_linear_fp8.py"]
     sources += [library / "kernels" / "interface.py", here / "compiler.py", here / "shipped.py"]
     known = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
     for source in [*sources, Path(__file__)]:
@@ -61,7 +62,8 @@ def key() -> str:
 
 def compile_column(kind: str, arch: int) -> list[Resources]:
     """What every launch takes, compiled in this process, which compiles for no other chip."""
-    tiles.architecture = lambda device: arch
+    for module in (tiles, lora_extended_fp8):
+        module.architecture = lambda device: arch
     x = torch.zeros(shipped.M, shipped.K, dtype=KINDS[kind])
     with fp32_products("tf32" if kind == "tf32" else "ieee"), compiled(arch) as kernels:
         for launch in shipped.all_launches(x, arch):

@@ -12,15 +12,19 @@ from fused_lora.kernels.triton import (
     gelu,
     layer_norm,
     lora_extended,
+    lora_extended_fp8,
     lora_grad,
     lora_merge_many,
     lora_one_pass,
     lora_shrink,
+    quantise,
 )
 from fused_lora.kernels.triton.dropout import dropout
 from fused_lora.kernels.triton.launch import multiprocessors
 from fused_lora.kernels.triton.lora_merge import lora_merge
-from fused_lora.kernels.triton.tiles import candidates, one_pass_candidates
+from fused_lora.kernels.triton.tiles import FP8, candidates, one_pass_candidates
+from fused_lora.reference.lora_linear_fp8 import CODES, Quantised
+from fused_lora.trust.everything import LEAST_FP8
 from fused_lora.types import Span
 
 M, K, N = 512, 768, 768  # a ViT-B projection
@@ -44,6 +48,7 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     yield from dropout_launches(x)
     yield from gemm_launches(x, arch)
     yield from one_pass_launches(x, arch)
+    yield from fp8_launches(x, arch, group(64, 64, 64))
     if torch.backends.cuda.matmul.fp32_precision == "ieee":
         yield from row_launches(x)
 
@@ -54,6 +59,7 @@ def ragged_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     two, three = group(5, 20), group(12, 12, 12)
     h = x.new_zeros(M, three.rank)
     yield from thin_launches(x, three)
+    yield from fp8_launches(x, arch, three)
     yield lambda: lora_grad.b_grads(h, x, three)
     for tile in candidates(arch, size, bulk=True, ragged=True):
         yield lambda t=tile: lora_extended.forward(x, w, bias, three, h=h, tile=t)
@@ -61,6 +67,17 @@ def ragged_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         for adapters in (two, three):
             yield lambda t=tile, a=adapters: lora_one_pass.forward(x, w, bias, a, t)
             yield lambda t=tile, a=adapters: lora_one_pass.input_grad(x, w, a, t)
+
+
+def fp8_launches(x: Tensor, arch: int, adapters: Adapters) -> Iterator[Launch]:
+    """A base in FP8 in every tile, and what makes the codes; x in 16 bits."""
+    if x.element_size() != 2 or arch < LEAST_FP8:
+        return
+    w, bias = Quantised(x.new_zeros(N, K, dtype=CODES), torch.ones(N)), x.new_zeros(N)
+    x8, h = Quantised(w.codes[:M], w.scales[:M]), x.new_zeros(M, adapters.rank)
+    yield lambda: quantise.quantise(x)
+    for tile in FP8:
+        yield lambda t=tile: lora_extended_fp8.forward(x8, w, bias, adapters, h, t)
 
 
 def thin_launches(x: Tensor, adapters: Adapters) -> Iterator[Launch]:

@@ -18,15 +18,16 @@ pytest.importorskip("triton")
 
 from fused_lora.kernels.triton import lora_extended
 from fused_lora.kernels.triton.tiles import Tile, shared_bytes
+from fused_lora.trust.everything import LEAST_FP8
 from tests.kernels.triton.compiler import Resources, compiled
 from tests.kernels.triton.matrix import KINDS, column
 from tests.kernels.triton.shipped import K, M, N, group
 
 ARCHS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 ON = [(kind, arch) for kind in KINDS for arch in ARCHS]
-BIG = ("_extended", "_extended_bulk", "_one_pass")  # in its own matrix instruction
+BIG = ("_extended", "_extended_bulk", "_extended_fp8", "_one_pass")  # in its own matrix instruction
 FP32_PRODUCTS = ("_merge", "_merge_many")
-NO_PRODUCTS = ("_add_slices", "_layer_norm", "_layer_norm_grad", "_gelu_rows")
+NO_PRODUCTS = ("_add_slices", "_layer_norm", "_layer_norm_grad", "_gelu_rows", "_quantise")
 
 Columns = Callable[[str, int], list[Resources]]
 
@@ -60,6 +61,8 @@ def complaints(kernel: Resources, arch: int, kind: str) -> list[str]:
         wrong.append(f"{kernel.name}: no matrix instruction")
     if kind == "bf16" and kernel.name in BIG and ARCHS[arch] not in kernel.instructions:
         wrong.append(f"{kernel.name}: {kernel.instructions}, not {ARCHS[arch]}")
+    if kernel.of_codes != (kernel.name == "_extended_fp8"):
+        wrong.append(f"{kernel.name}: e4m3 in matrix instructions: {kernel.of_codes}")
     copies = "cp.async.bulk.tensor" if kernel.name == "_extended_bulk" else "cp.async"
     if copies not in kernel.instructions:
         wrong.append(f"{kernel.name}: loads are not asynchronous")
@@ -72,6 +75,7 @@ def test_every_configuration_fits(arch, kind, columns, record_property):
     kernels = columns(kind, arch)
     record_property("kernels", len(kernels))
     assert len(kernels) >= 30
+    assert any(k.name == "_extended_fp8" for k in kernels) == (kind == "bf16" and arch >= LEAST_FP8)
     wrong = [said for kernel in kernels for said in complaints(kernel, arch, kind)]
     assert not wrong, "\n".join(wrong)
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, E4M3 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 
 
 @triton.jit
@@ -43,8 +43,26 @@ def test_casts_from_bf16_are_exact():
         assert torch.equal(out, x.to(dtype))
 
 
+def test_casts_to_e4m3_round_to_nearest_even_and_saturate():
+    grid = torch.arange(127, dtype=torch.uint8).view(E4M3).float()
+    halves = (grid[1:] + grid[:-1]) / 2
+    special = torch.tensor([449.0, 1e4, torch.inf, -torch.inf, torch.nan, -0.0])
+    x = torch.cat((grid, -grid, halves, special, torch.randn(126)))
+    out = torch.empty(512, dtype=E4M3)
+    _cast[(1,)](x, out, SIZE=512)
+    torch.testing.assert_close(out.float(), x.clamp(-448, 448).to(E4M3).float(), equal_nan=True)
+
+
+def test_casts_from_e4m3_are_exact():
+    x = torch.arange(256, dtype=torch.uint8).view(E4M3)
+    for dtype in (F32, BF16, torch.float16):
+        out = torch.empty(256, dtype=dtype)
+        _cast[(1,)](x, out, SIZE=256)
+        torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def test_dot_multiplies_values():
-    for dtype in (BF16, torch.float16):
+    for dtype in (BF16, torch.float16, E4M3):
         x, w = torch.randn(32, 32).to(dtype), torch.randn(32, 32).to(dtype)
         torch.testing.assert_close(product(x, w), x.float() @ w.float(), rtol=1e-5, atol=1e-5)
 

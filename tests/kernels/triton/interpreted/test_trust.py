@@ -7,6 +7,7 @@ from fused_lora.kernels.triton import lora_extended, lora_one_pass
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
+    FP8,
     SAFE,
     BulkTile,
     GradTile,
@@ -39,6 +40,8 @@ LAUNCHES = [
     Launch("merge_many", MergeTile()),
     Launch("layer_norm", row_tile(200)),
     Launch("gelu", ELEMENTS),
+    Launch("quantise", row_tile(200)),
+    Launch("extended_fp8", FP8[2]),
 ]
 
 

@@ -1,0 +1,68 @@
+"""lora_linear_fp8 by Triton, end to end: checked before it serves, right when it does."""
+
+import pytest
+import torch
+
+from fused_lora.kernels.triton import lora_extended_fp8
+from fused_lora.ops import lora_linear_fp8 as module
+from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
+from fused_lora.reference.lora_linear_fp8 import quantise
+from fused_lora.testing.yardstick import judge
+from fused_lora.trust import problems
+from fused_lora.trust.problems import Shape
+from fused_lora.types import Span
+from tests.kernels.triton.cases import CASES, build, lowered
+from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
+from tests.ops.test_lora_linear_fp8 import equations, run
+
+QKV = CASES[3]
+
+
+@pytest.fixture
+def capable(serving):  # noqa: F811
+    """Triton takes this CPU for a chip with FP8 matrix units."""
+    serving.setattr(module, "_why_not_on", lambda device, dtype: None)
+    small = Shape(40, 32, 48, (Span(0, 48, 5),), True, True, 0)
+    for name in ("SHAPES", "ALIGNED"):
+        serving.setattr(problems, name, (small,))
+    return serving
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_values_and_gradients(capable, dtype):
+    launched = []
+    right = lora_extended_fp8.forward
+    capable.setattr(lora_extended_fp8, "forward", lambda *a: launched.append(1) or right(*a))
+    p = build(QKV, dtype, torch.float32)
+    plain, truth = dict(equations(lowered(p, dtype))), dict(equations(p.double()))
+    for name, ours in run(p):
+        verdict = judge(name, ours, plain[name], truth[name], dtype)
+        assert verdict.passed, str(verdict)
+    assert launched
+
+
+def test_a_broken_kernel_is_caught_and_the_library_serves(capable):
+    capable.setenv("FUSED_LORA_VERIFY", "first")
+    right = lora_extended_fp8.forward
+
+    def broken(*args):
+        y = right(*args)
+        y[-1, -1] = 0.0
+        return y
+
+    capable.setattr(lora_extended_fp8, "forward", broken)
+    p = build(QKV, torch.bfloat16, torch.float32)
+    call = lambda impl: lora_linear_fp8(  # noqa: E731
+        p.x, quantise(p.w), p.bias, p.a, p.b, p.scales, p.spans, impl=impl
+    )
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="does not use triton extended_fp8"):
+        assert torch.equal(call("auto"), call("aten"))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="impl='triton' cannot serve: .* over"):
+        call("triton")
+
+
+def test_rows_too_long_for_registers_are_the_library_s(capable):
+    like = torch.empty(0, dtype=torch.bfloat16)
+    assert module.why_not_triton(4, 8, 16384, 2, like) is None
+    said = module.why_not_triton(4, 8, 16385, 2, like)
+    assert said == "it holds rows of up to 16384 in registers, and x has 16385 columns"
