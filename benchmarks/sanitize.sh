@@ -6,7 +6,7 @@
 # Leaves OUTDIR/<tool>.txt, each with one line per kernel. The exit status is 1 if a tool or a
 # kernel's check found something, 2 if nothing can run here. --dry-run takes the same road once,
 # without the tool, and passes where there is no device. PYTHON names the interpreter (python3), SANITIZER
-# the tool (compute-sanitizer), DTYPES what is checked ("bfloat16 float16").
+# the tool (compute-sanitizer), DTYPES what is checked ("bfloat16 float16 tf32").
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
@@ -27,7 +27,7 @@ for check in $checks; do
   under=("$tool" --tool "$check" --error-exitcode 9 --target-processes all)
   [ -n "$dry" ] && under=()
   # shellcheck disable=SC2086
-  "${under[@]}" "${PYTHON:-python3}" benchmarks/sanitize.py $dry ${DTYPES:-bfloat16 float16} \
+  "${under[@]}" "${PYTHON:-python3}" benchmarks/sanitize.py $dry ${DTYPES:-bfloat16 float16 tf32} \
     >"$1/$check.txt" 2>&1
   rc=$?
   case $rc in 0) said=clean ;; 2) said="cannot run" status=2 ;; *) said="FAILED ($rc)" status=1 ;; esac

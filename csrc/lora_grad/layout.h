@@ -51,7 +51,8 @@ struct GradLayout {
   static constexpr int kWarpSumBytes = 4 * kRows * kSumPitch;
   static constexpr int kSlotsAt = kSums + (forms ? kGradWarps * kWarpSumBytes : 0);
   static constexpr int kAllSlotBytes = forms ? kGradWarps * kSlots * kFragmentBytes : 0;
-  // What is kept in registers passes through the tiles' place before the first tile arrives.
+  // What is kept in registers passes through the tiles' place before the first tile arrives, as
+  // many at a time as there are slots.
   static constexpr int kTiles = kSlotsAt + (kKeeps ? 0 : kAllSlotBytes);
 
   static constexpr int kShareBytes = 4 * kRows * kRanks;  // of h, or of dh, at one parity

@@ -278,7 +278,7 @@ class OnePass {
   }
 
   // h and dh of this tile, from the warps' shares or as given. Rank `ranks` of h is one: its
-  // gradient is dbias.
+  // gradient is dbias, unless that is added up beside the products.
   FL_DEVICE void settle(int parity) {
     settle(parity, false);
     settle(parity, true);
