@@ -83,7 +83,7 @@ def test_a_report_that_fails_is_undone(monkeypatch):
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(patching, "plan_of", fails)
+    monkeypatch.setattr(patching, "plan_words", fails)
     refuse(build(), "out of memory", RuntimeError)
 
 
