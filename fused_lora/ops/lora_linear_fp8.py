@@ -23,7 +23,7 @@ from fused_lora.kernels.triton.tiles import MOST_WIDTH
 from fused_lora.ops import lora_linear as base
 from fused_lora.ops.backends import why_not_launch
 from fused_lora.ops.lora_linear_checks import check
-from fused_lora.ops.lora_linear_plain import transformed, widened
+from fused_lora.ops.lora_linear_plain import transformed, with_adapters
 from fused_lora.ops.operand import compute_dtype
 from fused_lora.ops.partners import triton_serves
 from fused_lora.ops.planning import halves_of, problem
@@ -231,7 +231,4 @@ def plain(
     rounded = quantise(x.reshape(-1, x.shape[-1])).widened(dtype).reshape(x.shape)
     x8 = x + (rounded - x).detach()
     y = F.linear(x8, w.widened(dtype), None if bias is None else bias.to(dtype))
-    for a_g, b_g, s_g, span in zip(a, b, scales, spans, strict=True):
-        h = F.linear(x, a_g.to(dtype))
-        y = y + widened(F.linear(h, b_g.to(dtype)) * s_g, span, w.codes.shape[0])
-    return y
+    return with_adapters(y, x, a, b, scales, spans)

@@ -48,8 +48,7 @@ def traced(
     n, k = w.codes.shape
     needs = base._asked(rows, w.scales, bias, a, b)
     keep = traced_keep(problem(1, k, n, spans, dtype, bias is not None, needs))
-    flat = [number for span in spans for number in (span.start, span.stop, span.rank)]
-    settled = (flat, base._bits(needs), keep.value, impl.value)
+    settled = (base._flat(spans), base._bits(needs), keep.value, impl.value)
     y, _ = torch.ops.fused_lora.lora_linear_fp8(rows, *w, bias, list(a), list(b), scales, *settled)
     return y.reshape(*x.shape[:-1], n)
 

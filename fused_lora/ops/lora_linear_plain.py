@@ -40,9 +40,21 @@ def plain(
     """y [..., N], out of place throughout."""
     x, w = x.to(dtype), w.to(dtype)
     y = F.linear(x, w, None if bias is None else bias.to(dtype))
+    return with_adapters(y, x, a, b, scales, spans)
+
+
+def with_adapters(
+    y: Tensor,  # [..., N]
+    x: Tensor,  # [..., K], y's dtype
+    a: Sequence[Tensor],  # G of [R_g, K]
+    b: Sequence[Tensor],  # G of [N_g, R_g]
+    scales: Tensor | Sequence[float],  # G
+    spans: Sequence[Span],  # G
+) -> Tensor:
+    """y [..., N] and what the adapters add, out of place."""
     for a_g, b_g, s_g, span in zip(a, b, scales, spans, strict=True):
-        h = F.linear(x, a_g.to(dtype))
-        y = y + widened(F.linear(h, b_g.to(dtype)) * s_g, span, w.shape[0])
+        h = F.linear(x, a_g.to(x.dtype))
+        y = y + widened(F.linear(h, b_g.to(x.dtype)) * s_g, span, y.shape[-1])
     return y
 
 

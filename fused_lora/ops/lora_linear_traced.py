@@ -58,10 +58,8 @@ def traced(
         return y.reshape(*x.shape[:-1], n)
     needs = _asked(rows, w, bias, a, b)
     keep = traced_keep(problem(1, k, n, spans, dtype, bias is not None, needs))
-    flat = [number for span in spans for number in (span.start, span.stop, span.rank)]
-    y, _ = torch.ops.fused_lora.lora_linear(
-        rows, w, bias, list(a), list(b), scales, flat, _bits(needs), keep.value, impl.value
-    )
+    settled = (_flat(spans), _bits(needs), keep.value, impl.value)
+    y, _ = torch.ops.fused_lora.lora_linear(rows, w, bias, list(a), list(b), scales, *settled)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -86,6 +84,10 @@ def _bits(needs: Needs) -> int:
 @lru_cache(maxsize=256)
 def _needs(bits: int) -> Needs:
     return Needs(*(bool(bits >> place & 1) for place in range(5)))
+
+
+def _flat(spans: Sequence[Span]) -> list[int]:
+    return [number for span in spans for number in (span.start, span.stop, span.rank)]
 
 
 @lru_cache(maxsize=1024)

@@ -40,10 +40,20 @@ def forward(
     spans: Sequence[Span],  # G
 ) -> Tensor:
     """y [M, N], in the dtype of the operands."""
-    y = x @ w.T
-    if bias is not None:
-        y = y + bias
-    y = y.clone()
+    return with_adapters(x @ w.T, x, bias, a, b, scales, spans)
+
+
+def with_adapters(
+    y: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    bias: Tensor | None,  # [N]
+    a: Sequence[Tensor],  # G of [R_g, K]
+    b: Sequence[Tensor],  # G of [N_g, R_g]
+    scales: Sequence[float],  # G
+    spans: Sequence[Span],  # G
+) -> Tensor:
+    """y + bias [M, N], and s_g h_g b_gT on each adapter's columns."""
+    y = y.clone() if bias is None else y + bias
     for a_g, b_g, s_g, span in zip(a, b, scales, spans, strict=True):
         y[:, span.start : span.stop] += s_g * (x @ a_g.T) @ b_g.T
     return y
