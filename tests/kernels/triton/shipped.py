@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -127,9 +128,9 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     active = candidates(arch, size, bulk=True, activation=True)
     for tile in active if size == 2 else ():
         yield lambda t=tile: forward(x, w, bias, one, "erf", h, t, stores_u=False)
-    for tile in active:
-        yield lambda t=tile: forward(x, w, bias, one, "erf", h, t)
-        yield lambda t=tile: input_grad(x, w, one, h, t, activation="erf", u=x)
+    for tile, kind in product(active, ("erf", "tanh")):
+        yield lambda t=tile, k=kind: forward(x, w, bias, one, k, h, t)
+        yield lambda t=tile, k=kind: input_grad(x, w, one, h, t, activation=k, u=x)
 
 
 def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:
