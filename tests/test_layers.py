@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fused_lora"
 
 FLOORS: list[set[str]] = [
     {"types", "env", "version", "disk"},
-    {"reference", "plan"},
+    {"reference", "plan", "programs"},
     {"kernels"},
     {"trust"},
     {"ops"},

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_lora.ops.lora_linear import without_autocast
+from fused_lora.programs.run import without_autocast
 from fused_lora.types import Span
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fused_lora.nn.adapted import STATE, AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
-from fused_lora.ops.lora_linear import without_autocast
 from fused_lora.ops.lora_linear_checks import check_spans
+from fused_lora.programs.run import without_autocast
 
 READABLE = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 

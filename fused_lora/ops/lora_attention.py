@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fused_lora.ops.chain.attention import Attention
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import Frame, LoRALinear
+from fused_lora.ops.chain.linear import LoRALinear
 from fused_lora.ops.chain.norm import LayerNorm
 from fused_lora.ops.chain.recipe import Recipe
+from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.operand import Adapted, Norm, check_frozen, compute_dtype
 
 OUT = 3  # the boundary between attention and output projection

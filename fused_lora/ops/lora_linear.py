@@ -8,7 +8,7 @@ a gradient reads it) and at most the bytes of h; x is never copied to fp32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +21,32 @@ from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import plain, transformed
 from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.plan.strategies import by_library, keeps_x
+from fused_lora.programs.program import Saved
+from fused_lora.programs.run import call
 from fused_lora.reference import lora_linear as reference
 from fused_lora.trust.moment import untouchable
 from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span
 
-FIXED_INPUTS = 7  # x, w, bias, scales, spans, impl, dtype stand before the adapters
 reshaped = torch.ops.aten._unsafe_view.default  # a view that autograd takes for a tensor of its own
 NO_GRADIENT = Needs(x=False, w=False, bias=False, a=False, b=False)
+
+
+class Frame(NamedTuple):
+    """What is known of one adapted matrix beside its tensors (w, bias, every a, every b)."""
+
+    scales: tuple[float, ...]
+    spans: tuple[Span, ...]
+    impl: Impl
+
+    @property
+    def operands(self) -> int:
+        """w, bias, a and b."""
+        return 2 + 2 * len(self.spans)
+
+    def needs(self, x: bool, own: tuple[bool, ...]) -> Needs:
+        """The gradients asked for."""
+        groups = len(self.spans)
+        return Needs(x, own[0], own[1], any(own[2 : 2 + groups]), any(own[2 + groups :]))
 
 
 def lora_linear(
@@ -80,31 +99,13 @@ def lora_linear(
     numbers = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
     if transformed():
         return plain(x, w, bias, a, b, numbers, spans, dtype)
-    if not torch.is_grad_enabled():
-        return compute(x, w, bias, numbers, spans, impl, dtype, (*a, *b), NO_GRADIENT).y
-    return LoRALinear.apply(x, w, bias, numbers, spans, impl, dtype, *a, *b)
+    return call(LoRALinear(Frame(numbers, spans, impl), dtype), (x, w, bias, *a, *b))
 
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast would cast x for a matmul."""
     kind = x.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, operations run in their operands' dtype, as they were cast when autocast applied."""
-    kind = device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
-
-
-def refuse_double_backward() -> None:
-    """Raises RuntimeError where backward is itself recorded."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "lora_linear: double backward is not supported (backward ran with "
-            "create_graph=True); compute higher derivatives on an unpatched model"
-        )
 
 
 def resolve(impl: Impl | str) -> Impl:
@@ -117,42 +118,36 @@ def resolve(impl: Impl | str) -> Impl:
     return chosen
 
 
-class LoRALinear(torch.autograd.Function):
-    """The eager path: dispatch, saved tensors and nothing else."""
+@dataclass(frozen=True)
+class LoRALinear:
+    """The operation on (x, w, bias, every a, every b); a stage of chains has the same frame."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        scales: tuple[float, ...],
-        spans: tuple[Span, ...],
-        impl: Impl,
-        dtype: torch.dtype,
-        *ab: Tensor,
-    ) -> Tensor:
+    frame: Frame
+    dtype: torch.dtype  # that it computes in
+
+    def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Tensor, Saved]:
         """y [..., N]."""
-        needs = _needs(ctx.needs_input_grad, len(spans))
-        y, rows, w, kept, plan, _ = compute(x, w, bias, scales, spans, impl, dtype, ab, needs)
-        ctx.meta = (x.shape, dtype, scales, spans, impl, needs, plan)
-        saves_x = impl is Impl.REFERENCE or keeps_x(needs, plan)
-        saves_w = impl is Impl.REFERENCE or (needs.x and plan.keep is not Keep.MERGED)
-        ctx.save_for_backward(rows if saves_x else None, w if saves_w else None, kept, *ab)
-        return y
+        x, w, bias, *ab = inputs
+        scales, spans, impl = self.frame
+        asked = self.frame.needs(needs[0], needs[1:])
+        given = (x, w, bias, scales, spans, impl, self.dtype, tuple(ab), asked)
+        y, rows, w, kept, plan, _ = compute(*given)
+        saves_x = impl is Impl.REFERENCE or keeps_x(asked, plan)
+        saves_w = impl is Impl.REFERENCE or (asked.x and plan.keep is not Keep.MERGED)
+        saved = (rows if saves_x else None, w if saves_w else None, kept, *ab)
+        return y, (saved, (x.shape, asked, plan))
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(
+        self, saved: Saved, grads: Sequence[Any], needs: tuple[bool, ...]
+    ) -> Sequence[Tensor | None]:
         """Gradients of x, w, bias and the adapters, where asked for."""
-        refuse_double_backward()
-        shape, dtype, scales, spans, impl, needs, plan = ctx.meta
-        rows, w, kept, *ab = ctx.saved_tensors
+        (rows, w, kept, *ab), (shape, asked, plan) = saved
+        scales, spans, impl = self.frame
         adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
-        dy = as_rows(dy, dtype)
-        with without_autocast(dy.device):
-            grads = backward(dy, rows, kept, w, adapters, needs, plan, impl)
-        dx = None if grads.x is None else grads.x.view(shape)
-        return dx, grads.w, grads.bias, None, None, None, None, *grads.a, *grads.b
+        dy = as_rows(grads[0], self.dtype)
+        found = backward(dy, rows, kept, w, adapters, asked, plan, impl)
+        dx = None if found.x is None else found.x.view(shape)
+        return dx, found.w, found.bias, *found.a, *found.b
 
 
 class Computed(NamedTuple):
@@ -289,8 +284,3 @@ def backward(
 
         return compiled.backward(dy, rows, kept, w, adapters, needs, plan, room, slope)
     return room.backward(dy, rows, kept, w, adapters, needs, plan, *slope)
-
-
-def _needs(asked: Sequence[bool], groups: int) -> Needs:
-    a = asked[FIXED_INPUTS : FIXED_INPUTS + groups]
-    return Needs(asked[0], asked[1], asked[2], any(a), any(asked[FIXED_INPUTS + groups :]))

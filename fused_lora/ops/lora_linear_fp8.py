@@ -9,6 +9,7 @@ the codes make for as long as it lasts. The rounding of x is passed straight thr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -29,11 +30,11 @@ from fused_lora.ops.partners import triton_serves
 from fused_lora.ops.planning import halves_of, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
+from fused_lora.programs.program import Saved
+from fused_lora.programs.run import call
 from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.reference.lora_linear_fp8 import CODES, Quantised, quantise
 from fused_lora.types import Impl, Keep, Needs, Plan, Span
-
-FIXED_INPUTS = 8  # x, codes, row_scales, bias, scales, spans, impl, dtype
 
 
 def lora_linear_fp8(
@@ -84,11 +85,8 @@ def lora_linear_fp8(
     numbers = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
     if transformed():
         return plain(x, w, bias, a, b, numbers, spans, dtype)
-    if not torch.is_grad_enabled() and impl is not Impl.CUDA:  # which has gradients alone
-        y, _, _ = _compute(x, w, bias, Adapters(a, b, numbers, spans), impl, dtype)
-        return base.as_leading(y, x)
-    operands = (x, codes, row_scales, bias, numbers, spans, impl, dtype, *a, *b)
-    return LoRALinearFp8.apply(*operands)
+    operation = LoRALinearFp8(base.Frame(numbers, spans, impl), dtype)
+    return call(operation, (x, codes, row_scales, bias, *a, *b))
 
 
 def check_codes(codes: Tensor, scales: Tensor) -> None:
@@ -104,46 +102,41 @@ def check_codes(codes: Tensor, scales: Tensor) -> None:
         raise TypeError(f"lora_linear_fp8: codes on {codes.device}, scales on {scales.device}")
 
 
-class LoRALinearFp8(torch.autograd.Function):
-    """The eager path."""
+@dataclass(frozen=True)
+class LoRALinearFp8:
+    """The operation on (x, codes, row scales, bias, every a, every b)."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        codes: Tensor,
-        row_scales: Tensor,
-        bias: Tensor | None,
-        scales: tuple[float, ...],
-        spans: tuple[Span, ...],
-        impl: Impl,
-        dtype: torch.dtype,
-        *ab: Tensor,
-    ) -> Tensor:
+    frame: base.Frame
+    dtype: torch.dtype  # that it computes in
+
+    def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Tensor, Saved]:
         """y [..., N]."""
+        x, codes, row_scales, bias, *ab = inputs
+        scales, spans, impl = self.frame
         adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
-        w, needs = Quantised(codes, row_scales), _needs(ctx.needs_input_grad, len(spans))
-        y, h, rows = _compute(x, w, bias, adapters, impl, dtype)
-        plan = _plan(rows, codes, bias is not None, adapters, needs, impl)
-        ctx.meta = (x.shape, dtype, scales, spans, impl, needs, plan)
-        saved = rows if impl is Impl.REFERENCE or keeps_x(needs, plan) else None
-        ctx.save_for_backward(saved, codes, row_scales, h if _keeps(plan) else None, *ab)
-        return base.as_leading(y, x)
+        asked = self.frame.needs(needs[0], (False, *needs[3:]))
+        y, h, rows = _compute(x, Quantised(codes, row_scales), bias, adapters, impl, self.dtype)
+        y = base.as_leading(y, x)
+        if not any(needs) and impl is not Impl.CUDA:  # which has gradients alone
+            return y, ((), None)
+        plan = _plan(rows, codes, bias is not None, adapters, asked, impl)
+        kept = rows if impl is Impl.REFERENCE or keeps_x(asked, plan) else None
+        saved = (kept, codes, row_scales, h if plan.keep is Keep.HIDDEN else None, *ab)
+        return y, (saved, (x.shape, asked, plan))
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(
+        self, saved: Saved, grads: Sequence[Any], needs: tuple[bool, ...]
+    ) -> Sequence[Tensor | None]:
         """Gradients of x, bias and the adapters, where asked for."""
-        base.refuse_double_backward()
-        shape, dtype, scales, spans, impl, needs, plan = ctx.meta
-        rows, codes, row_scales, kept, *ab = ctx.saved_tensors
+        (rows, codes, row_scales, kept, *ab), (shape, asked, plan) = saved
+        scales, spans, impl = self.frame
         adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
-        dy = base.as_rows(dy, dtype)
-        reads_w = needs.x or impl is Impl.REFERENCE
-        with base.without_autocast(dy.device):
-            w = Quantised(codes, row_scales).widened(dtype) if reads_w else None
-            grads = base.backward(dy, rows, kept, w, adapters, needs, plan, impl)
-        dx = None if grads.x is None else grads.x.view(shape)
-        return dx, None, None, grads.bias, None, None, None, None, *grads.a, *grads.b
+        reads_w = asked.x or impl is Impl.REFERENCE
+        w = Quantised(codes, row_scales).widened(self.dtype) if reads_w else None
+        dy = base.as_rows(grads[0], self.dtype)
+        found = base.backward(dy, rows, kept, w, adapters, asked, plan, impl)
+        dx = None if found.x is None else found.x.view(shape)
+        return dx, None, None, found.bias, *found.a, *found.b
 
 
 def _compute(
@@ -156,8 +149,7 @@ def _compute(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y [M, N], h [M, sum R] where it was formed, and x as rows, all in ``dtype``."""
     rows, low = base.as_rows(x, dtype), None if bias is None else bias.to(dtype)
-    with base.without_autocast(x.device):
-        return *forward(rows, w, low, adapters, impl), rows
+    return *forward(rows, w, low, adapters, impl), rows
 
 
 def _plan(
@@ -168,15 +160,6 @@ def _plan(
     spans, halves = tuple(adapters.spans), halves_of(adapters.a, adapters.scales)
     keep = traced_keep(problem(rows.shape[0], k, n, spans, rows.dtype, bias, needs))
     return base.call_plan(rows, codes, bias, spans, needs, halves, keep, impl)
-
-
-def _keeps(plan: Plan) -> bool:
-    return plan.keep is Keep.HIDDEN
-
-
-def _needs(asked: Sequence[bool], groups: int) -> Needs:
-    a = asked[FIXED_INPUTS : FIXED_INPUTS + groups]
-    return Needs(asked[0], False, asked[3], any(a), any(asked[FIXED_INPUTS + groups :]))
 
 
 def forward(

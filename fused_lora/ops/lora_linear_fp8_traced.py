@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fused_lora.ops import lora_linear_fp8 as eager
 from fused_lora.ops import lora_linear_traced as base
-from fused_lora.ops.lora_linear import refuse_double_backward
 from fused_lora.ops.planning import problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
+from fused_lora.programs.run import refuse_double_backward
 from fused_lora.reference.lora_linear_fp8 import Quantised
 from fused_lora.types import Impl, Keep, Span
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +18,14 @@ from torch import Tensor
 
 from fused_lora.kernels.aten import lora_linear_many as aten
 from fused_lora.kernels.interface import Adapters
-from fused_lora.ops.chain.linear import Frame
 from fused_lora.ops.chain.stage import consecutive
-from fused_lora.ops.lora_linear import (
-    NO_GRADIENT,
-    as_leading,
-    as_rows,
-    forward,
-    lora_linear,
-    refuse_double_backward,
-    without_autocast,
-)
+from fused_lora.ops.lora_linear import Frame, as_leading, as_rows, forward, lora_linear
 from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.operand import Adapted, compute_dtype
 from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.plan.strategies import keeps_x
+from fused_lora.programs.program import Saved
+from fused_lora.programs.run import call
 from fused_lora.trust.moment import untouchable
 from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan
 
@@ -67,7 +61,8 @@ def lora_linear_many(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]
     if plans is None:
         return _apart(x, layers)
     tensors = [tensor for layer in layers for tensor in layer.tensors]
-    return LoRALinearMany.apply(x, frames, plans, dtype, *tensors)  # type: ignore[no-any-return]
+    operation = LoRALinearMany(frames, plans, dtype)
+    return call(operation, (x, *tensors))  # type: ignore[no-any-return]
 
 
 def _apart(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
@@ -98,10 +93,9 @@ def _plans(
 
 
 def _needs(x: Tensor, layer: Adapted, frame: Frame) -> Needs:
-    if not torch.is_grad_enabled():
-        return NO_GRADIENT
-    own = tuple(tensor is not None and tensor.requires_grad for tensor in layer.tensors)
-    return frame.needs(x.requires_grad, own)
+    grad = torch.is_grad_enabled()
+    own = tuple(grad and t is not None and t.requires_grad for t in layer.tensors)
+    return frame.needs(grad and x.requires_grad, own)
 
 
 def _adapters(frame: Frame, halves: Sequence[Any]) -> Adapters:
@@ -109,66 +103,66 @@ def _adapters(frame: Frame, halves: Sequence[Any]) -> Adapters:
     return Adapters(halves[:groups], halves[groups:], frame.scales, frame.spans)
 
 
-class LoRALinearMany(torch.autograd.Function):
-    """One node for all of them."""
+@dataclass(frozen=True)
+class LoRALinearMany:
+    """The operation on (x, the operands of each frame in turn)."""
 
-    @staticmethod
+    frames: tuple[Frame, ...]
+    plans: tuple[Plan, ...]
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> tuple[slice, ...]:
+        """The inputs of each frame."""
+        return consecutive([1, *(frame.operands for frame in self.frames)])[1:]
+
+    def _needs(self, needs: tuple[bool, ...]) -> list[Needs]:
+        parts = zip(self.frames, self.parts, strict=True)
+        return [frame.needs(needs[0], needs[part]) for frame, part in parts]
+
     def forward(
-        ctx: Any,
-        x: Tensor,
-        frames: tuple[Frame, ...],
-        plans: tuple[Plan, ...],
-        dtype: torch.dtype,
-        *tensors: Any,
-    ) -> tuple[Tensor, ...]:
+        self, inputs: Sequence[Any], needs: tuple[bool, ...]
+    ) -> tuple[tuple[Tensor, ...], Saved]:
         """y_i [..., N_i]."""
-        parts = consecutive([frame.operands for frame in frames])
-        asked = ctx.needs_input_grad
-        needs = [f.needs(asked[0], asked[4:][part]) for f, part in zip(frames, parts, strict=True)]
-        rows, owned = as_rows(x, dtype), [tensors[part] for part in parts]
+        x, frames, dtype = inputs[0], self.frames, self.dtype
+        asked = self._needs(needs)
+        rows, owned = as_rows(x, dtype), [inputs[part] for part in self.parts]
         ws = [own[0].to(dtype) for own in owned]
         given = [_adapters(frame, own[2:]) for frame, own in zip(frames, owned, strict=True)]
         low = [each.to(dtype) for each in given]
         h = aten.shrink(rows, low)
         hidden = h.split([each.rank for each in low], dim=1)
         ys = []
-        for i, plan in enumerate(plans):
+        for i, plan in enumerate(self.plans):
             bias = None if owned[i][1] is None else owned[i][1].to(dtype)
             ab = low[i] if plan.backend is Backend.ATEN else given[i]
             y, _ = forward(rows, ws[i], bias, ab, plan, Impl.AUTO, h=hidden[i])
             ys.append(as_leading(y, x))
-        reads_x = any(map(keeps_x, needs, plans))
-        reads_h = any(n.b and p.keep is Keep.HIDDEN for n, p in zip(needs, plans, strict=True))
-        ctx.meta = (x.shape, dtype, frames, parts, needs)
-        ctx.set_materialize_grads(False)  # an output that nobody used trains nothing
+        reads_x = any(map(keeps_x, asked, self.plans))
+        reads_h = any(n.b and p.keep is Keep.HIDDEN for n, p in zip(asked, self.plans, strict=True))
         kept = (rows if reads_x else None, h if reads_h else None)
         halves = (half for own in owned for half in own[2:])
-        ctx.save_for_backward(*kept, *(ws if asked[0] else [None] * len(ws)), *halves)
-        return tuple(ys)
+        saved = (*kept, *(ws if needs[0] else [None] * len(ws)), *halves)
+        return tuple(ys), (saved, x.shape)
 
-    @staticmethod
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(
+        self, saved: Saved, grads: Sequence[Any], needs: tuple[bool, ...]
+    ) -> Sequence[Tensor | None]:
         """Gradients of x and of every operand, where asked for."""
-        refuse_double_backward()
-        shape, dtype, frames, parts, needs = ctx.meta
-        x, h, *rest = ctx.saved_tensors
+        (x, h, *rest), shape = saved
+        frames, asked = self.frames, self._needs(needs)
         ws, halves = rest[: len(frames)], rest[len(frames) :]
         edges = consecutive([2 * len(frame.spans) for frame in frames])
-        layers, used = [], []
-        hidden: list[Any] = []
-        first = 0
-        for i, (frame, edge, dy) in enumerate(zip(frames, edges, dys, strict=True)):
+        layers, hidden, first = [], [], 0
+        for i, (frame, edge, dy) in enumerate(zip(frames, edges, grads, strict=True)):
             adapters = _adapters(frame, halves[edge])
-            if dy is not None:
-                used.append(i)
-                layers.append(aten.Layer(as_rows(dy, dtype), ws[i], adapters, needs[i]))
-                hidden.append(None if h is None else h[:, first : first + adapters.rank])
+            layers.append(aten.Layer(as_rows(dy, self.dtype), ws[i], adapters, asked[i]))
+            hidden.append(None if h is None else h[:, first : first + adapters.rank])
             first += adapters.rank
-        if not used:
-            return (None,) * (4 + parts[-1].stop)
-        with without_autocast(layers[0].dy.device):
-            dx, grads = aten.backward(layers, x, None if h is None else hidden)
-        down: list[Tensor | None] = [None] * parts[-1].stop
-        for i, own in zip(used, grads, strict=True):
-            down[parts[i]] = [own.w, own.bias, *own.a, *own.b]
-        return None if dx is None else dx.view(shape), None, None, None, *down
+        dx, found = aten.backward(layers, x, None if h is None else hidden)  # type: ignore[arg-type]
+        down = [grad for own in found for grad in (own.w, own.bias, *own.a, *own.b)]
+        return None if dx is None else dx.view(shape), *down
+
+    def of_output(self, i: int) -> slice:
+        """The inputs that train by output i alone."""
+        return self.parts[i]

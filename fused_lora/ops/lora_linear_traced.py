@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import lora_linear as eager
-from fused_lora.ops.lora_linear import refuse_double_backward, without_autocast
 from fused_lora.ops.planning import halves_of, plan_for, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
+from fused_lora.programs.run import refuse_double_backward, without_autocast
 from fused_lora.reference import lora_linear as reference
 from fused_lora.types import ALONE, Forward, Gradient, Impl, Keep, Needs, Plan, Span
 

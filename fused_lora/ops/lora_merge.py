@@ -10,8 +10,8 @@ from torch import Tensor
 from fused_lora.kernels.aten.lora_merge import lora_merge as aten_merge
 from fused_lora.kernels.cuda.merged import merged as compiled
 from fused_lora.kernels.interface import Adapters
-from fused_lora.ops.lora_linear import without_autocast
 from fused_lora.ops.lora_merge_backends import server, triton
+from fused_lora.programs.run import without_autocast
 from fused_lora.reference.lora_merge import merge as reference_merge
 from fused_lora.types import Span
 

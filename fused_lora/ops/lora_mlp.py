@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fused_lora.ops.chain.activation import ACTIVATIONS, Activation, Gated
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import Frame, LoRALinear
+from fused_lora.ops.chain.linear import LoRALinear
 from fused_lora.ops.chain.norm import LayerNorm
 from fused_lora.ops.chain.recipe import Recipe
 from fused_lora.ops.chain.stage import Stage
+from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.operand import (
     Adapted,
     Norm,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import Frame, LoRALinear
+from fused_lora.ops.chain.linear import LoRALinear
 from fused_lora.ops.chain.recipe import Recipe
+from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.operand import Adapted, check_frozen, compute_dtype
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops import lora_shrink as eager
-from fused_lora.ops.lora_linear import as_rows, refuse_double_backward, without_autocast
+from fused_lora.ops.lora_linear import as_rows
+from fused_lora.programs.run import refuse_double_backward, without_autocast
 from fused_lora.types import Backend
 
 LIBRARY = torch.library.Library("fused_lora", "FRAGMENT")

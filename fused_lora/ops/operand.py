@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.ops.chain.linear import Frame
 from fused_lora.ops.chain.stage import Optional
-from fused_lora.ops.lora_linear import autocasts, resolve
+from fused_lora.ops.lora_linear import Frame, autocasts, resolve
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.types import Impl, Span
 

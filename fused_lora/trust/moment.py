@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_lora.programs.record import recording
+
 _MODES = torch._C._TorchDispatchModeKey
 
 
@@ -19,6 +21,8 @@ def why_not_now(device: torch.device) -> str | None:
 
 def untouchable(t: Tensor) -> str | None:
     """One sentence why a kernel cannot read ``t`` by its address; None when it can."""
+    if recording():  # its launches are written down
+        return None
     if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"{type(t).__name__} holds no memory that a kernel could read"
     if torch.jit.is_tracing() or _recorded():
@@ -28,5 +32,7 @@ def untouchable(t: Tensor) -> str | None:
 
 def _recorded() -> bool:
     """Whether operations are recorded, or run without data."""
+    if recording():
+        return False
     modes = (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)

@@ -11,6 +11,7 @@ that never runs its last stage twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ from fused_lora.ops.chain.recipe import Recipe, combined, finish, stored
 from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Tensors
 from fused_lora.ops.chain.step import Steps
 from fused_lora.ops.chain.walk import Walk
-from fused_lora.ops.lora_linear import refuse_double_backward, reshaped, without_autocast
+from fused_lora.ops.lora_linear import reshaped
+from fused_lora.ops.lora_linear_plain import transformed
+from fused_lora.programs.program import Saved
+from fused_lora.programs.run import call
 
 NONE: frozenset[int] = frozenset()
-FIXED = 5  # recipe, residual, gamma, mask and source stand before the operands
+FIXED = 4  # source, residual, gamma and mask stand before the operands
 
 
 def chain(
@@ -38,10 +42,9 @@ def chain(
     """y [..., N]; under ``torch.compile`` composed, for the compiler to fuse what it can."""
     if torch.compiler.is_compiling():
         return composed(recipe, source, operands, residual, gamma, mask)
-    if not torch.is_grad_enabled():
-        nothing = (False,) * (1 + len(operands))
-        return forward(recipe, nothing, source, operands, residual, gamma, mask)[0]
-    return Chain.apply(recipe, residual, gamma, mask, source, *operands)
+    if transformed():
+        return composed(recipe, source, operands, residual, gamma, mask)
+    return call(Chain(recipe), (source, residual, gamma, mask, *operands))
 
 
 def composed(
@@ -76,55 +79,49 @@ def forward(
     asked = recipe.asked(flags)
     values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
     runs: list[Run] = []
-    with without_autocast(source.device):
-        keep = recipe.keep if any(flags) else NONE
-        steps = Steps(recipe, [tuple(operands[part]) for part in recipe.parts], asked, keep)
-        beside = source if recipe.around else residual
-        ending = recipe.stages[-1].ending(beside, gamma, mask)
-        room: Room | None = None
-        while (i := len(runs)) < len(recipe.stages):
-            last = i + 1 == len(recipe.stages)
-            room = _advance(steps, values, runs, room, ending if last else None)
-        (z,) = values.pop(len(runs))
-        z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
-        y = z if ending else finish(z, beside, combined((gamma, mask)))
+    keep = recipe.keep if any(flags) else NONE
+    steps = Steps(recipe, [tuple(operands[part]) for part in recipe.parts], asked, keep)
+    beside = source if recipe.around else residual
+    ending = recipe.stages[-1].ending(beside, gamma, mask)
+    room: Room | None = None
+    while (i := len(runs)) < len(recipe.stages):
+        last = i + 1 == len(recipe.stages)
+        room = _advance(steps, values, runs, room, ending if last else None)
+    (z,) = values.pop(len(runs))
+    z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
+    y = z if ending else finish(z, beside, combined((gamma, mask)))
     return y, values, runs
 
 
-class Chain(torch.autograd.Function):
-    """``apply(recipe, residual, gamma, mask, source, *operands)``; gamma and mask are frozen."""
+@dataclass(frozen=True)
+class Chain:
+    """The operation on (source, residual, gamma, mask, *operands); gamma and mask are frozen."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        recipe: Recipe,
-        residual: Tensor | None,  # [..., N]
-        gamma: Tensor | None,  # [N]
-        mask: Tensor | None,  # broadcasts against [..., N]
-        source: Tensor,  # [..., K]
-        *operands: Tensor | None,
-    ) -> Tensor:
+    recipe: Recipe
+
+    def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Tensor, Saved]:
         """y [..., N]."""
-        flags = ctx.needs_input_grad[FIXED - 1 :]
+        source, residual, gamma, mask, *operands = inputs
+        flags, recipe = (needs[0], *needs[FIXED:]), self.recipe
         y, values, runs = forward(recipe, flags, source, operands, residual, gamma, mask)
-        _save(ctx, recipe, values, runs, recipe.asked(flags), (gamma, mask, *operands))
-        ctx.like = source.shape, source.dtype, None if residual is None else residual.dtype
-        return y
+        given = (gamma, mask, *operands)
+        saved, note = _to_save(recipe, values, runs, recipe.asked(flags), given)
+        like = source.shape, source.dtype, None if residual is None else residual.dtype
+        return y, (saved, (note, like))
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        """Gradients of residual, source and operands, where asked for."""
-        refuse_double_backward()
-        needed, (shape, dtype, beside) = ctx.needs_input_grad, ctx.like
-        with without_autocast(dy.device):
-            walk, factor = _load(ctx)
-            dz = dy if factor is None else dy * factor
-            dx, down = walk.through(dz.reshape(-1, dz.shape[-1]))
-            dx = dx if dx is None else dx.view(shape).to(dtype)
-            if walk.recipe.around and dx is not None:
-                dx = dx.add_(dy)
-        down = [grad if need else None for grad, need in zip(down, needed[FIXED:], strict=True)]
-        return None, dy.to(beside) if needed[1] else None, None, None, dx, *down
+    def backward(
+        self, saved: Saved, grads: Sequence[Any], needs: tuple[bool, ...]
+    ) -> Sequence[Tensor | None]:
+        """Gradients of source, residual and operands, where asked for."""
+        tensors, (note, (shape, dtype, beside)) = saved
+        (dy,) = grads
+        walk, factor = _load(self.recipe, tensors, note)
+        dz = dy if factor is None else dy * factor
+        dx, down = walk.through(dz.reshape(-1, dz.shape[-1]))
+        dx = dx if dx is None else dx.view(shape).to(dtype)
+        if self.recipe.around and dx is not None:
+            dx = dx.add_(dy)
+        return dx, dy.to(beside) if needs[1] else None, None, None, *down
 
 
 def _advance(
@@ -145,14 +142,13 @@ def _advance(
     return following
 
 
-def _save(
-    ctx: Any,
+def _to_save(
     recipe: Recipe,
     values: dict[int, Tensors],
     runs: list[Run],
     asked: Sequence[Asked],
     given: Optional,  # gamma, mask and the operands
-) -> None:
+) -> Saved:
     if recipe.lean:
         runs = [s.slim(run, own) for s, run, own in zip(recipe.stages, runs, asked, strict=True)]
     kept, again = stored(recipe, runs, asked)
@@ -162,34 +158,19 @@ def _save(
     for i, run in enumerate(runs):
         flat += () if again >> i & 1 else run.extra
     notes = [None if again >> i & 1 else (len(r.extra), r.note) for i, r in enumerate(runs)]
-    ctx.meta = (recipe, asked, [(i, len(values[i])) for i in kept], notes)
-    ctx.save_for_backward(*flat)
+    return flat, (asked, [(i, len(values[i])) for i in kept], notes)
 
 
-def _load(ctx: Any) -> tuple[Walk, Tensor | None]:
-    recipe, asked, kept, notes = ctx.meta
-    tensors = ctx.saved_tensors
+def _load(recipe: Recipe, tensors: Sequence[Any], note: Any) -> tuple[Walk, Tensor | None]:
+    asked, kept, notes = note
     first = 2 + recipe.parts[-1].stop
-    given, values, runs = tensors[:first], {}, []
+    given, values, runs = tuple(tensors[:first]), {}, []
     for i, length in kept:
-        values[i] = tensors[first : first + length]
+        values[i] = tuple(tensors[first : first + length])
         first += length
-    for note in notes:
-        length = note[0] if note else 0
-        runs.append(Run((), tensors[first : first + length], note[1]) if note else None)
+    for each in notes:
+        length = each[0] if each else 0
+        extra = tuple(tensors[first : first + length])
+        runs.append(Run((), extra, each[1]) if each else None)
         first += length
     return Walk(recipe, values, runs, given[2:], asked), combined(given[:2])
-
-
-def labels(ctx: Any) -> list[str]:
-    """A name for each of a chain's saved tensors, for those who count them."""
-    recipe, _, kept, notes = ctx.meta
-    names = [f"{type(stage).__name__} {i}" for i, stage in enumerate(recipe.stages)]
-    found = ["gamma", "mask"]
-    for name, part in zip(names, recipe.parts, strict=True):
-        found += [f"{name} operand"] * (part.stop - part.start)
-    for i, length in kept:
-        found += [f"{names[i]} input"] * length
-    for name, note in zip(names, notes, strict=True):
-        found += [f"{name} beside"] * (note[0] if note else 0)
-    return found

@@ -20,29 +20,10 @@ from fused_lora.ops.chain.stage import (
     consecutive,
 )
 from fused_lora.ops.epilogues import plan_beside, why_nobody, why_not_fused, why_not_sloped
-from fused_lora.ops.lora_linear import as_rows, backward, call_plan, compute, lora_linear
+from fused_lora.ops.lora_linear import Frame, as_rows, backward, call_plan, compute, lora_linear
 from fused_lora.ops.planning import halves_of
 from fused_lora.plan.strategies import ends, keeps_x
-from fused_lora.types import ALONE, Beside, Forward, Impl, Keep, Needs, Plan, Span
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What is known of one adapted matrix beside its tensors (w, bias, every a, every b)."""
-
-    scales: tuple[float, ...]
-    spans: tuple[Span, ...]
-    impl: Impl
-
-    @property
-    def operands(self) -> int:
-        """w, bias, a and b."""
-        return 2 + 2 * len(self.spans)
-
-    def needs(self, x: bool, own: tuple[bool, ...]) -> Needs:
-        """The gradients asked for."""
-        groups = len(self.spans)
-        return Needs(x, own[0], own[1], any(own[2 : 2 + groups]), any(own[2 + groups :]))
+from fused_lora.types import ALONE, Beside, Forward, Impl, Keep, Needs, Plan
 
 
 @dataclass(frozen=True)

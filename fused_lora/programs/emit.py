@@ -1,0 +1,330 @@
+"""From recorded calls to a Python function: a straight line, freed as it goes.
+
+Calls that nobody reads are dropped, views that were taken twice are taken once, and each of torch's
+operations goes by its shortest road: the binding of ``torch`` rather than the overload's, and one
+``linear`` for a transposed view and a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fused_lora.programs.record import Call, Value
+
+aten = torch.ops.aten
+_direct = torch._C._VariableFunctions
+
+
+@dataclass
+class Line:
+    """One line of a program: its text, the values it reads and those it makes."""
+
+    text: str
+    reads: list[Value]
+    call: Call
+
+
+class Names:
+    """What a program's text calls by name: functions, dtypes, devices."""
+
+    def __init__(self) -> None:
+        self.globals: dict[str, Any] = {}
+        self._of: dict[int, str] = {}
+
+    def of(self, thing: Any, name: str) -> str:
+        """The name under which the text finds ``thing``."""
+        if id(thing) not in self._of:
+            base = "".join(c if c.isalnum() else "_" for c in name)
+            while base in self.globals:
+                base += "_"
+            self.globals[base] = thing
+            self._of[id(thing)] = base
+        return self._of[id(thing)]
+
+    def text(self, argument: Any) -> str:
+        """``argument`` as it is written."""
+        if isinstance(argument, Value):
+            return argument.name
+        if argument is None or isinstance(argument, (bool, int, str)):
+            return repr(argument)
+        if isinstance(argument, float):
+            return (
+                repr(argument)
+                if argument == argument and abs(argument) != float("inf")
+                else (f"float({str(argument)!r})")
+            )
+        if type(argument) in (tuple, list):
+            inside = ", ".join(self.text(each) for each in argument)
+            return f"({inside}{',' * (len(argument) == 1)})"
+        if isinstance(argument, dict):
+            inside = ", ".join(f"{key!r}: {self.text(each)}" for key, each in argument.items())
+            return f"{{{inside}}}"
+        if isinstance(argument, tuple):  # a named one
+            kind = self.of(type(argument), type(argument).__name__)
+            return f"{kind}({', '.join(self.text(each) for each in argument)})"
+        return self.of(argument, str(argument).rpartition(".")[2] or "constant")
+
+
+def needed(calls: Sequence[Call], wanted: Iterable[Value]) -> list[Call]:
+    """Those of ``calls`` that ``wanted`` depend on, writes in place included."""
+    values = {id(value) for value in wanted}
+    storages = {value.storage for value in wanted}
+    kept: list[Call] = []
+    for call in reversed(calls):
+        made = any(out is not None and id(out) in values for out in call.outs)
+        wrote = any(value.storage in storages for value in call.writes)
+        if made or wrote:
+            kept.append(call)
+            values |= {id(value) for value in call.reads}
+            storages |= {value.storage for value in call.reads}
+    return kept[::-1]
+
+
+def merged_views(calls: Sequence[Call]) -> tuple[list[Call], dict[Value, Value]]:
+    """The calls with each view taken once, and which value stands for which."""
+    first: dict[Any, Call] = {}
+    stands: dict[Value, Value] = {}
+    kept = []
+    for call in calls:
+        call = _replaced(call, stands)
+        if call.view:
+            key = (id(call.target), _key(call.args), _key(sorted(call.kwargs.items())))
+            if (same := first.setdefault(key, call)) is not call:
+                for mine, other in zip(call.outs, same.outs, strict=True):
+                    if mine is not None and other is not None:
+                        stands[mine] = other
+                continue
+            whole = call.outs[0]
+            if _same_view(call, whole):
+                assert whole is not None
+                stands[whole] = call.reads[0]
+                continue
+        kept.append(call)
+    return kept, stands
+
+
+def _same_view(call: Call, out: Value | None) -> bool:
+    """Whether a view shows all of what it is taken of, as it is."""
+    if out is None or len(call.outs) != 1 or not call.reads:
+        return False
+    seen = call.reads[0]
+    return (seen.shape, seen.stride, seen.offset) == (out.shape, out.stride, out.offset)
+
+
+def _key(argument: Any) -> Any:
+    if isinstance(argument, Value):
+        return id(argument)
+    if isinstance(argument, (list, tuple)):
+        return tuple(_key(each) for each in argument)
+    return (type(argument), argument)
+
+
+def _replaced(call: Call, stands: dict[Value, Value]) -> Call:
+    if not any(value in stands for value in call.reads):
+        return call
+
+    def other(argument: Any) -> Any:
+        if isinstance(argument, Value):
+            return stands.get(argument, argument)
+        if type(argument) in (tuple, list):
+            return tuple(other(each) for each in argument)
+        if isinstance(argument, tuple):
+            return type(argument)(*(other(each) for each in argument))
+        if isinstance(argument, dict):
+            return {key: other(each) for key, each in argument.items()}
+        return argument
+
+    return Call(
+        call.target,
+        tuple(other(each) for each in call.args),
+        {key: other(each) for key, each in call.kwargs.items()},
+        call.outs,
+        call.single,
+        tuple(stands.get(value, value) for value in call.writes),
+        call.view,
+        [stands.get(value, value) for value in call.reads],
+    )
+
+
+def function(
+    name: str,
+    calls: Sequence[Call],
+    given: Sequence[Value],
+    returned: str,
+    wanted: Sequence[Value],
+    names: Names,
+    unpacked: Sequence[tuple[str, Sequence[Value | None]]] = (),
+) -> str:
+    """The text of ``def name(given)``: the calls in order, each value let go after its last use.
+
+    ``unpacked`` are arguments that arrive as tuples, each with the values it holds.
+    """
+    lines = [line(call, names) for call in _fused(calls, wanted)]
+    last: dict[Value, int] = {}
+    for i, each in enumerate(lines):
+        for value in each.reads:
+            last[value] = i
+        for out in each.call.outs:
+            if out is not None:
+                last.setdefault(out, i)
+    keep = {id(value) for value in wanted}
+    ends: dict[int, list[str]] = {}
+    for value, i in last.items():
+        if id(value) not in keep:
+            ends.setdefault(i, []).append(value.name)
+    heads = [value.name for value in given] + [argument for argument, _ in unpacked]
+    body = [f"def {name}({', '.join(heads)}):"]
+    for argument, values in unpacked:
+        if values:
+            inside = ", ".join("_" if value is None else value.name for value in values)
+            body.append(f"    {inside}{',' * (len(values) == 1)} = {argument}")
+            body.append(f"    del {argument}")
+    for i, each in enumerate(lines):
+        body.append(f"    {each.text}")
+        if i in ends and i + 1 < len(lines):
+            body.append(f"    del {', '.join(ends[i])}")
+    body.append(f"    return {returned}")
+    return "\n".join(body) + "\n"
+
+
+def _fused(calls: Sequence[Call], wanted: Sequence[Value]) -> list[Call]:
+    """A product with a transposed view as one ``linear``; views that only those read are gone."""
+    transposed = {
+        call.outs[0]: call.args[0] for call in calls if call.target is aten.t.default and call.outs
+    }
+    found = []
+    for call in calls:
+        if call.target is aten.mm.default and call.args[1] in transposed and not call.kwargs:
+            x, w = call.args
+            call = _linear(call, x, transposed[w], None)
+        elif call.target is aten.addmm.default and call.args[2] in transposed:
+            bias, x, w = call.args[:3]
+            if not call.kwargs and len(call.args) == 3 and len(bias.shape) == 1:
+                call = _linear(call, x, transposed[w], bias)
+        found.append(call)
+    return needed(found, wanted)
+
+
+def _linear(call: Call, x: Value, w: Value, bias: Value | None) -> Call:
+    args = (x, w) if bias is None else (x, w, bias)
+    return Call(torch._C._nn.linear, args, {}, call.outs, call.single, reads=list(args))
+
+
+def line(call: Call, names: Names) -> Line:
+    """One call as text."""
+    written = SHORT[call.target](call, names) if call.target in SHORT else None
+    if written is None:
+        target, name = call.target, getattr(call.target, "__name__", "call")
+        if isinstance(target, torch._ops.OpOverload):
+            name = target._schema.name.partition("::")[2]
+            target = target._op
+        arguments = [names.text(each) for each in call.args]
+        arguments += [f"{key}={names.text(each)}" for key, each in call.kwargs.items()]
+        written = f"{names.of(target, name)}({', '.join(arguments)})"
+    outs = ["_" if out is None else out.name for out in call.outs]
+    if any(out is not None for out in call.outs):
+        left = outs[0] if call.single else f"{', '.join(outs)}{',' * (len(outs) == 1)}"
+        written = f"{left} = {written}"
+    return Line(written, call.reads, call)
+
+
+Writer = Callable[[Call, Names], "str | None"]
+
+
+def _method(name: str, *defaults: Any) -> Writer:
+    """``x.name(...)``, where all that is given by name has the value it has by default."""
+
+    def write(call: Call, names: Names) -> str | None:
+        if call.kwargs:
+            return None
+        first, *rest = call.args
+        return f"{names.text(first)}.{name}({', '.join(map(names.text, rest))})"
+
+    return write
+
+
+def _named(name: str, keys: tuple[str, ...] = ()) -> Writer:
+    """``x.name(..., key=...)``: all keywords are those of the method."""
+
+    def write(call: Call, names: Names) -> str | None:
+        if not set(call.kwargs) <= set(keys):
+            return None
+        first, *rest = call.args
+        given = [*map(names.text, rest), *(f"{k}={names.text(v)}" for k, v in call.kwargs.items())]
+        return f"{names.text(first)}.{name}({', '.join(given)})"
+
+    return write
+
+
+def _function(target: Any, keys: tuple[str, ...] = ()) -> Writer:
+    def write(call: Call, names: Names) -> str | None:
+        if not set(call.kwargs) <= set(keys):
+            return None
+        given = [*map(names.text, call.args)]
+        given += [f"{k}={names.text(v)}" for k, v in call.kwargs.items()]
+        return f"{names.of(target, target.__name__)}({', '.join(given)})"
+
+    return write
+
+
+def _addmm_(call: Call, names: Names) -> str | None:
+    beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
+    given = list(map(names.text, call.args[1:]))
+    given += [f"beta={names.text(beta)}"] * (beta != 1) + [f"alpha={names.text(alpha)}"] * (
+        alpha != 1
+    )
+    return f"{names.text(call.args[0])}.addmm_({', '.join(given)})"
+
+
+def _slice(call: Call, names: Names) -> str | None:
+    x, dim, start, _, step = (*call.args, *(None, 0, None, None, 1)[len(call.args) :])
+    if call.kwargs or step != 1 or not isinstance(start, int) or start < 0:
+        return None
+    length = call.outs[0].shape[dim] if call.outs[0] is not None else 0
+    return f"{x.name}.narrow({dim}, {start}, {length})"
+
+
+def _to(call: Call, names: Names) -> str | None:
+    x, out = call.args[0], call.outs[0]
+    if set(call.kwargs) != {"dtype"} or out is None or out.dtype is x.dtype:
+        return None  # of its own dtype ``to`` makes no copy
+    return f"{names.text(x)}.to({names.text(call.kwargs['dtype'])})"
+
+
+SHORT: dict[Any, Writer] = {
+    aten.mm.default: _method("mm"),
+    aten.mm.out: _function(_direct.mm, ("out",)),
+    aten.bmm.default: _method("bmm"),
+    aten.t.default: _method("t"),
+    aten.view.default: _method("view"),
+    aten._unsafe_view.default: _method("view"),
+    aten.transpose.int: _method("transpose"),
+    aten.permute.default: _method("permute"),
+    aten.unsqueeze.default: _method("unsqueeze"),
+    aten.select.int: _method("select"),
+    aten.slice.Tensor: _slice,
+    aten.split_with_sizes.default: _method("split_with_sizes"),
+    aten.as_strided.default: _method("as_strided"),
+    aten.addmm_.default: _addmm_,
+    aten.add_.Tensor: _named("add_", ("alpha",)),
+    aten.add.Tensor: _named("add", ("alpha",)),
+    aten.mul_.Tensor: _method("mul_"),
+    aten.mul.Tensor: _method("mul"),
+    aten.mul_.Scalar: _method("mul_"),
+    aten.mul.Scalar: _method("mul"),
+    aten.copy_.default: _method("copy_"),
+    aten.clone.default: _named("clone", ("memory_format",)),
+    aten._to_copy.default: _to,
+    aten.cat.default: _function(_direct.cat),
+    aten.addmm.default: _function(_direct.addmm, ("beta", "alpha")),
+    aten.new_empty.default: _method("new_empty"),
+    aten.native_layer_norm.default: _function(_direct.native_layer_norm),
+    aten.gelu.default: _function(torch._C._nn.gelu, ("approximate",)),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _function(
+        _direct._scaled_dot_product_flash_attention_for_cpu
+    ),
+}

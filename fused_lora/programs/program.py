@@ -1,0 +1,211 @@
+"""A program: one operation on inputs of one signature, forward and backward, every choice made.
+
+    build    the operation runs once on tensors without data (``record``); forward and backward
+             are cut apart, what the one hands to the other is what the other reads
+    run      one autograd node; between it and the kernels stands no decision
+
+A program holds no tensor, so all blocks of a model share it. What backward reads of the inputs is
+saved as it was given: views of it are taken again, so that torch sees a write in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_lora.programs import emit
+from fused_lora.programs.record import Call, Recorder, Value
+
+Optional = Tensor | None
+Saved = tuple[Sequence[Optional], Any]  # tensors for backward, and what else it must know
+
+
+class Operation(Protocol):
+    """What can become a program: hashable, no tensor in it, its backward written out."""
+
+    def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Any, Saved]:
+        """Its results, one tensor or a tuple, and what ``backward`` is given."""
+
+    def backward(
+        self, saved: Saved, grads: Sequence[Any], needs: tuple[bool, ...]
+    ) -> Sequence[Optional]:
+        """A gradient for each input, or None."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of an input beside its numbers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    trains: bool
+
+    @classmethod
+    def of(cls, t: Tensor, grad: bool) -> Given:
+        """Of one tensor; ``grad``: whether gradients are recorded."""
+        return cls(tuple(t.shape), t.stride(), t.dtype, t.device, grad and t.requires_grad)
+
+
+@dataclass(eq=False)
+class Program:
+    """A straight line forward, what is saved, a straight line backward."""
+
+    operation: Operation
+    given: tuple[Given | None, ...]
+    calls: list[Call]  # forward
+    calls_back: list[Call]
+    saved: list[Value]
+    inputs: list[Value | None]
+    outputs: list[Value]
+    single: bool  # whether it gives one tensor and no tuple
+    text: str  # of both functions
+    forward: Any = field(repr=False)
+    backward: Any = field(repr=False)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has a backward."""
+        return self.backward is not None
+
+
+def build(operation: Operation, given: Sequence[Given | None]) -> Program:
+    """The program of ``operation`` on inputs as ``given``.
+
+    Raises:
+        CannotRecord: it has a call that no program can hold.
+    """
+    needs = tuple(each is not None and each.trains for each in given)
+    with torch.no_grad(), Recorder() as recorder:
+        fakes = [
+            None if g is None else recorder.input(g.shape, g.stride, g.dtype, g.device)
+            for g in given
+        ]
+        inputs = [None if fake is None else recorder.value(fake) for fake in fakes]
+        result, saved = operation.forward(fakes, needs)
+        results = [result] if isinstance(result, Tensor) else list(result)
+        outputs = [recorder.known(t) for t in results]
+        cut = len(recorder.calls)
+        if not any(needs):
+            return _forward_only(operation, given, recorder.calls, inputs, outputs, result)
+        dys = [recorder.input(t.shape, _dense(t.shape), t.dtype, t.device) for t in results]
+        grads = operation.backward(saved, dys, needs)
+        found = [
+            recorder.known(grad) if need and grad is not None else None
+            for grad, need in zip(grads, needs, strict=True)
+        ]
+    calls = recorder.calls
+    return _both(
+        operation,
+        tuple(given),
+        (calls[:cut], calls[cut:]),
+        (inputs, outputs, [recorder.value(dy) for dy in dys], found),
+        isinstance(result, Tensor),
+    )
+
+
+def _forward_only(
+    operation: Operation,
+    given: Sequence[Given | None],
+    calls: list[Call],
+    inputs: list[Value | None],
+    outputs: list[Value],
+    result: Any,
+) -> Program:
+    single, names = isinstance(result, Tensor), emit.Names()
+    calls, stands = emit.merged_views(emit.needed(calls, outputs))
+    outputs = [stands.get(value, value) for value in outputs]
+    returned = _tuple(outputs) if not single else outputs[0].name
+    text = emit.function("forward", calls, _named(inputs), returned, outputs, names)
+    forward = _compiled(text, names)["forward"]
+    given = tuple(given)
+    return Program(operation, given, calls, [], [], inputs, outputs, single, text, forward, None)
+
+
+def _both(
+    operation: Operation,
+    given: tuple[Given | None, ...],
+    calls: tuple[list[Call], list[Call]],
+    ends: tuple[list[Value | None], list[Value], list[Value], list[Value | None]],
+    single: bool,
+) -> Program:
+    (ahead, back), (inputs, outputs, dys, grads) = calls, ends
+    names = emit.Names()
+    wanted = [grad for grad in grads if grad is not None]
+    back = emit.needed(back, wanted)
+    back = [*_views_of_inputs(ahead, inputs), *back]
+    back, stands = emit.merged_views(emit.needed(back, wanted))
+    grads = [None if grad is None else stands.get(grad, grad) for grad in grads]
+    wanted = [grad for grad in grads if grad is not None]
+    made = {id(out) for call in back for out in call.outs} | {id(dy) for dy in dys}
+    reads = [value for call in back for value in call.reads] + wanted
+    saved = list(dict.fromkeys(value for value in reads if id(value) not in made))
+    forward, stands = emit.merged_views(emit.needed(ahead, [*outputs, *saved]))
+    saved_here = [stands.get(value, value) for value in saved]
+    outputs = [stands.get(value, value) for value in outputs]
+    returned = f"{outputs[0].name if single else _tuple(outputs)}, {_tuple(saved_here)}"
+    text = emit.function(
+        "forward", forward, _named(inputs), returned, [*outputs, *saved_here], names
+    )
+    # the node's own argument, the program, gets no gradient
+    gives = ", ".join(["None", *("None" if grad is None else grad.name for grad in grads)])
+    text += "\n\n" + emit.function("backward", back, dys, gives, wanted, names, [("saved", saved)])
+    built = _compiled(text, names)
+    return Program(
+        operation,
+        given,
+        forward,
+        back,
+        saved_here,
+        inputs,
+        outputs,
+        single,
+        text,
+        built["forward"],
+        built["backward"],
+    )
+
+
+def _views_of_inputs(calls: Sequence[Call], inputs: Sequence[Value | None]) -> list[Call]:
+    """The calls that take views of inputs, and views of those."""
+    of_inputs = {id(value) for value in inputs if value is not None}
+    found = []
+    for call in calls:
+        if call.view and all(id(value) in of_inputs for value in call.reads):
+            found.append(call)
+            of_inputs |= {id(out) for out in call.outs}
+    return found
+
+
+def _compiled(text: str, names: emit.Names) -> dict[str, Any]:
+    scope = dict(names.globals)
+    exec(compile(text, "<fused_lora program>", "exec"), scope)
+    return scope
+
+
+def _named(inputs: Sequence[Value | None]) -> list[Any]:
+    return [_Unused(i) if value is None else value for i, value in enumerate(inputs)]
+
+
+class _Unused:
+    """An input that is not there."""
+
+    def __init__(self, i: int) -> None:
+        self.name = f"absent{i}"
+
+
+def _tuple(values: Sequence[Value]) -> str:
+    return f"({', '.join(value.name for value in values)}{',' * (len(values) == 1)})"
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
