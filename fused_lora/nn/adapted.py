@@ -22,10 +22,12 @@ from fused_lora.nn.loan import borrowers_of
 from fused_lora.nn.scope import taken
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.lora_expand import lora_add
-from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops.lora_linear import asked, lora_linear
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
+from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.sharded import is_sharded
+from fused_lora.programs.run import Memo, program_of, run, signature
 from fused_lora.types import Span
 
 Self = TypeVar("Self", bound="AdaptedLinear")
@@ -33,6 +35,7 @@ STATE = (  # beside the parameters
     "config",
     "adapter_enabled",
     "_groups",
+    "_names",
     "_spans",
     "_used",
     "_narrowed",
@@ -42,6 +45,7 @@ STATE = (  # beside the parameters
     "_origin",
     "_sibling",
     "_codes",
+    "_memo",
 )
 
 
@@ -76,6 +80,7 @@ class AdaptedLinear(WithVariants):
     plain: type[nn.Linear] = nn.Linear  # what it was, and becomes on release
     around = False  # whether the base is computed by a forward of its own
     _codes: BaseCodes | None = None  # of the frozen weight, where the base is in FP8
+    _names: tuple[str, ...] | None = None  # of weight, bias, every a and b, where all are its own
     _sibling = False  # whether others may have computed its y with theirs (``nn/siblings.py``)
 
     def _attach(
@@ -95,6 +100,9 @@ class AdaptedLinear(WithVariants):
             self.register_parameter(key_of("lora_A", name), a)
             self.register_parameter(key_of("lora_B", name), b)
             self._register_variants(name, span)
+        if not config.mid:
+            halves = [key_of(half, name) for half in ("lora_A", "lora_B") for name in columns]
+            self._names = ("weight", "bias", *halves)
         self.reset_adapters(generator)
 
     def _describe(
@@ -226,6 +234,63 @@ class AdaptedLinear(WithVariants):
         """y [..., out_features] of x [..., in_features]."""
         if self._sibling and (y := taken(self, x)) is not None:
             return y
+        if torch.compiler.is_compiling() or transformed():
+            return self._as_written(x)
+        own = self.__dict__
+        memo = own.get("_memo") or self._new_memo()
+        inputs = (x, *self._inputs())
+        key = (self._state(), *signature(inputs))
+        last, operation, program = memo.last
+        if last != key:
+            operation, program = self._choose(inputs)
+            memo.last = key, operation, program
+        return self._as_written(x) if operation is None else run(program, operation, inputs)
+
+    def _new_memo(self) -> Memo:
+        return self.__dict__.setdefault("_memo", Memo())
+
+    def _inputs(self) -> tuple[Tensor | None, ...]:
+        """weight, bias, every a and every b that the forward computes with."""
+        own = self._parameters
+        if self._names and "weight" in own and not (self._lent or self._narrowed):
+            return tuple([own[name] for name in self._names])
+        a, b = self._operands()
+        return self.base, self.bias, *a, *b
+
+    def _state(self) -> tuple[Any, ...]:
+        """What beside its tensors decides how a forward computes."""
+        own, scales = self.__dict__, self._scales
+        return (
+            own["adapter_enabled"],
+            not own["_base"],
+            own["training"],
+            own["config"],
+            own["_used"],
+            id(scales),
+            scales._version,
+        )
+
+    def _choose(self, inputs: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
+        """The operation that the forward is, and its program; (None, None) where it is several."""
+        if self.why_several():
+            return None, None
+        x, w, bias, *ab = inputs
+        groups = len(self._used)
+        given = (x, w, bias, ab[:groups], ab[groups:])
+        operation = asked(*given, self.scales, self._used, self.config.impl)  # type: ignore[arg-type]
+        return operation, program_of(operation, inputs)
+
+    def why_several(self) -> str | None:
+        """Why the forward is not one operation at present; None where it is."""
+        if not self.adapter_enabled or self._base:
+            return "merged or disabled adapters"
+        if self.config.dora:
+            return "DoRA"
+        if self.training and self.config.dropout:
+            return "adapters with dropout"
+        return f"a base in {self.config.base_dtype}" if self._codes is not None else None
+
+    def _as_written(self, x: Tensor) -> Tensor:
         if not self.adapter_enabled:
             return F.linear(x, self._frozen(), self.bias)
         if self._base:

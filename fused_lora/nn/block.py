@@ -8,18 +8,25 @@ Each half is fused where it can be, at every call anew, and left to its modules 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora.nn import block_parts as parts
-from fused_lora.nn.block_mlp import mlp_options, why_not_mlp
-from fused_lora.nn.block_swap import Fused, hooked
+from fused_lora.nn.block_mlp import mlp_options, mlp_state, why_not_mlp
+from fused_lora.nn.block_swap import Fused
+from fused_lora.nn.half import Half
+from fused_lora.nn.watch import why_watched
 from fused_lora.ops.chain.attention import Split
+from fused_lora.ops.chain.chain import Chain
 from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
-from fused_lora.ops.lora_attention import lora_attention
-from fused_lora.ops.lora_mlp import lora_mlp
+from fused_lora.ops.lora_attention import asked as attention_asked
+from fused_lora.ops.lora_attention import why_not_fused
+from fused_lora.ops.lora_linear_plain import transformed
+from fused_lora.ops.lora_mlp import asked as mlp_asked
 from fused_lora.ops.lora_residual import lora_residual
 
 
@@ -38,43 +45,136 @@ class FusedLoRABlock(Fused):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the plain class has it."""
-        known = parts.kind(self.attn) in parts.ATTENTIONS
-        if parts.why_not_input(x, self.attn.qkv.weight if known else self.mlp.fc2.weight):
-            return super().forward(x, *args, **kwargs)
-        return self._mlp_half(self._attention_half(x, *args, **kwargs))
+        if args or kwargs or torch.compiler.is_compiling() or transformed():
+            return self._as_written(x, *args, **kwargs)
+        attention, mlp = self.__dict__.get("_halves") or self._new_halves()
+        return mlp(self, attention(self, x))  # type: ignore[no-any-return]
 
-    def _attention_half(
+    def _new_halves(self) -> tuple[Half, Half]:
+        return self.__dict__.setdefault("_halves", (AttentionHalf(), MlpHalf()))
+
+    def _as_written(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """x + drop_path1(ls1(attn(norm1(x))))."""
+        """As the plain class has it, the attention's mask where there is one."""
         masked: dict[str, Any] = {}  # older timm has no is_causal: none is passed unasked
         if attn_mask is not None:
             masked["attn_mask"] = attn_mask
         if is_causal:
             masked["is_causal"] = True
-        attn, scale, drop = self.attn, self.ls1, self.drop_path1
+        plain = torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled()
+        if plain or parts.kind(self.attn) not in parts.ATTENTIONS:
+            return super().forward(x, **masked)
+        if parts.why_not_input(x, self.attn.qkv.weight):
+            return super().forward(x, **masked)
+        _, mlp = self.__dict__.get("_halves") or self._new_halves()
         if why_not_attention_half(self):
-            return x + drop(scale(attn(self.norm1(x), **masked)))
-        norm, gamma = parts.norm_of(self.norm1), parts.gamma_of(scale)
-        qkv, proj = parts.operands(attn.qkv), parts.operands(attn.proj)
-        lean = self.recompute == "gemm"
-        if lean and not masked and not why_not_lean(attn):
-            mask = parts.mask_of(drop, x, gamma)
-            return lora_attention(x, norm, qkv, proj, attn.num_heads, gamma, mask)
-        packed = layer_norm_lora_linear(x, norm, qkv, self.recompute)
-        out = attend(attn, packed, masked)
-        mask = parts.mask_of(drop, x, gamma)
-        return lora_residual(out, proj, x, gamma, mask, lean)
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masked)))
+        else:
+            x = attention_by_parts(self, x, masked)
+        return mlp(self, x)  # type: ignore[no-any-return]
 
-    def _mlp_half(self, x: Tensor) -> Tensor:
-        """x + drop_path2(ls2(mlp(norm2(x))))."""
-        mlp, scale, drop = self.mlp, self.ls2, self.drop_path2
-        if why_not_mlp_half(self):
-            return x + drop(scale(mlp(self.norm2(x))))
-        norm, gamma = parts.norm_of(self.norm2), parts.gamma_of(scale)
-        mask = parts.mask_of(drop, x, gamma)
-        around: dict[str, Any] = {"norm": norm, "around": True, "gamma": gamma, "mask": mask}
-        return lora_mlp(x, **mlp_options(mlp), **around, recompute=self.recompute)
+
+class AttentionHalf(Half):
+    """x + drop_path1(ls1(attn(norm1(x))))."""
+
+    __slots__ = ()
+
+    def watched(self, block: Any) -> Sequence[nn.Module]:
+        """Norm, attention and all below it, LayerScale and drop path."""
+        return [block.norm1, *block.attn.modules(), block.ls1, block.drop_path1]
+
+    def why_not(self, block: Any) -> str | None:
+        """As the block says."""
+        return why_not_attention_half(block)
+
+    def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any]:
+        """See ``Half``."""
+        own = block.__dict__
+        around = own["_modules"]
+        attn = around["attn"].__dict__
+        inside = attn["_modules"]
+        qkv, proj, norm = inside["qkv"], inside["proj"], around["norm1"].__dict__
+        scale, drop = around["ls1"].__dict__, around["drop_path1"]
+        drops = drop.__dict__.get("drop_prob") if drop.training else None
+        state = (
+            *(own["_recompute"], norm["eps"], norm["normalized_shape"], attn["num_heads"]),
+            *(attn["fused_attn"], attn["training"], inside["attn_drop"].__dict__["p"]),
+            *(inside["proj_drop"].__dict__["p"], inside["proj_drop"].__dict__["training"], drops),
+            *(qkv._state(), proj._state()),
+        )
+        vectors = norm["_parameters"]
+        gamma = scale["_parameters"].get("gamma")
+        before = [x, None, gamma, None, vectors["weight"], vectors["bias"]]
+        return state, [*before, *qkv._inputs(), *proj._inputs()], drop if drops else None
+
+    def choose(self, block: Any, x: Tensor) -> Any:
+        """One chain where torch's attention takes part in it."""
+        attn, width = block.attn, block.attn.qkv.out_features
+        if why_not_lean(attn) or x.dim() != 3:
+            return None
+        if block.recompute != "gemm" and why_not_fused(x, attn.num_heads, width):
+            return None
+        norm, gamma = parts.norm_of(block.norm1), parts.gamma_of(block.ls1)
+        linears = parts.operands(attn.qkv), parts.operands(attn.proj)
+        return Chain(
+            attention_asked(x, norm, *linears, attn.num_heads, gamma, None, block.recompute)
+        )
+
+    def by_parts(self, block: Any, x: Tensor) -> Tensor:
+        """The attention between two chains."""
+        return attention_by_parts(block, x, {})
+
+    def by_modules(self, block: Any, x: Tensor) -> Tensor:
+        """See ``Half``."""
+        return x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))  # type: ignore[no-any-return]
+
+
+class MlpHalf(Half):
+    """x + drop_path2(ls2(mlp(norm2(x))))."""
+
+    __slots__ = ()
+
+    def watched(self, block: Any) -> Sequence[nn.Module]:
+        """Norm, MLP and all below it, LayerScale and drop path."""
+        return [block.norm2, *block.mlp.modules(), block.ls2, block.drop_path2]
+
+    def why_not(self, block: Any) -> str | None:
+        """As the block says."""
+        return why_not_mlp_half(block)
+
+    def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any]:
+        """See ``Half``."""
+        own = block.__dict__
+        around = own["_modules"]
+        norm, scale, drop = around["norm2"].__dict__, around["ls2"].__dict__, around["drop_path2"]
+        drops = drop.__dict__.get("drop_prob") if drop.training else None
+        state, operands = mlp_state(around["mlp"])
+        state = (own["_recompute"], norm["eps"], norm["normalized_shape"], drops, *state)
+        vectors = norm["_parameters"]
+        gamma = scale["_parameters"].get("gamma")
+        before = [x, None, gamma, None, vectors["weight"], vectors["bias"]]
+        return state, before + operands, drop if drops else None
+
+    def choose(self, block: Any, x: Tensor) -> Any:
+        """One chain."""
+        norm, gamma = parts.norm_of(block.norm2), parts.gamma_of(block.ls2)
+        options = {"around": True, "gamma": gamma, "mask": None, "recompute": block.recompute}
+        return Chain(mlp_asked(x, **mlp_options(block.mlp), norm=norm, **options))
+
+    def by_modules(self, block: Any, x: Tensor) -> Tensor:
+        """See ``Half``."""
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
+
+
+def attention_by_parts(block: Any, x: Tensor, masked: dict[str, Any]) -> Tensor:
+    """The half with torch's own attention between two chains."""
+    attn, gamma = block.attn, parts.gamma_of(block.ls1)
+    qkv, proj = parts.operands(attn.qkv), parts.operands(attn.proj)
+    packed = layer_norm_lora_linear(x, parts.norm_of(block.norm1), qkv, block.recompute)
+    out = attend(attn, packed, masked)
+    mask = parts.mask_of(block.drop_path1, x, gamma)
+    return lora_residual(out, proj, x, gamma, mask, block.recompute == "gemm")
 
 
 def attend(attn: Any, qkv: Tensor, masked: dict[str, Any]) -> Tensor:
@@ -118,8 +218,7 @@ def why_not_attention_half(block: Any) -> str | None:
             return why
     if why := _why_not_around(block, "1") or _why_not_inside(attn):
         return why
-    inner = (attn.qkv, attn.proj, attn.attn_drop, attn.proj_drop)
-    return "hooks on the attention's children" if hooked(*inner) else None
+    return why_watched(*attn.modules())
 
 
 def why_not_mlp_half(block: Any) -> str | None:
@@ -139,8 +238,7 @@ def _why_not_around(block: Any, half: str) -> str | None:
     inner = block.attn if half == "1" else block.mlp
     if why := parts.why_not_norm(norm) or parts.why_not_branch(scale, drop):
         return why
-    own = hooked(norm, scale, drop, inner)
-    return "hooks on the block's children" if own else None
+    return why_watched(norm, scale, drop, inner)
 
 
 def _why_not_inside(attn: Any) -> str | None:

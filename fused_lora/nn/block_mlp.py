@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fused_lora.nn import block_parts as parts
-from fused_lora.nn.block_swap import Fused, hooked
-from fused_lora.ops.lora_mlp import lora_mlp
-from fused_lora.ops.operand import Adapted
+from fused_lora.nn.block_swap import Fused
+from fused_lora.nn.half import Half
+from fused_lora.nn.watch import why_watched
+from fused_lora.ops.chain.chain import Chain
+from fused_lora.ops.lora_linear_plain import transformed
+from fused_lora.ops.lora_mlp import asked, lora_mlp
+from fused_lora.ops.operand import Adapted, compute_dtype
 
 PACKED = "timm.layers.mlp.GluMlp"
 APART = "timm.layers.mlp.SwiGLU"
@@ -24,9 +29,62 @@ class FusedLoRAMlp(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
-        if parts.why_not_input(x, self.fc2.weight) or why_not_mlp(self):
+        if torch.compiler.is_compiling() or transformed():
             return super().forward(x)
-        return lora_mlp(x, **mlp_options(self), recompute=self.recompute)
+        (half,) = self.__dict__.get("_halves") or self._new_halves()
+        return half(self, x)  # type: ignore[no-any-return]
+
+    def _new_halves(self) -> tuple[Half]:
+        return self.__dict__.setdefault("_halves", (WholeMlp(),))
+
+
+class WholeMlp(Half):
+    """An MLP without a norm before it or a residual around it."""
+
+    __slots__ = ()
+
+    def watched(self, mlp: Any) -> Sequence[nn.Module]:
+        """All below it."""
+        return [module for module in mlp.modules() if module is not mlp]
+
+    def why_not(self, mlp: Any) -> str | None:
+        """See ``Half``."""
+        return why_not_mlp(mlp)
+
+    def gather(self, mlp: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any]:
+        """See ``Half``."""
+        state, operands = mlp_state(mlp)
+        return (mlp.__dict__["_recompute"], *state), [x, None, None, None, *operands], None
+
+    def choose(self, mlp: Any, x: Tensor) -> Any:
+        """One chain, where x is in the dtype that it computes in."""
+        if x.dtype is not compute_dtype(x):
+            return None
+        options = {"norm": None, "around": False, "gamma": None, "mask": None}
+        return Chain(asked(x, **mlp_options(mlp), **options, recompute=mlp.recompute))
+
+    def by_parts(self, mlp: Any, x: Tensor) -> Tensor:
+        """See ``Half``."""
+        return lora_mlp(x, **mlp_options(mlp), recompute=mlp.recompute)
+
+    def by_modules(self, mlp: Any, x: Tensor) -> Tensor:
+        """See ``Half``."""
+        return mlp.plain.forward(mlp, x)  # type: ignore[no-any-return]
+
+
+def mlp_state(mlp: Any) -> tuple[tuple[Any, ...], list[Any]]:
+    """What beside tensors decides how ``mlp`` computes, and the operands of its projections."""
+    inside, own = mlp.__dict__["_modules"], mlp.__dict__
+    drops = inside["drop1"].__dict__, inside["drop2"].__dict__
+    state = [own.get("gate_last"), inside["act"].__dict__.get("approximate")]
+    for drop in drops:
+        state += [drop["training"], drop["p"]]
+    operands: list[Any] = []
+    for name in ("fc1_g", "fc1_x", "fc2") if "fc1_g" in inside else ("fc1", "fc2"):
+        linear = inside[name]
+        state.append(linear._state())
+        operands += linear._inputs()
+    return tuple(state), operands
 
 
 def linears(mlp: Any) -> Iterator[Any]:
@@ -48,7 +106,7 @@ def why_not_mlp(mlp: Any) -> str | None:
         return "a norm inside the MLP"
     if parts.active_dropout(mlp.drop1, mlp.drop2):
         return "dropout inside the MLP"
-    return "hooks on the MLP's children" if hooked(*children) else None
+    return why_watched(*children)
 
 
 def mlp_options(mlp: Any) -> dict[str, Any]:

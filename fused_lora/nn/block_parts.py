@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.block_swap import kind
-from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.operand import Adapted, Norm, compute_dtype
 
 BLOCKS = frozenset({"timm.models.vision_transformer.Block"})
@@ -112,12 +111,6 @@ def mask_of(drop: Any, x: Tensor, gamma: Tensor | None) -> Tensor | None:
 
 def why_not_input(x: Tensor, weight: Tensor) -> str | None:
     """Why x has to go through the modules one by one."""
-    if torch.compiler.is_compiling():
-        return "the compiler fuses for itself"
-    if transformed():
-        return "a transform of torch's is watching"
-    if not torch.is_grad_enabled():
-        return "nothing is kept without gradients"
     if x.is_meta or x.numel() == 0:
         return "nothing to compute"
     casts = torch.is_autocast_enabled(x.device.type)

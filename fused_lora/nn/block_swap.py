@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from fused_lora.ops.operand import RECOMPUTE, check_recompute
 
@@ -46,7 +45,8 @@ class Fused(nn.Module):
 
     def release(self) -> nn.Module:
         """Become what it was."""
-        self.__dict__.pop("_recompute", None)
+        for name in ("_recompute", "_halves"):
+            self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
         return self
 
@@ -69,17 +69,6 @@ def _root(made: type[Fused]) -> type[Fused]:
 def _blank(root: Any, plain: Any) -> nn.Module:
     made = fused_class(root, plain)
     return made.__new__(made)
-
-
-def hooked(*modules: nn.Module) -> bool:
-    """Whether calling any of them does more than its class says: hooks, or a forward of its own."""
-    for module in modules:
-        own = module.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            return True
-        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return True
-    return bool(torch_module._has_any_global_hook())
 
 
 def kind(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""lora_attention: the first half of a transformer block in one node that can let go of q, k and v.
+"""lora_attention: the first half of a transformer block in one node.
 
 qkv = lora_linear(LayerNorm(x)),  out = softmax(q kT / sqrt D) v,
 y = x + gamma mask lora_linear(out)
@@ -11,15 +11,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fused_lora.ops.chain.attention import Attention
+from fused_lora.kernels.aten import attention as kernels
+from fused_lora.ops.chain.attention import Attention, split
 from fused_lora.ops.chain.chain import chain
 from fused_lora.ops.chain.linear import LoRALinear
 from fused_lora.ops.chain.norm import LayerNorm
 from fused_lora.ops.chain.recipe import Recipe
 from fused_lora.ops.lora_linear import Frame
-from fused_lora.ops.operand import Adapted, Norm, check_frozen, compute_dtype
+from fused_lora.ops.operand import Adapted, Norm, check_frozen, check_recompute, compute_dtype
 
-OUT = 3  # the boundary between attention and output projection
+KEEPS = {  # boundaries: 1 behind the norm, 2 behind qkv, 3 behind the attention
+    "none": frozenset({1, 2, 3}),
+    "elementwise": frozenset({2, 3}),
+    "gemm": frozenset({3}),
+}
 
 
 def lora_attention(
@@ -30,8 +35,9 @@ def lora_attention(
     heads: int,
     gamma: Tensor | None = None,
     mask: Tensor | None = None,
+    recompute: str = "gemm",
 ) -> Tensor:
-    """Norm, fused qkv, attention, output projection and residual; qkv is made again in backward.
+    """Norm, fused qkv, attention, output projection and residual.
 
     Args:
         x: [B, T, d]; it and the attention's output are what is kept.
@@ -41,10 +47,28 @@ def lora_attention(
         heads: H.
         gamma: LayerScale's frozen factor [d], or None.
         mask: drop path's factor per sample, or None.
+        recompute: what backward makes again: "none"; "elementwise", the norm's output; "gemm",
+            q, k and v as well.
 
     Raises:
         TypeError, ValueError: operands that do not fit, with the values seen.
     """
+    recipe = asked(x, norm, qkv, proj, heads, gamma, mask, recompute)
+    operands = (norm.gamma, norm.beta, *qkv.tensors, *proj.tensors)
+    return chain(recipe, x, operands, None, gamma, mask)
+
+
+def asked(
+    x: Tensor,
+    norm: Norm,
+    qkv: Adapted,
+    proj: Adapted,
+    heads: int,
+    gamma: Tensor | None,
+    mask: Tensor | None,
+    recompute: str,
+) -> Recipe:
+    """What ``lora_attention`` is asked to do; raises as it does."""
     if x.dim() != 3:
         raise ValueError(f"lora_attention: x must be [B, T, d], got shape {tuple(x.shape)}")
     norm.check(x)
@@ -56,17 +80,34 @@ def lora_attention(
     if proj.w.shape[0] != x.shape[2]:
         raise ValueError(f"lora_attention: proj has {proj.w.shape[0]} columns, x {x.shape[2]}")
     check_frozen(gamma=gamma, mask=mask)
-    recipe = _recipe(
-        norm.eps, qkv.frame, Attention(heads, x.shape[1]), proj.frame, compute_dtype(x)
-    )
-    operands = (norm.gamma, norm.beta, *qkv.tensors, *proj.tensors)
-    return chain(recipe, x, operands, None, gamma, mask)
+    check_recompute(recompute)
+    frames, dtype = (qkv.frame, proj.frame), compute_dtype(x)
+    return _recipe(norm.eps, *frames, Attention(heads, x.shape[1]), dtype, recompute)
+
+
+def why_not_fused(x: Tensor, heads: int, width: int) -> str | None:
+    """One sentence why torch has no attention whose backward can be handed its forward's results.
+
+    Args:
+        x: [B, T, d].
+        heads: H.
+        width: columns of q, k and v together.
+    """
+    qkv = torch.empty(*x.shape[:2], width, dtype=compute_dtype(x), device=x.device)
+    if kernels.serves(*split(qkv, heads)) is None:
+        return "torch's attention has no fused kernel for these"
+    return None
 
 
 @lru_cache(maxsize=256)
 def _recipe(
-    eps: float, qkv: Frame, attention: Attention, proj: Frame, dtype: torch.dtype
+    eps: float,
+    qkv: Frame,
+    proj: Frame,
+    attention: Attention,
+    dtype: torch.dtype,
+    recompute: str,
 ) -> Recipe:
     first, last = LoRALinear((qkv,), dtype), LoRALinear((proj,), dtype)
     stages = (LayerNorm(eps, dtype), first, attention, last)
-    return Recipe(stages, frozenset({OUT}), lean=True, around=True)
+    return Recipe(stages, KEEPS[recompute], lean=recompute == "gemm", around=True)

@@ -87,19 +87,36 @@ def lora_linear(
     """
     if spans is None:
         spans = (Span(0, w.shape[0], a[0].shape[0]),) if len(a) else ()
-    spans = tuple(spans)
-    casts = autocasts(x)
-    check(x, w, bias, a, b, scales, spans, casts)
-    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
-    impl = resolve(impl)
     if torch.compiler.is_compiling():
         from fused_lora.ops.lora_linear_traced import traced
 
-        return traced(x, w, bias, a, b, scales, spans, dtype, impl)
-    numbers = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
+        casts, spans = autocasts(x), tuple(spans)
+        check(x, w, bias, a, b, scales, spans, casts)
+        dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+        return traced(x, w, bias, a, b, scales, spans, dtype, resolve(impl))
+    operation = asked(x, w, bias, a, b, scales, spans, impl)
     if transformed():
-        return plain(x, w, bias, a, b, numbers, spans, dtype)
-    return call(LoRALinear(Frame(numbers, spans, impl), dtype), (x, w, bias, *a, *b))
+        numbers, spans, _ = operation.frame
+        return plain(x, w, bias, a, b, numbers, spans, operation.dtype)
+    return call(operation, (x, w, bias, *a, *b))  # type: ignore[no-any-return]
+
+
+def asked(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Tensor | Sequence[float],
+    spans: Sequence[Span],
+    impl: Impl | str,
+) -> LoRALinear:
+    """What ``lora_linear`` is asked to do; raises as it does where the operands do not fit."""
+    casts, spans = autocasts(x), tuple(spans)
+    check(x, w, bias, a, b, scales, spans, casts)
+    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    numbers = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
+    return LoRALinear(Frame(numbers, spans, resolve(impl)), dtype)
 
 
 def autocasts(x: Tensor) -> bool:

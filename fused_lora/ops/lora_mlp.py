@@ -64,23 +64,39 @@ def lora_mlp(
     Raises:
         TypeError, ValueError: operands or options that do not fit, with the values seen.
     """
+    given = (x, fc1, fc2, activation, gated, norm, around, gamma, mask, recompute)
+    recipe, dtype = asked(*given), compute_dtype(x)
+    operands = list(norm[:2]) if norm else []
+    for linear in (fc1, fc2) if isinstance(fc1, Adapted) else (*fc1, fc2):
+        operands += linear.tensors
+    source = x if norm or around else x.to(dtype)
+    return chain(recipe, source, operands, None, gamma, mask)
+
+
+def asked(
+    x: Tensor,
+    fc1: Adapted | tuple[Adapted, Adapted],
+    fc2: Adapted,
+    activation: str,
+    gated: str | None,
+    norm: Norm | None,
+    around: bool,
+    gamma: Tensor | None,
+    mask: Tensor | None,
+    recompute: str,
+) -> Recipe:
+    """What ``lora_mlp`` is asked to do; raises as it does."""
     firsts = (fc1,) if isinstance(fc1, Adapted) else tuple(fc1)
     _check(x, firsts, fc2, activation, gated, norm, recompute)
     if around and fc2.w.shape[0] != x.shape[-1]:
         raise ValueError(f"fc2 has {fc2.w.shape[0]} columns, the x around it {x.shape[-1]}")
     check_frozen(gamma=gamma, mask=mask)
-    dtype = compute_dtype(x)
     act: Stage = Activation(activation)
     if gated or len(firsts) == 2:
         act = Gated(activation, gated == "last")
     frames = tuple([first.frame for first in firsts])
     eps = norm.eps if norm else None
-    recipe = _recipe(eps, frames, act, fc2.frame, dtype, recompute, around)
-    operands = list(norm[:2]) if norm else []
-    for linear in (*firsts, fc2):
-        operands += linear.tensors
-    source = x if norm or around else x.to(dtype)
-    return chain(recipe, source, operands, None, gamma, mask)
+    return _recipe(eps, frames, act, fc2.frame, compute_dtype(x), recompute, around)
 
 
 @lru_cache(maxsize=256)

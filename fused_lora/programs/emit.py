@@ -96,7 +96,7 @@ def merged_views(calls: Sequence[Call]) -> tuple[list[Call], dict[Value, Value]]
             if (same := first.setdefault(key, call)) is not call:
                 for mine, other in zip(call.outs, same.outs, strict=True):
                     if mine is not None and other is not None:
-                        stands[mine] = other
+                        stands[mine] = stands.get(other, other)
                 continue
             whole = call.outs[0]
             if _same_view(call, whole):

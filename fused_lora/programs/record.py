@@ -14,8 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
+
 
 class CannotRecord(Exception):
     """An operation that no program can hold, with the reason."""
@@ -147,10 +152,13 @@ class Recorder(TorchDispatchMode):
                 return made
             self._write(func, args, kwargs, made, (), False)
             return made
-        if func.namespace == "prim":  # a question of one
-            return func(*args, **kwargs)
         given = self._given(args), {key: self._given(value) for key, value in kwargs.items()}
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except (DataDependentOutputException, UnsupportedFakeTensorException) as error:
+            raise CannotRecord(f"{func} reads a value on the host: {error}") from None
+        if not any(isinstance(each, Tensor) for each in _flat([out])):
+            return out  # a question, which sizes and layouts answer: there is no data to read
         schema = func._schema
         written = [
             value
@@ -188,20 +196,12 @@ class Recorder(TorchDispatchMode):
         writes: tuple[Value, ...],
         view: bool,
     ) -> None:
-        if isinstance(out, Tensor) or out is None:
-            flat, single = [out], True
-        elif isinstance(out, (tuple, list)):
-            flat, single = list(out), False
-        else:
-            raise CannotRecord(f"{target} reads a value on the host")
-        outs: list[Value | None] = []
-        for t in flat:
-            if t is None or not isinstance(t, Tensor):
-                if isinstance(t, (int, float, bool)):
-                    raise CannotRecord(f"{target} reads a value on the host")
-                outs.append(None)
-            else:
-                outs.append(None if id(t) in self._value_of else self.value(t))
+        single = isinstance(out, Tensor)
+        flat = [out] if single else list(out)
+        outs = [
+            self.value(t) if isinstance(t, Tensor) and id(t) not in self._value_of else None
+            for t in flat
+        ]
         reads = list(_values([*args, *kwargs.values()]))
         self.calls.append(Call(target, args, kwargs, outs, single, writes, view, reads))
 

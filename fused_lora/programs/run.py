@@ -38,23 +38,24 @@ _lock = threading.Lock()
 
 
 class Memo:
-    """The last signature seen at one place, and its program."""
+    """The last signature seen at one place that calls, with its operation and its program."""
 
-    __slots__ = ("key", "program")
+    __slots__ = ("last",)
 
     def __init__(self) -> None:
-        self.key: Any = None
-        self.program: Any = None
+        self.last: tuple[Any, Any, Any] = (None, None, None)  # one assignment: threads may share it
 
     def __reduce__(self) -> Any:  # a copy decides for itself
-        return (Memo, ())
+        return type(self), ()
 
 
 def settings(kind: str) -> tuple[Any, ...]:
     """What of torch's state, on devices of ``kind``, decides which calls are right."""
     grad = torch.is_grad_enabled()
+    if kind == "meta":
+        return (grad,)
     casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if kind == "cpu":
+    if kind != "cuda":
         return grad, casts, torch.get_num_threads(), *_attention()
     return grad, casts, torch.backends.cuda.matmul.fp32_precision, *_attention()
 
@@ -68,21 +69,28 @@ def _attention() -> tuple[bool, ...]:
     )
 
 
-def call(operation: Operation, inputs: Sequence[Any]) -> Any:
-    """``operation`` on ``inputs``, by its program."""
-    x = next(t for t in inputs if t is not None)
-    now = settings(x.device.type)
-    key = (
-        operation,
-        now,
+def signature(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """What ``inputs`` are beside their numbers, under torch's present settings; x comes first."""
+    return (
+        *settings(inputs[0].device.type),
         *[
-            None
+            t
             if t is None
             else (t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
             for t in inputs
         ],
     )
-    return run(_programs.get(key) or find(key, operation, inputs, now[0]), operation, inputs)
+
+
+def call(operation: Operation, inputs: Sequence[Any]) -> Any:
+    """``operation`` on ``inputs``, by its program."""
+    return run(program_of(operation, inputs), operation, inputs)
+
+
+def program_of(operation: Operation, inputs: Sequence[Any]) -> Program | str:
+    """The program of ``operation`` on such inputs, or a sentence why there is none."""
+    key = (operation, *signature(inputs))
+    return _programs.get(key) or find(key, operation, inputs)
 
 
 def run(program: Any, operation: Operation, inputs: Sequence[Any]) -> Any:
@@ -95,13 +103,14 @@ def run(program: Any, operation: Operation, inputs: Sequence[Any]) -> Any:
         return program.forward(*inputs)
 
 
-def find(key: Any, operation: Operation, inputs: Sequence[Any], grad: bool) -> Program | str:
+def find(key: Any, operation: Operation, inputs: Sequence[Any]) -> Program | str:
     """The program of a signature seen for the first time, or a sentence why there is none."""
     if reason := why_not(inputs):
         return reason
     with _lock:
         if found := _programs.get(key):
             return found
+        grad = torch.is_grad_enabled()
         given = [None if t is None else Given.of(t, grad) for t in inputs]
         try:
             found = build(operation, given)

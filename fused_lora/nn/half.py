@@ -1,0 +1,74 @@
+"""A half of a block as a place that calls: its modules watched, its program remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_lora.nn import block_parts as parts
+from fused_lora.nn.watch import Watch
+from fused_lora.programs.run import Memo, program_of, run, signature
+
+NOTHING = (None, None, None)
+MASK = 3  # where drop path's factor stands among the inputs of a chain
+
+
+class Half(Memo):
+    """Calls one half of a block; what kind of half is told by what derives from this."""
+
+    __slots__ = ("watch",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watch: Watch | None = None
+
+    def __call__(self, block: Any, x: Tensor) -> Tensor:
+        """y of x: by a program, by operations of which each has one, or by the modules."""
+        watch = self.watch
+        if watch is None or not watch.intact():
+            if self.why_not(block):
+                return self.by_modules(block, x)
+            self.watch, self.last = Watch(self.watched(block)), NOTHING
+        state, inputs, drop = self.gather(block, x)
+        key = (state, *signature(inputs))
+        last, operation, program = self.last
+        if last != key:
+            if self.why_not(block) or parts.why_not_input(x, inputs[-1]):
+                self.watch = None
+                return self.by_modules(block, x)
+            operation = self.choose(block, x)
+        if operation is None:
+            self.last = key, None, None
+            return self.by_parts(block, x)
+        if drop is not None:
+            inputs[MASK] = parts.mask_of(drop, x, inputs[2])
+        if last != key:
+            program = program_of(operation, inputs)
+            self.last = key, operation, program
+        return run(program, operation, inputs)  # type: ignore[no-any-return]
+
+    def watched(self, block: Any) -> Sequence[nn.Module]:
+        """The modules that are stood in for."""
+        raise NotImplementedError
+
+    def why_not(self, block: Any) -> str | None:
+        """One sentence why the half goes through its modules at present."""
+        raise NotImplementedError
+
+    def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any]:
+        """What beside tensors decides, the inputs of the chain, and the drop path to draw from."""
+        raise NotImplementedError
+
+    def choose(self, block: Any, x: Tensor) -> Any:
+        """The one operation that the half is; None where it is several."""
+        raise NotImplementedError
+
+    def by_parts(self, block: Any, x: Tensor) -> Tensor:
+        """By several operations."""
+        raise NotImplementedError
+
+    def by_modules(self, block: Any, x: Tensor) -> Tensor:
+        """As the class of the block has it."""
+        raise NotImplementedError
