@@ -96,6 +96,19 @@ def ragged(spans: Sequence[Span]) -> bool:
     return len(spans) > 1 and any(span.rank % 16 for span in spans)
 
 
+def even(spans: Sequence[Span], n: int) -> bool:
+    """Whether several adapters of one rank share the ``n`` columns out evenly, as q, k and v do."""
+    first, width = spans[0], spans[0].width
+    return (
+        len(spans) > 1
+        and all(
+            (span.start, span.width, span.rank) == (i * width, width, first.rank)
+            for i, span in enumerate(spans)
+        )
+        and len(spans) * width == n
+    )
+
+
 @dataclass(frozen=True)
 class Needs:
     """Which gradients a backward pass is asked for."""
@@ -112,6 +125,7 @@ class Halves(NamedTuple):
 
     dtype: str = ""  # of a and b; "" for that of the products
     scaled: tuple[bool, ...] = ()  # by adapter, whether s is not 1; () where none is
+    one_scale: bool = True  # whether all s are the same
 
 
 ALIKE = Halves()

@@ -30,12 +30,13 @@ def columns(t: Tensor, part: slice) -> Tensor:
     return t if width == t.shape[1] else t.narrow(1, part.start, width)
 
 
-def thin_rows(b: Tensor) -> Tensor:
-    """``b`` [N, R] with each of its R columns contiguous where that speeds ``dy @ b`` up.
+def thin_rows(b: Tensor, rows: int) -> Tensor:
+    """``b`` [N, R] with each of its R columns contiguous where that speeds ``dy @ b`` up, M rows.
 
     On a CPU, 2 to 5 times at R = 4 (docs/hardware_notes.md); the copy is R x N elements.
     """
-    return b.t().contiguous().t() if b.device.type == "cpu" and b.shape[1] < THIN else b
+    copies = b.device.type == "cpu" and b.shape[1] < THIN and rows >= THIN
+    return b.t().contiguous().t() if copies else b
 
 
 def outer(p: Tensor, q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -43,9 +44,16 @@ def outer(p: Tensor, q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
     A CPU reduces a thin q three to five times as fast from the transposed side.
     """
-    if p.device.type == "cpu" and q.shape[1] < THIN:
+    if p.device.type == "cpu" and q.shape[1] < THIN <= p.shape[0]:
         return product(q.t(), p, scale, dtype).t()
     return product(p.t(), q, scale, dtype)
+
+
+def batched_product(p: Tensor, q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``product`` of each matrix of p [G, P, M] and q [G, M, Q]."""
+    widens = dtype is torch.float32 and p.dtype in (torch.bfloat16, torch.float16)
+    y = torch.bmm(p, q, out_dtype=dtype) if widens and p.is_cuda else torch.bmm(p, q).to(dtype)
+    return y if scale == 1.0 else y.mul_(scale)
 
 
 def product(p: Tensor, q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from fused_lora.ops.chain.attention import Split
 from fused_lora.ops.chain.chain import Chain
 from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
 from fused_lora.ops.lora_attention import asked as attention_asked
-from fused_lora.ops.lora_attention import why_not_fused
+from fused_lora.ops.lora_attention import kernel_for
 from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.lora_mlp import asked as mlp_asked
 from fused_lora.ops.lora_residual import lora_residual
@@ -113,8 +113,8 @@ class AttentionHalf(Half):
         attn, width = block.attn, block.attn.qkv.out_features
         if why_not_lean(attn) or x.dim() != 3:
             return None
-        if block.recompute != "gemm" and why_not_fused(x, attn.num_heads, width):
-            return None
+        if block.recompute != "gemm" and kernel_for(x, attn.num_heads, width) is None:
+            return None  # torch's own then keeps what it needs
         norm, gamma = parts.norm_of(block.norm1), parts.gamma_of(block.ls1)
         linears = parts.operands(attn.qkv), parts.operands(attn.proj)
         return Chain(

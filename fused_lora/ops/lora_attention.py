@@ -82,21 +82,21 @@ def asked(
     check_frozen(gamma=gamma, mask=mask)
     check_recompute(recompute)
     frames, dtype = (qkv.frame, proj.frame), compute_dtype(x)
-    return _recipe(norm.eps, *frames, Attention(heads, x.shape[1]), dtype, recompute)
+    kernel = None if torch.compiler.is_compiling() else kernel_for(x, heads, width)
+    attention = Attention(heads, x.shape[1], kernel)
+    return _recipe(norm.eps, *frames, attention, dtype, recompute)
 
 
-def why_not_fused(x: Tensor, heads: int, width: int) -> str | None:
-    """One sentence why torch has no attention whose backward can be handed its forward's results.
+def kernel_for(x: Tensor, heads: int, width: int) -> kernels.Key | None:
+    """Torch's fused attention for these, whose backward takes what its forward gave; or None.
 
     Args:
         x: [B, T, d].
         heads: H.
         width: columns of q, k and v together.
     """
-    qkv = torch.empty(*x.shape[:2], width, dtype=compute_dtype(x), device=x.device)
-    if kernels.serves(*split(qkv, heads)) is None:
-        return "torch's attention has no fused kernel for these"
-    return None
+    qkv = torch.empty(1, x.shape[1], width, dtype=compute_dtype(x), device=x.device)
+    return kernels.serves(*split(qkv, heads))
 
 
 @lru_cache(maxsize=256)

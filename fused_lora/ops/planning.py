@@ -44,7 +44,7 @@ def halves_of(ab: Sequence[Tensor], scales: Sequence[float]) -> Halves:
 @lru_cache(maxsize=1024)
 def _halves(dtype: torch.dtype | None, scales: tuple[float, ...]) -> Halves:
     name = "" if dtype is None else str(dtype).removeprefix("torch.")
-    return Halves(name, tuple(scale != 1.0 for scale in scales))
+    return Halves(name, tuple(scale != 1.0 for scale in scales), len(set(scales)) <= 1)
 
 
 def plan_for(

@@ -11,9 +11,16 @@ from fused_lora.plan import cost_cuda
 from fused_lora.plan.full import cast_steps, finished, full_steps
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.step import Step
-from fused_lora.types import Forward, Gradient, Keep, Plan
+from fused_lora.types import Forward, Gradient, Keep, Plan, even
 
+FEW = 64  # stacked ranks that are copied sooner than a product is launched: kernels/aten
 THIN = 16  # ranks below it have b laid out anew on a CPU: kernels/gemm.py
+
+
+def batched(p: Problem, reduces: bool = False) -> bool:
+    """Whether the products of several adapters are one; see kernels/aten/lora_linear.py."""
+    slow = reduces and p.device == "cpu" and p.low_precision and p.m >= FEW
+    return p.halves.one_scale and even(p.spans, p.n) and not slow
 
 
 def merge_steps(p: Problem) -> Iterator[Step]:
@@ -35,7 +42,7 @@ def _stack(p: Problem) -> Iterator[Step]:
 
 
 def _stacks(p: Problem) -> bool:
-    return len(p.spans) > 1 and p.rank < p.m
+    return len(p.spans) > 1 and p.rank < max(p.m, FEW)
 
 
 def _pieces(p: Problem) -> list[int]:
@@ -64,6 +71,10 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     if plan.forward is Forward.SEPARATE:
         yield from shrink_steps(p)
         yield Step("base", p.m, p.n, p.k)
+        if batched(p):
+            yield Step("stack b", p.n, p.spans[0].rank)
+            yield Step("expand", p.m, p.n, p.spans[0].rank, accumulates=True)
+            return
         for span in p.spans:
             yield Step("expand", p.m, span.width, span.rank, accumulates=True)
     else:
@@ -116,10 +127,7 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     if plan.dx is not Forward.EXTENDED and (p.needs.x or plan.grads_by is None):
         yield from cast_steps(p)
     if needs_dh(p, plan):
-        for span in p.spans:
-            if p.device == "cpu" and span.rank < THIN:
-                yield Step("lay out b", span.width, span.rank)
-            yield Step("dy shrink", p.m, span.rank, span.width)
+        yield from _shrink_grad_steps(p)
     if p.needs.x:
         yield from dx_steps(p, plan)
     if plan.gradient is Gradient.RANK and plan.grads_by is None:
@@ -127,10 +135,25 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     yield from full_steps(p, plan)
 
 
+def _shrink_grad_steps(p: Problem) -> Iterator[Step]:
+    """dh = s dy b."""
+    if batched(p, reduces=True):
+        yield Step("stack b", p.n, p.spans[0].rank)
+        yield Step("dy shrink", p.m, p.spans[0].rank, p.n)
+        return
+    for span in p.spans:
+        if p.device == "cpu" and span.rank < THIN <= p.m:
+            yield Step("lay out b", span.width, span.rank)
+        yield Step("dy shrink", p.m, span.rank, span.width)
+
+
 def _rank_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     if p.needs.b and plan.keep is not Keep.HIDDEN:
         yield from shrink_steps(p)
-    for g, span in enumerate(p.spans if p.needs.b else ()):
-        yield from finished(p, Step("db", span.rank, span.width, p.m), p.scaled(g))
+    if p.needs.b and batched(p, reduces=True):
+        yield from finished(p, Step("db", p.spans[0].rank, p.n, p.m), p.scaled(0))
+    else:
+        for g, span in enumerate(p.spans if p.needs.b else ()):
+            yield from finished(p, Step("db", span.rank, span.width, p.m), p.scaled(g))
     if p.needs.a:
         yield from finished(p, Step("da", p.rank, p.k, p.m), False)

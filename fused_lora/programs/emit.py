@@ -8,7 +8,7 @@ operations goes by its shortest road: the binding of ``torch`` rather than the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from fused_lora.programs.record import Call, Value
 
 aten = torch.ops.aten
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 _direct = torch._C._VariableFunctions
 
 
@@ -85,42 +86,31 @@ def needed(calls: Sequence[Call], wanted: Iterable[Value]) -> list[Call]:
 
 
 def merged_views(calls: Sequence[Call]) -> tuple[list[Call], dict[Value, Value]]:
-    """The calls with each view taken once, and which value stands for which."""
-    first: dict[Any, Call] = {}
+    """The calls with no memory viewed the same way twice, and which value stands for which."""
     stands: dict[Value, Value] = {}
+    shown: dict[Any, Value] = {}  # the first value that shows this memory so
+    viewed: dict[Value, Value] = {}  # by plain ``view``: of what, laid out without gaps
     kept = []
     for call in calls:
         call = _replaced(call, stands)
-        if call.view:
-            key = (id(call.target), _key(call.args), _key(sorted(call.kwargs.items())))
-            if (same := first.setdefault(key, call)) is not call:
-                for mine, other in zip(call.outs, same.outs, strict=True):
-                    if mine is not None and other is not None:
-                        stands[mine] = stands.get(other, other)
-                continue
-            whole = call.outs[0]
-            if _same_view(call, whole):
-                assert whole is not None
-                stands[whole] = call.reads[0]
-                continue
+        for value in (*call.reads, *(out for out in call.outs if out is not None)):
+            same = shown.setdefault(_shows(value), value)
+            if same is not value and value in call.outs:
+                stands[value] = same
+        if call.view and all(out is None or out in stands for out in call.outs):
+            continue
+        if call.target in VIEWS and not call.kwargs:
+            source, size = call.args
+            source = viewed.get(source, source)
+            if source.dense:
+                call = replace(call, args=(source, size), reads=[source])
+                viewed[call.outs[0]] = source  # type: ignore[index]
         kept.append(call)
     return kept, stands
 
 
-def _same_view(call: Call, out: Value | None) -> bool:
-    """Whether a view shows all of what it is taken of, as it is."""
-    if out is None or len(call.outs) != 1 or not call.reads:
-        return False
-    seen = call.reads[0]
-    return (seen.shape, seen.stride, seen.offset) == (out.shape, out.stride, out.offset)
-
-
-def _key(argument: Any) -> Any:
-    if isinstance(argument, Value):
-        return id(argument)
-    if isinstance(argument, (list, tuple)):
-        return tuple(_key(each) for each in argument)
-    return (type(argument), argument)
+def _shows(value: Value) -> tuple[Any, ...]:
+    return value.storage, value.offset, value.shape, value.stride, value.dtype
 
 
 def _replaced(call: Call, stands: dict[Value, Value]) -> Call:
@@ -271,13 +261,21 @@ def _function(target: Any, keys: tuple[str, ...] = ()) -> Writer:
     return write
 
 
-def _addmm_(call: Call, names: Names) -> str | None:
-    beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
-    given = list(map(names.text, call.args[1:]))
-    given += [f"beta={names.text(beta)}"] * (beta != 1) + [f"alpha={names.text(alpha)}"] * (
-        alpha != 1
-    )
-    return f"{names.text(call.args[0])}.addmm_({', '.join(given)})"
+def _scaled_sum(name: str) -> Writer:
+    """``addmm_`` and its like, their factors left out where they are 1."""
+
+    def write(call: Call, names: Names) -> str:
+        given = [*map(names.text, call.args[1:])]
+        given += [f"{key}={names.text(value)}" for key, value in call.kwargs.items() if value != 1]
+        return f"{names.text(call.args[0])}.{name}({', '.join(given)})"
+
+    return write
+
+
+def _addmm(call: Call, names: Names) -> str:
+    given = [*map(names.text, call.args)]
+    given += [f"{key}={names.text(value)}" for key, value in call.kwargs.items() if value != 1]
+    return f"{names.of(_direct.addmm, 'addmm')}({', '.join(given)})"
 
 
 def _slice(call: Call, names: Names) -> str | None:
@@ -306,10 +304,12 @@ SHORT: dict[Any, Writer] = {
     aten.permute.default: _method("permute"),
     aten.unsqueeze.default: _method("unsqueeze"),
     aten.select.int: _method("select"),
+    aten.unbind.int: _method("unbind"),
     aten.slice.Tensor: _slice,
     aten.split_with_sizes.default: _method("split_with_sizes"),
     aten.as_strided.default: _method("as_strided"),
-    aten.addmm_.default: _addmm_,
+    aten.addmm_.default: _scaled_sum("addmm_"),
+    aten.baddbmm_.default: _scaled_sum("baddbmm_"),
     aten.add_.Tensor: _named("add_", ("alpha",)),
     aten.add.Tensor: _named("add", ("alpha",)),
     aten.mul_.Tensor: _method("mul_"),
@@ -320,7 +320,7 @@ SHORT: dict[Any, Writer] = {
     aten.clone.default: _named("clone", ("memory_format",)),
     aten._to_copy.default: _to,
     aten.cat.default: _function(_direct.cat),
-    aten.addmm.default: _function(_direct.addmm, ("beta", "alpha")),
+    aten.addmm.default: _addmm,
     aten.new_empty.default: _method("new_empty"),
     aten.native_layer_norm.default: _function(_direct.native_layer_norm),
     aten.gelu.default: _function(torch._C._nn.gelu, ("approximate",)),

@@ -43,6 +43,16 @@ class Value:
         """As the program's text calls it."""
         return f"v{self.index}"
 
+    @property
+    def dense(self) -> bool:
+        """Whether its elements lie one behind another."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != step:
+                return False
+            step *= max(size, 1)
+        return True
+
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{dtype}[{', '.join(map(str, self.shape))}]"

@@ -22,6 +22,7 @@ from fused_lora.kernels.aten.lora_merge import lora_merge
 from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.gemm import (
     accumulate,
+    batched_product,
     columns,
     dense,
     outer,
@@ -29,7 +30,9 @@ from fused_lora.kernels.gemm import (
     thin_rows,
 )
 from fused_lora.kernels.interface import Adapters, Grads
-from fused_lora.types import Forward, Gradient, Keep, Needs, Plan
+from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, even
+
+FEW = 64  # stacked ranks that are copied sooner than another product is launched
 
 
 def forward(
@@ -48,10 +51,7 @@ def forward(
     adapters = adapters.to(x.dtype)
     if plan.forward is Forward.SEPARATE:
         h = shrink(x, adapters) if h is None else h
-        y = F.linear(x, w, bias)
-        for g, cols, ranks in adapters.ranks():
-            b, scale = adapters.b[g].t(), adapters.scales[g]
-            accumulate(columns(y, cols), columns(h, ranks), b, scale)
+        y = expand(F.linear(x, w, bias), h, adapters)
     else:
         k = x.shape[1]
         if bordered is None:
@@ -76,18 +76,59 @@ def shrink(x: Tensor, adapters: Adapters, out: Tensor | None = None) -> Tensor:
     return h
 
 
+def expand(y: Tensor, h: Tensor, adapters: Adapters) -> Tensor:
+    """y += s h bT in place, each adapter on its columns; of even ones one batched product."""
+    if batched(y, adapters):
+        y_g, h_g, b = apart(y, adapters), apart(h, adapters), stacked_b(adapters)
+        y_g.baddbmm_(h_g, b.transpose(1, 2), alpha=adapters.scales[0])
+        return y
+    for g, cols, ranks in adapters.ranks():
+        b, scale = adapters.b[g].t(), adapters.scales[g]
+        accumulate(columns(y, cols), columns(h, ranks), b, scale)
+    return y
+
+
+def batched(y: Tensor, adapters: Adapters, reduces: bool = False) -> bool:
+    """Whether the products of all adapters with their columns of y or dy are one of a batch.
+
+    ``reduces``: they sum over M or over columns, of which a CPU's batches of 16 bits are slow.
+    """
+    if len(set(adapters.scales)) > 1 or not even(adapters.spans, y.shape[1]):
+        return False
+    return not (reduces and y.is_cpu and y.element_size() == 2 and y.shape[0] >= FEW)
+
+
+def apart(t: Tensor, adapters: Adapters) -> Tensor:
+    """[G, M, C] of t [M, G C]: each adapter's columns."""
+    groups = len(adapters.spans)
+    return t.view(t.shape[0], groups, t.shape[1] // groups).transpose(0, 1)
+
+
+def stacked_b(adapters: Adapters) -> Tensor:
+    """[G, N / G, R] of G b."""
+    return torch.cat(tuple(adapters.b)).view(len(adapters.b), *adapters.b[0].shape)
+
+
 def shrink_grad(dy: Tensor, adapters: Adapters, out: Tensor | None = None) -> Tensor:
     """dh = s dy b, [M, sum R]."""
+    if out is None and len(adapters.b) == 1 and adapters.scales[0] == 1.0:
+        columns_of = adapters.spans[0]
+        part = columns(dy, slice(columns_of.start, columns_of.stop))
+        return torch.mm(dense(part), dense(thin_rows(adapters.b[0], dy.shape[0])))
     dh = dy.new_empty(dy.shape[0], adapters.rank) if out is None else out
+    if batched(dy, adapters, reduces=True):
+        given = apart(dy, adapters), stacked_b(adapters)
+        apart(dh, adapters).baddbmm_(*given, beta=0, alpha=adapters.scales[0])
+        return dh
     for g, cols, ranks in adapters.ranks():
-        b = thin_rows(adapters.b[g])
+        b = thin_rows(adapters.b[g], dy.shape[0])
         accumulate(columns(dh, ranks), columns(dy, cols), b, adapters.scales[g], beta=0)
     return dh
 
 
 def stacks(x: Tensor, adapters: Adapters) -> bool:
     """Whether copying all a together costs less than passing over x once per group."""
-    return adapters.rank < x.shape[0] or len(adapters.a) == 1
+    return len(adapters.a) == 1 or adapters.rank < max(x.shape[0], FEW)
 
 
 def bordered_weight(w: Tensor, adapters: Adapters) -> Tensor:
@@ -217,15 +258,25 @@ def rank_grads(
     b: list[Tensor | None] = [None] * len(low.spans)
     if needs.b:
         h = _thin_of(x, low) if h is None else h
-        for g, cols, ranks in low.ranks():
-            dtype = adapters.b[g].dtype
-            b[g] = outer(columns(dy, cols), columns(h, ranks), low.scales[g], dtype)
+        b = b_grads(dy, h, adapters, low)
     if needs.a:
         assert x is not None
         dh = shrink_grad(dy, low) if dh is None else dh
         da = product(dh.t(), x, 1.0, adapters.widest_a())  # [sum R, K]
         a = [da[ranks].to(adapters.a[g].dtype) for g, _, ranks in low.ranks()]
     return a, b
+
+
+def b_grads(dy: Tensor, h: Tensor, adapters: Adapters, low: Adapters) -> list[Tensor | None]:
+    """db = s dyT h of every adapter, each in its own dtype; of even ones one batched product."""
+    dtypes = {b_g.dtype for b_g in adapters.b}
+    if len(dtypes) == 1 and batched(dy, low, reduces=True):
+        given = apart(dy, low).transpose(1, 2), apart(h, low)
+        return list(batched_product(*given, low.scales[0], *dtypes).unbind(0))
+    return [
+        outer(columns(dy, cols), columns(h, ranks), low.scales[g], adapters.b[g].dtype)
+        for g, cols, ranks in low.ranks()
+    ]
 
 
 def _thin_of(x: Tensor | None, low: Adapters) -> Tensor:

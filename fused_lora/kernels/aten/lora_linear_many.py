@@ -72,7 +72,7 @@ def _shrink_grad(dys: Sequence[Tensor], lows: Sequence[Adapters]) -> Tensor:
     dh = dys[0].new_empty(dys[0].shape[0], sum(ranks))
     for dy, low, mine in zip(dys, lows, dh.split(ranks, dim=1), strict=True):
         for g, cols, own in low.ranks():
-            b = thin_rows(low.b[g])
+            b = thin_rows(low.b[g], dy.shape[0])
             accumulate(columns(mine, own), columns(dy, cols), b, low.scales[g], beta=0)
     return dh
 

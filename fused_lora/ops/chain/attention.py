@@ -23,15 +23,15 @@ class Attention(Stage):
 
     heads: int  # H
     tokens: int  # T, rows of one sample
+    kernel: kernels.Key | None = None  # torch's own choice, where its backward is known
 
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
         """One pass; extra is what a fused backward takes: out, log-sum-exp and their like."""
         qkv = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
-        key = kernels.serves(*qkv)
-        if key is None:
+        if self.kernel is None:
             return Run((_rows(F.scaled_dot_product_attention(*qkv)),))
-        out, kept, numbers = kernels.forward(key, qkv)
-        return Run((_rows(out),), kept, (key, numbers))
+        out, kept, numbers = kernels.forward(self.kernel, qkv)
+        return Run((_rows(out),), kept, numbers)
 
     def backward(
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
@@ -40,11 +40,11 @@ class Attention(Stage):
         assert x is not None
         qkv = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
         d_out = dy[0].view(-1, self.tokens, self.heads, qkv[0].shape[-1]).transpose(1, 2)
-        if run.note:
-            key, numbers = run.note
+        if self.kernel:
             out = run.extra[0]
             assert out is not None
-            dqkv = kernels.backward(key, d_out, qkv, kernels.Attended(out, run.extra, numbers))
+            done = kernels.Attended(out, run.extra, run.note)
+            dqkv = kernels.backward(self.kernel, d_out, qkv, done)
         else:
             dqkv = _again(qkv, d_out)
         return (packed(dqkv).flatten(0, 1),), ()
@@ -59,7 +59,7 @@ def split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v [B, H, T, D], views of qkv [B, T, 3 H D]."""
     batch, tokens, width = qkv.shape
     parts = qkv.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
-    return parts[0], parts[1], parts[2]
+    return parts.unbind(0)
 
 
 def packed(parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
