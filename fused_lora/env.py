@@ -20,6 +20,9 @@ VARIABLES: dict[str, str] = {
         "0 never measures a device: unknown ones get the built-in figures of their kind"
     ),
     "FUSED_LORA_IMPL": "overrides impl='auto' everywhere: aten, triton, cuda or reference",
+    "FUSED_LORA_PROGRAMS": (
+        "0 runs operations as they are written, call by call, instead of the programs made of them"
+    ),
     "FUSED_LORA_VERIFY": (
         "when a kernel is checked on this device before it serves: first (the default; the verdict "
         "is kept on disk), always (once in every process) or off (never)"

@@ -260,6 +260,10 @@ class AdaptedLinear(WithVariants):
     def _state(self) -> tuple[Any, ...]:
         """What beside its tensors decides how a forward computes."""
         own, scales = self.__dict__, self._scales
+        try:
+            written: Any = scales._version
+        except RuntimeError:  # made under inference mode, where nobody counts
+            written = self.scales
         return (
             own["adapter_enabled"],
             not own["_base"],
@@ -267,7 +271,7 @@ class AdaptedLinear(WithVariants):
             own["config"],
             own["_used"],
             id(scales),
-            scales._version,
+            written,
         )
 
     def _choose(self, inputs: tuple[Tensor | None, ...]) -> tuple[Any, Any]:

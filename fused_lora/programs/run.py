@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
+from fused_lora import env
 from fused_lora.programs.program import Given, Operation, Program, build
 from fused_lora.programs.record import CannotRecord, recording
 
@@ -113,7 +114,8 @@ def find(key: Any, operation: Operation, inputs: Sequence[Any]) -> Program | str
         grad = torch.is_grad_enabled()
         given = [None if t is None else Given.of(t, grad) for t in inputs]
         try:
-            found = build(operation, given)
+            with without_autocast(inputs[0].device):
+                found = build(operation, given)
         except CannotRecord as error:
             found = str(error)
         while len(_programs) >= MOST:
@@ -126,6 +128,8 @@ def why_not(inputs: Sequence[Any]) -> str | None:
     """One sentence why no program is built at this moment; None when one may be."""
     if recording():
         return "a program is being recorded"
+    if not env.flag("FUSED_LORA_PROGRAMS", default=True):
+        return "FUSED_LORA_PROGRAMS is off"
     if any(t is not None and t.__class__ not in PLAIN for t in inputs):
         kinds = {type(t).__name__ for t in inputs if t is not None}
         return f"inputs of {', '.join(sorted(kinds))}"
@@ -159,16 +163,41 @@ class LoRAProgram(torch.autograd.Function):
             result, saved = program.forward(*inputs)
         ctx.program = program
         ctx.save_for_backward(*saved)
+        if not program.single:
+            ctx.set_materialize_grads(False)
         return result
 
     @staticmethod
     def backward(ctx: Any, *dys: Any) -> Any:
         """Its gradients."""
         refuse_double_backward()
-        saved = ctx.saved_tensors
+        program, saved = ctx.program, ctx.saved_tensors
         with _straight(_BELOW):
-            dys = [dy if dy.is_contiguous() else dy.contiguous() for dy in dys]
-            return ctx.program.backward(*dys, saved)
+            if program.single:
+                (dy,) = dys
+                return program.backward(dy if dy.is_contiguous() else dy.contiguous(), saved)
+            whole = zeros_for(dys, [out.shape for out in program.outputs])
+            grads = program.backward(*whole, saved)
+        return without_unused(program.operation, grads, dys)
+
+
+def zeros_for(dys: Sequence[Any], shapes: Sequence[Any]) -> list[Tensor]:
+    """The gradients of all outputs, contiguous; zeros for those that nobody used."""
+    like = next(dy for dy in dys if dy is not None)
+    return [
+        like.new_zeros(shape) if dy is None else dy.contiguous()
+        for dy, shape in zip(dys, shapes, strict=True)
+    ]
+
+
+def without_unused(operation: Any, grads: Sequence[Any], dys: Sequence[Any]) -> tuple[Any, ...]:
+    """None for what trains by outputs alone that nobody used; the node's own argument is first."""
+    kept = list(grads)
+    for i, dy in enumerate(dys):
+        if dy is None:
+            part = operation.of_output(i)
+            kept[1 + part.start : 1 + part.stop] = [None] * (part.stop - part.start)
+    return tuple(kept)
 
 
 apply = LoRAProgram.apply
@@ -210,6 +239,9 @@ class Interpreted(torch.autograd.Function):
             result, (tensors, note) = operation.forward(inputs, needs)
         ctx.meta = operation, needs, note
         ctx.save_for_backward(*tensors)
+        if not isinstance(result, Tensor):
+            ctx.set_materialize_grads(False)
+            ctx.shapes = [t.shape for t in result]
         return result
 
     @staticmethod
@@ -217,6 +249,9 @@ class Interpreted(torch.autograd.Function):
         """Its gradients, where asked for."""
         refuse_double_backward()
         operation, needs, note = ctx.meta
+        several = len(dys) > 1
         with without_autocast(ctx.device):
-            grads = operation.backward((ctx.saved_tensors, note), dys, needs)
-        return None, *(g if need else None for g, need in zip(grads, needs, strict=True))
+            given = zeros_for(dys, ctx.shapes) if several else dys
+            grads = operation.backward((ctx.saved_tensors, note), given, needs)
+        asked = [None, *(g if need else None for g, need in zip(grads, needs, strict=True))]
+        return without_unused(operation, asked, dys) if several else tuple(asked)

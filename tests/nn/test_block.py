@@ -20,6 +20,7 @@ from fused_lora.nn.block_parts import BLOCKS
 from fused_lora.nn.block_swap import Fused, kind
 from fused_lora.ops.chain.chain import Chain
 from fused_lora.ops.operand import RECOMPUTE
+from tests.observe import operations
 from tests.patching.models import VARIANTS, build, images, wake
 
 each_mode = pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -56,10 +57,7 @@ def assert_same(ours, theirs, rtol=1e-9, atol=1e-12):
 @pytest.fixture
 def chains(monkeypatch):
     """How often a chain was run: nothing here should pass by falling back."""
-    calls = []
-    run = Chain.apply
-    monkeypatch.setattr(Chain, "apply", lambda *args: calls.append(args[0]) or run(*args))
-    return calls
+    return operations(monkeypatch, Chain)
 
 
 @each_mode
@@ -68,7 +66,7 @@ def test_every_variant_in_float64(name, recompute, chains):
     base, fused = pair(VARIANTS[name], recompute)
     x = images(base)
     assert_same(outcome(fused, x), outcome(base, x))
-    halves = 2 * (2 if recompute == "gemm" and name != "qk-norm" else 3)
+    halves = 2 * (3 if name == "qk-norm" else 2)
     expected = {"post-norm": 2, "parallel things": 4, "CLIP": halves}.get(name, halves)
     assert len(chains) == expected, "a half fell back to its modules"
 
@@ -115,10 +113,10 @@ class TestFallsBack:
         self.check(*pair(lambda: build(proj_drop_rate=0.2)), chains, 0)
 
     def test_a_layer_scale_that_trains(self, chains):
-        self.check(*pair(VARIANTS["LayerScale"], trainable="ls2"), chains, 6)
+        self.check(*pair(VARIANTS["LayerScale"], trainable="ls2"), chains, 4)
 
     def test_a_norm_that_trains_is_fused_all_the_same(self, chains):
-        self.check(*pair(trainable=["norm1", "bias"]), chains, 6)
+        self.check(*pair(trainable=["norm1", "bias"]), chains, 4)
 
     def test_one_projection_without_adapters(self, chains):
         self.check(*pair(targets=["q", "v", "fc1", "fc2"]), chains, 2)
@@ -137,7 +135,7 @@ class TestFallsBack:
         with fused_lora.disable(base), fused_lora.disable(fused):
             torch.testing.assert_close(fused(x), base(x))
         assert not chains
-        self.check(base, fused, chains, 6)
+        self.check(base, fused, chains, 4)
 
     @pytest.mark.parametrize("where", ["mlp.act", "attn.qkv", "norm1", "attn", "mlp"])
     @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
@@ -175,7 +173,7 @@ class TestFallsBack:
             torch.testing.assert_close(fused(x), base(x))
         with torch.inference_mode():
             torch.testing.assert_close(fused(x), base(x))
-        assert not chains
+        assert len(chains) == 8
 
     def test_a_dtype_that_does_not_fit_fails_as_the_modules_do(self):
         _, fused = pair(dtype=torch.float32)

@@ -16,6 +16,7 @@ from fused_lora.bench.saved import SavedBytes
 from fused_lora.nn import FusedLoRALinear, FusedLoRASiblings
 from fused_lora.nn.scope import running
 from fused_lora.ops.lora_linear_many import LoRALinearMany
+from tests.observe import operations
 from tests.ops.plans import fix_plans
 
 
@@ -72,16 +73,29 @@ def same(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+class Counted:
+    """How many matrices each call had, as a list of numbers."""
+
+    def __init__(self, operations):
+        self.operations = operations
+
+    def __eq__(self, numbers):
+        return [len(each.frames) for each in self.operations] == numbers
+
+    def __bool__(self):
+        return bool(self.operations)
+
+    def __len__(self):
+        return len(self.operations)
+
+    def clear(self):
+        self.operations.clear()
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How many matrices each shared call had."""
-    found, run = [], LoRALinearMany.apply
-
-    def counted(x, frames, *rest):
-        found.append(len(frames))
-        return run(x, frames, *rest)
-
-    monkeypatch.setattr(LoRALinearMany, "apply", counted)
+    found = Counted(operations(monkeypatch, LoRALinearMany))
     yield found
     assert not running.scopes
 

@@ -8,9 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fused_lora.bench.saved import SavedBytes
-from fused_lora.ops.chain import linear
+from fused_lora.ops.chain import chain, linear
 from fused_lora.ops.chain.attention import packed, split
-from fused_lora.ops.chain.chain import Chain, composed
+from fused_lora.ops.chain.chain import composed
 from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
 from fused_lora.ops.lora_attention import lora_attention
 from fused_lora.ops.lora_mlp import lora_mlp
@@ -162,13 +162,13 @@ def test_composed_is_the_same(recompute, form, monkeypatch):
     options = {"gated": gated, "norm": norm(D), "around": True, "recompute": recompute}
     y = lora_mlp(x, fc1, fc2, activation, **options)
     seen = []
-    monkeypatch.setattr(
-        Chain,
-        "apply",
-        lambda recipe, residual, gamma, mask, source, *operands: (
-            seen.append(1) or composed(recipe, source, operands, residual, gamma, mask)
-        ),
-    )
+
+    def instead(operation, inputs):
+        source, residual, gamma, mask, *operands = inputs
+        seen.append(operation)
+        return composed(operation.recipe, source, operands, residual, gamma, mask)
+
+    monkeypatch.setattr(chain, "call", instead)
     same(y, lora_mlp(x, fc1, fc2, activation, **options), (x, fc1, fc2))
     assert seen
 
@@ -233,7 +233,8 @@ class TestRoom:
 
     @pytest.fixture(autouse=True)
     def one_gemm(self, monkeypatch):
-        """Whatever this machine's ceilings are."""
+        """Whatever this machine's ceilings are, and call by call as the operation is written."""
+        monkeypatch.setenv("FUSED_LORA_PROGRAMS", "0")
         plan = Plan(Forward.BORDERED, Forward.SEPARATE, Gradient.RANK, Keep.HIDDEN)
         monkeypatch.setattr(linear, "call_plan", lambda *_, **__: plan)
 
