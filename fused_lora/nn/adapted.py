@@ -27,7 +27,7 @@ from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
 from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.sharded import is_sharded
-from fused_lora.programs.run import Memo, program_of, run, signature
+from fused_lora.programs.run import Memo, program_of, run
 from fused_lora.types import Span
 
 Self = TypeVar("Self", bound="AdaptedLinear")
@@ -239,15 +239,19 @@ class AdaptedLinear(WithVariants):
         own = self.__dict__
         memo = own.get("_memo") or self._new_memo()
         inputs = (x, *self._inputs())
-        key = (self._state(), *signature(inputs))
-        last, operation, program = memo.last
-        if last != key:
+        key, operation, program = memo.recall(self._state(), inputs, self.owns)
+        if program is None:
             operation, program = self._choose(inputs)
-            memo.last = key, operation, program
+            memo.keep(key, operation, program)
         return self._as_written(x) if operation is None else run(program, operation, inputs)
 
     def _new_memo(self) -> Memo:
         return self.__dict__.setdefault("_memo", Memo())
+
+    @property
+    def owns(self) -> bool:
+        """Whether a and b that the forward computes with are parameters of its own, whole."""
+        return self._names is not None and not (self._lent or self._narrowed)
 
     def _inputs(self) -> tuple[Tensor | None, ...]:
         """weight, bias, every a and every b that the forward computes with."""
@@ -275,9 +279,9 @@ class AdaptedLinear(WithVariants):
         )
 
     def _choose(self, inputs: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
-        """The operation that the forward is, and its program; (None, None) where it is several."""
-        if self.why_several():
-            return None, None
+        """The operation that the forward is, and its program; (None, why) where it is several."""
+        if reason := self.why_several():
+            return None, reason
         x, w, bias, *ab = inputs
         groups = len(self._used)
         given = (x, w, bias, ab[:groups], ab[groups:])

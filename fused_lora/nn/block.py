@@ -28,6 +28,7 @@ from fused_lora.ops.lora_attention import kernel_for
 from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.lora_mlp import asked as mlp_asked
 from fused_lora.ops.lora_residual import lora_residual
+from fused_lora.programs.run import attention_settings
 
 
 class FusedLoRABlock(Fused):
@@ -88,7 +89,7 @@ class AttentionHalf(Half):
         """As the block says."""
         return why_not_attention_half(block)
 
-    def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any]:
+    def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any, bool]:
         """See ``Half``."""
         own = block.__dict__
         around = own["_modules"]
@@ -101,12 +102,13 @@ class AttentionHalf(Half):
             *(own["_recompute"], norm["eps"], norm["normalized_shape"], attn["num_heads"]),
             *(attn["fused_attn"], attn["training"], inside["attn_drop"].__dict__["p"]),
             *(inside["proj_drop"].__dict__["p"], inside["proj_drop"].__dict__["training"], drops),
-            *(qkv._state(), proj._state()),
+            *(qkv._state(), proj._state(), attention_settings()),
         )
         vectors = norm["_parameters"]
         gamma = scale["_parameters"].get("gamma")
         before = [x, None, gamma, None, vectors["weight"], vectors["bias"]]
-        return state, [*before, *qkv._inputs(), *proj._inputs()], drop if drops else None
+        inputs = [*before, *qkv._inputs(), *proj._inputs()]
+        return state, inputs, drop if drops else None, qkv.owns and proj.owns
 
     def choose(self, block: Any, x: Tensor) -> Any:
         """One chain where torch's attention takes part in it."""
@@ -143,18 +145,18 @@ class MlpHalf(Half):
         """As the block says."""
         return why_not_mlp_half(block)
 
-    def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any]:
+    def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any, bool]:
         """See ``Half``."""
         own = block.__dict__
         around = own["_modules"]
         norm, scale, drop = around["norm2"].__dict__, around["ls2"].__dict__, around["drop_path2"]
         drops = drop.__dict__.get("drop_prob") if drop.training else None
-        state, operands = mlp_state(around["mlp"])
+        state, operands, held = mlp_state(around["mlp"])
         state = (own["_recompute"], norm["eps"], norm["normalized_shape"], drops, *state)
         vectors = norm["_parameters"]
         gamma = scale["_parameters"].get("gamma")
         before = [x, None, gamma, None, vectors["weight"], vectors["bias"]]
-        return state, before + operands, drop if drops else None
+        return state, before + operands, drop if drops else None, held
 
     def choose(self, block: Any, x: Tensor) -> Any:
         """One chain."""

@@ -51,10 +51,10 @@ class WholeMlp(Half):
         """See ``Half``."""
         return why_not_mlp(mlp)
 
-    def gather(self, mlp: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any]:
+    def gather(self, mlp: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any, bool]:
         """See ``Half``."""
-        state, operands = mlp_state(mlp)
-        return (mlp.__dict__["_recompute"], *state), [x, None, None, None, *operands], None
+        state, operands, held = mlp_state(mlp)
+        return (mlp.__dict__["_recompute"], *state), [x, None, None, None, *operands], None, held
 
     def choose(self, mlp: Any, x: Tensor) -> Any:
         """One chain, where x is in the dtype that it computes in."""
@@ -72,19 +72,22 @@ class WholeMlp(Half):
         return mlp.plain.forward(mlp, x)  # type: ignore[no-any-return]
 
 
-def mlp_state(mlp: Any) -> tuple[tuple[Any, ...], list[Any]]:
-    """What beside tensors decides how ``mlp`` computes, and the operands of its projections."""
+def mlp_state(mlp: Any) -> tuple[tuple[Any, ...], list[Any], bool]:
+    """What beside tensors decides how ``mlp`` computes, the operands of its projections, and
+    whether all of these are its own."""
     inside, own = mlp.__dict__["_modules"], mlp.__dict__
     drops = inside["drop1"].__dict__, inside["drop2"].__dict__
     state = [own.get("gate_last"), inside["act"].__dict__.get("approximate")]
     for drop in drops:
         state += [drop["training"], drop["p"]]
     operands: list[Any] = []
+    held = True
     for name in ("fc1_g", "fc1_x", "fc2") if "fc1_g" in inside else ("fc1", "fc2"):
         linear = inside[name]
         state.append(linear._state())
         operands += linear._inputs()
-    return tuple(state), operands
+        held = held and linear.owns
+    return tuple(state), operands, held
 
 
 def linears(mlp: Any) -> Iterator[Any]:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fused_lora.nn import block_parts as parts
 from fused_lora.nn.watch import Watch
-from fused_lora.programs.run import Memo, program_of, run, signature
+from fused_lora.programs.run import Memo, program_of, run
 
-NOTHING = (None, None, None)
+NOTHING = (None,) * 5
 MASK = 3  # where drop path's factor stands among the inputs of a chain
 
 
@@ -31,22 +31,22 @@ class Half(Memo):
             if self.why_not(block):
                 return self.by_modules(block, x)
             self.watch, self.last = Watch(self.watched(block)), NOTHING
-        state, inputs, drop = self.gather(block, x)
-        key = (state, *signature(inputs))
-        last, operation, program = self.last
-        if last != key:
+        state, inputs, drop, held = self.gather(block, x)
+        key, operation, program = self.recall(state, inputs, held)
+        known = program is not None
+        if not known:
             if self.why_not(block) or parts.why_not_input(x, inputs[-1]):
                 self.watch = None
                 return self.by_modules(block, x)
             operation = self.choose(block, x)
         if operation is None:
-            self.last = key, None, None
+            self.keep(key, None, "several operations")
             return self.by_parts(block, x)
         if drop is not None:
             inputs[MASK] = parts.mask_of(drop, x, inputs[2])
-        if last != key:
+        if not known:
             program = program_of(operation, inputs)
-            self.last = key, operation, program
+            self.keep(key, operation, program)
         return run(program, operation, inputs)  # type: ignore[no-any-return]
 
     def watched(self, block: Any) -> Sequence[nn.Module]:
@@ -57,8 +57,9 @@ class Half(Memo):
         """One sentence why the half goes through its modules at present."""
         raise NotImplementedError
 
-    def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any]:
-        """What beside tensors decides, the inputs of the chain, and the drop path to draw from."""
+    def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any, bool]:
+        """What beside tensors decides, the inputs of the chain, the drop path to draw from, and
+        whether the inputs behind x are held by their modules."""
         raise NotImplementedError
 
     def choose(self, block: Any, x: Tensor) -> Any:

@@ -61,7 +61,8 @@ class Program:
     calls: list[Call]  # forward
     calls_back: list[Call]
     saved: list[Value]
-    inputs: list[Value | None]
+    inputs: list[Value]
+    present: list[int]  # which of the operation's inputs are there; the functions take no others
     outputs: list[Value]
     single: bool  # whether it gives one tensor and no tuple
     text: str  # of both functions
@@ -86,7 +87,7 @@ def build(operation: Operation, given: Sequence[Given | None]) -> Program:
             None if g is None else recorder.input(g.shape, g.stride, g.dtype, g.device)
             for g in given
         ]
-        inputs = [None if fake is None else recorder.value(fake) for fake in fakes]
+        inputs = [recorder.value(fake) for fake in fakes if fake is not None]
         result, saved = operation.forward(fakes, needs)
         results = [result] if isinstance(result, Tensor) else list(result)
         outputs = [recorder.known(t) for t in results]
@@ -97,7 +98,8 @@ def build(operation: Operation, given: Sequence[Given | None]) -> Program:
         grads = operation.backward(saved, dys, needs)
         found = [
             recorder.known(grad) if need and grad is not None else None
-            for grad, need in zip(grads, needs, strict=True)
+            for grad, need, each in zip(grads, needs, given, strict=True)
+            if each is not None
         ]
     calls = recorder.calls
     return _both(
@@ -113,7 +115,7 @@ def _forward_only(
     operation: Operation,
     given: Sequence[Given | None],
     calls: list[Call],
-    inputs: list[Value | None],
+    inputs: list[Value],
     outputs: list[Value],
     result: Any,
 ) -> Program:
@@ -121,17 +123,18 @@ def _forward_only(
     calls, stands = emit.merged_views(emit.needed(calls, outputs))
     outputs = [stands.get(value, value) for value in outputs]
     returned = _tuple(outputs) if not single else outputs[0].name
-    text = emit.function("forward", calls, _named(inputs), returned, outputs, names)
+    text = emit.function("forward", calls, inputs, returned, outputs, names)
     forward = _compiled(text, names)["forward"]
-    given = tuple(given)
-    return Program(operation, given, calls, [], [], inputs, outputs, single, text, forward, None)
+    present = [i for i, each in enumerate(given) if each is not None]
+    ends = (inputs, present, outputs, single)
+    return Program(operation, tuple(given), calls, [], [], *ends, text, forward, None)
 
 
 def _both(
     operation: Operation,
     given: tuple[Given | None, ...],
     calls: tuple[list[Call], list[Call]],
-    ends: tuple[list[Value | None], list[Value], list[Value], list[Value | None]],
+    ends: tuple[list[Value], list[Value], list[Value], list[Value | None]],
     single: bool,
 ) -> Program:
     (ahead, back), (inputs, outputs, dys, grads) = calls, ends
@@ -149,9 +152,7 @@ def _both(
     saved_here = [stands.get(value, value) for value in saved]
     outputs = [stands.get(value, value) for value in outputs]
     returned = f"{outputs[0].name if single else _tuple(outputs)}, {_tuple(saved_here)}"
-    text = emit.function(
-        "forward", forward, _named(inputs), returned, [*outputs, *saved_here], names
-    )
+    text = emit.function("forward", forward, inputs, returned, [*outputs, *saved_here], names)
     # the node's own argument, the program, gets no gradient
     gives = ", ".join(["None", *("None" if grad is None else grad.name for grad in grads)])
     text += "\n\n" + emit.function("backward", back, dys, gives, wanted, names, [("saved", saved)])
@@ -163,6 +164,7 @@ def _both(
         back,
         saved_here,
         inputs,
+        [i for i, each in enumerate(given) if each is not None],
         outputs,
         single,
         text,
@@ -171,9 +173,9 @@ def _both(
     )
 
 
-def _views_of_inputs(calls: Sequence[Call], inputs: Sequence[Value | None]) -> list[Call]:
+def _views_of_inputs(calls: Sequence[Call], inputs: Sequence[Value]) -> list[Call]:
     """The calls that take views of inputs, and views of those."""
-    of_inputs = {id(value) for value in inputs if value is not None}
+    of_inputs = {id(value) for value in inputs}
     found = []
     for call in calls:
         if call.view and all(id(value) in of_inputs for value in call.reads):
@@ -186,17 +188,6 @@ def _compiled(text: str, names: emit.Names) -> dict[str, Any]:
     scope = dict(names.globals)
     exec(compile(text, "<fused_lora program>", "exec"), scope)
     return scope
-
-
-def _named(inputs: Sequence[Value | None]) -> list[Any]:
-    return [_Unused(i) if value is None else value for i, value in enumerate(inputs)]
-
-
-class _Unused:
-    """An input that is not there."""
-
-    def __init__(self, i: int) -> None:
-        self.name = f"absent{i}"
 
 
 def _tuple(values: Sequence[Value]) -> str:

@@ -38,16 +38,55 @@ _programs: dict[Any, Program | str] = {}
 _lock = threading.Lock()
 
 
+_address = Tensor.data_ptr
+_trains = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
 class Memo:
-    """The last signature seen at one place that calls, with its operation and its program."""
+    """The last call at one place, by what decided it, with its operation and its program.
+
+    Its tensors are first compared as objects, by address and by whether they train: nothing else
+    can have changed of a parameter that is the same in these. Where they differ, as under FSDP,
+    sizes and types are compared.
+    """
 
     __slots__ = ("last",)
 
     def __init__(self) -> None:
-        self.last: tuple[Any, Any, Any] = (None, None, None)  # one assignment: threads may share it
+        # quick key, full key, operation, program, and the tensors whose ids are in the first;
+        # one assignment, since threads may share it
+        self.last: tuple[Any, ...] = (None,) * 5
 
     def __reduce__(self) -> Any:  # a copy decides for itself
         return type(self), ()
+
+    def recall(self, state: Any, inputs: Sequence[Any], held: bool) -> tuple[Any, Any, Any]:
+        """The key of this call, the operation and the program of the last one if it had that key.
+
+        Args:
+            state: what beside the tensors decides.
+            inputs: x and the others, None where there is none.
+            held: whether the others are held by their module, so that they may be held here.
+        """
+        x, *rest = [t for t in inputs if t is not None]
+        now = settings(x.device.type)
+        facts = (x.__class__, x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+        quick = None
+        last = self.last
+        if held:
+            ids, places = [*map(id, rest)], [*map(_address, rest)]
+            quick = (state, now, facts, ids, places, [*map(_trains, rest)])
+            if quick == last[0]:
+                return last[1], last[2], last[3]
+        full = (state, now, facts, described(inputs))
+        if full != last[1]:
+            return full, None, None
+        self.last = (quick, *last[1:4], rest if held else None)
+        return last[1:4]  # type: ignore[return-value]
+
+    def keep(self, key: Any, operation: Any, program: Any) -> None:
+        """From now on calls with this key are of this operation and program."""
+        self.last = (None, key, operation, program, None)
 
 
 def settings(kind: str) -> tuple[Any, ...]:
@@ -57,11 +96,12 @@ def settings(kind: str) -> tuple[Any, ...]:
         return (grad,)
     casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if kind != "cuda":
-        return grad, casts, torch.get_num_threads(), *_attention()
-    return grad, casts, torch.backends.cuda.matmul.fp32_precision, *_attention()
+        return grad, casts, torch.get_num_threads()
+    return grad, casts, torch.backends.cuda.matmul.fp32_precision
 
 
-def _attention() -> tuple[bool, ...]:
+def attention_settings() -> tuple[bool, ...]:
+    """What decides which of torch's attentions is right."""
     return (
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),
@@ -70,17 +110,12 @@ def _attention() -> tuple[bool, ...]:
     )
 
 
-def signature(inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """What ``inputs`` are beside their numbers, under torch's present settings; x comes first."""
-    return (
-        *settings(inputs[0].device.type),
-        *[
-            t
-            if t is None
-            else (t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
-            for t in inputs
-        ],
-    )
+def described(inputs: Sequence[Any]) -> list[Any]:
+    """What ``inputs`` are beside their numbers."""
+    return [
+        t if t is None else (t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+        for t in inputs
+    ]
 
 
 def call(operation: Operation, inputs: Sequence[Any]) -> Any:
@@ -90,7 +125,7 @@ def call(operation: Operation, inputs: Sequence[Any]) -> Any:
 
 def program_of(operation: Operation, inputs: Sequence[Any]) -> Program | str:
     """The program of ``operation`` on such inputs, or a sentence why there is none."""
-    key = (operation, *signature(inputs))
+    key = (operation, settings(inputs[0].device.type), tuple(described(inputs)))
     return _programs.get(key) or find(key, operation, inputs)
 
 
@@ -98,10 +133,11 @@ def run(program: Any, operation: Operation, inputs: Sequence[Any]) -> Any:
     """``inputs`` through ``program``; through the operation itself where there is none."""
     if program.__class__ is str:
         return interpret(operation, inputs)
+    present = [t for t in inputs if t is not None]
     if program.backward is not None:
-        return apply(program, *inputs)
+        return apply(program, *present)
     with _straight(_BELOW):
-        return program.forward(*inputs)
+        return program.forward(*present)
 
 
 def find(key: Any, operation: Operation, inputs: Sequence[Any]) -> Program | str:
@@ -178,7 +214,7 @@ class LoRAProgram(torch.autograd.Function):
                 return program.backward(dy if dy.is_contiguous() else dy.contiguous(), saved)
             whole = zeros_for(dys, [out.shape for out in program.outputs])
             grads = program.backward(*whole, saved)
-        return without_unused(program.operation, grads, dys)
+        return without_unused(program.operation, grads, dys, program.present)
 
 
 def zeros_for(dys: Sequence[Any], shapes: Sequence[Any]) -> list[Tensor]:
@@ -190,14 +226,17 @@ def zeros_for(dys: Sequence[Any], shapes: Sequence[Any]) -> list[Tensor]:
     ]
 
 
-def without_unused(operation: Any, grads: Sequence[Any], dys: Sequence[Any]) -> tuple[Any, ...]:
-    """None for what trains by outputs alone that nobody used; the node's own argument is first."""
-    kept = list(grads)
-    for i, dy in enumerate(dys):
-        if dy is None:
-            part = operation.of_output(i)
-            kept[1 + part.start : 1 + part.stop] = [None] * (part.stop - part.start)
-    return tuple(kept)
+def without_unused(
+    operation: Any, grads: Sequence[Any], dys: Sequence[Any], present: Sequence[int]
+) -> tuple[Any, ...]:
+    """None for what trains by outputs alone that nobody used.
+
+    ``grads`` are first of the node's own argument, then of the inputs at ``present``.
+    """
+    unused = [operation.of_output(i) for i, dy in enumerate(dys) if dy is None]
+    drops = {place for part in unused for place in range(part.start, part.stop)}
+    own = (None if at in drops else grad for at, grad in zip(present, grads[1:], strict=True))
+    return None, *own
 
 
 apply = LoRAProgram.apply
@@ -254,4 +293,5 @@ class Interpreted(torch.autograd.Function):
             given = zeros_for(dys, ctx.shapes) if several else dys
             grads = operation.backward((ctx.saved_tensors, note), given, needs)
         asked = [None, *(g if need else None for g, need in zip(grads, needs, strict=True))]
-        return without_unused(operation, asked, dys) if several else tuple(asked)
+        places = range(len(needs))
+        return without_unused(operation, asked, dys, places) if several else tuple(asked)
