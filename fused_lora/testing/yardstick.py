@@ -4,8 +4,9 @@
 
 Errors are relative to the float64 truth. The rule holds in the Frobenius norm, and for the worst
 element, where an error is relative to the element or, if that is larger, to the root mean square of
-all: in 16 bits one wrong element among thousands is nothing to the norm. The band is the dtype's
-epsilon: what one rounding of every element may cost where plain torch happens to make none.
+all: in 16 bits one wrong element among thousands is nothing to the norm.
+The band is the dtype's epsilon: what one rounding of every element may cost where plain torch
+happens to make none.
 
 One run of plain torch may be lucky. Where few sums decide, its error is the worst of several runs
 that add in other orders, as ``in_every_order`` makes them on any machine.
@@ -14,7 +15,7 @@ that add in other orders, as ``in_every_order`` makes them on any machine.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -24,7 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FACTOR = 2.0
-ELEMENT_BANDS = 2.0  # an element is rounded by up to one of them where all together are by half
+ACCUMULATED = 8.0  # epsilons of an accumulator by which one sum among thousands may be unlucky
+ROUNDED = 4.0  # bands of an element whose products round both operands, h on the way among them
 LEAST = 1e-300  # of what an error is divided by
 
 T = TypeVar("T")
@@ -100,13 +102,37 @@ def judge(
         floor: the norm below which ``truth`` is rounding noise.
     """
     runs = [plain] if isinstance(plain, Tensor) else list(plain)
-    band = torch.finfo(dtype).eps if band is None else band
+    own = torch.finfo(dtype).eps
+    bands = (own, own) if band is None else (band, ROUNDED * band)
     theirs = max(error(run, truth, floor) for run in runs)
-    whole = Verdict(name, error(ours, truth, floor), theirs, FACTOR * theirs + band)
+    whole = Verdict(name, error(ours, truth, floor), theirs, FACTOR * theirs + bands[0])
     theirs = max(worst_element(run, truth, floor) for run in runs)
-    budget = FACTOR * theirs + ELEMENT_BANDS * band
+    sums = torch.finfo(dtype if dtype.itemsize >= 4 else torch.float32).eps
+    budget = FACTOR * theirs + bands[1] + ACCUMULATED * sums
     mine = worst_element(ours, truth, floor)
     return worst([whole, Verdict(f"the worst element of {name}", mine, theirs, budget)])
+
+
+def judge_all(
+    ours: Mapping[str, Tensor] | Sequence[Tensor],
+    plain: Sequence[Mapping[str, Tensor] | Sequence[Tensor]],
+    truth: Mapping[str, Tensor] | Sequence[Tensor],
+    dtype: torch.dtype,
+    band: float | None = None,
+) -> Verdict:
+    """The worst verdict on several quantities, by name or in order; ``plain`` is several runs."""
+    mine, right, runs = _named(ours), _named(truth), [_named(run) for run in plain]
+    assert all(mine.keys() <= other.keys() for other in (right, *runs)), (mine.keys(), right.keys())
+    return worst(
+        judge(name, value, [run[name] for run in runs], right[name], dtype, band)
+        for name, value in mine.items()
+    )
+
+
+def _named(values: Mapping[str, Tensor] | Sequence[Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(values, Mapping):
+        return values
+    return {f"quantity {i}": value for i, value in enumerate(values)}
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
@@ -147,11 +173,12 @@ def in_every_order(compute: Callable[[], T]) -> list[T]:
 
 
 def _backwards(count: int) -> Tensor:
-    return torch.arange(count - 1, -1, -1)
+    return torch.arange(count).flip(0)
 
 
 def _every_other_first(count: int) -> Tensor:
-    return torch.cat((torch.arange(0, count, 2), torch.arange(1, count, 2)))
+    every = torch.arange(count)
+    return torch.cat((every[::2], every[1::2]))
 
 
 _aten = torch.ops.aten
@@ -163,15 +190,20 @@ _PRODUCTS = {  # operation: where its factors are
     _aten.addmm_.default: 1,
     _aten.baddbmm_.default: 1,
 }
+_CONVOLUTION = _aten.convolution.default
 _OF_PRODUCTS = (_aten.linear.default, _aten.matmul.default, _aten.einsum.default)
 
 
 class _Reordered(TorchDispatchMode):
-    """Every matrix product sums over its inner dimension in another order."""
+    """Every matrix product sums over its inner dimension in another order, and convolutions."""
 
     def __init__(self, order: Callable[[int], Tensor]) -> None:
         super().__init__()
         self.order = order
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # skipping would import torch's compiler, seconds of a first use
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -185,4 +217,7 @@ class _Reordered(TorchDispatchMode):
             index = self.order(left.shape[-1]).to(left.device)
             left, right = left.index_select(-1, index), right.index_select(-2, index)
             args = (*args[:at], left, right, *args[at + 2 :])
+        elif func is _CONVOLUTION and not args[6] and args[8] == 1:  # of one group, forward
+            index = self.order(args[0].shape[1]).to(args[0].device)
+            args = (*(t.index_select(1, index) for t in args[:2]), *args[2:])
         return func(*args, **kwargs)

@@ -100,7 +100,7 @@ def _operands(
     low = torch.float32 if shape.wide else dtype
     a = [draw(s.rank, k, k**-0.5, low) for s in shape.spans]
     b = [draw(s.rank, s.width, s.rank**-0.5, low).t() for s in shape.spans]
-    scales = [(0.5, 1.0, 2.0)[g % 3] for g in range(len(a))]  # of one adapter, 1 would not be missed
+    scales = [(0.5, 1.0, 2.0)[g % 3] for g in range(len(a))]  # of one adapter not 1
     bias = draw(1, n, 1.0, dtype)[0] if shape.bias else None
     x, dy = draw(m, k, 1.0, dtype, inside), draw(m, n, 1.0, dtype, inside)
     w = draw(*((n, k) if shape.frozen else (0, 0)), k**-0.5, dtype)

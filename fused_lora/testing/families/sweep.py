@@ -29,7 +29,7 @@ LIBRARIES: dict[str, ModuleType] = {
 }
 RANK = 2
 EXACT = 1e-7  # in float64; some models compute positions in fp32 all the same
-NOISE = 1e-8  # of the largest gradient: a norm below it is rounding, of what is nothing in exact terms
+NOISE = 1e-8  # of the largest gradient: a smaller norm is the rounding of an exact zero
 
 
 @dataclass(frozen=True)
