@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fused_lora.kernels.cuda.lora_extended import Tile
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape
-from fused_lora.kernels.triton.launches import Launch
+from fused_lora.kernels.triton import spills
+from fused_lora.kernels.triton.launches import Launch, stand_in
 from fused_lora.testing.yardstick import Verdict as Comparison
 from fused_lora.testing.yardstick import in_every_order
 from fused_lora.trust import cuda_checks, triton_checks, triton_partners
@@ -44,10 +45,23 @@ class Checked:
     shapes: Sequence[Shape] = SHAPES  # of the problems
     equations: Callable[[Operands], Named] = equations
     exact: bool = False  # whether small integers make every result exact
+    launch: Launch | None = None  # of Triton
 
     def check(self, device: torch.device) -> Verdict:
-        """The verdict of ``device``, found now."""
-        return check(self._comparisons, DTYPES[self.subject.dtype], device)
+        """The verdict of ``device``, found now: of the tile that serves, should this one spill."""
+        found = check(self._comparisons, DTYPES[self.subject.dtype], device)
+        other = self._instead(found, device)
+        return found if other is None else other.check(device)
+
+    def _instead(self, found: Verdict, device: torch.device) -> Checked | None:
+        """What stands in for a launch that spilled, or found no room on the chip, in its check."""
+        if self.launch is None:
+            return None
+        (kernel, tile), dtype = self.launch, DTYPES[self.subject.dtype]
+        if found.said.startswith("OutOfResources"):
+            spills.remember(kernel, tile, spills.precision(dtype), device, spills.TOO_LARGE)
+        other = stand_in(kernel, tile, dtype, device)
+        return None if other == tile else of_launch(Launch(kernel, other), self.subject.dtype)
 
     def _comparisons(self, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison | str]:
         band = TF32_BAND if self.subject.dtype == "tf32" else None
@@ -72,7 +86,7 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
     shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
     truth = partial(equations, kernel=launch.kernel)
     run, exact = partial(triton_checks.run, launch), launch.kernel in EXACT
-    return Checked(subject, run, noisy, shapes, truth, exact)
+    return Checked(subject, run, noisy, shapes, truth, exact, launch)
 
 
 def of_compiled_merge(dtype: str) -> Checked:
