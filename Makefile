@@ -1,19 +1,22 @@
-# Everything runs in .venv, made here by $(PYTHON) 3.10 or newer. A change of what is installed or
+# Everything runs in .venv, made here by $(PYTHON) 3.10 or newer; another PYTHON has a folder of its
+# own, so that `make test PYTHON=python3.13` stands beside it. A change of what is installed or
 # compiled (see SOURCES) installs again; a change of Python code does not need to.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal --durations 10
 BENCH_ARGS ?=
 TRITON ?= 3.6
 
-VENV := .venv
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OTHER_TRITON := build/triton-$(patsubst %.*,%,$(TRITON))
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_support/*.py csrc/*.* csrc/*/*.*)
 CPP := $(wildcard csrc/*.* csrc/*/*.*) $(shell find tests -name "*.cpp" -o -name "*.h")
+KERNELS := tests/kernels/cuda tests/kernels/triton
 
-.PHONY: venv install bench families test test-triton lint format wheel clean
+.PHONY: venv install bench families test test-slow test-kernels test-triton test-all
+.PHONY: lint format wheel clean
 
 venv: $(BIN)/python
 
@@ -23,14 +26,17 @@ $(BIN)/python:
 
 install: $(VENV)/.installed
 
+# The package with the compiled module for every architecture.
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	$(PIP) install --no-compile --editable .
 	touch $@
 
-# What an extra asks for, on top of the package.
+# What an extra asks for, on top of the package; compiled for the GPUs of this machine alone.
+$(VENV)/.installed-%: export FUSED_LORA_NATIVE ?= here
 $(VENV)/.installed-%: $(SOURCES) | $(BIN)/python
+	@$(BIN)/python -m build_support.here
 	$(PIP) install --no-compile --editable ".[$*]"
-	touch $@ $(VENV)/.installed
+	touch $@
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/fused-lora bench $(BENCH_ARGS)
@@ -39,9 +45,21 @@ families: $(VENV)/.installed-test
 	$(BIN)/python -m fused_lora.testing.families.table docs/families.md
 
 # A process per core, each with one thread.
-test test-triton: export OMP_NUM_THREADS ?= 1
+test test-slow test-kernels test-triton test-all: export OMP_NUM_THREADS ?= 1
+
+# What a user asks: parity, gradients, patching, files, stacks, distillation on tiny data.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow" $(KERNELS:%=--ignore=%)
+
+# The same at more sizes, and whole scripts.
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow $(KERNELS:%=--ignore=%)
+
+# Every kernel without a GPU: compiled for every architecture, interpreted, emulated.
+test-kernels: $(VENV)/.installed-test $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(KERNELS)
+
+test-all: test test-slow test-kernels
 
 # Triton's kernels compiled and interpreted by another version: make test-triton TRITON=3.6
 test-triton: $(VENV)/.installed-test $(OTHER_TRITON)/.installed
@@ -69,5 +87,5 @@ wheel: $(BIN)/python
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fused_lora/_native*.so
+	rm -rf .venv .venv-* build dist *.egg-info fused_lora/_native*.so
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -14,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 from build_support.archs import DEFAULT, cmake_archs, known_to
+from build_support.here import gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "fused_lora._native"
@@ -31,7 +32,12 @@ def wanted_archs(nvcc: str) -> list[str]:
     if asked := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         return cmake_archs(asked)
     listed = run([nvcc, "--list-gpu-arch"], stdout=subprocess.PIPE, text=True).stdout
-    return known_to(listed, cmake_archs(DEFAULT))
+    return known_to(listed, cmake_archs(";".join(_here()) or DEFAULT))
+
+
+def _here() -> list[str]:
+    """The GPUs of this machine, where nothing else is asked for."""
+    return gpus() if os.environ.get("FUSED_LORA_NATIVE", "").strip() == "here" else []
 
 
 def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -46,10 +52,12 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
 def native_extensions() -> list[Extension]:
     """The compiled module, or nothing and a printed reason, as FUSED_LORA_NATIVE says."""
     asked = os.environ.get("FUSED_LORA_NATIVE", "").strip()
-    if asked not in {"", "0", "1"}:
-        raise SystemExit(f"FUSED_LORA_NATIVE is {asked!r}; it may be 0, 1 or unset")
+    if asked not in {"", "0", "1", "here"}:
+        raise SystemExit(f"FUSED_LORA_NATIVE is {asked!r}; it may be 0, 1, here or unset")
     if asked == "0":
         return _pure_python("FUSED_LORA_NATIVE=0")
+    if asked == "here" and not os.environ.get("TORCH_CUDA_ARCH_LIST") and not gpus():
+        return _pure_python("FUSED_LORA_NATIVE=here, and nvidia-smi lists no GPU")
     if find_nvcc() is None:
         reason = f"nvcc is not in CUDA_HOME ({os.environ.get('CUDA_HOME', 'unset')}) nor on PATH"
         if asked == "1":

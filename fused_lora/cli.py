@@ -128,7 +128,7 @@ def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _run_selftest(args: argparse.Namespace) -> int:
-    from fused_lora.trust.selftest import DTYPES, selftest, summary
+    from fused_lora.trust.selftest import DTYPES, passed_over, selftest, summary
 
     if args.json and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json: no folder {str(args.json.parent)!r}")
@@ -137,6 +137,8 @@ def _run_selftest(args: argparse.Namespace) -> int:
     if args.json:
         rows = "".join(json.dumps(result.row()) + "\n" for result in results)
         args.json.write_text(rows, encoding="utf-8")
+    for line in passed_over(args.device):
+        print(line)
     print(summary(results, args.device or "this device"))
     return 1 if any(result.word == "FAILED" for result in results) else 0
 

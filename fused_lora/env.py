@@ -8,8 +8,8 @@ from pathlib import Path
 
 VARIABLES: dict[str, str] = {
     "FUSED_LORA_NATIVE": (
-        "build time: 0 skips the compiled module, 1 fails when it cannot be built; "
-        "unset builds if it can"
+        "build time: 0 skips the compiled module, 1 fails when it cannot be built, here builds "
+        "for the GPUs of this machine alone; unset builds for every architecture if it can"
     ),
     "FUSED_LORA_DISABLE_NATIVE": "run time: 1 acts as if the compiled module were not installed",
     "FUSED_LORA_CACHE_DIR": (

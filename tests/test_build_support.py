@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from build_support import here
 from build_support.archs import DEFAULT, cmake_archs, known_to
 
 cmake_build = pytest.importorskip("build_support.cmake_build", reason="setuptools is not installed")
@@ -66,6 +68,50 @@ def test_with_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("FUSED_LORA_NATIVE", asked)
         (extension,) = cmake_build.native_extensions()
         assert extension.optional is optional
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """An nvcc that knows every architecture, and an nvidia-smi that lists what is asked for."""
+    (tmp_path / "bin").mkdir()
+
+    def tool(name: str, said: str) -> None:
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+        path.chmod(0o755)
+
+    tool("nvcc", "compute_80\\ncompute_89\\ncompute_90\\ncompute_100\\ncompute_120\\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FUSED_LORA_NATIVE", "here")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return lambda *capabilities: tool("nvidia-smi", "\\n".join(capabilities))
+
+
+def test_native_here_builds_for_the_gpus_that_are_here(machine, monkeypatch) -> None:
+    machine("9.0", "9.0", "8.9")
+    assert here.gpus() == ["9.0a", "8.9"] and "9.0a;8.9 alone" in here.said()
+    (extension,) = cmake_build.native_extensions()
+    assert extension.optional
+    assert cmake_build.wanted_archs("nvcc") == ["90a-real", "89-real"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert cmake_build.wanted_archs("nvcc") == ["80-real"] and "for 8.0" in here.said()
+
+
+def test_native_here_builds_nothing_where_no_gpu_is(machine, monkeypatch, capsys) -> None:
+    machine()
+    assert cmake_build.native_extensions() == [] and "lists no GPU" in capsys.readouterr().err
+    assert "not built, since" in here.said()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert len(cmake_build.native_extensions()) == 1
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setenv("FUSED_LORA_NATIVE", "1")
+    assert cmake_build.wanted_archs("nvcc")[0] == "80-real"  # for every architecture
+
+
+def test_a_machine_without_nvidia_smi_has_no_gpu(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert here.gpus() == []
 
 
 def test_native_takes_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,12 @@ def script(page: Path) -> str:
     )
 
 
-@pytest.mark.parametrize("name", RUNNING)
+SLOW = ("variants.md", "migrating.md", "stacks.md")  # half a minute each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RUNNING]
+)
 def test_blocks_run(name: str, tmp_path: Path) -> None:
     if name == "migrating.md":
         pytest.importorskip("peft")

@@ -34,6 +34,7 @@ WITHOUT_TRITON = {
     "launch",
     "launches",
     "tiles",
+    "spills",
     "winners",
 }  # in that room, importable without
 LATE = {"triton", "timm", "transformers", "peft", "safetensors", "torchvision", "numpy"} | {

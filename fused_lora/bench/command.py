@@ -34,6 +34,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         return JOBS[options.suite](options, grid)
     rows, refusals = measure(options.suite, grid, options.device, options.rows, options.verbose)
     print(table.text(rows))
+    if memory := table.kept(rows):
+        print(memory)
     for refusal in refusals:
         print(f"refused: {refusal.contender} ({refusal.case}): {refusal.reason}", file=sys.stderr)
     options.out.write_text(page(rows, refusals), encoding="utf-8")

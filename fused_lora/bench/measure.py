@@ -69,7 +69,8 @@ def measure(
 def _cases(suite: str, grid: Grid) -> Iterator[Case]:
     for name in grid.models:
         batches = (1,) if name in grid.one_image else grid.batches
-        for batch, dtype, rank in product(batches, grid.dtypes, grid.ranks):
+        ranks = grid.ranks[:1] if name in grid.one_rank else grid.ranks
+        for batch, dtype, rank in product(batches, grid.dtypes, ranks):
             for mode, cache in product(grid.modes, grid.caches):
                 yield Case(suite, name, batch, SHAPES[name].tokens, rank, dtype, mode, cache)
 

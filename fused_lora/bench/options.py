@@ -100,6 +100,7 @@ def chosen(options: argparse.Namespace) -> Grid:
         "ranks": options.ranks,
         "batches": options.batch,
         "one_image": () if options.batch else None,
+        "one_rank": () if options.ranks else None,
         "dtypes": options.dtype,
         "contenders": options.contenders,
         "modes": options.mode,

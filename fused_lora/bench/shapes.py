@@ -32,6 +32,7 @@ class Grid:
     budget_s: float  # for all cases together; the minimum of rounds is run whatever it says
     modes: tuple[str, ...] = MODES[:1]
     caches: tuple[str, ...] = CACHES[:1]
+    one_rank: tuple[str, ...] = ()  # models given the first of ``ranks`` alone
 
 
 SHAPES = {
@@ -61,7 +62,8 @@ CPU_GRIDS = {
     "saved_bytes": _COUNTED,
     "sharing": Grid(_SMALL_BASE, (16,), (2,), ("fp32",), (), (), 60),
     "train_step": Grid(
-        _SMALL_BASE, (16, 128), (2,), ("fp32",), (*_STEP, *_BLOCK), _SMALL_BASE[1:], 100
+        *(_SMALL_BASE, (16, 256), (2, 8), ("fp32",), (*_STEP, *_BLOCK), _SMALL_BASE[1:], 60),
+        one_rank=_SMALL_BASE[1:],
     ),
     "wecolora_step": Grid(
         _SMALL_BASE[1:], (128,), (8,), ("fp32",), ("frozen", "naive", "peft", "fused"), (), 120

@@ -15,6 +15,16 @@ HEADS = (
 )
 
 
+KEPT = {  # the ways to train an adapter, and how blocks of this library recompute
+    "naive": "naive LoRA",
+    "peft": "PEFT",
+    "peft_checkpoint": "PEFT, checkpointed",
+    "fused": "linear level",
+    "fused_block": "elementwise",
+    "fused_block_gemm": "gemm",
+}
+
+
 def title(contender: str) -> str:
     """What a reader calls ``contender``; rows may outlive a registration."""
     known = CONTENDERS.get(contender)
@@ -64,6 +74,25 @@ def text(rows: Iterable[Row]) -> str:
         lines = [HEADS, *(cells(row) for row in group)]
         parts += [f"{case.suite}: {case}", *aligned(lines), ""]
     return "\n".join(parts)
+
+
+def kept(rows: Iterable[Row]) -> str:
+    """What each way keeps for backward, a line for each case; empty without naive LoRA."""
+    lines = []
+    for case, group in by_case(rows):
+        found = {row.contender: row.saved_bytes for row in group}
+        if "naive" in found and case.suite != "six_projections":
+            amounts = (found.get(name) for name in KEPT)
+            cells = (_beside(amount, found["naive"]) for amount in amounts)
+            lines.append((f"{case.suite}: {case}", *cells))
+    if not lines:
+        return ""
+    heads = ("kept for backward, MB (x naive LoRA)", *KEPT.values())
+    return "\n".join([*aligned([heads, *lines]), ""])
+
+
+def _beside(amount: int | None, naive: int) -> str:
+    return "-" if amount is None else f"{amount / 1e6:.0f} ({amount / naive:.2f})"
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

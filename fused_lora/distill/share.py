@@ -1,8 +1,7 @@
 """share_adapters: a student that computes with parts of its teacher's adapters.
 
 Block i of the student takes those of block g(i) of the teacher; of each adapter the first K_s
-inputs, the first N_s outputs (of each of q, k and v) and the first R ranks (SLAD, Bensaid et al.
-2026).
+inputs, the first N_s outputs (of each of q, k and v) and the first R ranks (SLAD, see slad.py).
 """
 
 from __future__ import annotations

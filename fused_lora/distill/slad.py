@@ -1,8 +1,9 @@
 """SLAD: teacher and student learn a task together, through the same adapters.
 
-Joint (Bensaid et al. 2026): one step with all three terms of ``slad_loss``. Its ablations run in
-two phases, first the teacher alone, then the student beside a teacher that stays: with LoRA on both
-but nothing shared, or with a teacher that was only probed.
+Joint ("Shared LoRA adapters for task specific distillation", arXiv 2605.29726, 2026): one step
+with all three terms of ``slad_loss``. Its ablations run in two phases, first the teacher alone,
+then the student beside a teacher that stays: with LoRA on both but nothing shared, or with a
+teacher that was only probed.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     kept blocks    i % reduction == 0                          T, S  [B, tokens, d]
     loss           mean |T - S|, T and S the last blocks' outputs before the final norm
 
-(Grosz et al. 2025, "Weight copy and low-rank adaptation for few-shot distillation of vision
-transformers".)
+Grigore, Georgescu, Alvarez Justo, Johansen, A. I. Ionescu and R. T. Ionescu, "Weight copy and
+low-rank adaptation for few-shot distillation of vision transformers", arXiv 2404.09326 (2024).
 """
 
 from __future__ import annotations

@@ -37,6 +37,9 @@ ALIGNED = (  # the first in rows of whole 16 bytes, for what reads by descriptor
 )
 
 
+RARE = 1.5  # deviations: one operand in seven is 1 or -1 in an exact problem, the others are 0
+
+
 @dataclass(frozen=True)
 class Operands:
     """Tensors of one problem in one dtype."""
@@ -60,12 +63,18 @@ class Operands:
 
 
 def problems(
-    dtype: torch.dtype, device: torch.device, shapes: Sequence[Shape] = SHAPES
+    dtype: torch.dtype,
+    device: torch.device,
+    shapes: Sequence[Shape] = SHAPES,
+    exact: bool = False,
 ) -> Iterator[Operands]:
-    """The operands of every shape; no random state but their own is touched."""
+    """The operands of every shape; no random state but their own is touched.
+
+    Of ``exact`` ones every product and sum is a small integer or half, which any dtype holds.
+    """
     generator = torch.Generator().manual_seed(20)
     for shape in shapes:
-        yield _operands(shape, dtype, device, generator)
+        yield _operands(shape, dtype, device, generator, exact)
 
 
 def of_rows(width: int) -> tuple[Shape, ...]:
@@ -76,17 +85,22 @@ def of_rows(width: int) -> tuple[Shape, ...]:
 
 
 def _operands(
-    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    exact: bool,
 ) -> Operands:
     def draw(rows: int, columns: int, std: float, to: torch.dtype, inside: int = 0) -> Tensor:
-        whole = torch.randn(rows, columns + inside, generator=generator) * std
+        whole = torch.randn(rows, columns + inside, generator=generator)
+        whole = whole.sign() * (whole.abs() > RARE) if exact else whole * std
         return whole.to(device, to)[:, :columns]
 
     m, k, n, inside = shape.m, shape.k, shape.n, shape.inside
     low = torch.float32 if shape.wide else dtype
     a = [draw(s.rank, k, k**-0.5, low) for s in shape.spans]
     b = [draw(s.rank, s.width, s.rank**-0.5, low).t() for s in shape.spans]
-    scales = [(1.0, 0.5, 2.0)[g % 3] for g in range(len(a))]
+    scales = [(0.5, 1.0, 2.0)[g % 3] for g in range(len(a))]  # of one adapter not 1
     bias = draw(1, n, 1.0, dtype)[0] if shape.bias else None
     x, dy = draw(m, k, 1.0, dtype, inside), draw(m, n, 1.0, dtype, inside)
     w = draw(*((n, k) if shape.frozen else (0, 0)), k**-0.5, dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.triton import available
+from fused_lora.kernels.triton import available, spills
 from fused_lora.trust.check import NotNow
 from fused_lora.trust.everything import everything
 from fused_lora.trust.subjects import DTYPES, Checked
@@ -65,17 +65,28 @@ def selftest(
     """
     if odd := [name for name in dtypes if name not in DTYPES]:
         raise ValueError(f"dtypes must be of {tuple(DTYPES)}, got {odd}")
-    here = torch.cuda.is_available()
-    target = torch.device(device or ("cuda" if here else "cpu"))
-    if target.type == "cuda" and not here:
-        raise ValueError(f"device {str(target)!r}: torch sees no CUDA device")
-    if target.type == "cuda" and target.index is None:
-        target = torch.device("cuda", torch.cuda.current_device())
+    target = _target(device)
     results = []
     for checked in everything(dtypes, target):
         results.append(_result(checked, target))
         tell(results[-1])
     return results
+
+
+def passed_over(device: torch.device | str | None = None) -> list[str]:
+    """A line for each tile that another stands in for on ``device``, since its kernel spills."""
+    known = spills.passed_over(_target(device))
+    return [f"  passed over: {name}: {reason}" for name, reason in known.items()]
+
+
+def _target(device: torch.device | str | None) -> torch.device:
+    here = torch.cuda.is_available()
+    target = torch.device(device or ("cuda" if here else "cpu"))
+    if target.type == "cuda" and not here:
+        raise ValueError(f"device {str(target)!r}: torch sees no CUDA device")
+    if target.type == "cuda" and target.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return target
 
 
 def _result(checked: Checked, device: torch.device) -> Result:

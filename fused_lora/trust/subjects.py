@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fused_lora.kernels.cuda.lora_extended import Tile
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape
-from fused_lora.kernels.triton.launches import Launch
+from fused_lora.kernels.triton import spills
+from fused_lora.kernels.triton.launches import Launch, stand_in
 from fused_lora.testing.yardstick import Verdict as Comparison
+from fused_lora.testing.yardstick import in_every_order
 from fused_lora.trust import cuda_checks, triton_checks, triton_partners
-from fused_lora.trust.check import check, compare
+from fused_lora.trust.check import check, compare, compare_exact
 from fused_lora.trust.equations import Named, equations, gradients
 from fused_lora.trust.problems import ALIGNED, SHAPES, Operands, Shape, of_rows, problems
 from fused_lora.trust.rounding import NOISE, stochastic
@@ -26,6 +28,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+EXACT = (  # products and sums alone
+    *("shrink", "extended", "one_pass", "grad", "merge", "merge_many"),
+    *("extended_scale", "extended_wide"),
+)
 TF32_BAND = 2.0**-10  # a library may form a small product in full precision where ours may round
 
 
@@ -38,18 +44,37 @@ class Checked:
     noisy: Callable[[Operands], Tensor] | None = None  # w' of stochastic rounding
     shapes: Sequence[Shape] = SHAPES  # of the problems
     equations: Callable[[Operands], Named] = equations
+    exact: bool = False  # whether small integers make every result exact
+    launch: Launch | None = None  # of Triton
 
     def check(self, device: torch.device) -> Verdict:
-        """The verdict of ``device``, found now."""
-        return check(self._comparisons, DTYPES[self.subject.dtype], device)
+        """The verdict of ``device``, found now: of the tile that serves, should this one spill."""
+        found = check(self._comparisons, DTYPES[self.subject.dtype], device)
+        other = self._instead(found, device)
+        return found if other is None else other.check(device)
+
+    def _instead(self, found: Verdict, device: torch.device) -> Checked | None:
+        """What stands in for a launch that spilled, or found no room on the chip, in its check."""
+        if self.launch is None:
+            return None
+        (kernel, tile), dtype = self.launch, DTYPES[self.subject.dtype]
+        if found.said.startswith("OutOfResources"):
+            spills.remember(kernel, tile, spills.precision(dtype), device, spills.TOO_LARGE)
+        other = stand_in(kernel, tile, dtype, device)
+        return None if other == tile else of_launch(Launch(kernel, other), self.subject.dtype)
 
     def _comparisons(self, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison | str]:
         band = TF32_BAND if self.subject.dtype == "tf32" else None
         for p in problems(dtype, device, self.shapes):
-            plain, truth = (self.equations(p.to(kind)) for kind in (dtype, torch.float64))
+            plain = in_every_order(partial(self.equations, p.to(dtype)))
+            truth = self.equations(p.to(torch.float64))
             yield from compare(partial(self.run, p), plain, truth, dtype, band)
             if self.noisy and dtype is not torch.float32:
                 yield from stochastic(p, self.noisy)
+        if not self.exact or dtype is torch.float32:
+            return
+        for p in problems(dtype, device, self.shapes, exact=True):
+            yield from compare_exact(self.run(p), self.equations(p.to(torch.float64)))
 
 
 def of_launch(launch: Launch, dtype: str) -> Checked:
@@ -60,14 +85,15 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
     noisy = None if draws is None else partial(draws, tile=launch.tile, noise=NOISE)
     shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
     truth = partial(equations, kernel=launch.kernel)
-    return Checked(subject, partial(triton_checks.run, launch), noisy, shapes, truth)
+    run, exact = partial(triton_checks.run, launch), launch.kernel in EXACT
+    return Checked(subject, run, noisy, shapes, truth, exact, launch)
 
 
 def of_compiled_merge(dtype: str) -> Checked:
     """The compiled kernel for weights of ``dtype``."""
     subject = Subject("cuda", "lora_merge", "any", dtype)
     noisy = partial(cuda_checks.merged, noise=NOISE)
-    return Checked(subject, lambda p: {"w'": cuda_checks.merged(p)}, noisy)
+    return Checked(subject, lambda p: {"w'": cuda_checks.merged(p)}, noisy, exact=True)
 
 
 def of_compiled_grads(form: Form, example: GradShape, dtype: str) -> Checked:
@@ -75,7 +101,7 @@ def of_compiled_grads(form: Form, example: GradShape, dtype: str) -> Checked:
     subject = Subject("cuda", "lora_grad", str(form), dtype)
     run = partial(cuda_checks.grads, example=example)
     shapes = (cuda_checks.shape_of(example),)
-    return Checked(subject, run, shapes=shapes, equations=gradients)
+    return Checked(subject, run, shapes=shapes, equations=gradients, exact=True)
 
 
 def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
@@ -84,4 +110,5 @@ def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
     subject = Subject("cuda", kernel, "{} x {}".format(*tile), dtype)
     run = partial(cuda_checks.run_product, behind=behind, tile=tile)
     truth = partial(equations, kernel=f"extended_{behind}")
-    return Checked(subject, run, shapes=cuda_checks.PRODUCTS, equations=truth)
+    exact = behind != "gelu"
+    return Checked(subject, run, shapes=cuda_checks.PRODUCTS, equations=truth, exact=exact)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fused_lora.testing.yardstick import Verdict as Comparison
+from fused_lora.testing.yardstick import worst as most_taken
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Verdict:
 
 def worst(comparisons: list[Comparison]) -> Verdict:
     """The comparison that leaves least of its budget."""
-    least = max(comparisons, key=lambda c: c.ours / c.budget if c.ours == c.ours else float("inf"))
+    least = most_taken(comparisons)
     return Verdict(least.passed, least.ours, least.budget, least.name)
 
 

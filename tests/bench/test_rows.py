@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from fused_lora.bench import table
+from fused_lora.bench.measure import _cases
 from fused_lora.bench.provenance import provenance, slug
 from fused_lora.bench.readme import BEGIN, END, measured, rewrite
 from fused_lora.bench.rows import append, newest, read
+from fused_lora.bench.shapes import grid
 from tests.bench.samples import ORIGIN, row
 
 
@@ -39,6 +42,24 @@ def test_readme_is_written_between_its_markers_and_settles(tmp_path: Path) -> No
     assert "| 2 | 16 | 123 | 1.25 | 0.75 | 0.50 | 73 (99) | 5.0e-07 (4.0e-07) |" in text
     assert not rewrite(readme, tmp_path)
     assert readme.read_text() == text
+
+
+def test_what_is_kept_stands_beside_naive_lora() -> None:
+    kept = {"frozen": 50, "naive": 100, "peft": 102, "fused_block": 52, "fused_block_gemm": 20}
+    said = table.kept([row(name, saved_bytes=mb * 10**6) for name, mb in kept.items()])
+    heads, line = said.splitlines()
+    assert "elementwise" in heads and "gemm" in heads and "checkpointed" in heads
+    cells = line.split("  ")
+    found = [cell.strip() for cell in cells if cell.strip()][1:]
+    assert found == ["100 (1.00)", "102 (1.02)", "-", "-", "52 (0.52)", "20 (0.20)"]
+    assert table.kept([row("frozen"), row("fused")]) == ""
+
+
+def test_the_default_steps_on_a_cpu_are_of_few_images_and_of_eight() -> None:
+    cases = list(_cases("train_step", grid("train_step", "cpu")))
+    small = [(c.batch, c.rank) for c in cases if "small" in c.model]
+    assert small == [(2, 16), (2, 256), (8, 16), (8, 256)]
+    assert [(c.batch, c.rank) for c in cases if "base" in c.model] == [(1, 16)]
 
 
 def test_readme_without_markers_is_named(tmp_path: Path) -> None:

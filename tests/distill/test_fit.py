@@ -18,7 +18,7 @@ from fused_lora.distill.train import checkpoint
 from fused_lora.distill.train.fit import LAST, Diverged, Fit
 from fused_lora.distill.train.schedule import Cosine
 from fused_lora.distill.weights import build, load
-from fused_lora.testing.yardstick import judge
+from fused_lora.testing.yardstick import in_every_order, judge
 from tests.distill.runs import checkpoint as teacher_file
 from tests.distill.runs import fit_of, recipe
 
@@ -46,6 +46,12 @@ def naive_of(teacher: nn.Module, like: nn.Module) -> nn.Module:
     return student
 
 
+def losses(fit: Fit) -> torch.Tensor:
+    """Of every step of the whole run."""
+    fit.run()
+    return torch.tensor(fit.losses, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
 def test_fused_learns_what_naive_learns_step_for_step(teacher: nn.Module, precision: str) -> None:
     fused = student_of(teacher)
@@ -55,16 +61,13 @@ def test_fused_learns_what_naive_learns_step_for_step(teacher: nn.Module, precis
     with torch.no_grad():
         for key, parameter in adapters(exact.objective.student).items():
             parameter.copy_(adapters(fused)[key])
-    runs = [exact, fit_of(teacher, naive, precision), fit_of(teacher, fused, precision)]
-    for run in runs:
-        run.run()
-    truth, plain, ours = (torch.tensor(run.losses, dtype=torch.float64) for run in runs)
+    truth, ours = losses(exact), losses(fit_of(teacher, fused, precision))
+    plain = in_every_order(lambda: losses(fit_of(teacher, copy.deepcopy(naive), precision)))
     assert truth[-1] < 0.9 * truth[0]  # it learns
     dtype = torch.float64 if precision == "fp64" else torch.float32
     for step in range(len(truth)):
-        verdict = judge(
-            f"loss {step}", ours[: step + 1], plain[: step + 1], truth[: step + 1], dtype
-        )
+        mine, right, *theirs = (run[: step + 1] for run in (ours, truth, *plain))
+        verdict = judge(f"loss {step}", mine, theirs, right, dtype)
         assert verdict.passed, verdict
 
 

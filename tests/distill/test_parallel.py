@@ -17,6 +17,7 @@ from fused_lora.distill.train.fit import LAST, Fit
 from fused_lora.distill.weights import read
 from tests.distill.runs import checkpoint, recipe, slad_recipe
 
+pytestmark = pytest.mark.slow
 FILES = ("student.safetensors", LAST)
 TWO = {"batch_size": 4, "accumulate": 2}
 

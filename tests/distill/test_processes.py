@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed, multiprocessing
 
@@ -41,6 +42,7 @@ def one_of_two(rank: int, folder: Path, train: dict) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does_with_twice_the_batch(tmp_path: Path) -> None:
     checkpoint(tmp_path)
     train = {"batch_size": 4, "accumulate": 2}

@@ -14,7 +14,7 @@ from fused_lora.distill.convolutions import adapt_convolutions
 from fused_lora.distill.stack import stacks_of
 from fused_lora.distill.statistics import hold_statistics
 from fused_lora.nn.conv import FusedLoRAConv2d
-from fused_lora.testing.yardstick import judge
+from fused_lora.testing.yardstick import in_every_order, judge
 from tests.distill.runs import fit_of
 from tests.distill.unets import unet
 
@@ -59,19 +59,17 @@ def test_fused_learns_what_naive_learns_step_for_step(precision: str) -> None:
     naive = naive_of(teacher, fused)
     exact_teacher = copy.deepcopy(teacher).double()
     exact = naive_of(exact_teacher, fused)
-    runs = [
-        fit_of(model, student, kind, blocks="stages")
-        for model, student, kind in (
-            (exact_teacher, exact, "fp64"),
-            (teacher, naive, precision),
-            (teacher, fused, precision),
-        )
-    ]
-    for run in runs:
-        run.run()
-    truth, plain, ours = (torch.tensor(run.losses, dtype=torch.float64) for run in runs)
+
+    def losses(teacher: nn.Module, student: nn.Module, precision: str) -> torch.Tensor:
+        fit = fit_of(teacher, student, precision, blocks="stages")
+        fit.run()
+        return torch.tensor(fit.losses, dtype=torch.float64)
+
+    truth, ours = losses(exact_teacher, exact, "fp64"), losses(teacher, fused, precision)
+    plain = in_every_order(lambda: losses(teacher, copy.deepcopy(naive), precision))
     assert truth[-1] < 0.9 * truth[0]  # it learns
     dtype = torch.float64 if precision == "fp64" else torch.float32
     for step in range(1, len(truth) + 1):
-        verdict = judge(f"loss {step}", ours[:step], plain[:step], truth[:step], dtype)
+        mine, right, *theirs = (run[:step] for run in (ours, truth, *plain))
+        verdict = judge(f"loss {step}", mine, theirs, right, dtype)
         assert verdict.passed, verdict

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fused_lora.nn.conv import FusedLoRAConv2d
-from fused_lora.testing.yardstick import judge
+from fused_lora.testing.yardstick import in_every_order, judge
 
 SHAPES = [
     {"stride": 1},
@@ -60,15 +60,19 @@ def test_is_no_worse_than_two_convolutions(dtype: torch.dtype) -> None:
         bias.double(),
         padding=1,
     )
-    h = F.conv2d(x.to(dtype), a.view(4, 6, 3, 3), padding=1)
-    plain = F.conv2d(x.to(dtype), w, bias, padding=1) + 0.5 * F.conv2d(h, b[:, :, None, None])
+
+    def two_convolutions() -> torch.Tensor:
+        h = F.conv2d(x.to(dtype), a.view(4, 6, 3, 3), padding=1)
+        return F.conv2d(x.to(dtype), w, bias, padding=1) + 0.5 * F.conv2d(h, b[:, :, None, None])
+
+    plain = [y.detach() for y in in_every_order(two_convolutions)]
     other = FusedLoRAConv2d.adopt(nn.Conv2d(6, 12, 3, padding=1, dtype=dtype), 4, scale=0.5)
     own = (other.lora_A, other.lora_B, other.weight, other.bias)
     with torch.no_grad():
         for mine, value in zip(own, small, strict=True):
             mine.copy_(value)
         y = other(x.to(dtype))
-    verdict = judge("y", y, plain.detach(), truth.detach(), dtype)
+    verdict = judge("y", y, plain, truth.detach(), dtype)
     assert verdict.passed, verdict
 
 

@@ -16,7 +16,7 @@ from fused_lora.ops.lora_attention import lora_attention
 from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.lora_residual import lora_residual
 from fused_lora.ops.operand import RECOMPUTE
-from fused_lora.testing.yardstick import judge
+from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.types import Forward, Gradient, Keep, Plan
 from tests.ops import block_problems as plain
 from tests.ops.block_problems import cast, leaves, matrix, norm
@@ -147,10 +147,9 @@ def test_within_the_yardstick(recompute, dtype, rank):
     ours = outcome(
         lambda x, n, a, b: lora_mlp(x, a, b, norm=n, around=True, recompute=recompute), dtype
     )
-    each = zip(ours, outcome(expected, dtype), outcome(expected, torch.float64), strict=True)
-    for i, (mine, theirs, truth) in enumerate(each):
-        verdict = judge(f"quantity {i}", mine, theirs, truth, dtype)
-        assert verdict.passed, verdict
+    theirs = in_every_order(lambda: outcome(expected, dtype))
+    verdict = judge_all(ours, theirs, outcome(expected, torch.float64), dtype)
+    assert verdict.passed, verdict
 
 
 @each_mode
@@ -286,13 +285,10 @@ class TestRoom:
             return [y.detach(), *torch.autograd.grad(y, leaves(*given), weight.to(dtype))]
 
         ours = outcome(lora_mlp, torch.bfloat16, gated=how[1], recompute=recompute)
-        plain_, truth = (
-            outcome(plain.plain_mlp, dtype, gated=how[1])
-            for dtype in (torch.bfloat16, torch.double)
-        )
-        for i, each in enumerate(zip(ours, plain_, truth, strict=True)):
-            verdict = judge(f"quantity {i}", *each, torch.bfloat16)
-            assert verdict.passed, verdict
+        expected = lambda dtype: outcome(plain.plain_mlp, dtype, gated=how[1])  # noqa: E731
+        theirs = in_every_order(lambda: expected(torch.bfloat16))
+        verdict = judge_all(ours, theirs, expected(torch.float64), torch.bfloat16)
+        assert verdict.passed, verdict
 
     @pytest.mark.parametrize("trains", [{}, {"a": False}], ids=["a and b", "b"])
     def test_nothing_of_it_is_kept(self, trains, monkeypatch):

@@ -50,6 +50,7 @@ def test_the_masks_and_gradients_of_eager_calls(dtype, needs):
     same(results(compiled(), x, a, P), results(shrink, x, a, P))
 
 
+@pytest.mark.slow
 def test_by_inductor():
     x, a = operands()
     run = compiled(lambda x, a, p: shrink(x, a, p).sin() + 1, "inductor")

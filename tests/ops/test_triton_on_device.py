@@ -13,7 +13,7 @@ from fused_lora.ops.lora_merge import lora_merge
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.lora_shrink import shrink, why_not_triton
-from fused_lora.testing.yardstick import error, judge
+from fused_lora.testing.yardstick import error, in_every_order, judge_all
 from fused_lora.trust import verify
 from fused_lora.types import Backend, Impl, Needs, Span
 from tests.ops.block_problems import leaves, matrix, norm
@@ -59,11 +59,10 @@ def test_values_and_gradients(dtype, impl):
         x.detach().to(kind).requires_grad_(), w.to(kind), bias.to(kind),
         *([t.detach().to(kind).requires_grad_() for t in half] for half in (a, b)),
     ]  # fmt: skip
-    runs = run(impl, x, w, bias, a, b), run("reference", *cast(dtype))
+    plain = in_every_order(lambda: run("reference", *cast(dtype)))
     truth = run("reference", *cast(torch.float64))
-    for i, (ours, plain, true) in enumerate(zip(*runs, truth, strict=True)):
-        verdict = judge(f"{impl} {i}", ours, plain, true, dtype)
-        assert verdict.passed, str(verdict)
+    verdict = judge_all(run(impl, x, w, bias, a, b), plain, truth, dtype)
+    assert verdict.passed, str(verdict)
 
 
 def test_same_inputs_same_bits():

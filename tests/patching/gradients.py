@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fused_lora
 from fused_lora.bench.contenders.naive import Naive
 from fused_lora.ops.operand import RECOMPUTE
-from fused_lora.testing.yardstick import Verdict, judge
+from fused_lora.testing.yardstick import Verdict, in_every_order, judge
 from tests.patching.models import build, images
 
 SIZE = {"img_size": 224, "patch_size": 16}  # 197 tokens
@@ -42,13 +42,14 @@ def verdicts(
     def naive(dtype: torch.dtype) -> dict[str, Tensor]:
         return grads(Naive().install(copy.deepcopy(base).to(dtype), rank), dtype)
 
-    truth, plain = naive(torch.float64), naive(dtype)
+    truth, plain = naive(torch.float64), in_every_order(lambda: naive(dtype))
     for mode in RECOMPUTE:
         model = copy.deepcopy(base)
         options = {"recompute": mode, "adapter_dtype": dtype, "allow_large_rank": True}
         fused_lora.patch(model, rank=rank, level="block", **options)
         for name, found in grads(model, dtype).items():
-            yield judge(f"{mode} {name}", found, plain[name], truth[name], dtype)
+            theirs = [run[name] for run in plain]
+            yield judge(f"{mode} {name}", found, theirs, truth[name], dtype)
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,7 +19,7 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_one_graph_serves_every_batch_size_and_scale(backend):
     model = patched(depth=1)
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)

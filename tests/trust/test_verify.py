@@ -23,11 +23,12 @@ from fused_lora.kernels.triton.tiles import (
     row_tile,
 )
 from fused_lora.ops.planning import plan_for
-from fused_lora.trust import verify
+from fused_lora.trust import triton_checks, verify
 from fused_lora.trust.check import NotNow
 from fused_lora.trust.subjects import of_launch
 from fused_lora.types import Backend, Forward, Impl, Needs, Span
-from tests.trust.conftest import forget
+from tests.testing.mutants import MUTANTS
+from tests.trust.conftest import RESULTS, forget
 
 CPU = torch.device("cpu")
 TILES = {
@@ -102,6 +103,22 @@ def test_every_kernel_and_dtype_has_a_check_that_one_wrong_element_fails(kernels
     assert re.search(
         rf"triton {name} \(.*\) in {dtype} on cpu: error \d.* is over the budget", said
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "tf32"])
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("name", TILES)
+def test_every_mutant_fails_its_check(kernels, monkeypatch, name, mutant, dtype):
+    wrong, changed = MUTANTS[mutant]
+    assert set(changed) & set(RESULTS[name])
+
+    def run(p, tile):
+        found = wrong(p)
+        return {key: found[key] for key in RESULTS[name]}
+
+    monkeypatch.setitem(triton_checks.RUNS, name, run)
+    with pytest.warns(RuntimeWarning):
+        assert not verdict(name, dtype).passed
 
 
 @pytest.mark.parametrize(

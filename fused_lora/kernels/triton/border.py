@@ -37,6 +37,12 @@ class Border(NamedTuple):
         """sum R."""
         return self.firsts[-1]
 
+    @property
+    def word(self) -> str:
+        """What is said behind the name of a product with it, where several have odd ranks."""
+        odd = len(self.blocks) > 1 and any(first % 16 for first in self.firsts)
+        return " ragged" if odd else ""
+
     def rank_block(self, most: int) -> int:
         """Ranks per step of a loop; of ragged ranks 16, each of which is loaded by itself."""
         ragged = any(first % 16 for first in self.firsts)

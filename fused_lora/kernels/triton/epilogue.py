@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +35,16 @@ class Epilogue(NamedTuple):
     def heavy(self) -> bool:
         """Whether more than a bias is added: it takes registers beside the accumulator."""
         return not (self.factor is None and self.residual is None and self.u is None)
+
+    def kernel(self, dtype: torch.dtype, active: bool) -> str:
+        """Which launch of launches.py a product of ``dtype`` is that ends so."""
+        if active:
+            return "extended_gelu"
+        if not self.heavy:
+            return "extended"
+        joined = (self.factor, self.residual)
+        same = all(t is None or t.dtype is dtype for t in joined)
+        return "extended_scale" if same else "extended_wide"
 
 
 def epilogue(

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_lora.kernels.triton import tiles
+from fused_lora.kernels.triton import spills, tiles
+from fused_lora.kernels.triton.launch import architecture
 from fused_lora.kernels.triton.winners import MeasuredTile, winner
 from fused_lora.plan.problem import Problem
 from fused_lora.types import Backend, Forward, Gradient, Keep, Plan, ragged
@@ -86,6 +87,9 @@ def tile_of(
     return found or by_rule(kernel, rows, columns, depth, dtype, device, ragged)
 
 
+spills.heeded_by(tile_of.cache_clear)
+
+
 def by_rule(
     kernel: str,
     rows: int,
@@ -95,7 +99,53 @@ def by_rule(
     device: torch.device,
     ragged: bool = False,
 ) -> Any:
-    """The tile of one launch where nothing was measured."""
+    """The tile of one launch where nothing was measured, or what stands in for it."""
+    best = _least_cost(kernel, rows, columns, depth, dtype, device, ragged)
+    return stand_in(kernel, best, dtype, device, ragged)
+
+
+def stand_in(
+    kernel: str, tile: AnyTile, dtype: torch.dtype, device: torch.device, ragged: bool = False
+) -> Any:
+    """``tile``, or where it is known to spill the first after it that is not."""
+    name = f"{kernel} ragged" if ragged else kernel
+    order = in_its_place(kernel, tile, dtype, architecture(device), ragged)
+    return spills.choose(name, order, spills.precision(dtype), device)
+
+
+def in_its_place(
+    kernel: str, tile: AnyTile, dtype: torch.dtype, arch: int, ragged: bool = False
+) -> tuple[AnyTile, ...]:
+    """``tile``, and what may stand in for it, in order: the candidates after it, then the others.
+
+    A function of the tile alone, not of sizes: a check of one tile is one of what stands in for it.
+    """
+    name, _, ending = kernel.partition("_")
+    others: tuple[AnyTile, ...] = ()
+    if ending == "fp8":
+        others = tiles.FP8
+    elif name == "extended":
+        bulk = isinstance(tile, tiles.BulkTile)
+        others = tiles.candidates(
+            arch, dtype.itemsize, bool(ending), bulk, ending == "gelu", ragged
+        )
+    elif name == "one":
+        others = tiles.one_pass_candidates(arch, dtype.itemsize, ragged)
+    elif isinstance(tile, tiles.ThinTile | tiles.GradTile | tiles.MergeTile):
+        others = (tiles.smaller(tile),)
+    at = others.index(tile) + 1 if tile in others else 0
+    return tuple(dict.fromkeys((tile, *others[at:], *others[:at])))
+
+
+def _least_cost(
+    kernel: str,
+    rows: int,
+    columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ragged: bool,
+) -> Any:
     name, _, ending = kernel.partition("_")
     size, dropout = dtype.itemsize, ending == "dropout"
     if ending == "fp8":

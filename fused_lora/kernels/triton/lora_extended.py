@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import lora_extended_bulk
+from fused_lora.kernels.triton import lora_extended_bulk, spills
 from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.dropout import Dropout
 from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
@@ -173,7 +173,7 @@ def _launch(
         return
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     with on_device(x.device):
-        _extended[grid](
+        compiled = _extended[grid](
             *(x, x.stride(0), w, w.stride(0), w.stride(1), h, h.stride(0), border),
             *(y, y.stride(0), ending, dropout, rows, columns, depth),
             ACTIVATION=activation,
@@ -183,3 +183,6 @@ def _launch(
             BLOCK_R=border.rank_block(64 // x.element_size()),
             **tile.arguments(),
         )
+    if not spills.seen(compiled):
+        name = "extended_dropout" if dropout else ending.kernel(x.dtype, active)
+        spills.look(compiled, name + border.word, tile, x)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border
 from fused_lora.kernels.triton.epilogue import Epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, multiprocessors, on_device
@@ -108,7 +109,7 @@ def launch(
     along_k = w.stride(1) == 1
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.width)
     with on_device(x.device):
-        _extended_bulk[(min(tiles, multiprocessors(x.device)),)](
+        compiled = _extended_bulk[(min(tiles, multiprocessors(x.device)),)](
             _descriptor(x, tile.block_m, tile.block_k),
             _weights(w, tile.block_n, tile.block_k, along_k),
             _weights(w, tile.rest_n or tile.block_n, tile.block_k, along_k),
@@ -120,6 +121,9 @@ def launch(
             BLOCK_R=border.rank_block(64 // x.element_size()),
             **tile.arguments(),
         )
+    if not spills.seen(compiled):
+        name = ending.kernel(x.dtype, activation != "none")
+        spills.look(compiled, name + border.word, tile, x)
 
 
 def _weights(w: Tensor, columns: int, depth: int, along_k: bool) -> TensorDescriptor:

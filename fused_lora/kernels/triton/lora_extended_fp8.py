@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border, of_b
 from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
 from fused_lora.kernels.triton.launch import architecture, on_device
@@ -142,7 +143,7 @@ def _launch(
     arch = architecture(y.device)
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     with on_device(y.device):
-        _extended_fp8[grid](
+        compiled = _extended_fp8[grid](
             *(x.codes, x.codes.stride(0), x.scales, w.codes, w.codes.stride(0), w.scales),
             *(h, h.stride(0), border, y, y.stride(0), ending, rows, columns, depth),
             APART=arch // 10 not in TENSOR_MEMORY,
@@ -151,3 +152,5 @@ def _launch(
             BLOCK_R=border.rank_block(MOST_RANKS),
             **tile.arguments(),
         )
+    if not spills.seen(compiled):
+        spills.look(compiled, "extended_fp8", tile, h)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.dropout import Dropout, kept
 from fused_lora.kernels.triton.launch import input_precision, multiprocessors, on_device
@@ -148,7 +149,7 @@ def _launch(
     grid = (*blocks, slices)
     partial = t.new_empty((slices, ranks, columns), dtype=torch.float32)
     with on_device(t.device):
-        _partial_sums[grid](
+        compiled = _partial_sums[grid](
             *(t, t.stride(0), z, z.stride(0), border, partial, dropout),
             *(rows, ranks, columns, slice_rows),
             PRECISION=input_precision(t.dtype),
@@ -162,6 +163,8 @@ def _launch(
             num_warps=4,
             **CONTRACTED,
         )
+    if not spills.seen(compiled):
+        spills.look(compiled, "grad_dropout" if dropout else "grad", tile, t)
 
 
 def _slices(rows: int, blocks: int, block_m: int, device: torch.device) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import of_a, of_b
 from fused_lora.kernels.triton.launch import on_device, words
 from fused_lora.kernels.triton.philox import random16, random16_of_blocks, stochastic_round
@@ -120,11 +121,13 @@ def lora_merge(
     rows, columns = w.shape
     grid = (triton.cdiv(columns, tile.block_k), triton.cdiv(rows, tile.block_n))
     with on_device(w.device):
-        _merge[grid](
+        compiled = _merge[grid](
             *(w, w.stride(0), out, out.stride(0), of_b(adapters), of_a(adapters)),
             *(rows, columns, *words(noise)),
             STOCHASTIC=noise is not None,
             BLOCKS=columns % 8 == 0,
             **tile.arguments(),
         )
+    if not spills.seen(compiled):
+        spills.look(compiled, "merge", tile, w)
     return out

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.epilogue import epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, on_device
@@ -126,7 +127,7 @@ def _launch(
     tile = tile or one_pass_tile(rows, columns, x.element_size(), x.device)
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     with on_device(x.device):
-        _one_pass[grid](
+        compiled = _one_pass[grid](
             *(x, x.stride(0), w, w.stride(0), w.stride(1), shrink, expand),
             *(y, y.stride(0), h, epilogue(bias), rows, columns, depth, ranks),
             PRECISION=input_precision(x.dtype),
@@ -134,4 +135,6 @@ def _launch(
             BLOCK_R=power_of_two(ranks, 16, MOST_RANKS),
             **tile.arguments(),
         )
+    if not spills.seen(compiled):
+        spills.look(compiled, "one_pass" + shrink.word, tile, x)
     return y, h

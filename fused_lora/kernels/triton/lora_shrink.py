@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.dropout import Dropout, kept
 from fused_lora.kernels.triton.launch import input_precision, on_device
@@ -98,9 +99,11 @@ def _launch(
     tile = tile or thin_tile(rows, ranks, x.element_size(), x.device, dropout is not None)
     grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(ranks, tile.block_r))
     with on_device(x.device):
-        _shrink[grid](
+        compiled = _shrink[grid](
             *(x, x.stride(0), border, out, out.stride(0), dropout, rows, columns, ranks),
             PRECISION=input_precision(x.dtype),
             **tile.arguments(),
         )
+    if not spills.seen(compiled):
+        spills.look(compiled, "shrink_dropout" if dropout else "shrink", tile, x)
     return out

@@ -6,7 +6,7 @@ no spilled registers, shared memory within the chip's limit, the chip's matrix i
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -139,6 +139,15 @@ class RowTile:
     def arguments(self) -> dict[str, int | bool]:
         """The kernel's constants and Triton's options."""
         return _arguments(self)
+
+
+def smaller(tile: ThinTile | GradTile | MergeTile) -> ThinTile | GradTile | MergeTile:
+    """What stands in for ``tile`` where it spills: half as many rows or columns a program."""
+    if isinstance(tile, ThinTile):
+        return replace(tile, block_m=tile.block_m // 2)
+    if isinstance(tile, GradTile):
+        return replace(tile, block_c=tile.block_c // 2)
+    return replace(tile, block_k=tile.block_k // 2)
 
 
 ELEMENTS = ElementTile()

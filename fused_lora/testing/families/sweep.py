@@ -19,7 +19,7 @@ from fused_lora.patching.example import example_for
 from fused_lora.patching.patch import adapted, patch
 from fused_lora.testing.families import of_others, of_timm, of_torchvision, of_transformers
 from fused_lora.testing.families.truth import Adapter, install
-from fused_lora.testing.yardstick import Verdict, judge
+from fused_lora.testing.yardstick import Verdict, in_every_order, judge
 
 LIBRARIES: dict[str, ModuleType] = {
     "timm": of_timm,
@@ -29,6 +29,7 @@ LIBRARIES: dict[str, ModuleType] = {
 }
 RANK = 2
 EXACT = 1e-7  # in float64; some models compute positions in fp32 all the same
+NOISE = 1e-8  # of the largest gradient: a smaller norm is the rounding of an exact zero
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,15 @@ def _compare(
 ) -> tuple[tuple[Verdict, ...], float, int]:
     adapters = list(_adapters(patched))
     truth = _gradients(*install(model, adapters, torch.float64, by_weight=True), inputs)
-    plain = _gradients(*install(model, adapters, torch.float32, by_weight=False), inputs)
+    naive = install(model, adapters, torch.float32, by_weight=False)
+    plain = in_every_order(lambda: _gradients(*naive, inputs))
     ours = _gradients(patched, _halves(adapters), inputs)
     wide = _to(copy.deepcopy(patched), torch.float64)
     exact = _gradients(wide, _halves(_adapters(wide)), inputs)
-    mine, other, right = (_row(each[1:]) for each in (ours, plain, truth))
+    mine, right, others = _row(ours[1:]), _row(truth[1:]), [_row(run[1:]) for run in plain]
     verdicts = (
-        judge("y", ours[0], plain[0], truth[0], torch.float32),
-        judge("adapter gradients", mine, other, right, torch.float32),
+        judge("y", ours[0], [run[0] for run in plain], truth[0], torch.float32),
+        judge("adapter gradients", mine, others, right, torch.float32),
     )
     return verdicts, _worst(exact[1:], truth[1:]), _unreached(exact[1:], truth[1:])
 
@@ -139,14 +141,20 @@ def _row(gradients: list[Tensor]) -> Tensor:
 
 def _worst(ours: list[Tensor], truth: list[Tensor]) -> float:
     """Relative to each gradient; to all of them, for one that is nothing beside the rest."""
-    floor = 1e-8 * max(float(each.norm()) for each in truth)
+    floor = _noise(truth)
     pairs = zip(ours, truth, strict=True)
     return max(float((mine - true).norm()) / max(float(true.norm()), floor) for mine, true in pairs)
 
 
 def _unreached(ours: list[Tensor], truth: list[Tensor]) -> int:
+    """How many are zero where the truth is more than noise."""
+    floor = _noise(truth)
     pairs = zip(ours, truth, strict=True)
-    return sum(bool(true.any()) and not bool(mine.any()) for mine, true in pairs)
+    return sum(float(true.norm()) > floor and not bool(mine.any()) for mine, true in pairs)
+
+
+def _noise(truth: list[Tensor]) -> float:
+    return NOISE * max(float(each.norm()) for each in truth)
 
 
 def _halves(adapters: Iterable[Adapter]) -> list[Tensor]:

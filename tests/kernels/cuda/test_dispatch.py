@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -16,7 +17,7 @@ from fused_lora.ops import backends, lora_grad_backends, planning
 from fused_lora.ops.lora_linear import backward
 from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.planning import plan_for
-from fused_lora.testing.yardstick import error, judge
+from fused_lora.testing.yardstick import error, in_every_order, judge_all
 from fused_lora.trust import selftest, verify
 from fused_lora.trust.subjects import TF32_BAND
 from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan, Span
@@ -64,12 +65,12 @@ class Layer:
 
 
 def keeps_the_yardstick(layer: Layer, impl: str, **options: bool) -> None:
-    ours, plain = layer.grads(impl, **options), layer.grads("reference", **options)
+    ours = layer.grads(impl, **options)
+    plain = in_every_order(partial(layer.grads, "reference", **options))
     truth = layer.grads("reference", torch.float64, **options)
-    for name, grad in ours.items():
-        verdict = judge(name, grad, plain[name], truth[name], BF16)
-        assert verdict.passed, str(verdict)
-        assert grad.dtype is plain[name].dtype
+    verdict = judge_all(ours, plain, truth, BF16)
+    assert verdict.passed, str(verdict)
+    assert all(grad.dtype is plain[0][name].dtype for name, grad in ours.items())
 
 
 def test_right_kernels_are_checked_once_and_serve(served: Served) -> None:  # noqa: F811
@@ -231,12 +232,12 @@ def test_fp32_is_served_by_tf32_where_torch_allows_it(served: Served) -> None:  
         assert {subject.dtype for subject, _ in verify._known} == {"tf32"}
         ours = layer.grads("cuda", torch.float32)
         assert served.runs == 1
-    plain = layer.grads("reference", torch.float32)
-    ours, plain, truth = ({n: t.detach() for n, t in g.items()} for g in (ours, plain, truth))
-    for name, grad in ours.items():
-        verdict = judge(name, grad, plain[name], truth[name], torch.float32, TF32_BAND)
-        assert verdict.passed and grad.dtype is torch.float32, str(verdict)
-    assert error(ours["a0"], plain["a0"]) > 1e-5  # it was rounded
+    runs = in_every_order(lambda: layer.grads("reference", torch.float32))
+    ours, truth, *runs = ({n: t.detach() for n, t in g.items()} for g in (ours, truth, *runs))
+    verdict = judge_all(ours, runs, truth, torch.float32, TF32_BAND)
+    assert verdict.passed, str(verdict)
+    assert all(grad.dtype is torch.float32 for grad in ours.values())
+    assert error(ours["a0"], runs[0]["a0"]) > 1e-5  # it was rounded
     assert error(ours["bias"], truth["bias"]) < 1e-6  # a sum is not
     adapters = Adapters(layer.a, layer.b, layer.scales, layer.spans)
     call = (layer.dy, layer.x, None, layer.w, adapters, ALL, chosen, Impl.AUTO)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from fused_lora.kernels.cuda import lora_extended as cuda
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.chip import Chip
-from fused_lora.testing.yardstick import error, judge
+from fused_lora.testing.yardstick import error, in_every_order, judge
 
 from .linear_cases import BF16, CASES, F16, Case, Problem, one
 
@@ -119,9 +120,9 @@ def test_ordinary_numbers_keep_the_yardstick(on_host: ModuleType, dtype: torch.d
         ("y", y, p.x, p.w.T, a.T, b.T),
         ("dx", dx, p.dy, p.w, b, a),
     ]:
-        plain = left @ right + s * (left @ down.to(dtype)) @ up.to(dtype)
-        wide = [t.double() for t in (left, right, down, up)]
-        truth = wide[0] @ wide[1] + s * (wide[0] @ wide[2]) @ wide[3]
+        product = lambda x, w, down, up: x @ w + s * (x @ down) @ up  # noqa: E731
+        low, wide = ([t.to(to) for t in (left, right, down, up)] for to in (dtype, torch.float64))
+        plain, truth = in_every_order(partial(product, *low)), product(*wide)
         assert (found := judge(name, ours, plain, truth, dtype)).passed, found
 
 

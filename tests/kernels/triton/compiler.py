@@ -7,23 +7,18 @@ with exactly the arguments, alignments and constants of that launch, and stops t
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+from fused_lora.kernels.triton import spills
+
 WIDE_STORE = re.compile(r"st\.global(\.\w+)*\.v4\.(b|f|u)32")
-RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
-LOCAL_LOAD = re.compile(r"\bLDL\b")
 MATRIX = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")  # of sm_80, 90 and 100
 OF_CODES = re.compile(r"mma[\w.:]*(\.e4m3\.e4m3|kind::f8f6f4)")
 COPIES = ("cp.async", "cp.async.bulk.tensor")
@@ -43,15 +38,21 @@ class Resources:
     instructions: list[str]  # of MATRIX and COPIES
     stores_wide: bool  # 16 bytes by one thread, somewhere
     of_codes: bool = False  # a matrix instruction on e4m3
-    ragged: bool = False  # of ranks that 16 does not divide
+    of: str = ""  # the launch, as launches.py names it
+    tile: str = ""  # that it was compiled in
 
     @property
     def multiplies(self) -> bool:
         """Whether there is a matrix instruction in it."""
         return any(name in self.instructions for name in MATRIX)
 
+    @property
+    def ragged(self) -> bool:
+        """Whether it is of ranks that 16 does not divide."""
+        return self.of.endswith("ragged")
+
     def complaints(self, limit_bytes: int) -> list[str]:
-        """Why a chip with this much shared memory would not run it well."""
+        """Why a chip with this much shared memory would not run it, or not well."""
         wrong = []
         if self.spilled_bytes:
             wrong.append(f"{self.spilled_bytes} bytes of spilled registers")
@@ -87,13 +88,13 @@ class _Chip:
 def compiled(arch: int) -> Iterator[list[Resources]]:
     """Every launch inside is compiled for sm_``arch`` and appended."""
     found: list[Resources] = []
-    run, seen = JITFunction.run, set()
+    run, known = JITFunction.run, {}
 
     def compile_only(self: JITFunction, *args: object, **kwargs: object) -> object:
         kernel = run(self, *args, **{**kwargs, "warmup": True})
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            found.append(_resources(kernel, kwargs.get("num_warps", 4)))
+        if kernel.hash not in known:
+            known[kernel.hash] = _resources(kernel, kwargs.get("num_warps", 4))
+        found.append(known[kernel.hash])
         return kernel
 
     before = driver._active
@@ -108,33 +109,10 @@ def compiled(arch: int) -> Iterator[list[Resources]]:
 
 def _resources(kernel: object, warps: int) -> Resources:
     metadata, cubin = kernel.metadata, kernel.asm["cubin"]
-    registers, spilled = _usage(cubin)
+    registers, spilled = spills.usage(cubin)
     ptx = kernel.asm["ptx"]
     columns = getattr(metadata, "tmem_size", 0) or 0
     found = [name for name in MATRIX + COPIES if name in ptx]
     wide = bool(WIDE_STORE.search(ptx))
     taken = (registers, spilled, metadata.shared, columns, warps)
     return Resources(metadata.name, *taken, found, wide, bool(OF_CODES.search(ptx)))
-
-
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and spilled bytes, read off the machine code.
-
-    For bulk copies on sm_120, ptxas 12.9 keeps a frame of 8 bytes that it writes zeros to and never
-    reads, and counts no spill: a frame is one where the code loads from it.
-    """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = _cuobjdump("-res-usage", file.name)
-        match = RESOURCES.search(said)
-        assert match, said
-        registers, stack, local = map(int, match.groups())
-        reads = stack + local and LOCAL_LOAD.search(_cuobjdump("-sass", file.name))
-    return registers, stack + local if reads else 0
-
-
-def _cuobjdump(*arguments: str) -> str:
-    command = [str(TOOLS / "cuobjdump"), *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return done.stdout + done.stderr

@@ -67,11 +67,11 @@ def compile_column(kind: str, arch: int) -> list[Resources]:
     x = torch.zeros(shipped.M, shipped.K, dtype=KINDS[kind])
     with fp32_products("tf32" if kind == "tf32" else "ieee"), compiled(arch) as kernels:
         for launch in shipped.all_launches(x, arch):
-            launch()
-        even = len(kernels)
-        for launch in shipped.ragged_launches(x, arch):
-            launch()
-    return kernels[:even] + [replace(kernel, ragged=True) for kernel in kernels[even:]]
+            before = len(kernels)
+            launch.run()
+            said = {"of": launch.kernel, "tile": shipped.words(launch.tile)}
+            kernels[before:] = [replace(kernel, **said) for kernel in kernels[before:]]
+    return list({tuple(map(str, asdict(kernel).values())): kernel for kernel in kernels}.values())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.reference import lora_linear as reference
-from fused_lora.testing.yardstick import judge
+from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.types import Needs
 from tests.kernels.triton.cases import GRAD_TILE, THIN_TILE, TILE, adapters, lowered
 from tests.ops.problems import Problem
@@ -60,9 +60,11 @@ def triton_run(p: Problem, small: bool = True) -> Named:
 
 def check(p: Problem, dtype: torch.dtype, small: bool = True) -> None:
     """Raise AssertionError where a kernel leaves the yardstick."""
-    plain, truth = dict(reference_run(lowered(p, dtype))), dict(reference_run(p.double()))
+    plain = in_every_order(lambda: dict(reference_run(lowered(p, dtype))))
+    truth = dict(reference_run(p.double()))
     for run in (triton_run, one_pass_run):
-        for name, ours in run(p, small):
-            assert torch.isfinite(ours).all(), name
-            verdict = judge(f"{run.__name__}: {name}", ours, plain[name], truth[name], dtype)
-            assert verdict.passed, str(verdict)
+        ours = dict(run(p, small))
+        assert all(t.isfinite().all() for t in ours.values()), run.__name__
+        if ours:
+            verdict = judge_all(ours, plain, truth, dtype)
+            assert verdict.passed, f"{run.__name__}: {verdict}"

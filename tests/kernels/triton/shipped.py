@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +23,39 @@ from fused_lora.kernels.triton import (
 )
 from fused_lora.kernels.triton.dropout import dropout
 from fused_lora.kernels.triton.launch import multiprocessors
+from fused_lora.kernels.triton.launches import Launch as Chosen
 from fused_lora.kernels.triton.lora_merge import lora_merge
-from fused_lora.kernels.triton.tiles import FP8, candidates, one_pass_candidates
+from fused_lora.kernels.triton.tiles import (
+    ELEMENTS,
+    FP8,
+    MergeTile,
+    candidates,
+    grad_tile,
+    one_pass_candidates,
+    row_tile,
+    smaller,
+    thin_tile,
+)
 from fused_lora.reference.lora_linear_fp8 import CODES, Quantised
 from fused_lora.trust.everything import LEAST_FP8
 from fused_lora.types import Span
 
 M, K, N = 512, 768, 768  # a ViT-B projection
 
-Launch = Callable[[], object]
+RAGGED = " ragged"  # behind the name of a product with several ranks that 16 does not divide
+
+
+class Launch(NamedTuple):
+    """One kernel in one of the tiles that it may be launched in."""
+
+    kernel: str  # as launches.py names it
+    tile: object
+    run: Callable[[], object]
+
+
+def words(tile: object) -> str:
+    """The tile as tables show it."""
+    return Chosen("", tile).configuration
 
 
 def group(*ranks: int) -> Adapters:
@@ -43,13 +68,15 @@ def group(*ranks: int) -> Adapters:
 
 def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """Every kernel, x [M, K]; those that form no product once per width of x's elements."""
-    yield from thin_launches(x, group(16))
-    yield from thin_launches(x, group(64, 64, 64))
+    for adapters in (group(16), group(64, 64, 64), group(12, 12, 12)):
+        yield from thin_launches(x, adapters)
     yield from merge_launches(x)
-    yield from dropout_launches(x)
+    yield from dropout_launches(x, arch)
     yield from gemm_launches(x, arch)
     yield from one_pass_launches(x, arch)
-    yield from fp8_launches(x, arch, group(64, 64, 64))
+    for adapters in (group(64, 64, 64), group(12, 12, 12)):
+        yield from fp8_launches(x, arch, adapters)
+    yield from ragged_launches(x, arch)
     if torch.backends.cuda.matmul.fp32_precision == "ieee":
         yield from row_launches(x)
 
@@ -59,15 +86,13 @@ def ragged_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     w, bias, size = x.new_zeros(N, K), x.new_zeros(N), x.element_size()
     two, three = group(5, 20), group(12, 12, 12)
     h = x.new_zeros(M, three.rank)
-    yield from thin_launches(x, three)
-    yield from fp8_launches(x, arch, three)
-    yield lambda: lora_grad.b_grads(h, x, three)
-    for tile in candidates(arch, size, bulk=True, ragged=True):
-        yield lambda t=tile: lora_extended.forward(x, w, bias, three, h=h, tile=t)
-    for tile in one_pass_candidates(arch, size, ragged=True):
-        for adapters in (two, three):
-            yield lambda t=tile, a=adapters: lora_one_pass.forward(x, w, bias, a, t)
-            yield lambda t=tile, a=adapters: lora_one_pass.input_grad(x, w, a, t)
+    for t in candidates(arch, size, bulk=True, ragged=True):
+        run = lambda t=t: lora_extended.forward(x, w, bias, three, h=h, tile=t)  # noqa: E731
+        yield Launch("extended" + RAGGED, t, run)
+    one_pass = lora_one_pass
+    for t, a in product(one_pass_candidates(arch, size, ragged=True), (two, three)):
+        yield Launch("one_pass" + RAGGED, t, lambda t=t, a=a: one_pass.forward(x, w, bias, a, t))
+        yield Launch("one_pass" + RAGGED, t, lambda t=t, a=a: one_pass.input_grad(x, w, a, t))
 
 
 def fp8_launches(x: Tensor, arch: int, adapters: Adapters) -> Iterator[Launch]:
@@ -76,39 +101,53 @@ def fp8_launches(x: Tensor, arch: int, adapters: Adapters) -> Iterator[Launch]:
         return
     w, bias = Quantised(x.new_zeros(N, K, dtype=CODES), torch.ones(N)), x.new_zeros(N)
     x8, h = Quantised(w.codes[:M], w.scales[:M]), x.new_zeros(M, adapters.rank)
-    yield lambda: quantise.quantise(x)
-    for tile in FP8:
-        yield lambda t=tile: lora_extended_fp8.forward(x8, w, bias, adapters, h, t)
+    yield Launch("quantise", row_tile(K), lambda: quantise.quantise(x))
+    for t in FP8:
+        run = lambda t=t: lora_extended_fp8.forward(x8, w, bias, adapters, h, t)  # noqa: E731
+        yield Launch("extended_fp8", t, run)
 
 
 def thin_launches(x: Tensor, adapters: Adapters) -> Iterator[Launch]:
     """Shrink, of few rows and of many, and the gradients."""
     tall, h = x.new_zeros(128 * multiprocessors(x.device), K), x.new_zeros(M, adapters.rank)
-    yield lambda: lora_shrink.shrink(tall, adapters)
-    yield lambda: lora_shrink.shrink(x, adapters)
-    yield lambda: lora_shrink.shrink_grad(x, adapters)
-    yield lambda: lora_grad.a_grads(h, x, adapters)
+    ranks, size = adapters.rank, x.element_size()
+    name = "shrink" + RAGGED * (ranks % 16 > 0)  # whose rows of h are not wide
+    for rows in (tall, x):
+        for t in and_smaller(thin_tile(rows.shape[0], ranks, size, x.device)):
+            run = lambda t=t, rows=rows: lora_shrink.shrink(rows, adapters, tile=t)  # noqa: E731
+            yield Launch(name, t, run)
+            yield Launch(name, t, lambda t=t: lora_shrink.shrink_grad(x, adapters, tile=t))
+    for t in and_smaller(grad_tile(ranks, size)):
+        yield Launch("grad", t, lambda t=t: lora_grad.a_grads(h, x, adapters, tile=t))
+        yield Launch("grad", t, lambda t=t: lora_grad.b_grads(h, x, adapters, tile=t))
 
 
 def merge_launches(x: Tensor) -> Iterator[Launch]:
     """w' of one matrix and of many, rounded to nearest and stochastically."""
     w, noise = x.new_zeros(N, K), None if x.dtype is torch.float32 else (1, 2)
-    for adapters in (group(16), group(64, 64, 64)):
-        yield lambda a=adapters: lora_merge(w, *a)
-        if noise:
-            yield lambda a=adapters: lora_merge(w, *a, noise=noise)
+    for t, a in product(and_smaller(MergeTile()), (group(16), group(64, 64, 64))):
+        for how in dict.fromkeys((None, noise)):
+            run = lambda t=t, a=a, how=how: lora_merge(w, *a, noise=how, tile=t)  # noqa: E731
+            yield Launch("merge", t, run)
     table = lora_merge_many.pack([lora_merge_many.Merge(w, w, torch.zeros(64, K), w[:, :64])])
-    yield lambda: lora_merge_many.launch(table, noise)
+    yield Launch("merge_many", table.tile, lambda: lora_merge_many.launch(table, noise))
 
 
-def dropout_launches(x: Tensor) -> Iterator[Launch]:
+def dropout_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """Every kernel that draws a mask."""
     mask, wide, h = dropout(0.1, 1, 2), group(64, 64, 64), x.new_zeros(M, 192)
-    yield lambda: lora_shrink.shrink(x, wide, dropout=mask)
-    yield lambda: lora_grad.a_grads(h, x, wide, dropout=mask)
-    yield lambda: lora_extended.input_grad(x, x.new_zeros(N, K), wide, h, dropout=mask)
-    none = x.new_zeros(0, K)
-    yield lambda: lora_extended.input_grad(x[:, :0], none, wide, h, dropout=mask)
+    size, w, none = x.element_size(), x.new_zeros(N, K), x.new_zeros(0, K)
+    for t in and_smaller(thin_tile(M, 192, size, x.device, dropout=True)):
+        run = lambda t=t: lora_shrink.shrink(x, wide, tile=t, dropout=mask)  # noqa: E731
+        yield Launch("shrink_dropout", t, run)
+    for t in and_smaller(grad_tile(192, size, dropout=True)):
+        run = lambda t=t: lora_grad.a_grads(h, x, wide, tile=t, dropout=mask)  # noqa: E731
+        yield Launch("grad_dropout", t, run)
+    grad = lora_extended.input_grad
+    for t in candidates(arch, size, heavy=True):
+        yield Launch("extended_dropout", t, lambda t=t: grad(x, w, wide, h, t, dropout=mask))
+        run = lambda t=t: grad(x[:, :0], none, wide, h, t, dropout=mask)  # noqa: E731
+        yield Launch("extended_dropout", t, run)
 
 
 def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
@@ -117,36 +156,47 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     one, three = group(16), group(64, 64, 64)
     h, h3 = x.new_zeros(M, 16), x.new_zeros(M, 192)
     forward, input_grad = lora_extended.forward, lora_extended.input_grad
-    for tile in candidates(arch, size, bulk=True):
-        yield lambda t=tile: forward(x, w, bias, three, h=h3, tile=t)
-        yield lambda t=tile: input_grad(x, w, one, dh=h, tile=t)
-    for tile in candidates(arch, size, heavy=True, bulk=True):
-        yield lambda t=tile: forward(x, w, bias, one, h=h, tile=t, factor=bias, residual=x)
+    for t in candidates(arch, size, bulk=True):
+        yield Launch("extended", t, lambda t=t: forward(x, w, bias, three, h=h3, tile=t))
+        yield Launch("extended", t, lambda t=t: input_grad(x, w, one, dh=h, tile=t))
+    for t in candidates(arch, size, heavy=True, bulk=True):
+        run = lambda t=t: forward(x, w, bias, one, h=h, tile=t, factor=bias, residual=x)  # noqa: E731
+        yield Launch("extended_scale", t, run)
     wide = {"factor": torch.zeros(N), "residual": torch.zeros(M, N), "out": torch.zeros(M, N)}
-    for tile in candidates(arch, size, heavy=True) if size == 2 else ():
-        yield lambda t=tile: forward(x, w, bias, one, h=h, tile=t, **wide)
+    for t in candidates(arch, size, heavy=True) if size == 2 else ():
+        run = lambda t=t: forward(x, w, bias, one, h=h, tile=t, **wide)  # noqa: E731
+        yield Launch("extended_wide", t, run)
     active = candidates(arch, size, bulk=True, activation=True)
-    for tile in active if size == 2 else ():
-        yield lambda t=tile: forward(x, w, bias, one, "erf", h, t, stores_u=False)
-    for tile, kind in product(active, ("erf", "tanh")):
-        yield lambda t=tile, k=kind: forward(x, w, bias, one, k, h, t)
-        yield lambda t=tile, k=kind: input_grad(x, w, one, h, t, activation=k, u=x)
+    for t in active if size == 2 else ():
+        run = lambda t=t: forward(x, w, bias, one, "erf", h, t, stores_u=False)  # noqa: E731
+        yield Launch("extended_gelu", t, run)
+    for t, kind in product(active, ("erf", "tanh")):
+        run = lambda t=t, k=kind: forward(x, w, bias, one, k, h, t)  # noqa: E731
+        yield Launch("extended_gelu", t, run)
+        run = lambda t=t, k=kind: input_grad(x, w, one, h, t, activation=k, u=x)  # noqa: E731
+        yield Launch("extended_gelu", t, run)
 
 
 def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """The one-pass GEMM in every tile: forward of three groups, and dx at the largest rank."""
-    w, bias = x.new_zeros(N, K), x.new_zeros(N)
-    for tile in one_pass_candidates(arch, x.element_size()):
-        yield lambda t=tile: lora_one_pass.forward(x, w, bias, group(16, 16, 16), t)
-        yield lambda t=tile: lora_one_pass.input_grad(x, w, group(64), t)
+    w, bias, three, largest = x.new_zeros(N, K), x.new_zeros(N), group(16, 16, 16), group(64)
+    for t in one_pass_candidates(arch, x.element_size()):
+        yield Launch("one_pass", t, lambda t=t: lora_one_pass.forward(x, w, bias, three, t))
+        yield Launch("one_pass", t, lambda t=t: lora_one_pass.input_grad(x, w, largest, t))
 
 
 def row_launches(x: Tensor) -> Iterator[Launch]:
     """LayerNorm and GELU, forward and backward, at the narrowest and the widest of ViT-S to L."""
     for width in (384, 4096):
-        z, v, s = x.new_zeros(M, width), torch.zeros(width), torch.zeros(M)
-        yield lambda z=z, v=v: layer_norm.forward(z, v, v, 1e-6)
-        yield lambda z=z, v=v, s=s: layer_norm.rebuild(z, v, v, s, s)
-        yield lambda z=z, v=v, s=s: layer_norm.input_grad(z, z, v, s, s, z)
-    yield lambda: gelu.forward(x)
-    yield lambda: gelu.input_grad(x, x)
+        z, v, s, t = x.new_zeros(M, width), torch.zeros(width), torch.zeros(M), row_tile(width)
+        yield Launch("layer_norm", t, lambda z=z, v=v: layer_norm.forward(z, v, v, 1e-6))
+        yield Launch("layer_norm", t, lambda z=z, v=v, s=s: layer_norm.rebuild(z, v, v, s, s))
+        run = lambda z=z, v=v, s=s: layer_norm.input_grad(z, z, v, s, s, z)  # noqa: E731
+        yield Launch("layer_norm", t, run)
+    yield Launch("gelu", ELEMENTS, lambda: gelu.forward(x))
+    yield Launch("gelu", ELEMENTS, lambda: gelu.input_grad(x, x))
+
+
+def and_smaller(tile: object) -> tuple[object, ...]:
+    """A tile by rule, and what stands in for it."""
+    return tile, smaller(tile)

@@ -11,7 +11,7 @@ from fused_lora.kernels.triton.available import why_not_fp8
 from fused_lora.kernels.triton.tiles import FP8
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
 from fused_lora.reference import lora_linear_fp8 as reference
-from fused_lora.testing.yardstick import error, judge
+from fused_lora.testing.yardstick import error, in_every_order, judge, judge_all
 from fused_lora.types import Span
 from tests.kernels.triton.cases import CASES, IDS, Case, adapters, build, lowered
 from tests.kernels.triton.guards import fenced
@@ -53,7 +53,8 @@ def test_every_tile(case, dtype, monkeypatch):
         p.x, p.w = p.x.abs(), p.w.abs()
     x, w, group = reference.quantise(p.x), reference.quantise(p.w), adapters(p)
     h = lora_shrink.shrink(p.x, group)
-    plain, truth = equation(lowered(p, dtype)), equation(p.double())
+    plain = in_every_order(lambda: equation(lowered(p, dtype)))
+    truth = equation(p.double())
     for tile in FP8:
         with fenced(monkeypatch):
             y = lora_extended_fp8.forward(x, w, p.bias, group, h, tile)
@@ -66,10 +67,9 @@ def test_every_tile(case, dtype, monkeypatch):
 @pytest.mark.parametrize("impl", ["auto", "aten", "triton"])
 def test_values_and_gradients(impl, dtype):
     p = build(VIT, dtype, torch.float32)
-    plain, truth = dict(equations(lowered(p, dtype))), dict(equations(p.double()))
-    for name, ours in run(p, impl):
-        verdict = judge(name, ours, plain[name], truth[name], dtype)
-        assert verdict.passed, str(verdict)
+    plain = in_every_order(lambda: dict(equations(lowered(p, dtype))))
+    verdict = judge_all(dict(run(p, impl)), plain, dict(equations(p.double())), dtype)
+    assert verdict.passed, str(verdict)
 
 
 def test_the_library_s_product_by_rows():

@@ -16,7 +16,7 @@ from fused_lora.ops.epilogues import plan_beside
 from fused_lora.ops.lora_linear import call_plan
 from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.operand import RECOMPUTE
-from fused_lora.testing.yardstick import judge
+from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.types import (
     ALIKE,
     Backend,
@@ -102,10 +102,9 @@ def gradients(y, given):
 
 
 def within(ours, given, dtype, activation="gelu") -> None:
-    both = (plain(given, kind, activation) for kind in (dtype, F64))
-    for i, each in enumerate(zip(ours, *both, strict=True)):
-        verdict = judge(f"quantity {i}", *each, dtype)
-        assert verdict.passed, str(verdict)
+    theirs = in_every_order(lambda: plain(given, dtype, activation))
+    verdict = judge_all(ours, theirs, plain(given, F64, activation), dtype)
+    assert verdict.passed, str(verdict)
 
 
 @each_mode
@@ -219,11 +218,11 @@ def test_under_autocast(passes, recompute):
     given = operands(F32)
     with torch.autocast("cpu", BF16):
         ours = run(given, F32, recompute)
-        other = run(given, F32, recompute, impl=Impl.ATEN)
+        others = in_every_order(lambda: run(given, F32, recompute, impl=Impl.ATEN))
     assert passes[0] == "product erf" and "dx erf" in passes
-    for i, each in enumerate(zip(ours, other, plain(given, F64), strict=True)):
-        verdict = judge(f"quantity {i}", *each, BF16)
-        assert verdict.passed and each[0].dtype is each[1].dtype, str(verdict)
+    verdict = judge_all(ours, others, plain(given, F64), BF16)
+    assert verdict.passed, str(verdict)
+    assert [t.dtype for t in ours] == [t.dtype for t in others[0]]
 
 
 def test_under_checkpoint_the_same_bits(passes):

@@ -6,7 +6,7 @@ import torch
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import lora_extended
 from fused_lora.reference import lora_linear as reference
-from fused_lora.testing.yardstick import judge
+from fused_lora.testing.yardstick import in_every_order, judge
 from fused_lora.types import Needs
 from tests.kernels.triton.cases import CASES, DTYPES, TILE, adapters, build, lowered
 
@@ -20,10 +20,13 @@ def test_gelu_and_its_input(kind, approximate, dtype):
     plain = lora_extended.forward(p.x, p.w, p.bias, adapters(p), tile=TILE)
     ours = lora_extended.forward(p.x, p.w, p.bias, adapters(p), kind, tile=TILE)
     assert plain.u is None and torch.equal(ours.u, plain.y)
-    d = p.double()
-    gelu = lambda u: torch.nn.functional.gelu(u, approximate=approximate)  # noqa: E731
-    truth = gelu(reference.forward(d.x, d.w, d.bias, d.a, d.b, d.scales, d.spans))
-    verdict = judge(kind, ours.y, gelu(plain.y), truth, dtype)
+
+    def expected(q):
+        u = reference.forward(q.x, q.w, q.bias, q.a, q.b, q.scales, q.spans)
+        return torch.nn.functional.gelu(u, approximate=approximate)
+
+    theirs = in_every_order(lambda: expected(lowered(p, dtype)))
+    verdict = judge(kind, ours.y, theirs, expected(p.double()), dtype)
     assert verdict.passed, str(verdict)
 
 
@@ -41,10 +44,11 @@ def test_layer_scale_and_residual(activation, dtype):
     ours = lora_extended.forward(
         p.x, p.w, p.bias, adapters(p), activation, tile=TILE, factor=factor, residual=residual
     ).y
-    plain, truth = (
-        ending(reference.forward(q.x, q.w, q.bias, q.a, q.b, q.scales, q.spans))
-        for q in (lowered(p, dtype), p.double())
-    )
+
+    def expected(q):
+        return ending(reference.forward(q.x, q.w, q.bias, q.a, q.b, q.scales, q.spans))
+
+    plain, truth = in_every_order(lambda: expected(lowered(p, dtype))), expected(p.double())
     verdict = judge("LayerScale and residual", ours, plain, truth, dtype)
     assert verdict.passed, str(verdict)
 
@@ -62,15 +66,16 @@ def test_the_input_gradient_goes_on_through_gelu(kind, approximate, dtype):
     p = build(QKV, dtype, torch.float32)
     u = 3 * torch.randn(QKV.m, QKV.k, dtype=dtype)
     ours, dh = lora_extended.input_grad(p.dy, p.w, adapters(p), tile=TILE, activation=kind, u=u)
-    d = p.double()
-    needs = Needs(a=False, b=False)
-    truth = reference.backward(d.dy, d.x, d.w, d.a, d.b, d.scales, d.spans, needs).x
-    plain, again = lora_extended.input_grad(p.dy, p.w, adapters(p), dh, TILE)
-    verdict = judge(
-        kind, ours, plain * slope(u, approximate), truth * slope(u.double(), approximate), dtype
-    )
+
+    def expected(q):
+        needs = Needs(a=False, b=False)
+        dx = reference.backward(q.dy, q.x, q.w, q.a, q.b, q.scales, q.spans, needs).x
+        return dx * slope(u.to(dx.dtype), approximate)
+
+    plain = in_every_order(lambda: expected(lowered(p, dtype)))
+    verdict = judge(kind, ours, plain, expected(p.double()), dtype)
     assert verdict.passed, str(verdict)
-    assert again is dh
+    assert lora_extended.input_grad(p.dy, p.w, adapters(p), dh, TILE)[1] is dh
 
 
 def test_outputs_go_into_the_left_of_a_bordered_buffer():

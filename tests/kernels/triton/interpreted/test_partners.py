@@ -22,7 +22,7 @@ from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.reference import dropout as reference
 from fused_lora.reference import lora_linear as reference_linear
-from fused_lora.testing.yardstick import error, judge
+from fused_lora.testing.yardstick import error, in_every_order, judge_all
 from fused_lora.trust import verify
 from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
 from tests.kernels.triton.cases import CASES, TILE, adapters, build, lowered
@@ -126,15 +126,15 @@ class TestNormBeforeOneGemm:
         with copies:
             ours = [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
         assert copies.found == []  # dy and dx are cast as the norm reads and writes them
-        runs = []
-        for dtype in (BF16, torch.float64):
+
+        def plain(dtype):
             given = cast((x, before, fc1), dtype)
             y = plain_linear(plain_norm(*given[:2]), given[2])
             leaves = (given[0], *given[2].a, *given[2].b)
-            runs.append([y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))])
-        for mine, plain, truth in zip(ours, *runs, strict=True):
-            verdict = judge("normed", mine, plain, truth, BF16)
-            assert verdict.passed, str(verdict)
+            return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+        verdict = judge_all(ours, in_every_order(lambda: plain(BF16)), plain(torch.float64), BF16)
+        assert verdict.passed, str(verdict)
 
     def test_writes_there_again_in_backward(self, wide):
         x, *operands = self.operands(wide)
@@ -164,10 +164,9 @@ def test_dropout_without_a_mask(checking, monkeypatch):
         leaf.requires_grad_()
     h = shrink(x, a, 0.3)
     ours = (h.detach(), *torch.autograd.grad(h, (x, a), dh))
-    runs = zip(ours, dropped_run(BF16, seed), dropped_run(torch.float64, seed), strict=True)
-    for mine, plain, truth in runs:
-        verdict = judge("dropped", mine, plain, truth, BF16)
-        assert verdict.passed, str(verdict)
+    plain = in_every_order(lambda: dropped_run(BF16, seed))
+    verdict = judge_all(ours, plain, dropped_run(torch.float64, seed), BF16)
+    assert verdict.passed, str(verdict)
 
 
 def test_dropout_reaches_the_same_kernels_when_compiled(serving):  # noqa: F811
@@ -278,16 +277,18 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
     for one in endings(p.x.shape[0], p.w.shape[0]):
         call = (p.scales, p.spans, Impl.AUTO, BF16, (*p.a, *p.b), Needs())
         y, _, _, h, _, u = compute(p.x, p.w, p.bias, *call, ending=one)
-        runs = []
-        for q in (lowered(p, BF16), p.double()):
+
+        def expected(q, one=one):
             as_q = [None if t is None else t.to(q.x.dtype) for t in one[1:3]]
             base = reference_linear.forward(q.x, q.w, q.bias, *adapters(q))
-            runs.append((*module.composed(base.clone(), None, Ending(one[0], *as_q)), base))
-        verdict = judge("y", y, runs[0][0], runs[1][0], BF16)
+            return {"y": module.composed(base.clone(), None, Ending(one[0], *as_q))[0], "u": base}
+
+        ours = {"y": y} if u is None else {"y": y, "u": u}
+        low = lowered(p, BF16)
+        plain = in_every_order(lambda run=expected, low=low: run(low))
+        verdict = judge_all(ours, plain, expected(p.double()), BF16)
         assert verdict.passed, str(verdict)
         assert (u is None) == (one.activation == "none") and h is not None
-        if u is not None:
-            assert judge("u", u, runs[0][3], runs[1][3], BF16).passed
         assert y.dtype is (BF16 if one.factor is None else torch.float32)
     assert len(fused) == 3
 
