@@ -45,11 +45,14 @@ class Given:
     dtype: torch.dtype
     device: torch.device
     trains: bool
+    start: int = 0  # bytes past a multiple of 16, where kernels read by address
 
     @classmethod
     def of(cls, t: Tensor, grad: bool) -> Given:
         """Of one tensor; ``grad``: whether gradients are recorded."""
-        return cls(tuple(t.shape), t.stride(), t.dtype, t.device, grad and t.requires_grad)
+        start = t.data_ptr() % 16 if t.is_cuda else 0
+        trains = grad and t.requires_grad
+        return cls(tuple(t.shape), t.stride(), t.dtype, t.device, trains, start)
 
 
 @dataclass(eq=False)
@@ -66,6 +69,8 @@ class Program:
     outputs: list[Value]
     single: bool  # whether it gives one tensor and no tuple
     text: str  # of both functions
+    launches: bool  # whether it runs kernels of this project, which dispatch modes do not see
+    device: torch.device
     forward: Any = field(repr=False)
     backward: Any = field(repr=False)
 
@@ -84,7 +89,7 @@ def build(operation: Operation, given: Sequence[Given | None]) -> Program:
     needs = tuple(each is not None and each.trains for each in given)
     with torch.no_grad(), Recorder() as recorder:
         fakes = [
-            None if g is None else recorder.input(g.shape, g.stride, g.dtype, g.device)
+            None if g is None else recorder.input(g.shape, g.stride, g.dtype, g.device, g.start)
             for g in given
         ]
         inputs = [recorder.value(fake) for fake in fakes if fake is not None]
@@ -93,7 +98,7 @@ def build(operation: Operation, given: Sequence[Given | None]) -> Program:
         outputs = [recorder.known(t) for t in results]
         cut = len(recorder.calls)
         if not any(needs):
-            return _forward_only(operation, given, recorder.calls, inputs, outputs, result)
+            return _forward_only(operation, given, recorder, inputs, outputs, result)
         dys = [recorder.input(t.shape, _dense(t.shape), t.dtype, t.device) for t in results]
         grads = operation.backward(saved, dys, needs)
         found = [
@@ -108,26 +113,32 @@ def build(operation: Operation, given: Sequence[Given | None]) -> Program:
         (calls[:cut], calls[cut:]),
         (inputs, outputs, [recorder.value(dy) for dy in dys], found),
         isinstance(result, Tensor),
+        recorder.launches,
     )
 
 
 def _forward_only(
     operation: Operation,
     given: Sequence[Given | None],
-    calls: list[Call],
+    recorder: Recorder,
     inputs: list[Value],
     outputs: list[Value],
     result: Any,
 ) -> Program:
     single, names = isinstance(result, Tensor), emit.Names()
-    calls, stands = emit.merged_views(emit.needed(calls, outputs))
+    calls, stands = emit.merged_views(emit.needed(recorder.calls, outputs))
     outputs = [stands.get(value, value) for value in outputs]
     returned = _tuple(outputs) if not single else outputs[0].name
     text = emit.function("forward", calls, inputs, returned, outputs, names)
     forward = _compiled(text, names)["forward"]
     present = [i for i, each in enumerate(given) if each is not None]
     ends = (inputs, present, outputs, single)
-    return Program(operation, tuple(given), calls, [], [], *ends, text, forward, None)
+    where = (recorder.launches, _device(given))
+    return Program(operation, tuple(given), calls, [], [], *ends, text, *where, forward, None)
+
+
+def _device(given: Sequence[Given | None]) -> torch.device:
+    return next(each for each in given if each is not None).device
 
 
 def _both(
@@ -136,6 +147,7 @@ def _both(
     calls: tuple[list[Call], list[Call]],
     ends: tuple[list[Value], list[Value], list[Value], list[Value | None]],
     single: bool,
+    launches: bool,
 ) -> Program:
     (ahead, back), (inputs, outputs, dys, grads) = calls, ends
     names = emit.Names()
@@ -168,6 +180,8 @@ def _both(
         outputs,
         single,
         text,
+        launches,
+        _device(given),
         built["forward"],
         built["backward"],
     )

@@ -94,6 +94,8 @@ class Recorder(TorchDispatchMode):
         self._value_of: dict[int, Value] = {}
         self._alive: list[Tensor] = []  # so that no id comes twice
         self._storages: dict[int, int] = {}
+        self.starts: dict[int, int] = {}  # bytes by which inputs miss a multiple of 16
+        self.launches = False  # whether a call is ``opaque``
 
     def __enter__(self) -> Recorder:
         self.fake.__enter__()
@@ -112,15 +114,16 @@ class Recorder(TorchDispatchMode):
         stride: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        start: int = 0,
     ) -> Tensor:
-        """A tensor that the program will be given."""
+        """A tensor that the program will be given, ``start`` bytes past a multiple of 16."""
         recorder, _now.recorder = _now.recorder, None
         try:
             with _Silent(self):
                 fake = torch.empty_strided(shape, stride, dtype=dtype, device=device)
         finally:
             _now.recorder = recorder
-        self.value(fake)
+        self.starts[self.value(fake).storage] = start
         return fake
 
     def value(self, t: Tensor) -> Value:
@@ -190,7 +193,8 @@ class Recorder(TorchDispatchMode):
         if isinstance(argument, Tensor):
             return self.known(argument)
         if isinstance(argument, (list, tuple)):
-            return tuple(self._given(each) for each in argument)
+            parts = [self._given(each) for each in argument]
+            return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
         if isinstance(argument, dict):
             return {key: self._given(each) for key, each in argument.items()}
         if isinstance(argument, (torch.SymInt, torch.SymFloat, torch.Generator)):
@@ -207,7 +211,7 @@ class Recorder(TorchDispatchMode):
         view: bool,
     ) -> None:
         single = isinstance(out, Tensor)
-        flat = [out] if single else list(out)
+        flat = [out] if single else list(out or ())
         outs = [
             self.value(t) if isinstance(t, Tensor) and id(t) not in self._value_of else None
             for t in flat
@@ -244,6 +248,15 @@ def _values(arguments: Any) -> Iterator[Value]:
     return (each for each in _flat(arguments) if isinstance(each, Value))
 
 
+def begins_at(t: Tensor) -> int:
+    """Where ``t`` begins in memory, in bytes; while a program is recorded, within 16 of them."""
+    if _now.recorder is None:
+        return t.data_ptr()
+    value = _now.recorder.known(t)
+    start = _now.recorder.starts.get(value.storage, 0)  # of what is made here, a multiple of 16
+    return (start + value.offset * t.element_size()) % 16
+
+
 def opaque(
     target: Callable[..., Any],
     fake: Callable[..., Any],
@@ -260,6 +273,7 @@ def opaque(
     if recorder is None:
         return target(*args, **kwargs)
     given = recorder._given(args), {k: recorder._given(v) for k, v in kwargs.items()}
+    recorder.launches = True
     with _Silent(recorder):
         out = fake(*args, **kwargs)
     recorder._write(target, *given, out, tuple(recorder.known(t) for t in writes), False)

@@ -70,7 +70,7 @@ class Memo:
         """
         x, *rest = [t for t in inputs if t is not None]
         now = settings(x.device.type)
-        facts = (x.__class__, x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+        facts = (x.__class__, x.shape, x.stride(), x.dtype, x.device, x.requires_grad, start_of(x))
         quick = None
         last = self.last
         if held:
@@ -113,9 +113,16 @@ def attention_settings() -> tuple[bool, ...]:
 def described(inputs: Sequence[Any]) -> list[Any]:
     """What ``inputs`` are beside their numbers."""
     return [
-        t if t is None else (t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+        t
+        if t is None
+        else (t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad, start_of(t))
         for t in inputs
     ]
+
+
+def start_of(t: Tensor) -> int:
+    """Bytes past a multiple of 16 at which ``t`` begins, where kernels may read it by address."""
+    return t.data_ptr() % 16 if t.is_cuda else 0
 
 
 def call(operation: Operation, inputs: Sequence[Any]) -> Any:
@@ -134,10 +141,32 @@ def run(program: Any, operation: Operation, inputs: Sequence[Any]) -> Any:
     if program.__class__ is str:
         return interpret(operation, inputs)
     present = [t for t in inputs if t is not None]
+    if program.launches:
+        return _launching(program, operation, inputs, present)
     if program.backward is not None:
         return apply(program, *present)
     with _straight(_BELOW):
         return program.forward(*present)
+
+
+def _launching(
+    program: Program, operation: Operation, inputs: Sequence[Any], present: Sequence[Tensor]
+) -> Any:
+    """As ``run``, where kernels of this project go to the current device, unseen by any mode."""
+    if torch._C._len_torch_dispatch_stack():
+        return interpret(operation, inputs)
+    with on_device(program.device):
+        if program.backward is not None:
+            return apply(program, *present)
+        with _straight(_BELOW):
+            return program.forward(*present)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, ``device`` is the current one, if it is one of CUDA's."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def find(key: Any, operation: Operation, inputs: Sequence[Any]) -> Program | str:
@@ -211,7 +240,9 @@ class LoRAProgram(torch.autograd.Function):
         with _straight(_BELOW):
             if program.single:
                 (dy,) = dys
-                return program.backward(dy if dy.is_contiguous() else dy.contiguous(), saved)
+                if not dy.is_contiguous() or start_of(dy):
+                    dy = dy.clone(memory_format=torch.contiguous_format)
+                return program.backward(dy, saved)
             whole = zeros_for(dys, [out.shape for out in program.outputs])
             grads = program.backward(*whole, saved)
         return without_unused(program.operation, grads, dys, program.present)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.kernels.triton.launch import on_device
+from fused_lora.kernels.triton.launch import launch
 from fused_lora.kernels.triton.tiles import ELEMENTS, ElementTile
 
 
@@ -116,11 +116,7 @@ def _launch(
         return out
     rows, columns = u.shape
     grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(columns, tile.block_n))
-    with on_device(u.device):
-        _gelu_rows[grid](
-            *(u, u.stride(0), dy, 0 if dy is None else dy.stride(0), out, out.stride(0)),
-            *(rows, columns),
-            KIND=kind,
-            **tile.arguments(),
-        )
+    args = (u, u.stride(0), dy, 0 if dy is None else dy.stride(0), out, out.stride(0))
+    constants = dict(KIND=kind, **tile.arguments())
+    launch(_gelu_rows, grid, u.device, (*args, rows, columns), constants, [out])
     return out

@@ -1,13 +1,131 @@
-"""What every launcher asks of torch: the device to launch on, and how fp32 products are formed."""
+"""Launches: of Triton's kernels now, or as calls of a program, whose launches are bound.
+
+``kernel[grid](...)`` finds out at every call what each argument is and which compiled kernel serves
+it. In a program that is settled: from the second launch on the compiled kernel is called with its
+pointers alone, the rest of its arguments constants of the program.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_lora.kernels.precision import is_tf32
+from fused_lora.programs.record import opaque, recording
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    args: Sequence[Any],
+    constants: dict[str, Any],
+    writes: Sequence[Tensor | None],
+) -> Any:
+    """``kernel[grid](*args, **constants)`` on ``device``: the compiled kernel, if one was made now.
+
+    While a program is recorded, one of its calls, which changes the tensors ``writes``.
+    """
+    if not recording():
+        with on_device(device):
+            return kernel[grid](*args, **constants)
+    bound = BoundLaunch(kernel, grid, device, [_form(arg) for arg in args], constants)
+    given = [_bare(arg) for arg in args]
+    opaque(bound, _nothing, *given, writes=[t for t in writes if t is not None])
+    return None
+
+
+class BoundLaunch:
+    """One launch of a program, called with its arguments, tuples without their names."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
+        forms: list[Any],
+        constants: dict[str, Any],
+    ) -> None:
+        self.kernel, self.grid, self.device = kernel, grid, device
+        self.forms, self.constants = forms, constants
+        self.__name__ = kernel.__name__.lstrip("_")
+        self.described = [i for i, form in enumerate(forms) if isinstance(form, _Descriptor)]
+        self._bound: tuple[Any, ...] | None = None
+
+    def __call__(self, *args: Any) -> None:
+        """Launch it on the current stream."""
+        if self._bound is None:
+            self._first(args)
+            return
+        run, before, after, stream_of = self._bound
+        if self.described:
+            args = tuple(
+                self.forms[i].of(arg) if i in self.described else arg for i, arg in enumerate(args)
+            )
+        run(*self.grid, *(1,) * (3 - len(self.grid)), stream_of(), *before, *args, *after)
+
+    def _first(self, args: Sequence[Any]) -> None:
+        named = [_formed(form, arg) for form, arg in zip(self.forms, args, strict=True)]
+        with on_device(self.device):
+            compiled = self.kernel[self.grid](*named, **self.constants)
+        if compiled is None:  # an interpreter's
+            return
+        names = [param.name for param in self.kernel.params]
+        after = tuple(self.constants[name] for name in names[len(args) :])
+        # metadata for a profiler's hooks, and the hooks: none of them
+        before = (compiled.function, compiled.packed_metadata, None, None, None)
+        self._bound = (compiled.run, before, after, self._stream)
+
+    def _stream(self) -> int:
+        from triton.runtime import driver
+
+        return driver.active.get_current_stream(self.device.index or 0)  # type: ignore[no-any-return]
+
+
+class _Descriptor:
+    """A tensor descriptor by all but its tensor."""
+
+    def __init__(self, descriptor: Any) -> None:
+        self.kind = type(descriptor)
+        self.sizes = (descriptor.shape, descriptor.strides, descriptor.block_shape)
+
+    def of(self, base: Tensor) -> Any:
+        """The descriptor of ``base``."""
+        return self.kind(base, *self.sizes)
+
+
+def _form(arg: Any) -> Any:
+    """What a bare argument lacks: the names of tuples, the sizes of descriptors."""
+    if type(arg).__name__ == "TensorDescriptor":
+        return _Descriptor(arg)
+    if isinstance(arg, tuple):
+        return type(arg), [_form(each) for each in arg]
+    return None
+
+
+def _bare(arg: Any) -> Any:
+    if type(arg).__name__ == "TensorDescriptor":
+        return arg.base
+    return tuple(_bare(each) for each in arg) if isinstance(arg, tuple) else arg
+
+
+def _formed(form: Any, arg: Any) -> Any:
+    if form is None:
+        return arg
+    if isinstance(form, _Descriptor):
+        return form.of(arg)
+    kind, forms = form
+    parts = [_formed(each, part) for each, part in zip(forms, arg, strict=True)]
+    return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
+
+
+def _nothing(*args: Any) -> None:
+    return None
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

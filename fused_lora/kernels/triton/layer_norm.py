@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.kernels.triton.launch import on_device
+from fused_lora.kernels.triton.launch import launch
 from fused_lora.kernels.triton.tiles import MOST_WIDTH, RowTile, row_tile
 
 
@@ -159,13 +159,13 @@ def input_grad(
     rows, columns = dy.shape
     tile = tile or row_tile(columns)
     assert columns <= tile.block_d, (columns, tile)
-    with on_device(dy.device):
-        _layer_norm_grad[(triton.cdiv(rows, tile.block_m),)](
-            *(dy, dy.stride(0), x, x.stride(0), weight, mean, rstd),
-            *(residual, 0 if residual is None else residual.stride(0), dx, dx.stride(0)),
-            *(rows, columns),
-            **tile.arguments(),
-        )
+    args = (
+        *(dy, dy.stride(0), x, x.stride(0), weight, mean, rstd),
+        *(residual, 0 if residual is None else residual.stride(0), dx, dx.stride(0)),
+        *(rows, columns),
+    )
+    grid = (triton.cdiv(rows, tile.block_m),)
+    launch(_layer_norm_grad, grid, dy.device, args, tile.arguments(), [dx])
     return dx
 
 
@@ -187,12 +187,10 @@ def _launch_forward(
     rows, columns = x.shape
     tile = tile or row_tile(columns)
     assert columns <= tile.block_d, (columns, tile)
-    with on_device(x.device):
-        _layer_norm[(triton.cdiv(rows, tile.block_m),)](
-            *(x, x.stride(0), weight, bias, y, y.stride(0), mean, rstd, rows, columns, float(eps)),
-            GIVEN=given,
-            **tile.arguments(),
-        )
+    args = (x, x.stride(0), weight, bias, y, y.stride(0), mean, rstd, rows, columns, float(eps))
+    constants = dict(GIVEN=given, **tile.arguments())
+    written = [y] if given else [y, mean, rstd]
+    launch(_layer_norm, (triton.cdiv(rows, tile.block_m),), x.device, args, constants, written)
     return Normed(y, mean, rstd)
 
 

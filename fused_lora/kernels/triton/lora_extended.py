@@ -28,7 +28,7 @@ from fused_lora.kernels.triton import lora_extended_bulk, spills
 from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.dropout import Dropout
 from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
-from fused_lora.kernels.triton.launch import input_precision, on_device
+from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.lora_shrink import shrink, shrink_grad
 from fused_lora.kernels.triton.primitives import expand, grouped_tile
 from fused_lora.kernels.triton.tiles import BulkTile, Tile, gemm_tile
@@ -172,17 +172,21 @@ def _launch(
         lora_extended_bulk.launch(x, w, h, border, y, ending, activation, slope, tile)
         return
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
-    with on_device(x.device):
-        compiled = _extended[grid](
-            *(x, x.stride(0), w, w.stride(0), w.stride(1), h, h.stride(0), border),
-            *(y, y.stride(0), ending, dropout, rows, columns, depth),
-            ACTIVATION=activation,
-            SLOPE=slope,
-            PRECISION=input_precision(x.dtype),
-            WHOLE_K=depth % tile.block_k == 0,
-            BLOCK_R=border.rank_block(64 // x.element_size()),
-            **tile.arguments(),
-        )
+    args = (x, x.stride(0), w, w.stride(0), w.stride(1), h, h.stride(0), border)
+    constants = dict(
+        ACTIVATION=activation,
+        SLOPE=slope,
+        PRECISION=input_precision(x.dtype),
+        WHOLE_K=depth % tile.block_k == 0,
+        BLOCK_R=border.rank_block(64 // x.element_size()),
+        **tile.arguments(),
+    )
+    compiled = launch(
+        *(_extended, grid, x.device),
+        (*args, y, y.stride(0), ending, dropout, rows, columns, depth),
+        constants,
+        [y, None if slope else ending.u],
+    )
     if not spills.seen(compiled):
         name = "extended_dropout" if dropout else ending.kernel(x.dtype, active)
         spills.look(compiled, name + border.word, tile, x)

@@ -18,9 +18,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border
 from fused_lora.kernels.triton.epilogue import Epilogue, finish
-from fused_lora.kernels.triton.launch import input_precision, multiprocessors, on_device
+from fused_lora.kernels.triton.launch import input_precision, multiprocessors
+from fused_lora.kernels.triton.launch import launch as start
 from fused_lora.kernels.triton.primitives import expand, grouped_tile
 from fused_lora.kernels.triton.tiles import BulkTile
+from fused_lora.programs.record import begins_at
 
 
 @triton.jit
@@ -89,7 +91,7 @@ def describable(*matrices: Tensor) -> bool:
 def _describable(matrix: Tensor) -> bool:
     """Contiguous one way, and 16 bytes divide where it starts and each row."""
     least, most = sorted(matrix.stride())
-    aligned = most * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    aligned = most * matrix.element_size() % 16 == 0 and begins_at(matrix) % 16 == 0
     return aligned and least == 1 and matrix.numel() > 0
 
 
@@ -108,19 +110,23 @@ def launch(
     (rows, depth), columns = x.shape, w.shape[0]
     along_k = w.stride(1) == 1
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.width)
-    with on_device(x.device):
-        compiled = _extended_bulk[(min(tiles, multiprocessors(x.device)),)](
-            _descriptor(x, tile.block_m, tile.block_k),
-            _weights(w, tile.block_n, tile.block_k, along_k),
-            _weights(w, tile.rest_n or tile.block_n, tile.block_k, along_k),
-            *(h, h.stride(0), border, y, y.stride(0), ending, rows, columns, depth),
-            ALONG_K=along_k,
-            ACTIVATION=activation,
-            SLOPE=slope,
-            PRECISION=input_precision(x.dtype),
-            BLOCK_R=border.rank_block(64 // x.element_size()),
-            **tile.arguments(),
-        )
+    args = (
+        _descriptor(x, tile.block_m, tile.block_k),
+        _weights(w, tile.block_n, tile.block_k, along_k),
+        _weights(w, tile.rest_n or tile.block_n, tile.block_k, along_k),
+        *(h, h.stride(0), border, y, y.stride(0), ending, rows, columns, depth),
+    )
+    constants = dict(
+        ALONG_K=along_k,
+        ACTIVATION=activation,
+        SLOPE=slope,
+        PRECISION=input_precision(x.dtype),
+        BLOCK_R=border.rank_block(64 // x.element_size()),
+        **tile.arguments(),
+    )
+    grid = (min(tiles, multiprocessors(x.device)),)
+    written = [y, None if slope else ending.u]
+    compiled = start(_extended_bulk, grid, x.device, args, constants, written)
     if not spills.seen(compiled):
         name = ending.kernel(x.dtype, activation != "none")
         spills.look(compiled, name + border.word, tile, x)

@@ -26,7 +26,7 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border, of_b
 from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
-from fused_lora.kernels.triton.launch import architecture, on_device
+from fused_lora.kernels.triton.launch import architecture, launch
 from fused_lora.kernels.triton.primitives import (
     column_scales,
     grouped_tile,
@@ -142,15 +142,17 @@ def _launch(
     tile = tile or fp8_tile(rows, columns, y.device)
     arch = architecture(y.device)
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
-    with on_device(y.device):
-        compiled = _extended_fp8[grid](
-            *(x.codes, x.codes.stride(0), x.scales, w.codes, w.codes.stride(0), w.scales),
-            *(h, h.stride(0), border, y, y.stride(0), ending, rows, columns, depth),
-            APART=arch // 10 not in TENSOR_MEMORY,
-            LIMIT=None if arch // 10 == WGMMA else tile.block_k,
-            WHOLE_K=depth % tile.block_k == 0,
-            BLOCK_R=border.rank_block(MOST_RANKS),
-            **tile.arguments(),
-        )
+    args = (
+        *(x.codes, x.codes.stride(0), x.scales, w.codes, w.codes.stride(0), w.scales),
+        *(h, h.stride(0), border, y, y.stride(0), ending, rows, columns, depth),
+    )
+    constants = dict(
+        APART=arch // 10 not in TENSOR_MEMORY,
+        LIMIT=None if arch // 10 == WGMMA else tile.block_k,
+        WHOLE_K=depth % tile.block_k == 0,
+        BLOCK_R=border.rank_block(MOST_RANKS),
+        **tile.arguments(),
+    )
+    compiled = launch(_extended_fp8, grid, y.device, args, constants, [y])
     if not spills.seen(compiled):
         spills.look(compiled, "extended_fp8", tile, h)

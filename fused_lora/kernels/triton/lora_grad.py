@@ -26,7 +26,7 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.dropout import Dropout, kept
-from fused_lora.kernels.triton.launch import input_precision, multiprocessors, on_device
+from fused_lora.kernels.triton.launch import input_precision, launch, multiprocessors
 from fused_lora.kernels.triton.primitives import column_range, rank_scales, store_border
 from fused_lora.kernels.triton.tiles import CONTRACTED, GradTile, grad_tile, power_of_two
 
@@ -148,21 +148,17 @@ def _launch(
     slices, slice_rows = _slices(rows, blocks[0] * blocks[1], tile.block_m, t.device)
     grid = (*blocks, slices)
     partial = t.new_empty((slices, ranks, columns), dtype=torch.float32)
-    with on_device(t.device):
-        compiled = _partial_sums[grid](
-            *(t, t.stride(0), z, z.stride(0), border, partial, dropout),
-            *(rows, ranks, columns, slice_rows),
-            PRECISION=input_precision(t.dtype),
-            **tile.arguments(),
-        )
-        _add_slices[(triton.cdiv(ranks * columns, REDUCE_BLOCK),)](
-            *(partial, border, slices, ranks, columns),
-            ADD=add,
-            SLICES=power_of_two(slices, 1, MOST_SLICES),
-            BLOCK=REDUCE_BLOCK,
-            num_warps=4,
-            **CONTRACTED,
-        )
+    args = (t, t.stride(0), z, z.stride(0), border, partial, dropout)
+    constants = dict(PRECISION=input_precision(t.dtype), **tile.arguments())
+    sizes = (rows, ranks, columns, slice_rows)
+    compiled = launch(_partial_sums, grid, t.device, (*args, *sizes), constants, [partial])
+    constants = dict(ADD=add, SLICES=power_of_two(slices, 1, MOST_SLICES), BLOCK=REDUCE_BLOCK)
+    launch(
+        *(_add_slices, (triton.cdiv(ranks * columns, REDUCE_BLOCK),), t.device),
+        (partial, border, slices, ranks, columns),
+        constants | dict(num_warps=4, **CONTRACTED),
+        border.blocks,
+    )
     if not spills.seen(compiled):
         spills.look(compiled, "grad_dropout" if dropout else "grad", tile, t)
 

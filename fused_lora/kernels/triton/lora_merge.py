@@ -19,7 +19,7 @@ from torch import Tensor
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import of_a, of_b
-from fused_lora.kernels.triton.launch import on_device, words
+from fused_lora.kernels.triton.launch import launch, words
 from fused_lora.kernels.triton.philox import random16, random16_of_blocks, stochastic_round
 from fused_lora.kernels.triton.primitives import column_scales, load_border, rank_range
 from fused_lora.kernels.triton.tiles import MergeTile
@@ -120,14 +120,12 @@ def lora_merge(
     adapters = Adapters(a, b, scales, spans)
     rows, columns = w.shape
     grid = (triton.cdiv(columns, tile.block_k), triton.cdiv(rows, tile.block_n))
-    with on_device(w.device):
-        compiled = _merge[grid](
-            *(w, w.stride(0), out, out.stride(0), of_b(adapters), of_a(adapters)),
-            *(rows, columns, *words(noise)),
-            STOCHASTIC=noise is not None,
-            BLOCKS=columns % 8 == 0,
-            **tile.arguments(),
-        )
+    args = (
+        *(w, w.stride(0), out, out.stride(0), of_b(adapters), of_a(adapters)),
+        *(rows, columns, *words(noise)),
+    )
+    constants = dict(STOCHASTIC=noise is not None, BLOCKS=columns % 8 == 0, **tile.arguments())
+    compiled = launch(_merge, grid, w.device, args, constants, [out])
     if not spills.seen(compiled):
         spills.look(compiled, "merge", tile, w)
     return out

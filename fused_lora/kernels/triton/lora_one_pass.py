@@ -25,7 +25,7 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.epilogue import epilogue, finish
-from fused_lora.kernels.triton.launch import input_precision, on_device
+from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.lora_extended import Output
 from fused_lora.kernels.triton.primitives import grouped_tile, load_border, rank_scales
 from fused_lora.kernels.triton.tiles import Tile, one_pass_tile, power_of_two
@@ -126,15 +126,17 @@ def _launch(
         return y, h
     tile = tile or one_pass_tile(rows, columns, x.element_size(), x.device)
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
-    with on_device(x.device):
-        compiled = _one_pass[grid](
-            *(x, x.stride(0), w, w.stride(0), w.stride(1), shrink, expand),
-            *(y, y.stride(0), h, epilogue(bias), rows, columns, depth, ranks),
-            PRECISION=input_precision(x.dtype),
-            WHOLE_K=depth % tile.block_k == 0,
-            BLOCK_R=power_of_two(ranks, 16, MOST_RANKS),
-            **tile.arguments(),
-        )
+    args = (
+        *(x, x.stride(0), w, w.stride(0), w.stride(1), shrink, expand),
+        *(y, y.stride(0), h, epilogue(bias), rows, columns, depth, ranks),
+    )
+    constants = dict(
+        PRECISION=input_precision(x.dtype),
+        WHOLE_K=depth % tile.block_k == 0,
+        BLOCK_R=power_of_two(ranks, 16, MOST_RANKS),
+        **tile.arguments(),
+    )
+    compiled = launch(_one_pass, grid, x.device, args, constants, [y, h])
     if not spills.seen(compiled):
         spills.look(compiled, "one_pass" + shrink.word, tile, x)
     return y, h

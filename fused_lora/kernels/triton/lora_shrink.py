@@ -17,7 +17,7 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border, of_a, of_b
 from fused_lora.kernels.triton.dropout import Dropout, kept
-from fused_lora.kernels.triton.launch import input_precision, on_device
+from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.primitives import column_range, load_border, rank_scales
 from fused_lora.kernels.triton.tiles import ThinTile, thin_tile
 
@@ -98,12 +98,9 @@ def _launch(
         return out
     tile = tile or thin_tile(rows, ranks, x.element_size(), x.device, dropout is not None)
     grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(ranks, tile.block_r))
-    with on_device(x.device):
-        compiled = _shrink[grid](
-            *(x, x.stride(0), border, out, out.stride(0), dropout, rows, columns, ranks),
-            PRECISION=input_precision(x.dtype),
-            **tile.arguments(),
-        )
+    args = (x, x.stride(0), border, out, out.stride(0), dropout, rows, columns, ranks)
+    constants = dict(PRECISION=input_precision(x.dtype), **tile.arguments())
+    compiled = launch(_shrink, grid, x.device, args, constants, [out])
     if not spills.seen(compiled):
         spills.look(compiled, "shrink_dropout" if dropout else "shrink", tile, x)
     return out

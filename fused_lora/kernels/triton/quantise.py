@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.kernels.triton.launch import on_device
+from fused_lora.kernels.triton.launch import launch
 from fused_lora.kernels.triton.tiles import MOST_WIDTH, RowTile, row_tile
 from fused_lora.reference.lora_linear_fp8 import CODES, LARGEST, LEAST_SCALE, Quantised
 
@@ -55,11 +55,8 @@ def quantise(x: Tensor, tile: RowTile | None = None) -> Quantised:
     if x.numel() == 0:
         return Quantised(codes, scales.fill_(LEAST_SCALE))
     tile = tile or row_tile(columns)
-    with on_device(x.device):
-        _quantise[(triton.cdiv(rows, tile.block_m),)](
-            *(x, x.stride(0), codes, codes.stride(0), scales, rows, columns),
-            LARGEST=LARGEST,
-            LEAST=LEAST_SCALE,
-            **tile.arguments(),
-        )
+    args = (x, x.stride(0), codes, codes.stride(0), scales, rows, columns)
+    constants = dict(LARGEST=LARGEST, LEAST=LEAST_SCALE, **tile.arguments())
+    grid = (triton.cdiv(rows, tile.block_m),)
+    launch(_quantise, grid, x.device, args, constants, [codes, scales])
     return Quantised(codes, scales)

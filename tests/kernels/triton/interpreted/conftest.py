@@ -12,4 +12,4 @@ if INTERPRETED:
 
     interpreter.install()
 
-    from tests.kernels.triton.interpreted.serving import checking, serving  # noqa: F401
+    from tests.kernels.triton.interpreted.serving import as_written, checking, serving  # noqa: F401

@@ -9,6 +9,7 @@ import pytest
 from fused_lora.kernels.triton import available, launches, lora_linear
 from fused_lora.kernels.triton.tiles import MergeTile
 from fused_lora.ops import backends, planning
+from fused_lora.programs import run
 from fused_lora.trust import subjects, verify
 from fused_lora.trust.problems import Shape
 from fused_lora.types import Span
@@ -25,6 +26,12 @@ def serving(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[pytest.Monkey
     again()
     yield monkeypatch
     again()
+
+
+@pytest.fixture
+def as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations run call by call, where a test watches the calls."""
+    monkeypatch.setenv("FUSED_LORA_PROGRAMS", "0")
 
 
 @pytest.fixture
@@ -52,6 +59,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def again() -> None:
     """As a new process would begin."""
+    run.forget()
     planning._plan_for.cache_clear()
     backends._triton.cache_clear()
     backends._checked.cache_clear()
