@@ -85,8 +85,12 @@ def needed(calls: Sequence[Call], wanted: Iterable[Value]) -> list[Call]:
     return kept[::-1]
 
 
-def merged_views(calls: Sequence[Call]) -> tuple[list[Call], dict[Value, Value]]:
-    """The calls with no memory viewed the same way twice, and which value stands for which."""
+def merged_views(
+    calls: Sequence[Call], wanted: Sequence[Value]
+) -> tuple[list[Call], dict[Value, Value]]:
+    """The calls that ``wanted`` depend on, with no memory viewed the same way twice; and which
+    value stands for which."""
+    calls = needed(calls, wanted)
     stands: dict[Value, Value] = {}
     shown: dict[Any, Value] = {}  # the first value that shows this memory so
     viewed: dict[Value, Value] = {}  # by plain ``view``: of what, laid out without gaps
@@ -106,7 +110,7 @@ def merged_views(calls: Sequence[Call]) -> tuple[list[Call], dict[Value, Value]]
                 call = replace(call, args=(source, size), reads=[source])
                 viewed[call.outs[0]] = source  # type: ignore[index]
         kept.append(call)
-    return kept, stands
+    return needed(kept, [stands.get(value, value) for value in wanted]), stands
 
 
 def _shows(value: Value) -> tuple[Any, ...]:

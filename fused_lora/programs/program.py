@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.programs import emit
-from fused_lora.programs.record import Call, Recorder, Value
+from fused_lora.programs.record import Call, CannotRecord, Recorder, Value
 
 Optional = Tensor | None
 Saved = tuple[Sequence[Optional], Any]  # tensors for backward, and what else it must know
@@ -97,6 +97,7 @@ def build(operation: Operation, given: Sequence[Given | None]) -> Program:
         results = [result] if isinstance(result, Tensor) else list(result)
         outputs = [recorder.known(t) for t in results]
         cut = len(recorder.calls)
+        _check(recorder.calls, inputs, outputs)
         if not any(needs):
             return _forward_only(operation, given, recorder, inputs, outputs, result)
         dys = [recorder.input(t.shape, _dense(t.shape), t.dtype, t.device) for t in results]
@@ -106,6 +107,7 @@ def build(operation: Operation, given: Sequence[Given | None]) -> Program:
             for grad, need, each in zip(grads, needs, given, strict=True)
             if each is not None
         ]
+        _check(recorder.calls, [*inputs, *map(recorder.value, dys)], [])
     calls = recorder.calls
     return _both(
         operation,
@@ -126,7 +128,7 @@ def _forward_only(
     result: Any,
 ) -> Program:
     single, names = isinstance(result, Tensor), emit.Names()
-    calls, stands = emit.merged_views(emit.needed(recorder.calls, outputs))
+    calls, stands = emit.merged_views(recorder.calls, outputs)
     outputs = [stands.get(value, value) for value in outputs]
     returned = _tuple(outputs) if not single else outputs[0].name
     text = emit.function("forward", calls, inputs, returned, outputs, names)
@@ -154,13 +156,13 @@ def _both(
     wanted = [grad for grad in grads if grad is not None]
     back = emit.needed(back, wanted)
     back = [*_views_of_inputs(ahead, inputs), *back]
-    back, stands = emit.merged_views(emit.needed(back, wanted))
+    back, stands = emit.merged_views(back, wanted)
     grads = [None if grad is None else stands.get(grad, grad) for grad in grads]
     wanted = [grad for grad in grads if grad is not None]
     made = {id(out) for call in back for out in call.outs} | {id(dy) for dy in dys}
     reads = [value for call in back for value in call.reads] + wanted
     saved = list(dict.fromkeys(value for value in reads if id(value) not in made))
-    forward, stands = emit.merged_views(emit.needed(ahead, [*outputs, *saved]))
+    forward, stands = emit.merged_views(ahead, [*outputs, *saved])
     saved_here = [stands.get(value, value) for value in saved]
     outputs = [stands.get(value, value) for value in outputs]
     returned = f"{outputs[0].name if single else _tuple(outputs)}, {_tuple(saved_here)}"
@@ -185,6 +187,16 @@ def _both(
         built["forward"],
         built["backward"],
     )
+
+
+def _check(calls: Sequence[Call], inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
+    """Raises CannotRecord where an input is changed, or handed out as a result."""
+    storages = {value.storage for value in inputs}
+    for call in calls:
+        if any(value.storage in storages for value in call.writes):
+            raise CannotRecord(f"{call.target} writes to an input")
+    if any(value.storage in storages for value in outputs):
+        raise CannotRecord("a result is an input")
 
 
 def _views_of_inputs(calls: Sequence[Call], inputs: Sequence[Value]) -> list[Call]:

@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
+    DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+UNRECORDABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
 
 
 class CannotRecord(Exception):
@@ -168,7 +176,7 @@ class Recorder(TorchDispatchMode):
         given = self._given(args), {key: self._given(value) for key, value in kwargs.items()}
         try:
             out = func(*args, **kwargs)
-        except (DataDependentOutputException, UnsupportedFakeTensorException) as error:
+        except UNRECORDABLE as error:
             raise CannotRecord(f"{func} reads a value on the host: {error}") from None
         if not any(isinstance(each, Tensor) for each in _flat([out])):
             return out  # a question, which sizes and layouts answer: there is no data to read

@@ -1,0 +1,68 @@
+"""After the first step nobody is asked: no plan, no verdict, no reason, no environment."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from fused_lora import env
+from fused_lora.nn import block, block_mlp, block_parts, watch
+from fused_lora.ops import backends, epilogues, layer_norm, partners, planning
+from fused_lora.ops import lora_linear as op
+from fused_lora.plan import choose, cost, strategies
+from fused_lora.programs import run
+from fused_lora.trust import check, moment, verify
+from tests.programs.test_signature import patched
+from tests.patching.models import build, images
+
+DECIDERS = (choose, cost, strategies, planning, backends, epilogues, partners, layer_norm)
+DECIDERS += (verify, check, moment, env)
+
+
+def forbid(monkeypatch):
+    """Every function that decides raises; those that other modules took by name too."""
+
+    def asked(*args, **kwargs):
+        raise AssertionError("somebody decided again")
+
+    forbidden = []
+    for module in DECIDERS:
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__:
+                forbidden.append(function)
+    for module in (block, block_mlp, block_parts, watch, op, run):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if name.startswith("why_") or name in ("find", "call_plan", "compute", "asked"):
+                forbidden.append(function)
+    import sys
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fused_lora"):
+            for key, value in list(vars(module).items()):
+                if any(value is function for function in forbidden):
+                    monkeypatch.setattr(module, key, asked)
+    return forbidden
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("level", ["linear", "block"])
+@pytest.mark.parametrize("recompute", ["elementwise", "gemm"])
+def test_ten_steps_on(level, recompute, amp, monkeypatch):
+    options = {} if level == "linear" else {"recompute": recompute}
+    model, x = patched(level, dtype=torch.float32, **options), images(build())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = model(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    losses = [step(), step()]
+    assert len(forbid(monkeypatch)) > 50
+    losses += [step() for _ in range(10)]
+    assert losses[-1] < losses[0]
