@@ -7,7 +7,7 @@ from fused_lora.ops.lora_expand import expand_add
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.explain import explain
+from fused_lora.patching.explain import explain, explain_program
 from fused_lora.patching.patch import patch, unpatch
 from fused_lora.patching.report import PatchReport
 from fused_lora.patching.state import disable, merge, unmerge
@@ -25,6 +25,7 @@ __all__ = [
     "disable",
     "expand_add",
     "explain",
+    "explain_program",
     "load",
     "load_lora_state_dict",
     "lora_linear",

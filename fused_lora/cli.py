@@ -16,7 +16,7 @@ import torch
 from fused_lora import env
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import available
-from fused_lora.patching.explain import explain
+from fused_lora.patching.explain import explain, explain_program
 from fused_lora.patching.patch import patch
 from fused_lora.version import __version__
 
@@ -68,6 +68,12 @@ def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     command.add_argument("--device", default="cpu", help="whose ceilings to plan against (cpu)")
+    command.add_argument(
+        "--program",
+        metavar="MODULE",
+        help="the calls of one module's program in order, such as blocks.0.mlp; runs it here once",
+    )
+    command.add_argument("--measure", action="store_true", help="with --program: time each call")
     command.set_defaults(run=_run_explain)
 
 
@@ -79,9 +85,15 @@ def _run_explain(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {args.dtype!r}")
-    with torch.device("meta"):
+    if args.measure and not args.program:
+        raise ValueError("--measure times the calls of one --program MODULE")
+    with torch.device(args.device if args.program else "meta"):
         model = timm.create_model(args.model, pretrained=False)
     patch(model, args.rank, qkv=args.qkv)
+    if args.program:
+        model = model.to(dtype)
+        print(explain_program(model, args.program, args.batch_size, measure=args.measure))
+        return 0
     print(explain(model, args.batch_size, dtype=dtype, device=args.device))
     return 0
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from fused_lora.kernels.triton import available
-from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRARead
+from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRAMlp, FusedLoRARead
 from fused_lora.ops.backends import refusals
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
@@ -14,6 +16,7 @@ from fused_lora.ops.lora_linear_fp8 import why_not_triton
 from fused_lora.ops.planning import explained, halves_of, plan_for, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.problem import Problem
+from fused_lora.programs.describe import words
 from fused_lora.types import Needs, Plan
 
 LOSERS = 4  # losing rows shown per shape
@@ -120,6 +123,77 @@ def explain(
     planned += [f"{_first(names)}\n  {why}" for why, names in unplanned.items()]
     planned += _of_blocks(model, rows_per_image, batch_size)
     return "\n\n".join(planned)
+
+
+def explain_program(
+    model: nn.Module, name: str, batch_size: int = 1, *, measure: bool = False
+) -> str:
+    """The programs of one module: their calls in order, what is saved, why another way lost.
+
+    The module, or the block that computes its half, runs forward once on random numbers.
+
+    Args:
+        model: a patched model, on the device and in the dtype in question.
+        name: a block, its attention or MLP, or an adapted linear, such as ``blocks.0.mlp``.
+        batch_size: images per step.
+        measure: time each call, beside the estimate.
+
+    Raises:
+        ValueError: no such module, or one that no program is made for.
+    """
+    from fused_lora.patching.patch import RECORD
+
+    check_batch_size(batch_size)
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise ValueError(f"no module is called {name!r}; blocks.0.mlp might be")
+    owner, halves = _half_of(modules, name)
+    inside = [m for m in modules[name].modules() if isinstance(m, AdaptedLinear)]
+    if owner is None or not inside:
+        raise ValueError(f"{name} is a {type(modules[name]).__name__}: no program is made of it")
+    counts = _rows_per_image(model, RECORD)
+    entry = inside[0] if isinstance(owner, AdaptedLinear) else _first_linear(owner)
+    shape = (batch_size, counts.get(entry, 1), entry.in_features)
+    x = torch.randn(shape, dtype=entry.base.dtype, device=entry.base.device)
+    owner(x.requires_grad_())
+    limits = ceilings(x.device, x.dtype)
+    estimate = lambda flops, nbytes: max(  # noqa: E731
+        flops / limits.matmul_gflops * 1e-3, nbytes / limits.bandwidth_gbs * 1e-3
+    )
+    made = "\n".join(
+        words(half.last[3] or _why_modules(half, owner), estimate, measure)
+        for half in halves(owner)
+    )
+    rows = x.shape[0] * x.shape[1]
+    question = [problem_of(linear, rows) for linear in inside]
+    lost = [
+        _paragraph(q, [n for n, m in modules.items() if m is linear], linear, None, None)
+        for q, linear in zip(question, inside, strict=True)
+    ]
+    return "\n\n".join([f"{name}  x {tuple(x.shape)}, {limits.name}\n{made}", *lost])
+
+
+def _why_modules(half: Any, owner: Any) -> str:
+    """Why a half ran no program just now."""
+    why = getattr(half, "why_not", lambda _: None)(owner)
+    return f"it goes through its modules ({why})"
+
+
+def _half_of(modules: dict[str, nn.Module], name: str) -> tuple[Any, Any]:
+    """The module to call, and a function that gives its places that call."""
+    module, parent = modules[name], modules.get(name.rpartition(".")[0])
+    if isinstance(parent, FusedLoRABlock) and name.endswith((".attn", ".mlp")):
+        which = 0 if name.endswith(".attn") else 1
+        return parent, lambda block: [block.__dict__["_halves"][which]]
+    if isinstance(module, FusedLoRABlock | FusedLoRAMlp):
+        return module, lambda fused: fused.__dict__["_halves"]
+    if isinstance(module, AdaptedLinear):
+        return module, lambda linear: [linear.__dict__["_memo"]]
+    return None, None
+
+
+def _first_linear(owner: nn.Module) -> AdaptedLinear:
+    return next(m for m in owner.modules() if isinstance(m, AdaptedLinear))
 
 
 def _why_unplanned(module: AdaptedLinear) -> str:

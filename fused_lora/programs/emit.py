@@ -88,8 +88,8 @@ def needed(calls: Sequence[Call], wanted: Iterable[Value]) -> list[Call]:
 def merged_views(
     calls: Sequence[Call], wanted: Sequence[Value]
 ) -> tuple[list[Call], dict[Value, Value]]:
-    """The calls that ``wanted`` depend on, with no memory viewed the same way twice; and which
-    value stands for which."""
+    """The calls that ``wanted`` depend on, ``fused``, no memory viewed the same way twice; and
+    which value stands for which."""
     calls = needed(calls, wanted)
     stands: dict[Value, Value] = {}
     shown: dict[Any, Value] = {}  # the first value that shows this memory so
@@ -110,7 +110,7 @@ def merged_views(
                 call = replace(call, args=(source, size), reads=[source])
                 viewed[call.outs[0]] = source  # type: ignore[index]
         kept.append(call)
-    return needed(kept, [stands.get(value, value) for value in wanted]), stands
+    return fused(kept, [stands.get(value, value) for value in wanted]), stands
 
 
 def _shows(value: Value) -> tuple[Any, ...]:
@@ -157,7 +157,7 @@ def function(
 
     ``unpacked`` are arguments that arrive as tuples, each with the values it holds.
     """
-    lines = [line(call, names) for call in _fused(calls, wanted)]
+    lines = [line(call, names) for call in calls]
     last: dict[Value, int] = {}
     for i, each in enumerate(lines):
         for value in each.reads:
@@ -185,7 +185,7 @@ def function(
     return "\n".join(body) + "\n"
 
 
-def _fused(calls: Sequence[Call], wanted: Sequence[Value]) -> list[Call]:
+def fused(calls: Sequence[Call], wanted: Sequence[Value]) -> list[Call]:
     """A product with a transposed view as one ``linear``; views that only those read are gone."""
     transposed = {
         call.outs[0]: call.args[0] for call in calls if call.target is aten.t.default and call.outs

@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 UNRECORDABLE = (
     DataDependentOutputException,
     DynamicOutputShapeException,

@@ -46,7 +46,9 @@ def assert_same(ours, theirs):
         assert (mine is None) == (other is None)
         if mine is not None:
             tight = mine.dtype is torch.float64
-            torch.testing.assert_close(mine, other, **({"rtol": 1e-9, "atol": 1e-11} if tight else {}))
+            torch.testing.assert_close(
+                mine, other, **({"rtol": 1e-9, "atol": 1e-11} if tight else {})
+            )
 
 
 def first(model, name):
@@ -296,7 +298,9 @@ def test_two_threads_share_programs_without_a_race():
             if not torch.allclose(y, right, rtol=1e-9):
                 wrong.append(y)
 
-    threads = [threading.Thread(target=steps, args=pair) for pair in zip(models, expected, strict=True)]
+    threads = [
+        threading.Thread(target=steps, args=pair) for pair in zip(models, expected, strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

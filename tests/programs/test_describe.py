@@ -1,0 +1,69 @@
+"""A program reads as the calls it makes, with what each moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_lora
+from fused_lora.programs import run
+from fused_lora.programs.describe import described, measured_us, totals, work
+from fused_lora.programs.program import Given, build
+from tests.patching.models import build as vit
+from tests.programs.test_record import Op
+
+
+def test_bytes_and_flops_of_calls():
+    def ahead(x, w):
+        y = x.view(6, 4) @ w.t()
+        return torch.nn.functional.gelu(y), ((), None)
+
+    tensors = torch.randn(2, 3, 4), torch.randn(5, 4)
+    program = build(Op(ahead), [Given.of(t, False) for t in tensors])
+    found = {call.target.__name__: work(call) for call in program.calls}
+    assert found["view.default"] == (0, 0)
+    assert found["linear"] == (2 * 6 * 4 * 5, 4 * (6 * 4 + 5 * 4 + 6 * 5))
+    assert found["gelu.default"] == (0, 4 * 2 * 6 * 5)
+    assert totals(program)[0].flops == 2 * 6 * 4 * 5
+    text = described(program, lambda flops, nbytes: nbytes / 1e3)
+    assert "2 calls" in text and "float32[6, 4]" in text and "backward" not in text
+
+
+@pytest.fixture
+def model():
+    model = vit()
+    fused_lora.patch(model, rank=4)
+    return model.train()
+
+
+def test_every_call_is_timed(model):
+    run.forget()
+    model.blocks[0](torch.randn(1, 17, 48))
+    for program in run.programs():
+        taken = measured_us(program, rounds=2)
+        assert taken.keys() == {id(call) for call in (*program.calls, *program.calls_back)}
+        assert all(us >= 0 for us in taken.values())
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("blocks.0.mlp", ["gelu", "blocks.0.mlp.fc1", "lost"]),
+        ("blocks.1.attn", ["_scaled_dot_product_flash_attention_for_cpu", "saved"]),
+        ("blocks.1", ["gelu", "_scaled_dot_product_flash_attention_for_cpu_backward"]),
+        ("blocks.0.attn.proj", ["linear", "backward"]),
+    ],
+)
+def test_explain_of_one_module(model, name, says):
+    text = fused_lora.explain_program(model, name, batch_size=2)
+    assert all(word in text for word in says), text
+    assert "x (2, 17, 48)" in text and "estimated" in text
+
+
+def test_explain_says_why_there_is_none(model):
+    model.blocks[0].mlp.act.register_forward_hook(lambda *_: None)
+    text = fused_lora.explain_program(model, "blocks.0.mlp")
+    assert "hooks on a GELU" in text
+    for name in ("blocks.7", "norm", "patch_embed.proj"):
+        with pytest.raises(ValueError, match=name):
+            fused_lora.explain_program(model, name)
