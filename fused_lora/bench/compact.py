@@ -12,6 +12,7 @@ from fused_lora.bench.table import milliseconds, small, times
 TITLES = {
     "train_step": "one training step: forward, loss, backward, AdamW",
     "wecolora_step": "one WeCoLoRA step: teacher forward, half of its blocks trained",
+    "host": "the host's share of a step: twelve blocks whose arithmetic costs nothing",
     "six_projections": "the linear layers of one block, forward and backward",
 }
 HEADS = (
@@ -78,3 +79,26 @@ def markdown(lines: Sequence[Comparison]) -> str:
     return "\n".join(
         f"| {' | '.join(cells)} |" for cells in (HEADS, rule, *(each.cells() for each in lines))
     )
+
+
+HOST_HEADS = ("", "precision", "ms", "x frozen", "x PEFT", "Python calls", "operations")
+
+
+def host_lines(rows: Iterable[Row]) -> str:
+    """The rows of the host suite as a table, a line for each method; empty where there are none."""
+    found = [
+        (
+            f"`{row.contender}`",
+            row.case.dtype,
+            milliseconds(row.median_ms),
+            times(row.ratio_frozen),
+            times(row.ratio_peft),
+            f"{row.python_calls:,}",
+            f"{row.operations:,}",
+        )
+        for row in sorted(rows, key=lambda row: (row.case.dtype != "fp32", row.median_ms))
+        if row.case.suite == "host"
+    ]
+    rule = ("---", "---", *("---:",) * (len(HOST_HEADS) - 2))
+    lines = [f"| {' | '.join(cells)} |" for cells in (HOST_HEADS, rule, *found)]
+    return "\n".join(lines) if found else ""

@@ -39,6 +39,7 @@ class Entrant:
     block_parts: tuple[int, int] = (0, 0)  # of that: fp32, and copies of weights
     wide_copies: int = 0
     peak_bytes: int | None = None
+    host_work: tuple[int | None, int | None] = (None, None)  # Python calls, dispatched operations
 
 
 def enter(contender: Contender, workload: Workload, judge: Judge, phases: Phases) -> Entrant:
@@ -52,6 +53,11 @@ def enter(contender: Contender, workload: Workload, judge: Judge, phases: Phases
         entrant = Entrant(contender, model, step, *judge.errors(contender, model))
     with phases.of("count"):
         count(entrant, workload)
+        if workload.counts_host:
+            from fused_lora.bench.suites.host import host_work
+
+            trained = [*model.parameters(), *workload.inputs]
+            entrant.host_work = host_work(entrant.step, trained)
     return entrant
 
 
@@ -168,4 +174,6 @@ def record(case: Case, entrant: Entrant, times: dict[str, Times], origin: Proven
         wide_copies=entrant.wide_copies,
         peak_bytes=entrant.peak_bytes,
         provenance=origin,
+        python_calls=entrant.host_work[0],
+        operations=entrant.host_work[1],
     )

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from fused_lora.bench import rows
-from fused_lora.bench.compact import comparisons, markdown
+from fused_lora.bench.compact import TITLES, comparisons, host_lines, markdown
 from fused_lora.bench.plan_choice import rows as plan_rows
 from fused_lora.bench.plan_choice.table import summary
 from fused_lora.bench.rows import Row
@@ -48,7 +48,10 @@ def measured(folder: Path) -> str:
 
 
 def _races(device: str, group: Sequence[Row]) -> Iterator[str]:
-    compared = comparisons(group)
+    if lines := host_lines(group):
+        yield f"**{device}**, {TITLES['host']}, forward and backward:"
+        yield lines
+    compared = [each for each in comparisons(group) if each.case.suite != "host"]
     for (title, dtype), lines in groupby(compared, key=lambda each: (each.title, each.dtype)):
         yield f"**{device}**, {title}, {dtype}:"
         yield markdown(list(lines))

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from fused_lora.bench.gate import Errors
 from fused_lora.bench.provenance import Provenance, slug
 
-RACES = ("six_projections", "train_step", "wecolora_step")  # rows are those of contenders
+RACES = ("host", "six_projections", "train_step", "wecolora_step")  # rows are those of contenders
 _R = TypeVar("_R")
 
 
@@ -56,6 +56,8 @@ class Row:
     peak_bytes: int | None  # of one step beyond what was allocated; None off CUDA
     provenance: Provenance
     roofline_ms: float | None = None  # no step of this case is faster; None: not computed
+    python_calls: int | None = None  # of one step; None: not counted
+    operations: int | None = None  # that torch's dispatcher is asked for; None: not counted
 
     def to_json(self) -> str:
         """One line."""

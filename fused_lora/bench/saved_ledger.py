@@ -1,7 +1,7 @@
 """The ledger behind the counts: which operation of a graph keeps which tensor for backward.
 
-The graph itself is asked, from its outputs back: torch's own nodes name what they saved, those of
-blocks say it through ``labels``. A storage is booked once, on the first that is met.
+The graph itself is asked, from its outputs back: torch's own nodes name what they saved, of a
+program's the call that made it is known. A storage is booked once, on the first that is met.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from fused_lora.bench.table import aligned
-from fused_lora.ops.chain.chain import labels
+from fused_lora.programs.describe import saved_names
 
 PREFIX = "_saved_"
 
@@ -67,10 +67,10 @@ def _saved(y: Tensor) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _of(node: Any) -> Iterator[tuple[str, Tensor]]:
-    ours = node.name() == "ChainBackward"
     if isinstance(node, BackwardCFunction):
         tensors = node.saved_tensors
-        names = labels(node) if ours else [str(i) for i in range(len(tensors))]
+        program = getattr(node, "program", None)
+        names = saved_names(program) if program else [str(i) for i in range(len(tensors))]
         yield from ((n, t) for n, t in zip(names, tensors, strict=True) if t is not None)
         return
     for name in dir(node):

@@ -41,6 +41,7 @@ SHAPES = {
         Shape("vit_small_patch16_224", 384, 197),
         Shape("vit_base_patch16_224", 768, 197),
         Shape("vit_large_patch16_224", 1024, 197),
+        Shape("vit_host", 48, 5),  # of suites/host.py: nothing but what the host does
         Shape("vit_small_patch14_dinov2", 384, 1370),
         Shape("vit_base_patch14_dinov2", 768, 1370),
     )
@@ -56,7 +57,12 @@ _PEFT = ("peft_bf16", "peft_checkpoint")
 _KEPT = (*_STEP[:3], *_PEFT, *_STEP[3:], "fused_block_none", *_BLOCK[:2])
 _COUNTED = Grid(_SMALL_BASE, (16, 256), (2,), DTYPES, _KEPT, (), 1)
 
+_HOST = Grid(
+    ("vit_host",), (4,), (1,), ("fp32", "amp"), (*_STEP, "fused_block", "fused_block_joint"), (), 30
+)
+
 CPU_GRIDS = {
+    "host": _HOST,
     "six_projections": Grid(_SMALL_BASE, _RANKS, (8,), ("fp32",), _SIX, (), 120),
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (1, 8), ("fp32",), (), (), 240),
     "saved_bytes": _COUNTED,
@@ -70,6 +76,7 @@ CPU_GRIDS = {
     ),
 }
 CUDA_GRIDS = {
+    "host": _HOST,
     "saved_bytes": _COUNTED,
     "sharing": Grid(_SMALL_BASE, (16, 128), (32,), ("bf16", "fp32"), (), (), 120),
     "plan_choice": Grid(_SMALL_BASE, _RANKS, (8, 128), ("bf16",), (), (), 240),

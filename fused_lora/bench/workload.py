@@ -42,6 +42,7 @@ class Workload:
 
     base: nn.Module
     inputs: list[Tensor]
+    counts_host = False  # whether Python calls and dispatched operations are counted
 
     def __init__(self, shape: Shape, batch: int, dtype: str, device: str) -> None:
         self.shape, self.batch, self.dtype, self.device = shape, batch, dtype, device

@@ -55,6 +55,16 @@ def name_of(call: Call) -> str:
     return str(getattr(target, "__name__", "call"))
 
 
+def saved_names(program: Program) -> list[str]:
+    """What each saved tensor is: an input by its place, or what which call gave."""
+    own = dict(zip(map(id, program.inputs), program.present, strict=True))
+    made = {id(out): name_of(call) for call in program.calls for out in call.outs}
+    return [
+        f"input {own[id(value)]}" if id(value) in own else f"{made[id(value)]} {value.name}"
+        for value in program.saved
+    ]
+
+
 def totals(program: Program) -> tuple[Work, Work]:
     """Of forward and of backward."""
     return _sum(program.calls), _sum(program.calls_back)

@@ -67,6 +67,14 @@ class FusedBlock(Fused):
 
 
 @register
+class FusedBlockJoint(Fused):
+    """The same with one adapter on a fused qkv."""
+
+    name, title, form = "fused_block_joint", "fused_lora (block, joint)", "joint"
+    level, recompute = "block", "elementwise"
+
+
+@register
 class FusedBlockNone(Fused):
     """Whole blocks that keep everything."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -16,15 +16,17 @@ from fused_lora.bench.shapes import Shape
 from fused_lora.bench.workload import Workload
 
 
-def build(name: str, device: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """The timm model ``name``, frozen, with seeded random weights.
+def build(
+    name: str | Callable[[], nn.Module], device: str, dtype: torch.dtype, seed: int = 0
+) -> nn.Module:
+    """The timm model ``name``, or what ``name`` makes, frozen, with seeded random weights.
 
     Built on the meta device: timm's own initialisation takes longer than a training step.
     """
     import timm
 
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False)
+        model = name() if callable(name) else timm.create_model(name, pretrained=False)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for path, parameter in model.named_parameters():
@@ -42,12 +44,18 @@ class TrainStep(Workload):
     def __init__(self, shape: Shape, batch: int, dtype: str, device: str) -> None:
         super().__init__(shape, batch, dtype, device)
         generator = torch.Generator().manual_seed(1)
-        self.base = build(shape.name, device, self.stored)
+        self.base = build(self.network, device, self.stored)
         size = self.base.get_submodule("patch_embed").img_size
         images = torch.randn(batch, 3, *cast("tuple[int, int]", size), generator=generator)
         self.inputs = [images.to(device, self.stored)]
         self.moments = Moments()
         self.labels = torch.randint(1000, (batch,), generator=generator).to(device)
+
+    def network(self) -> nn.Module:
+        """The network, on the default device."""
+        import timm
+
+        return timm.create_model(self.shape.name, pretrained=False)
 
     def forward(self, model: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The logits, or the features of a model without a head."""
