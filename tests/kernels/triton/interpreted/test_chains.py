@@ -48,6 +48,7 @@ BACKWARD = {  # what comes before the two dx, the first with the slope
 def passes(serving, small_tiles) -> list[str]:  # noqa: F811
     """The products and activations that ran, in order, where Triton's EXTENDED wins."""
     ran: list[str] = []
+    serving.setenv("FUSED_LORA_PROGRAMS", "0")  # what is watched are the calls themselves
     for name, value in {"EFFICIENCY": 1e6, "LAUNCH_CALLS": 0.0, "MERGE_EFFICIENCY": 1e-9}.items():
         serving.setattr(f"fused_lora.plan.cost_triton.{name}", value)
     serving.setattr("fused_lora.plan.strategies.ONE_PASS_RANKS", 0)

@@ -136,6 +136,7 @@ class TestNormBeforeOneGemm:
         verdict = judge_all(ours, in_every_order(lambda: plain(BF16)), plain(torch.float64), BF16)
         assert verdict.passed, str(verdict)
 
+    @pytest.mark.usefixtures("as_written")
     def test_writes_there_again_in_backward(self, wide):
         x, *operands = self.operands(wide)
         with torch.autocast("cpu", BF16, enabled=wide):
