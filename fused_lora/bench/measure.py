@@ -69,8 +69,9 @@ def measure(
 def _cases(suite: str, grid: Grid) -> Iterator[Case]:
     for name in grid.models:
         batches = (1,) if name in grid.one_image else grid.batches
-        ranks = grid.ranks[:1] if name in grid.one_rank else grid.ranks
-        for batch, dtype, rank in product(batches, grid.dtypes, ranks):
+        for batch, dtype, rank in product(batches, grid.dtypes, grid.ranks):
+            if (name, batch) in grid.one_rank and rank != grid.ranks[0]:
+                continue
             for mode, cache in product(grid.modes, grid.caches):
                 yield Case(suite, name, batch, SHAPES[name].tokens, rank, dtype, mode, cache)
 

@@ -32,7 +32,7 @@ class Grid:
     budget_s: float  # for all cases together; the minimum of rounds is run whatever it says
     modes: tuple[str, ...] = MODES[:1]
     caches: tuple[str, ...] = CACHES[:1]
-    one_rank: tuple[str, ...] = ()  # models given the first of ``ranks`` alone
+    one_rank: tuple[tuple[str, int], ...] = ()  # models and batches given the first rank alone
 
 
 SHAPES = {
@@ -69,7 +69,7 @@ CPU_GRIDS = {
     "sharing": Grid(_SMALL_BASE, (16,), (2,), ("fp32",), (), (), 60),
     "train_step": Grid(
         *(_SMALL_BASE, (16, 256), (2, 8), ("fp32",), (*_STEP, *_BLOCK), _SMALL_BASE[1:], 60),
-        one_rank=_SMALL_BASE[1:],
+        one_rank=((_SMALL_BASE[0], 2), (_SMALL_BASE[1], 1)),  # eight images show what a rank costs
     ),
     "wecolora_step": Grid(
         _SMALL_BASE[1:], (128,), (8,), ("fp32",), ("frozen", "naive", "peft", "fused"), (), 120

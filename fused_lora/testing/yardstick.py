@@ -4,9 +4,8 @@
 
 Errors are relative to the float64 truth. The rule holds in the Frobenius norm, and for the worst
 element, where an error is relative to the element or, if that is larger, to the root mean square of
-all: in 16 bits one wrong element among thousands is nothing to the norm.
-The band is the dtype's epsilon: what one rounding of every element may cost where plain torch
-happens to make none.
+all: in 16 bits one wrong element among thousands is nothing to the norm. The band is the dtype's
+epsilon: what one rounding of every element may cost where plain torch happens to make none.
 
 One run of plain torch may be lucky. Where few sums decide, its error is the worst of several runs
 that add in other orders, as ``in_every_order`` makes them on any machine.
@@ -17,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -140,19 +139,6 @@ def _named(values: Mapping[str, Tensor] | Sequence[Tensor]) -> Mapping[str, Tens
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
     """The one that takes most of its budget."""
     return max(verdicts, key=lambda verdict: verdict.share)
-
-
-def pooled(verdicts: Iterable[Verdict]) -> Verdict:
-    """One verdict on several draws of the same comparison, by the root mean square of each figure.
-
-    Where one draw is a small model's, its error is one number, and factors of three are luck.
-    """
-    draws = list(verdicts)
-    ours, plain, budget = (
-        (sum(getattr(draw, figure) ** 2 for draw in draws) / len(draws)) ** 0.5
-        for figure in ("ours", "plain", "budget")
-    )
-    return replace(draws[0], ours=ours, plain=plain, budget=budget)
 
 
 def in_every_order(compute: Callable[[], T]) -> list[T]:

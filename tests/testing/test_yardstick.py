@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora.testing.yardstick import Verdict, error, in_every_order, judge, pooled, worst
+from fused_lora.testing.yardstick import Verdict, error, in_every_order, judge, worst
 from fused_lora.trust.check import compare_exact
 from fused_lora.trust.equations import Named, equations
 from fused_lora.trust.problems import ALIGNED, SHAPES, Operands, Shape, problems
@@ -105,12 +105,11 @@ def test_the_worst_run_of_plain_torch_makes_the_budget():
     assert judge("y", ours, [lucky, usual], truth, FP32).passed
 
 
-def test_draws_are_pooled_by_their_root_mean_square():
-    one, other = Verdict("y", 3.0, 1.0, 2.0), Verdict("y", 4.0, 7.0, 14.0)
-    both = pooled([one, other])
-    assert (both.ours, both.plain, both.budget) == (12.5**0.5, 5.0, 10.0)
-    assert not one.passed and both.passed and worst([one, other]) is one
-    assert not pooled([one, Verdict("y", torch.nan, 1.0, 3.0)]).passed
+def test_the_worst_of_several_is_the_one_that_takes_most_of_its_budget():
+    small, large = Verdict("y", 3.0, 1.0, 2.0), Verdict("y", 4.0, 7.0, 14.0)
+    assert worst([small, large]) is small
+    nan = Verdict("y", torch.nan, 1.0, 3.0)
+    assert worst([small, nan, large]) is nan
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -63,11 +63,17 @@ def passed_over() -> dict[str, list[str]]:
     return json.loads(KNOWN.read_text()).get(".".join(triton.__version__.split(".")[:2]))
 
 
+def few(kernel: Resources) -> bool:
+    """Whether no thread stores 16 bytes of h: its rows are short, or its tile stands in for one."""
+    rows, ranks, *_ = (int(size) for size in kernel.tile.split(" ")[0].split("x"))
+    return kernel.ragged or 2 * rows * ranks < 16 * 32 * kernel.warps
+
+
 def complaints(kernel: Resources, arch: int, kind: str) -> list[str]:
     """What is wrong with one kernel of one column, but for what it takes of the chip."""
     wrong = []
-    narrow = kernel.name == "_add_slices" or (kernel.name == "_shrink" and kernel.ragged)
-    if not narrow and not kernel.stores_wide:  # rows of h are as wide as its ranks
+    narrow = kernel.name == "_add_slices" or (kernel.name == "_shrink" and few(kernel))
+    if not narrow and not kernel.stores_wide:
         wrong.append(f"{kernel.name}: stores are narrower than 16 bytes")
     if kernel.name in NO_PRODUCTS or kernel.name in FP32_PRODUCTS:
         return wrong
