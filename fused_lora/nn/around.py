@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.linear import become, ranks_of
+from fused_lora.nn.stand_in import bound_forward, made_weight, offloaded
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_merge_many import Job
 from fused_lora.ops.sharded import is_sharded
@@ -92,6 +93,8 @@ def adopt_around(
     config = AdapterConfig(**options)
     if not isinstance(linear, nn.Linear) or isinstance(linear, AdaptedLinear):
         raise TypeError(f"adapters go around an nn.Linear that has none, got {type(linear)}")
+    if why := bound_forward(linear) or offloaded(linear) or made_weight(linear):
+        raise TypeError(f"the linear to adopt: {why}")
     if config.dora or config.init not in ("kaiming", "gaussian", "orthogonal"):
         read = "dora" if config.dora else f"init={config.init!r}"
         raise ValueError(f"{read} reads the base weight, which {type(linear).__name__} hides")

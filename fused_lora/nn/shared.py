@@ -16,6 +16,7 @@ from fused_lora.nn.box import Box
 from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
 from fused_lora.nn.linear import FusedLoRAGroupedLinear, FusedLoRALinear
 from fused_lora.nn.loan import Loan, forget, note
+from fused_lora.nn.stand_in import rebind
 
 
 class SharedLoRALinear(AdaptedLinear):
@@ -46,6 +47,7 @@ class SharedLoRALinear(AdaptedLinear):
         for name, loan in loans.items():
             _check(loan, linear.in_features, f"group {name!r}" if name else "the adapter")
         linear.__class__ = cls  # type: ignore[assignment]
+        rebind(linear, nn.Linear)
         assert isinstance(linear, SharedLoRALinear)
         scales = [_scale(loan) for loan in loans.values()]
         linear._describe({name: loan.span for name, loan in loans.items()}, scales, config)
@@ -86,6 +88,7 @@ class SharedLoRALinear(AdaptedLinear):
         copies = {name: self.adapter(name) for name in self._groups}
         self._return_loans()
         self.__class__ = FusedLoRALinear if "" in copies else FusedLoRAGroupedLinear  # type: ignore
+        rebind(self, SharedLoRALinear)
         for name, halves in copies.items():
             for half, part in zip(("lora_A", "lora_B"), halves, strict=True):
                 copy = part.detach().clone(memory_format=torch.contiguous_format)

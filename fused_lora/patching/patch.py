@@ -186,7 +186,9 @@ def unpatch(model: nn.Module, merge: bool = False) -> None:
         except RuntimeError as error:
             raise PatchError(f"{name}: {error}") from None
     if merge:
-        merge_all([module for _, module in modules if not module.merged])
+        left = [(name, module) for name, module in modules if not module.merged]
+        check_mergeable(left)
+        merge_all([module for _, module in left])
     for _, module in modules:
         if not merge and module.merged:
             module.unmerge()
@@ -216,6 +218,15 @@ def merge_all(
 ) -> None:
     """Merge each module, the seed counting on from one to the next; all of them or none."""
     merge_together(list(modules), rounding, seed, impl)
+
+
+def check_mergeable(modules: Iterable[tuple[str, AdaptedLinear]]) -> None:
+    """Raises PatchError, with the module's name, where one cannot be merged."""
+    for name, module in modules:
+        try:
+            module.check_mergeable()
+        except RuntimeError as error:
+            raise PatchError(f"{name}: {error}") from None
 
 
 def adapted(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from fused_lora.nn.stand_in import offloaded
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.patch import adapted, merge_all
+from fused_lora.patching.patch import adapted, check_mergeable, merge_all
 
 
 def merge(model: nn.Module, rounding: str = "nearest", seed: int = 0, impl: str = "auto") -> None:
@@ -27,6 +28,7 @@ def merge(model: nn.Module, rounding: str = "nearest", seed: int = 0, impl: str 
     for name, module in modules:
         if module.merged:
             raise PatchError(f"{name} is already merged; unmerge the model first")
+    check_mergeable(modules)
     merge_all((module for _, module in modules), rounding, seed, impl)
 
 
@@ -36,6 +38,8 @@ def unmerge(model: nn.Module) -> None:
     for name, module in modules:
         if not module.merged:
             raise PatchError(f"{name} is not merged")
+        if why := offloaded(module):
+            raise PatchError(f"unmerge: {name}: {why}")
     for _, module in modules:
         module.unmerge()
 

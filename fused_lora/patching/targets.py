@@ -14,6 +14,7 @@ from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.nn.around import opaque
 from fused_lora.nn.inits import OF_WEIGHT
 from fused_lora.nn.read import READABLE
+from fused_lora.nn.stand_in import made_weight, offloaded, why_not_stood_in
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.lora_config import names_of
@@ -22,6 +23,8 @@ from fused_lora.patching.rule import Found, find
 from fused_lora.patching.trace import alike
 from fused_lora.patching.watch import Columns, Sight
 from fused_lora.types import ALL_ROLES, Role
+
+BARE = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of an attention
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
     """The projections that ``choice`` asks for; raises PatchError where one cannot be adapted."""
     if choice.qkv not in QKV_MODES:
         raise PatchError(f"qkv must be one of {QKV_MODES}, got {choice.qkv!r}")
+    _refuse_made_weights(model)
     found = [each for each in find(model) if set(each.roles) & set(choice.roles)]
     if not found:
         raise PatchError(_nothing_found(model, choice))
@@ -69,6 +73,15 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
         if not (choice.selection.keep_forward and keeps_its_forward(each.module)):
             _check_adoptable(model, each)
     return list(once.values())
+
+
+def _refuse_made_weights(model: nn.Module) -> None:
+    """Bare weights that a hook makes are no parameters, and so no rule would find them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for tensor in BARE:
+                if why := made_weight(module, tensor):
+                    raise PatchError(f"{name}: {why}")
 
 
 def missing_roles(found: Sequence[Found], choice: Choice) -> dict[str, str]:
@@ -185,6 +198,10 @@ def _check_adoptable(model: nn.Module, found: Found) -> None:
             check_adoptable(found.module, found.name)
     except TypeError as error:
         raise PatchError(str(error)) from None
+    bare = found.tensor != "weight"  # its owner keeps its forward, and reads
+    why = offloaded(found.module) if bare else why_not_stood_in(found.module)
+    if why:
+        raise PatchError(f"{found.name}: {why}")
     weight = _weight(found)
     where = f"{found.name}.weight" if found.tensor == "weight" else f"{found.name}_weight"
     if weight.dtype not in DTYPES:
