@@ -93,7 +93,7 @@ def adopt_around(
     config = AdapterConfig(**options)
     if not isinstance(linear, nn.Linear) or isinstance(linear, AdaptedLinear):
         raise TypeError(f"adapters go around an nn.Linear that has none, got {type(linear)}")
-    if why := bound_forward(linear) or offloaded(linear) or made_weight(linear):
+    if why := why_not_around(linear):
         raise TypeError(f"the linear to adopt: {why}")
     if config.dora or config.init not in ("kaiming", "gaussian", "orthogonal"):
         read = "dora" if config.dora else f"init={config.init!r}"
@@ -108,6 +108,11 @@ def adopt_around(
     if spans:
         ranks = ranks_of(columns, rank, linear.out_features)  # type: ignore[assignment]
     return become(around(type(linear)), linear, columns, ranks, config, generator)  # type: ignore[arg-type]
+
+
+def why_not_around(linear: nn.Module) -> str | None:
+    """Why adapters cannot even be added to the result of the linear's own forward."""
+    return bound_forward(linear) or offloaded(linear) or made_weight(linear)
 
 
 def opaque(linear: nn.Module) -> bool:

@@ -103,6 +103,11 @@ def made_weight(module: nn.Module, tensor: str = "weight") -> str | None:
             f"its {tensor} is parametrized by {', '.join(names)}: call "
             f"torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r}) first"
         )
+    if module._buffers.get(tensor) is not None:
+        return (
+            f"its {tensor} is a buffer, as remove_parametrizations leaves it where it was frozen: "
+            f"make it a parameter again, module.{tensor} = torch.nn.Parameter(module.{tensor})"
+        )
     if module._parameters.get(tensor) is not None or tensor not in module.__dict__:
         return None
     hooks = [hook for hook in module._forward_pre_hooks.values() if of_torch(hook)]
@@ -120,9 +125,9 @@ def own_tensor(module: nn.Module, tensor: str = "weight") -> Tensor:
 
     A copy of DataParallel's holds a plain tensor in its place, a pruned linear what its hook made.
     """
-    weight = module._parameters.get(tensor)
-    if weight is not None:
-        return weight
+    for held in (module._parameters, module._buffers):
+        if (weight := held.get(tensor)) is not None:
+            return weight
     if tensor in module.__dict__:
         return module.__dict__[tensor]
     if is_parametrized(module, tensor):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
-from fused_lora.nn.around import opaque
+from fused_lora.nn.around import opaque, why_not_around
 from fused_lora.nn.inits import OF_WEIGHT
 from fused_lora.nn.read import READABLE
 from fused_lora.nn.stand_in import made_weight, offloaded, why_not_stood_in
@@ -72,6 +72,8 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
         once.setdefault((each.module, each.tensor), each)
         if not (choice.selection.keep_forward and keeps_its_forward(each.module)):
             _check_adoptable(model, each)
+        elif why := why_not_around(each.module):
+            raise PatchError(f"{each.name}: {why}")
     return list(once.values())
 
 
