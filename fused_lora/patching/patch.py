@@ -28,6 +28,7 @@ from fused_lora.patching.explain import check_batch_size, plan_words
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
 from fused_lora.patching.lora_config import passed_over
 from fused_lora.patching.options import Selection, block_numbers
+from fused_lora.patching.originals import first_row, forget, keep
 from fused_lora.patching.report import PatchReport, Row
 from fused_lora.patching.siblings import gather
 from fused_lora.patching.targets import (
@@ -155,7 +156,9 @@ def patch(
         for _, module in adapted(model):
             module.release()
         _thaw(model, froze)
+        forget(model)
         raise
+    report.base_row = first_row(model)
     model.__dict__[RECORD] = report
     return report
 
@@ -198,7 +201,8 @@ def unpatch(model: nn.Module, merge: bool = False) -> None:
 
 
 def _forget(model: nn.Module) -> None:
-    """Drop the report, and let train what it froze."""
+    """Drop the report and the originals, and let train what it froze."""
+    forget(model)
     for holder in model.modules():
         if report := holder.__dict__.pop(RECORD, None):
             _thaw(holder, report.froze)
@@ -300,15 +304,19 @@ def _adopt_one(target: Target, options: dict[str, Any]) -> AdaptedLinear:
 
 
 def freeze(model: nn.Module, trained: list[re.Pattern[str]]) -> list[str]:
-    """Freeze all but adapters and ``trained``; the names of what trained before."""
-    froze = []
+    """Freeze all but adapters and ``trained``, whose originals are kept; the names frozen."""
+    froze, trains = [], []
     adapters = {id(p) for _, module in adapted(model) for p in module.lora_parameters()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in adapters or any(pattern.search(name) for pattern in trained):
+        if id(parameter) in adapters:
+            continue
+        if any(pattern.search(name) for pattern in trained):
+            trains.append(parameter)
             continue
         if parameter.requires_grad:
             froze.append(name)
             parameter.requires_grad_(False)
+    keep(model, trains)
     return froze
 
 
