@@ -110,9 +110,11 @@ def check_patterns(patterns: Mapping[str, float], option: str, names: Iterable[s
         raise PatchError(f"{option}: {key!r} is no role and matches no projection's name")
 
 
-def value_for(patterns: Mapping[str, Number], name: str, role: Role, default: Number) -> Number:
+def value_for(
+    patterns: Mapping[str, Number], name: str, role: Role | None, default: Number
+) -> Number:
     """A name's pattern goes before its role's, its role's before the default."""
     for key, value in patterns.items():
         if key not in {role.value for role in Role} and re.search(key, name):
             return value
-    return patterns.get(role.value, default)
+    return default if role is None else patterns.get(role.value, default)

@@ -26,7 +26,7 @@ from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_words
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
-from fused_lora.patching.lora_config import passed_over
+from fused_lora.patching.lora_config import Named
 from fused_lora.patching.options import Selection, block_numbers
 from fused_lora.patching.originals import first_row, forget, keep
 from fused_lora.patching.report import PatchReport, Row
@@ -37,6 +37,7 @@ from fused_lora.patching.targets import (
     find_wanted,
     keeps_its_forward,
     missing_roles,
+    unused_beside,
 )
 from fused_lora.patching.trace import observe
 from fused_lora.types import Role
@@ -139,11 +140,13 @@ def patch(
     around = (each.module for each in found if keep_forward and keeps_its_forward(each.module))
     with standing_in(around):
         sights = observe(model, found, example_input)
+    unused = unused_beside(found, sights)
+    found = [each for each in found if each.name not in unused]
     chosen = choose_targets(model, found, sights, choice)
-    rows = {name: sight.rows for name, sight in sights.items()}
-    left = missing_roles(found, choice)
+    rows = {each.name: sights[each.name].rows for each in found}
+    left = missing_roles(found, choice) | unused
     if choice.only is not None:
-        left |= passed_over(choice.only, model, rows)
+        left |= Named.by(choice.only, model).passed_over(rows)
     generator = None if seed is None else _generator(model, seed)
     _adopt(chosen, generator)
     froze = freeze(model, trained)
@@ -336,7 +339,7 @@ def _report(
         rows.append(
             Row(
                 target.found.name,
-                "|".join(role.value for role in target.found.roles),
+                "|".join(role.value for role in target.found.roles) or "-",
                 module.in_features,
                 module.out_features,
                 tuple(target.ranks.values()),

@@ -44,7 +44,7 @@ def _families(targets: Sequence[Target]) -> dict[str, list[str]]:
     found: dict[tuple[str, frozenset[Role]], list[str]] = {}
     for target in targets:
         roles = set(target.found.roles)
-        kind = next((kind for kind in KINDS if roles <= kind), None)
+        kind = next((kind for kind in KINDS if roles and roles <= kind), None)
         if kind and target.found.tensor == "weight" and not target.read:
             parent = target.found.name.removesuffix(".linear").rpartition(".")[0]
             found.setdefault((parent, kind), []).append(target.found.name)
