@@ -27,6 +27,7 @@ from fused_lora.nn.stand_in import (
     rebind,
     why_not_stood_in,
 )
+from fused_lora.nn.vanilla import settle
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear import lora_linear
@@ -402,14 +403,14 @@ class AdaptedLinear(WithVariants):
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         self.refresh_base()
-        own = {prefix + name for name in self._parameters if name.startswith("lora_")}
-        vanilla = own.issubset(missing)
+        own = [prefix + name for name in self._parameters if name.startswith("lora_")]
+        missing_keys += [key for key in missing if key not in own]
+        vanilla = settle(missing_keys, unexpected_keys, own, missing)
         if vanilla and self._origin:
             error_msgs.append(
                 f"{prefix[:-1]} was started by init={self.config.init!r}, whose base is not the "
                 "checkpoint's: load the checkpoint first, then patch"
             )
-        missing_keys += [key for key in missing if not (vanilla and key in own)]
 
     def extra_repr(self) -> str:
         """The linear's own line, then the adapters'."""

@@ -67,8 +67,12 @@ def block_numbers(layers: Iterable[int] | int | None) -> frozenset[int] | None:
 
 
 def layer_of(name: str) -> int | None:
-    """The number in a dotted name, its block's: 3 of ``blocks.3.mlp.fc1``."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+    """The number in a dotted name, its block's: 3 of ``blocks.3.mlp.fc1``.
+
+    torchvision writes ``encoder_layer_3``, and numbers the linears of the MLP inside.
+    """
+    found = (re.fullmatch(r"(?:\w*layer_)?(\d+)", part) for part in name.split("."))
+    return next((int(match[1]) for match in found if match), None)
 
 
 def selected(names: Iterable[str], choice: Selection) -> set[str]:
