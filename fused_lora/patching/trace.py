@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.example import example_for
+from fused_lora.patching.example import examples_for
 from fused_lora.patching.rule import Found
-from fused_lora.patching.trial import hooked, left_as_it_was, without_hooks
+from fused_lora.patching.trial import hooked, left_as_it_was, one_image_is_enough, without_hooks
 from fused_lora.patching.watch import Sight, Watch
 
 
@@ -36,21 +36,21 @@ def observe(model: nn.Module, found: Sequence[Found], example: Any = None) -> di
     Raises:
         PatchError: the forward fails, with its error.
     """
-    example = example_for(model) if example is None else example
-    first: Exception | None = None
+    examples = examples_for(model) if example is None else [example]
+    said: dict[int, Exception] = {}  # by example, what its last try said
     roads = [True] if _any_on_meta(model) else [True, False]
     for hooks, on_meta in product((False, True) if hooked(model) else (False,), roads):
-        try:
-            return _observed(model, found, example, on_meta, hooks)
-        except PatchError:
-            raise
-        except Exception as error:
-            first = error
-    assert first is not None
+        for i, each in enumerate(examples if on_meta else examples[:1]):
+            try:
+                return _observed(model, found, each, on_meta, hooks)
+            except PatchError:
+                raise
+            except Exception as error:
+                said[i] = error
     raise PatchError(
-        f"a trial forward failed ({type(first).__name__}: {first}); pass example_input= with one "
-        "input the model accepts"
-    ) from first
+        f"a trial forward failed ({type(said[0]).__name__}: {said[0]}); pass example_input= with "
+        "one input the model accepts"
+    ) from said[0]
 
 
 def _observed(
@@ -63,6 +63,7 @@ def _observed(
     watch = Watch(sights, _to_label(found, weights))
     with ExitStack() as stack:
         stack.enter_context(left_as_it_was(model))
+        one_image_is_enough(model)
         if not hooks:
             stack.enter_context(without_hooks(model))
         for each in found:

@@ -112,3 +112,10 @@ def hooked(model: nn.Module) -> bool:
     """Whether the user, or the model itself, hooked any module."""
     tables: Iterator[Any] = (m.__dict__[name] for m in model.modules() for name in HOOKS)
     return any(not of_torch(hook) for table in tables for hook in table.values())
+
+
+def one_image_is_enough(model: nn.Module) -> None:
+    """Batch norms evaluate, which a single vector would not let train; put right by others."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = False
