@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
+from fused_lora.nn.aside import let_go
 from fused_lora.nn.borrow import borrow
 from fused_lora.nn.box import Box
 from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
@@ -364,6 +365,8 @@ class AdaptedLinear(WithVariants):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         aside = {name: self.__dict__[name] for name in ("_base", "_origin") if self.__dict__[name]}
+        for parameter in self.lora_parameters() if self._lent or self._narrowed else ():
+            let_go(parameter)
         for name, (weight,) in aside.items():  # moved as any parameter is, in place if it can
             self._parameters[name] = weight
         try:
