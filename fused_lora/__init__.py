@@ -1,7 +1,14 @@
 """Low-rank adaptation of vision transformers at the cost of the frozen network."""
 
 from fused_lora.distill.share import share_adapters, unshare_adapters
-from fused_lora.io import AdapterFileError, load, load_lora_state_dict, lora_state_dict, save
+from fused_lora.io import (
+    AdapterFileError,
+    from_loralib,
+    load,
+    load_lora_state_dict,
+    lora_state_dict,
+    save,
+)
 from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear, adopt_around
 from fused_lora.ops.lora_expand import expand_add
 from fused_lora.ops.lora_linear import lora_linear
@@ -25,6 +32,7 @@ __all__ = [
     "disable",
     "expand_add",
     "explain",
+    "from_loralib",
     "load",
     "load_lora_state_dict",
     "lora_linear",

@@ -119,3 +119,10 @@ def test_dispatch_before_and_after_patch(name):
         torch.testing.assert_close(out(model, x), expected, **CLOSE)
         fused_lora.unpatch(model)
         torch.testing.assert_close(out(model, x), expected, **CLOSE)
+
+
+def test_layers_print_as_peft_prints_them():
+    plain, fused, _ = twins()
+    assert repr(layer_of(fused)) == repr(layer_of(plain))
+    both = [[each.module_type for each in m.get_layer_status()] for m in (fused, plain)]
+    assert both[0] == both[1] and set(both[0]) == {"lora.Linear"}
