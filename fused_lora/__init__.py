@@ -15,6 +15,7 @@ from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import explain
+from fused_lora.patching.inputs import enable_input_grads
 from fused_lora.patching.patch import patch, unpatch
 from fused_lora.patching.report import PatchReport
 from fused_lora.patching.state import disable, merge, unmerge
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "adopt_around",
     "disable",
+    "enable_input_grads",
     "expand_add",
     "explain",
     "from_loralib",

@@ -60,7 +60,7 @@ def _of_timm(model: nn.Module) -> tuple[int, ...] | None:
         configuration = getattr(model, holder, None)
         if isinstance(configuration, dict) and (size := configuration.get("input_size")):
             break
-    embed = _embedding(model)
+    embed = embedding_of(model)
     if sides := _sides(getattr(embed, "img_size", None)):
         size = (size[0] if size else 3, *sides)
     convolutions = (m for m in embed.modules() if isinstance(m, nn.Conv2d)) if embed else ()
@@ -69,7 +69,7 @@ def _of_timm(model: nn.Module) -> tuple[int, ...] | None:
     return size
 
 
-def _embedding(model: nn.Module) -> nn.Module | None:
+def embedding_of(model: nn.Module) -> nn.Module | None:
     """The patch embedding, in a wrapper (``features_only``) too; the first of several."""
     names = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
     return next((module for name, module in names if name == "patch_embed"), None)

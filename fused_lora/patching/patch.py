@@ -25,6 +25,7 @@ from fused_lora.patching.asked import choice_of, options_given
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_words
+from fused_lora.patching.inputs import enable_input_grads, reentrant
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
 from fused_lora.patching.lora_config import Named
 from fused_lora.patching.options import Selection, block_numbers
@@ -162,8 +163,15 @@ def patch(
         forget(model)
         raise
     report.base_row = first_row(model)
+    _let_checkpoints_train(model, report)
     model.__dict__[RECORD] = report
     return report
+
+
+def _let_checkpoints_train(model: nn.Module, report: PatchReport) -> None:
+    """Where reentrant checkpoints are on and the stem is frozen, its output gets a gradient."""
+    if reentrant(model):
+        report.hook = enable_input_grads(model)
 
 
 def unpatch(model: nn.Module, merge: bool = False) -> None:
@@ -209,6 +217,8 @@ def _forget(model: nn.Module) -> None:
     for holder in model.modules():
         if report := holder.__dict__.pop(RECORD, None):
             _thaw(holder, report.froze)
+            if report.hook is not None:
+                report.hook.remove()
 
 
 def _thaw(model: nn.Module, names: Iterable[str]) -> None:
