@@ -34,8 +34,8 @@ def from_loralib(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
             continue
         a, b = found.pop(f"{prefix}lora_A"), found.pop(f"{prefix}lora_B", None)
         ranks, widths = ([getattr(s, of) for s in groups.values()] for of in ("rank", "width"))
-        fits = b is not None and len(set(ranks)) == 1
-        if not fits or a.shape[0] != sum(ranks) or tuple(b.shape) != (sum(widths), ranks[0]):
+        fits = len(set(ranks)) == 1 and a.shape[0] == sum(ranks)
+        if b is None or not fits or tuple(b.shape) != (sum(widths), ranks[0]):
             raise AdapterFileError(
                 f"{prefix}lora_A {tuple(a.shape)} and lora_B {b if b is None else tuple(b.shape)} "
                 f"are not the adapters {list(groups)} of ranks {ranks} on {widths} columns, which "

@@ -325,6 +325,7 @@ class AdaptedLinear(WithVariants):
         if not self.merged:
             raise RuntimeError("unmerge: not merged")
         self._refuse_offloaded("unmerge")
+        self._refuse_made("unmerge")
         self._put_base(self._base[0])
         self._base = ()
 

@@ -100,19 +100,22 @@ def _adapted(model: nn.Module) -> Iterator[AdaptedLinear]:
 @contextmanager
 def shown(model: nn.Module) -> Iterator[None]:
     """Within, the originals stand in the places of what was trained, and take no gradient."""
-    now = [
-        (table, name, table[name], original)
-        for module in model.modules()
-        for name, original in module.__dict__.get(KEPT, {}).items()
-        for table in (module._parameters, module._buffers)
-        if table.get(name) is not None
-    ]
+    now: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
-        for table, name, trained, original in now:
-            moved = original.to(trained.device, trained.dtype)
-            parameter = isinstance(trained, nn.Parameter)
-            table[name] = nn.Parameter(moved, requires_grad=False) if parameter else moved
+        for module in model.modules():
+            tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+            for name, original in module.__dict__.get(KEPT, {}).items():
+                for table in tables:
+                    if (trained := table.get(name)) is not None:
+                        now.append((table, name, trained))
+                        table[name] = _in_its_place(original, trained)
         yield
     finally:
-        for table, name, trained, _ in now:
+        for table, name, trained in now:
             table[name] = trained
+
+
+def _in_its_place(original: Tensor, trained: Tensor) -> Tensor:
+    moved = original.to(trained.device, trained.dtype)
+    parameter = isinstance(trained, nn.Parameter)
+    return nn.Parameter(moved, requires_grad=False) if parameter else moved

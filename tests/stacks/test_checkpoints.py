@@ -96,7 +96,5 @@ def test_the_other_way_needs_nothing():
 
 
 def test_a_model_without_a_stem_is_named():
-    with pytest.raises(
-        fused_lora.PatchError, match="Sequential has no patch embedding and n"
-    ):
+    with pytest.raises(fused_lora.PatchError, match="Sequential has no patch embedding and n"):
         fused_lora.enable_input_grads(nn.Sequential(nn.Linear(2, 2)))
