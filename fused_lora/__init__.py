@@ -1,13 +1,21 @@
 """Low-rank adaptation of vision transformers at the cost of the frozen network."""
 
 from fused_lora.distill.share import share_adapters, unshare_adapters
-from fused_lora.io import AdapterFileError, load, load_lora_state_dict, lora_state_dict, save
+from fused_lora.io import (
+    AdapterFileError,
+    from_loralib,
+    load,
+    load_lora_state_dict,
+    lora_state_dict,
+    save,
+)
 from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear, adopt_around
 from fused_lora.ops.lora_expand import expand_add
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import explain, explain_program
+from fused_lora.patching.inputs import enable_input_grads
 from fused_lora.patching.patch import patch, unpatch
 from fused_lora.patching.report import PatchReport
 from fused_lora.patching.state import disable, merge, unmerge
@@ -23,9 +31,11 @@ __all__ = [
     "__version__",
     "adopt_around",
     "disable",
+    "enable_input_grads",
     "expand_add",
     "explain",
     "explain_program",
+    "from_loralib",
     "load",
     "load_lora_state_dict",
     "lora_linear",

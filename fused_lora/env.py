@@ -27,6 +27,9 @@ VARIABLES: dict[str, str] = {
         "when a kernel is checked on this device before it serves: first (the default; the verdict "
         "is kept on disk), always (once in every process) or off (never)"
     ),
+    "FUSED_LORA_FUZZ_SEQUENCES": (
+        "tests: how many random orders of patch, merge, save, prune, ... are walked; default 500"
+    ),
 }
 
 

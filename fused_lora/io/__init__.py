@@ -2,6 +2,14 @@
 
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.io.folder import load, save
+from fused_lora.io.loralib import from_loralib
 from fused_lora.io.state_dict import load_lora_state_dict, lora_state_dict
 
-__all__ = ["AdapterFileError", "load", "load_lora_state_dict", "lora_state_dict", "save"]
+__all__ = [
+    "AdapterFileError",
+    "from_loralib",
+    "load",
+    "load_lora_state_dict",
+    "lora_state_dict",
+    "save",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fused_lora.io.keys import (
     module_names,
     some,
 )
+from fused_lora.io.left_out import LeftOut, check_adapted
 from fused_lora.io.names import old_names, renamed
 from fused_lora.io.pair import CONFIG, TENSORS, read_pair, write_pair
 from fused_lora.io.peft import BLOCKS, Settings, settings_of
@@ -100,7 +101,13 @@ def save(
         write_pair(Path(folder), text.encode(), pack(tensors, groups, config))
 
 
-def load(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    leave_out: Iterable[str] | str = (),
+    allow_rounding: bool = False,
+) -> list[str]:
     """Copy an adapter, written by ``save`` or by PEFT, into a model patched like it.
 
     Everything is checked before anything is changed. Scales are set as the files say; dropout,
@@ -109,6 +116,10 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     Args:
         model: a patched model, not merged.
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        leave_out: regular expressions on the names of modules that the file has and the model
+            does without: a convolution that PEFT adapted, or a head saved whole.
+        allow_rounding: round what the model holds in fewer bits than the file, such as an fp32
+            head into a bf16 model; otherwise that is an error.
 
     Returns:
         The keys set besides the adapters' (``modules_to_save``).
@@ -128,7 +139,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
             f"dora={not settings.dora}: patch it with dora={settings.dora}"
         )
     content = unpack(blob, config, str(folder / TENSORS))
-    changes, others = _changes(model, modules, settings, content, str(folder / TENSORS))
+    left_out = LeftOut.by(leave_out, content.tensors, settings.modules_to_save)
+    changes, others = _changes(model, modules, settings, content, left_out, str(folder / TENSORS))
+    changes.check_rounding(allow_rounding)
     changes.apply()
     return others
 
@@ -168,12 +181,15 @@ def _changes(
     modules: Mapping[str, AdaptedLinear],
     settings: Settings,
     content: Content,
+    left_out: LeftOut,
     where: str,
 ) -> tuple[Changes, list[str]]:
     adapters: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     own = tuple(key for name in modules for key in (a_key(name), b_key(name)))
     for key, tensor in content.tensors.items():
+        if left_out.holds(key):
+            continue
         kind = adapters if key in own or ".lora_" in key or key.startswith(ASIDE) else others
         kind[key] = tensor
     adapters, settings = from_peft(module_names(model), adapters, settings, where)
@@ -191,8 +207,10 @@ def _changes(
             if settings.blocks.holds(former.get(name, name)) and b_key(name) in adapters:
                 at = f"{where}: {b_key(name)}"
                 adapters[b_key(name)] = dense(adapters[b_key(name)], settings.blocks, at)
+    check_adapted(module_names(model), modules, adapters, where)
     changes = adapter_changes(modules, adapters, groups, where)
-    expected = whole_state(model, settings.modules_to_save)
+    whole = whole_state(model, settings.modules_to_save)
+    expected = {key: tensor for key, tensor in whole.items() if not left_out.holds(key)}
     check_keys(f"{where}, beside the adapters", expected, others)
     for key, tensor in others.items():
         changes.add(expected[key], tensor, f"{where}: {key}")

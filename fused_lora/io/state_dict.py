@@ -67,8 +67,12 @@ def tensors_of(
     return state
 
 
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_lora_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], *, allow_rounding: bool = False
+) -> None:
     """Copy tensors as from ``lora_state_dict`` into a model patched alike; the scales stay.
+
+    ``allow_rounding`` is as in ``load``.
 
     Raises:
         AdapterFileError: not patched, merged, or a key, shape or value that does not fit; the
@@ -76,7 +80,9 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     modules = writable(bare(model))
     groups = {name: groups_of(module) for name, module in modules.items()}
-    adapter_changes(modules, state, groups, "the state dict").apply()
+    changes = adapter_changes(modules, state, groups, "the state dict")
+    changes.check_rounding(allow_rounding)
+    changes.apply()
 
 
 @dataclass
@@ -85,10 +91,31 @@ class Changes:
 
     tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (destination, value)
     scales: list[tuple[AdaptedLinear, str, float]] = field(default_factory=list)
+    rounded: list[tuple[str, torch.dtype, torch.dtype]] = field(default_factory=list)
 
     def add(self, destination: Tensor, value: Tensor, where: str) -> None:
-        """Note one copy; raises AdapterFileError if it would not be exact."""
-        self.tensors.append((destination, checked(value, destination, where)))
+        """Note one copy, and whether it is exact; raises AdapterFileError where it cannot be."""
+        cast = checked(value, destination, where)
+        if not torch.equal(cast.to(value.dtype), value):
+            self.rounded.append((where, value.dtype, destination.dtype))
+        self.tensors.append((destination, cast))
+
+    def check_rounding(self, allowed: bool = False) -> None:
+        """Raises AdapterFileError where a copy would round, unless that is ``allowed``."""
+        if not self.rounded or allowed:
+            return
+        where, given, own = self.rounded[0]
+        adapter = "lora_" in where
+        cure = (
+            f"patch with adapter_dtype={given}"
+            if adapter
+            else f"convert that module to {given} (and run under torch.autocast)"
+        )
+        more = f" (and {len(self.rounded) - 1} more)" if len(self.rounded) > 1 else ""
+        raise AdapterFileError(
+            f"{where} is {given} and the model's is {own}, which would round it{more}: {cure}, or "
+            "round it knowingly with allow_rounding=True"
+        )
 
     def apply(self) -> None:
         """Do it."""
@@ -184,15 +211,9 @@ def check_values(tensor: Tensor, where: str) -> None:
 
 
 def checked(value: Tensor, destination: Tensor, where: str) -> Tensor:
-    """``value`` in the destination's dtype; raises AdapterFileError if that would change it."""
+    """``value`` in the destination's dtype; raises AdapterFileError if it has no place there."""
     check_shape(value, tuple(destination.shape), where)
     check_values(value, where)
     if destination.is_meta:
         raise AdapterFileError(f"{where}: the model holds no values there yet: it is on meta")
-    cast = value.to(destination.dtype)
-    if not torch.equal(cast.to(value.dtype), value):
-        raise AdapterFileError(
-            f"{where} is {value.dtype} and the model's is {destination.dtype}, which would round "
-            f"it: patch with adapter_dtype={value.dtype}, or convert the model"
-        )
-    return cast
+    return value.to(destination.dtype)

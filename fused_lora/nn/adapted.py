@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fused_lora.nn.aside import let_go
 from fused_lora.nn.borrow import borrow
 from fused_lora.nn.box import Box
 from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
@@ -20,6 +20,15 @@ from fused_lora.nn.fp8 import BaseCodes
 from fused_lora.nn.inits import OF_WEIGHT, check_start, draw
 from fused_lora.nn.loan import borrowers_of
 from fused_lora.nn.scope import taken
+from fused_lora.nn.stand_in import (
+    bound_forward,
+    made_weight,
+    offloaded,
+    own_tensor,
+    rebind,
+    why_not_stood_in,
+)
+from fused_lora.nn.vanilla import settle
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear import asked, lora_linear
@@ -124,8 +133,7 @@ class AdaptedLinear(WithVariants):
     @property
     def base(self) -> Tensor:
         """The frozen weight; while merged, w' stands in its place."""
-        weight = self._parameters.get("weight")
-        return self.__dict__["weight"] if weight is None else weight  # DataParallel's copies
+        return own_tensor(self)
 
     def _put_base(self, weight: Tensor) -> None:
         self.weight = cast(nn.Parameter, weight)
@@ -250,14 +258,16 @@ class AdaptedLinear(WithVariants):
 
     @property
     def owns(self) -> bool:
-        """Whether a and b that the forward computes with are parameters of its own, whole."""
-        return self._names is not None and not (self._lent or self._narrowed)
+        """Whether all that the forward computes with are parameters of its own, whole."""
+        own = self._parameters
+        whole = self._names is not None and not (self._lent or self._narrowed)
+        return whole and "weight" in own and "bias" in own  # not made of others by a hook
 
     def _inputs(self) -> tuple[Tensor | None, ...]:
         """weight, bias, every a and every b that the forward computes with."""
-        own = self._parameters
-        if self._names and "weight" in own and not (self._lent or self._narrowed):
-            return tuple([own[name] for name in self._names])
+        if self.owns:
+            own = self._parameters
+            return tuple([own[name] for name in self._names])  # type: ignore[union-attr]
         a, b = self._operands()
         return self.base, self.bias, *a, *b
 
@@ -354,10 +364,16 @@ class AdaptedLinear(WithVariants):
 
     def merge_job(self, rounding: str, seed: int) -> Job:
         """The merge of this layer; raises RuntimeError where there is none to do."""
+        self.check_mergeable()
+        return self._merge_job(rounding, seed)
+
+    def check_mergeable(self) -> None:
+        """Raises RuntimeError where ``merge`` would find no weight that it may replace."""
         if self.merged:
             raise RuntimeError("merge: already merged")
         self._refuse_sharded("merge")
-        return self._merge_job(rounding, seed)
+        self._refuse_made("merge")
+        self._refuse_offloaded("merge")
 
     def _take_merged(self, merged: Tensor) -> None:
         self._base = (self.base,)
@@ -371,10 +387,20 @@ class AdaptedLinear(WithVariants):
                 f"{action} an unsharded copy of the model"
             )
 
+    def _refuse_offloaded(self, action: str) -> None:
+        if why := offloaded(self):
+            raise RuntimeError(f"{action}: {why}")
+
+    def _refuse_made(self, action: str) -> None:
+        if why := made_weight(self):
+            raise RuntimeError(f"{action}: {why}")
+
     def unmerge(self) -> None:
         """Put the frozen weight back: the same parameter, the same bits."""
         if not self.merged:
             raise RuntimeError("unmerge: not merged")
+        self._refuse_offloaded("unmerge")
+        self._refuse_made("unmerge")
         self._put_base(self._base[0])
         self._base = ()
 
@@ -389,7 +415,9 @@ class AdaptedLinear(WithVariants):
             del self._parameters[name]
         for name in STATE:
             self.__dict__.pop(name, None)
+        was = type(self)
         self.__class__ = self.plain  # type: ignore[assignment]
+        rebind(self, was)
         return self
 
     def check_releasable(self) -> None:
@@ -405,9 +433,16 @@ class AdaptedLinear(WithVariants):
                 f"release: {sorted(self.parametrizations)} are parametrized: call "  # type: ignore[arg-type]
                 "torch.nn.utils.parametrize.remove_parametrizations first"
             )
+        if bound_forward(self):
+            raise RuntimeError(
+                "release: a forward was bound to the instance since it was adapted, and may hold "
+                "the adapted one: delete the attribute `forward` first"
+            )
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         aside = {name: self.__dict__[name] for name in ("_base", "_origin") if self.__dict__[name]}
+        for parameter in self.lora_parameters() if self._lent or self._narrowed else ():
+            let_go(parameter)
         for name, (weight,) in aside.items():  # moved as any parameter is, in place if it can
             self._parameters[name] = weight
         try:
@@ -420,10 +455,14 @@ class AdaptedLinear(WithVariants):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        if self.merged:  # w would be wrong for who exports, w' for who trains on
+            raise RuntimeError(
+                f"state_dict: {prefix[:-1] or 'this module'} is merged, and holds w + s b a beside "
+                "a and b: call fused_lora.unpatch(model, merge=True) to export the model that it "
+                "computes (save_pretrained, safetensors, offloading), fused_lora.unmerge(model) "
+                "for a checkpoint, fused_lora.save(model, folder) for the adapters alone"
+            )
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:  # keys mean the same whether merged or not
-            (base,) = self._base
-            destination[prefix + "weight"] = base if keep_vars else base.detach()
 
     def _load_from_state_dict(
         self,
@@ -443,14 +482,14 @@ class AdaptedLinear(WithVariants):
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         self.refresh_base()
-        own = {prefix + name for name in self._parameters if name.startswith("lora_")}
-        vanilla = own.issubset(missing)
+        own = [prefix + name for name in self._parameters if name.startswith("lora_")]
+        missing_keys += [key for key in missing if key not in own]
+        vanilla = settle(missing_keys, unexpected_keys, own, missing)
         if vanilla and self._origin:
             error_msgs.append(
                 f"{prefix[:-1]} was started by init={self.config.init!r}, whose base is not the "
                 "checkpoint's: load the checkpoint first, then patch"
             )
-        missing_keys += [key for key in missing if not (vanilla and key in own)]
 
     def extra_repr(self) -> str:
         """The linear's own line, then the adapters'."""
@@ -462,18 +501,17 @@ class AdaptedLinear(WithVariants):
 
 
 def check_adoptable(linear: nn.Module, where: str) -> nn.Linear:
-    """``linear`` itself; raises TypeError unless it is exactly an ``nn.Linear``."""
+    """``linear`` itself; raises TypeError unless it is an ``nn.Linear`` and nothing else."""
     if isinstance(linear, AdaptedLinear):
         raise TypeError(f"{where} already carries adapters ({type(linear).__name__})")
+    if why := made_weight(linear):  # a parametrised linear has a class of its own
+        raise TypeError(f"{where}: {why}")
     if type(linear) is not nn.Linear:
         raise TypeError(
             f"{where} is a {type(linear).__module__}.{type(linear).__name__}, not a plain "
             "torch.nn.Linear: its own forward would be lost; keep_forward=True keeps it and adds "
             "the adapters to its result"
         )
-    if is_traceable_wrapper_subclass(linear.weight):
-        raise TypeError(
-            f"{where}.weight is a {type(linear.weight).__name__}, not a plain tensor: "
-            "keep_forward=True leaves it alone and adds the adapters to the linear's result"
-        )
+    if why := why_not_stood_in(linear):
+        raise TypeError(f"{where}: {why}")
     return linear

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.linear import become, ranks_of
+from fused_lora.nn.stand_in import bound_forward, made_weight, offloaded
 from fused_lora.ops.lora_expand import lora_add
-from fused_lora.ops.lora_merge_many import Job
+from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.sharded import is_sharded
 
 
@@ -31,18 +32,61 @@ class AroundLinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features]."""
+        if self._base:
+            if not self.adapter_enabled:
+                return self._own(x, self._base[0])
+            self._refuse_training_merged()
         y = super(AdaptedLinear, self).forward(x)  # the linear's own
-        if not self.adapter_enabled:
+        if self._base or not self.adapter_enabled:
             return y
         dropout = self.config.dropout if self.training else 0.0
         return lora_add(y, x, *self._operands(), self._scales, self._used, dropout)
 
-    def merge_job(self, *_: Any, **__: Any) -> Job:
-        """Raises RuntimeError: there is no weight to fold the adapters into."""
-        raise RuntimeError(
-            f"merge: a {self.plain.__name__} computes with a weight of its own making; take it out "
-            "of its quantised form first"
-        )
+    def _own(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The linear's own forward with ``weight`` in its weight's place."""
+        now = self._parameters["weight"]
+        self._parameters["weight"] = cast(nn.Parameter, weight)
+        try:
+            return super(AdaptedLinear, self).forward(x)
+        finally:
+            self._parameters["weight"] = now
+
+    def check_mergeable(self) -> None:
+        """Raises RuntimeError where w' in the weight's place would not compute w + s b a.
+
+        An ordinary weight is held to it on a few numbers: a change d of it must add x dT.
+        """
+        super().check_mergeable()
+        w, name = self._parameters.get("weight"), self.plain.__name__
+        whole = (self.out_features, self.in_features)
+        if type(w) is not nn.Parameter or w.dtype not in DTYPES or tuple(w.shape) != whole:
+            raise RuntimeError(
+                f"merge: a {name} computes with a weight of its own making ({_looks(w)}); take it "
+                "out of its quantised form first"
+            )
+        if not w.is_meta and (why := self._why_not_linear_in(w)):
+            raise RuntimeError(f"merge: the forward of a {name} {why}: unmerged it is right")
+
+    @torch.no_grad()
+    def _why_not_linear_in(self, w: Tensor) -> str | None:
+        draw = torch.Generator("cpu").manual_seed(0)
+        x, d = (torch.randn(n, w.shape[1], generator=draw).to(w) for n in (4, w.shape[0]))
+        training, self.training = self.training, False
+        try:
+            off = max(self._off(x, w, d * size) for size in (float(w.std()), 1.0))
+        except Exception as error:
+            return f"could not be asked ({type(error).__name__}: {error})"
+        finally:
+            self.training = training
+        if off <= (0.05 if w.dtype.itemsize == 2 else 2e-3):  # y's own rounding, TF32 included
+            return None
+        return f"adds something else than x dT for a change d of its weight (off by {off:.1e})"
+
+    def _off(self, x: Tensor, w: Tensor, d: Tensor) -> float:
+        moved = self._own(x, nn.Parameter(w + d, requires_grad=False))
+        moved = moved.double() - self._own(x, w).double()
+        expected = x.double() @ ((w + d).double() - w.double()).T
+        return float((moved - expected).norm() / expected.norm())
 
     def _refuse_sharded(self, action: str) -> None:
         if is_sharded(self.base):
@@ -92,6 +136,8 @@ def adopt_around(
     config = AdapterConfig(**options)
     if not isinstance(linear, nn.Linear) or isinstance(linear, AdaptedLinear):
         raise TypeError(f"adapters go around an nn.Linear that has none, got {type(linear)}")
+    if why := why_not_around(linear):
+        raise TypeError(f"the linear to adopt: {why}")
     if config.dora or config.init not in ("kaiming", "gaussian", "orthogonal"):
         read = "dora" if config.dora else f"init={config.init!r}"
         raise ValueError(f"{read} reads the base weight, which {type(linear).__name__} hides")
@@ -105,6 +151,17 @@ def adopt_around(
     if spans:
         ranks = ranks_of(columns, rank, linear.out_features)  # type: ignore[assignment]
     return become(around(type(linear)), linear, columns, ranks, config, generator)  # type: ignore[arg-type]
+
+
+def _looks(weight: Tensor | None) -> str:
+    if weight is None:
+        return "no parameter"
+    return f"a {type(weight).__name__} of {weight.dtype}, {list(weight.shape)}"
+
+
+def why_not_around(linear: nn.Module) -> str | None:
+    """Why adapters cannot even be added to the result of the linear's own forward."""
+    return bound_forward(linear) or offloaded(linear) or made_weight(linear)
 
 
 def opaque(linear: nn.Module) -> bool:

@@ -74,7 +74,10 @@ class Ledger:
     def __init__(self, owner: Tensor) -> None:
         self.owner = weakref.ref(owner)
         self.zero = _zero(owner)
-        owner.register_hook(self.settle)
+        if (hooks := owner._backward_hooks) is not None:  # swapped since: torch has lost them
+            owner._backward_hooks = None
+            owner._backward_hooks = hooks
+        self.hook = owner.register_hook(self.settle)
 
     def settle(self, grad: Tensor | None) -> Tensor | None:
         """The hook: the zero that arrives, replaced by the account's sum."""
@@ -137,6 +140,13 @@ def _ledger(owner: Tensor) -> Ledger:
     if (zero.dtype, zero.device, zero.shape) != (owner.dtype, owner.device, owner.shape):
         found.zero = _zero(owner)  # it was moved
     return found
+
+
+def let_go(owner: Tensor) -> None:
+    """Forget ``owner`` until its next backward: no weak reference may be there in a swap."""
+    with _lock:
+        if (found := _ledgers.pop(id(owner), None)) is not None and found.owner() is owner:
+            found.hook.remove()
 
 
 def _zero(owner: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.read import FusedLoRARead, without_x
+from fused_lora.nn.stand_in import made_weight, own_tensor
+from fused_lora.nn.weight_read import keep_deleted, put, refuse_parametrized, refuse_read, take
 from fused_lora.ops.lora_linear_checks import check_spans
 
 
@@ -55,12 +57,15 @@ class FusedLoRAChild(FusedLoRARead):
     @property
     def base(self) -> Tensor:
         """The owner's parameter."""
-        owner, tensor = self.__dict__["_home"]
-        return owner._parameters[tensor]
+        return own_tensor(*self.__dict__["_home"])
 
     def _put_base(self, weight: Tensor) -> None:
         owner, tensor = self.__dict__["_home"]
         owner._parameters[tensor] = weight
+
+    def _refuse_made(self, action: str) -> None:
+        if why := made_weight(*self.__dict__["_home"]):
+            raise RuntimeError(f"{action}: {why}")
 
     def release(self) -> nn.Module:  # type: ignore[override]
         """Leave the owner as it was; its parameter keeps w' if merged."""
@@ -72,17 +77,6 @@ class FusedLoRAChild(FusedLoRARead):
         left = tuple(t for t in type(owner)._fused_lora_reads if t != tensor)
         owner.__class__ = reading(_plain(type(owner)), left)
         return owner
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        own: dict[str, Any] = {}
-        super()._save_to_state_dict(own, prefix, keep_vars)
-        base = own.pop(prefix + "weight", None)
-        if base is not None:  # merged: the owner wrote w'
-            owner, tensor = self.__dict__["_home"]
-            destination[prefix.removesuffix(child_name(tensor) + ".") + tensor] = base
-        destination.update(own)
 
 
 def child_name(tensor: str) -> str:
@@ -97,17 +91,38 @@ def reading(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]
 
 @functools.cache
 def _made(plain: Any, tensors: tuple[str, ...]) -> type[nn.Module]:
-    members: dict[str, Any] = {name: property(_reader(name)) for name in tensors}
+    members: dict[str, Any] = {name: _property(name) for name in tensors}
     members |= {"_fused_lora_reads": tensors, "__reduce_ex__": _reduce, "__module__": __name__}
+    members |= {"__setattr__": _set, "__delattr__": _delete, "register_parameter": _register}
     return type(f"FusedLoRA{plain.__name__}", (plain,), members)
 
 
-def _reader(tensor: str) -> Any:
+def _property(tensor: str) -> property:
     def read(owner: nn.Module) -> Tensor:
-        child = owner._modules.get(child_name(tensor))
-        return owner._parameters[tensor] if child is None else child.weight  # type: ignore
+        child, base = owner._modules.get(child_name(tensor)), own_tensor(owner, tensor)
+        return base if child is None else child.read(base)  # type: ignore
 
-    return read
+    def write(owner: nn.Module, value: Tensor) -> None:
+        put(owner, tensor, value)
+
+    return property(read, write, lambda owner: take(owner, tensor))
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    if name == "parametrizations":
+        refuse_parametrized(owner, *type(owner)._fused_lora_reads)
+    nn.Module.__setattr__(owner, name, value)
+
+
+def _register(owner: Any, name: str, param: nn.Parameter | None) -> None:
+    refuse_read(owner, name, param)
+    nn.Module.register_parameter(owner, name, param)
+
+
+def _delete(owner: Any, name: str) -> None:
+    if name in type(owner)._fused_lora_reads:
+        keep_deleted(owner, name)
+    nn.Module.__delattr__(owner, name)
 
 
 def _reduce(owner: nn.Module, _: int) -> tuple[Any, ...]:

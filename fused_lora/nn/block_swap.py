@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fused_lora.nn.stand_in import rebind
 from fused_lora.ops.operand import RECOMPUTE, check_recompute
 
 F = TypeVar("F", bound="Fused")
@@ -47,7 +48,9 @@ class Fused(nn.Module):
         """Become what it was."""
         for name in ("_recompute", "_halves"):
             self.__dict__.pop(name, None)
+        was = type(self)
         self.__class__ = self.plain  # type: ignore[assignment]
+        rebind(self, was)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

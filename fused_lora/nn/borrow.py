@@ -11,7 +11,8 @@ is gone when the pass ends, by an exception too.
 
 Hooks that a user put on the parameter itself (``Tensor.register_hook``) before its first shared
 backward see the zero instead of the gradient; ``register_post_accumulate_grad_hook`` sees it whole.
-Under ``torch.compile``, and where the parameter is no leaf, parts are autograd's own slices.
+Under ``torch.compile`` and ``torch.func``, and where the parameter is no leaf, parts are autograd's
+own slices.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from fused_lora.nn.aside import put_aside
 from fused_lora.nn.box import Box
+from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.programs.run import refuse_double_backward
 
 
@@ -52,7 +54,7 @@ def lends(owner: Tensor) -> bool:
             "parts of it cannot be shared; keep adapters unsharded"
         )
     trains = owner.requires_grad and owner.is_leaf and torch.is_grad_enabled()
-    return trains and not torch.compiler.is_compiling()
+    return trains and not (torch.compiler.is_compiling() or transformed())
 
 
 class _Borrow(torch.autograd.Function):

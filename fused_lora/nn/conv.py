@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.nn.adapted import check_rank
+from fused_lora.nn.vanilla import settle
 
 
 class FusedLoRAConv2d(nn.Conv2d):
@@ -80,12 +81,24 @@ class FusedLoRAConv2d(nn.Conv2d):
         self.__class__ = nn.Conv2d  # type: ignore[assignment]
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """A checkpoint without adapters loads strictly, as into an adapted linear."""
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        missing, own = rest[2], [f"{prefix}lora_A", f"{prefix}lora_B"]
-        if all(key in missing for key in own):
-            missing[:] = [key for key in missing if key not in own]
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """A checkpoint without any adapters loads strictly, as into an adapted linear."""
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        own = [f"{prefix}lora_A", f"{prefix}lora_B"]
+        missing_keys += [key for key in missing if key not in own]
+        settle(missing_keys, unexpected_keys, own, missing)
 
     def extra_repr(self) -> str:
         """The convolution's own line, then the adapter's."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from fused_lora.nn.adapted import AdaptedLinear, check_adoptable
 from fused_lora.nn.config import AdapterConfig
+from fused_lora.nn.stand_in import rebind
 
 
 class FusedLoRALinear(AdaptedLinear):
@@ -156,4 +157,5 @@ def become(
         linear._parameters.clear()
         linear._parameters.update(parameters)
         raise
+    rebind(linear, kind)
     return linear

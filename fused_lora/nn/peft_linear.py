@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.nn.read import read_weight
+from fused_lora.nn.stand_in import bound_forward, made_weight, why_not_stood_in
+from fused_lora.nn.watch import why_watched
 from fused_lora.ops.lora_linear import autocasts, lora_linear
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.types import Span
@@ -36,6 +38,9 @@ def classes() -> tuple[type[nn.Module], type[nn.Module]]:
     from peft.tuners.lora.layer import Linear
 
     class FusedPeftLinear(Linear):
+        def _get_name(self) -> str:
+            return "Linear"  # PEFT tells modules apart by what they print
+
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             names = () if args or _says(kwargs) else usable(self, x)
             if not names or (self.training and any(_drops(self, name) for name in names)):
@@ -73,6 +78,8 @@ def why_not(layer: nn.Module) -> str:
         return f"its weight is {base.weight.dtype}"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out"
+    if why := bound_forward(layer) or why_not_stood_in(base):
+        return f"it cannot be stood in for: {why}"
     reasons = (_why_not_adapter(layer, name) for name in layer.lora_A)
     return next((reason for reason in reasons if reason), "")
 
@@ -86,6 +93,8 @@ def _why_not_adapter(layer: Any, name: str) -> str:
     for half in (layer.lora_A[name], layer.lora_B[name]):
         if type(half) is not nn.Linear:
             return f"adapter {name!r} has a {type(half).__name__} where a Linear was expected"
+        if why := made_weight(half):
+            return f"adapter {name!r}: {why}"
     return ""
 
 
@@ -96,19 +105,23 @@ def usable(layer: Any, x: Tensor | None) -> tuple[str, ...]:
     names = tuple(name for name in layer.active_adapters if name in layer.lora_A)
     if any(_why_not_adapter(layer, name) for name in names):
         return ()
-    inner = (half[name] for half in (layer.lora_A, layer.lora_B) for name in names)
+    halves = (layer.lora_A, layer.lora_B, layer.lora_dropout)
+    inner = (half[name] for half in halves for name in names)
     if x is not None and (_hooked((layer.base_layer, *inner)) or not _fits(layer.base_layer, x)):
         return ()
     return names
 
 
 def _fits(base: nn.Linear, x: Tensor) -> bool:
-    """Where it does not, torch's own error is the right one."""
+    """Where it does not, torch's own error is the right one, or the base's own forward."""
+    if type(base) is not nn.Linear or base._parameters.get("weight") is None:
+        return False  # converted since, as to float8, or its weight is made by a hook
     return isinstance(x, Tensor) and (autocasts(x) or x.dtype is base.weight.dtype)
 
 
 def _hooked(modules: Iterable[nn.Module]) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+    """Hooks of every kind, global ones too, and forwards bound to an instance."""
+    return why_watched(*modules) is not None
 
 
 def _says(kwargs: dict[str, Any]) -> bool:

@@ -15,6 +15,15 @@ from torch import Tensor, nn
 
 from fused_lora.nn.adapted import STATE, AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
+from fused_lora.nn.stand_in import rebind, why_not_stood_in
+from fused_lora.nn.weight_read import (
+    keep_deleted,
+    put,
+    refuse_parametrized,
+    refuse_read,
+    take,
+    watched,
+)
 from fused_lora.ops.lora_linear_checks import check_spans
 from fused_lora.programs.run import without_autocast
 
@@ -42,6 +51,8 @@ class FusedLoRARead(AdaptedLinear):
         config = without_x(AdapterConfig(**options))
         if type(linear) not in READABLE:
             raise TypeError(f"a {type(linear).__name__} cannot be adopted, {READABLE} can")
+        if why := why_not_stood_in(linear):
+            raise TypeError(f"the linear to adopt: {why}")
         was = type(linear)
         linear.__class__ = cls
         read = cast(FusedLoRARead, linear)
@@ -53,19 +64,47 @@ class FusedLoRARead(AdaptedLinear):
             linear.__class__ = was
             raise
         read.__dict__["_was"] = was
+        rebind(linear, was)
         return read
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # [N, K]
-        """w', or the frozen weight where adapters are disabled."""
+        """w', or the frozen weight, to which writes go, where adapters are disabled."""
+        return self.read(self.base)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        put(self, "weight", value)
+
+    @weight.deleter
+    def weight(self) -> None:
+        take(self, "weight")
+
+    def read(self, base: Tensor) -> Tensor:
+        """w' of the frozen weight that stands in ``base``."""
         if not self.adapter_enabled:
-            return self._frozen()
+            return self._base[0] if self._base else base
         if self._base:
             self._refuse_training_merged()
-            return self.base
+            return base
         a, b = self._operands()
         scales = self._scales if torch.compiler.is_compiling() else self.scales
-        return read_weight(self.base, a, b, scales, self._used)
+        return watched(read_weight(base, a, b, scales, self._used), base)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module``'s; but w' is no parameter, whatever takes it for one."""
+        refuse_read(self, name, param)
+        super().register_parameter(name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations":
+            refuse_parametrized(self, "weight")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            keep_deleted(self, name)
+        super().__delattr__(name)
 
     def _put_base(self, weight: Tensor) -> None:
         self._parameters["weight"] = cast(nn.Parameter, weight)  # setting it would read it
@@ -75,6 +114,7 @@ class FusedLoRARead(AdaptedLinear):
         was = self.__dict__.pop("_was")
         linear = super().release()
         linear.__class__ = was
+        rebind(linear, nn.Linear)
         return linear
 
 

@@ -5,7 +5,9 @@ a_s = a_t[:R, :K_s]     b_s = b_t[first : first + N_s, :R]     per group; s as t
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from fused_lora.nn.box import Box
 from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
 from fused_lora.nn.linear import FusedLoRAGroupedLinear, FusedLoRALinear
 from fused_lora.nn.loan import Loan, forget, note
+from fused_lora.nn.stand_in import rebind
 
 
 class SharedLoRALinear(AdaptedLinear):
@@ -28,6 +31,7 @@ class SharedLoRALinear(AdaptedLinear):
     """
 
     _loans: tuple[Loan, ...]
+    _seen: int  # how often the base had been written when its owners were last in sight
 
     @classmethod
     def adopt(
@@ -46,10 +50,12 @@ class SharedLoRALinear(AdaptedLinear):
         for name, loan in loans.items():
             _check(loan, linear.in_features, f"group {name!r}" if name else "the adapter")
         linear.__class__ = cls  # type: ignore[assignment]
+        rebind(linear, nn.Linear)
         assert isinstance(linear, SharedLoRALinear)
         scales = [_scale(loan) for loan in loans.values()]
         linear._describe({name: loan.span for name, loan in loans.items()}, scales, config)
         linear._loans = tuple(loans.values())
+        linear._seen = _version(linear.base)
         for loan in linear._loans:
             note(loan.owner, linear)
             loan.owner._lent = True
@@ -70,7 +76,30 @@ class SharedLoRALinear(AdaptedLinear):
             a, b = _halves(loan)
             return self._box_a(span.rank).of(a), _box_b(loan, span.rank).of(b)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_seen"] = _version(self.base)  # of a copy, whose tensors count anew
+
+    def _check_owners(self) -> None:
+        """Raises RuntimeError where this is a copy whose base is kept up, and its adapters not.
+
+        An average of a student (EMA) writes what its state dict holds. Copied without its teacher,
+        it computes with copies of the adapters that nothing holds but itself, and none can write.
+        """
+        if torch.compiler.is_compiling() or self._seen == (version := _version(self.base)):
+            return
+        for loan in self._loans:
+            if not _in_sight(loan.owner):
+                raise RuntimeError(
+                    "the weights of this copy were written since it was made, as an average (EMA) "
+                    "or a checkpoint does, but the adapters that it shares lie out of their sight "
+                    "and are as old as the copy: copy or average the student together with its "
+                    "teacher (both in one nn.ModuleList), or call unshare_adapters(student) first"
+                )
+        self._seen = version
+
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        self._check_owners()
         halves = [_halves(loan) for loan in self._loans]
         ranked = [(loan, used.rank) for loan, used in zip(self._loans, self._used, strict=True)]
         boxes = [self._box_a(rank) for _, rank in ranked]
@@ -86,6 +115,7 @@ class SharedLoRALinear(AdaptedLinear):
         copies = {name: self.adapter(name) for name in self._groups}
         self._return_loans()
         self.__class__ = FusedLoRALinear if "" in copies else FusedLoRAGroupedLinear  # type: ignore
+        rebind(self, SharedLoRALinear)
         for name, halves in copies.items():
             for half, part in zip(("lora_A", "lora_B"), halves, strict=True):
                 copy = part.detach().clone(memory_format=torch.contiguous_format)
@@ -101,6 +131,7 @@ class SharedLoRALinear(AdaptedLinear):
         return super().release()
 
     def _return_loans(self) -> None:
+        self.__dict__.pop("_seen", None)
         for loan in self.__dict__.pop("_loans"):
             forget(loan.owner, self)
 
@@ -115,6 +146,20 @@ class SharedLoRALinear(AdaptedLinear):
     def extra_repr(self) -> str:
         """The adapted linear's line, and that it shares."""
         return f"{super().extra_repr()}, shared"
+
+
+def _version(weight: Tensor) -> int:
+    return -1 if weight.is_inference() else weight._version
+
+
+def _in_sight(owner: nn.Module) -> bool:
+    """Whether some module has ``owner`` among its children; asked rarely, for it looks at all."""
+    tables = (each for each in gc.get_referrers(owner) if isinstance(each, dict))
+    return any(
+        any(child is owner for child in table.values())
+        and all(child is None or isinstance(child, nn.Module) for child in table.values())
+        for table in tables
+    )
 
 
 def _halves(loan: Loan) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,11 @@ its class, a child put in its place) is seen here, at every call, in a few compa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
+
+from fused_lora.nn.stand_in import device_hook, replaced_forward
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
@@ -52,15 +53,7 @@ def why_watched(*modules: nn.Module) -> str | None:
         if any(own[name] for name in HOOKS):
             return f"hooks on a {kind.__name__}"
         if "forward" in own:
-            return f"a {kind.__name__} has a forward of its own"
-        if not _of_its_class(kind):
-            return f"the forward of {kind.__name__} was replaced"
+            return device_hook(module) or f"a {kind.__name__} has a forward of its own"
+        if why := replaced_forward(kind):
+            return why
     return "hooks on all modules" if any(GLOBAL_HOOKS) else None
-
-
-def _of_its_class(kind: Any) -> bool:
-    """Whether the forward that ``kind`` has is the one it was defined with."""
-    owner = next(each for each in kind.__mro__ if "forward" in each.__dict__)
-    forward = owner.__dict__["forward"]
-    made = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None))
-    return made == (owner.__module__, f"{owner.__qualname__}.forward")

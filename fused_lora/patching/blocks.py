@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.block import FusedLoRABlock, why_not_block, why_not_halves
 from fused_lora.nn.block_mlp import FusedLoRAMlp, why_not_mlp
-from fused_lora.nn.block_swap import Fused
+from fused_lora.nn.block_swap import Fused, kind
+from fused_lora.nn.stand_in import device_hook, replaced_forward, why_not_called
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.patching.budget import BlockNeed, choose_modes, fixed_bytes, need_of
 from fused_lora.patching.errors import PatchError
@@ -80,7 +82,7 @@ def fuse(
     if choice.level == "linear":
         return []
     held = list(candidates(model))
-    why = {name: why_not_block(block) for name, block in held}
+    why = {name: _why_left(block) for name, block in held}
     fits = [(name, block) for name, block in held if why[name] is None]
     rows = [BlockRow(name, "linear", reason=reason) for name, reason in why.items() if reason]
     needs = [need_of(name, block, rows_of(name, seen) * batch_size) for name, block in fits]
@@ -90,12 +92,28 @@ def fuse(
         FusedLoRABlock.adopt(block, mode)
         rows.append(BlockRow(name, "block", mode, half, need.kept[mode]))
     for name, module in model.named_modules():
-        if not isinstance(module, Fused) and why_not_mlp(module) is None:
+        if not isinstance(module, Fused) and not (why_not_mlp(module) or why_not_over(module)):
             mode = modes.get(name.rpartition(".")[0]) or choice.mode_of(name)
             FusedLoRAMlp.adopt(module, mode)
             if not any(name.startswith(block + ".") for block, _ in fits):
                 rows.append(BlockRow(name, "mlp", mode))
     return rows
+
+
+def _why_left(block: nn.Module) -> str | None:
+    known = kind(block) in FusedLoRABlock.known
+    return (why_not_over(block) if known else None) or why_not_block(block)
+
+
+def why_not_over(module: nn.Module) -> str | None:
+    """Why the forward of ``module``, or of a class inside it, is not what was read here.
+
+    A forward bound to a module inside is asked for at every call, as hooks are.
+    """
+    if why := why_not_called(module) or device_hook(module):
+        return why
+    inner = ((n, m) for n, m in module.named_modules() if not isinstance(m, AdaptedLinear))
+    return next((f"{name}: {why}" for name, m in inner if (why := replaced_forward(type(m)))), None)
 
 
 def _modes(

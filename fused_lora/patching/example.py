@@ -10,11 +10,19 @@ from torch import Tensor, nn
 RGB_224 = (3, 224, 224)
 
 
-def example_for(model: nn.Module) -> Tensor:
-    """One image, or one clip, on the meta device, in the size the model says; else 224 x 224."""
-    size = _of_configuration(model) or _of_timm(model) or _of_attributes(model) or RGB_224
+def examples_for(model: nn.Module) -> list[Tensor]:
+    """One image, or one clip, on the meta device, in each size that the model may mean.
+
+    The likeliest comes first: what a configuration says, what the patch embedding was built for,
+    224 x 224; then the same with as many channels as the first convolution takes.
+    """
+    said = [_of_configuration(model), _of_timm(model), _of_attributes(model), RGB_224]
+    sizes = [size for size in said if size]
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None:
+        sizes += [(*size[:-3], first.in_channels, *size[-2:]) for size in sizes]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.empty(1, *size, device="meta", dtype=dtype)
+    return [torch.empty(1, *size, device="meta", dtype=dtype) for size in dict.fromkeys(sizes)]
 
 
 def _of_configuration(model: nn.Module) -> tuple[int, ...] | None:
@@ -52,13 +60,19 @@ def _of_timm(model: nn.Module) -> tuple[int, ...] | None:
         configuration = getattr(model, holder, None)
         if isinstance(configuration, dict) and (size := configuration.get("input_size")):
             break
-    embed = getattr(model, "patch_embed", None)
+    embed = embedding_of(model)
     if sides := _sides(getattr(embed, "img_size", None)):
         size = (size[0] if size else 3, *sides)
-    channels = getattr(getattr(embed, "proj", None), "in_channels", None)
-    if isinstance(channels, int):
-        size = (channels, *(size[1:] if size else RGB_224[1:]))
+    convolutions = (m for m in embed.modules() if isinstance(m, nn.Conv2d)) if embed else ()
+    if first := next(iter(convolutions), None):  # of a hybrid: its backbone's, not the projection
+        size = (first.in_channels, *(size[1:] if size else RGB_224[1:]))
     return size
+
+
+def embedding_of(model: nn.Module) -> nn.Module | None:
+    """The patch embedding, in a wrapper (``features_only``) too; the first of several."""
+    names = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
+    return next((module for name, module in names if name == "patch_embed"), None)
 
 
 def _of_attributes(model: nn.Module) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fused_lora.nn.peft_linear import classes, why_not
+from fused_lora.nn.stand_in import rebind
 from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.report import PatchReport, Row
@@ -64,7 +65,9 @@ def patch_live(
     report = _report(model, served, sights, left, batch_size)
     called, read = classes()
     for name, layer in served.items():
+        was = type(layer)
         layer.__class__ = read if sights[name].read else called
+        rebind(layer, was)
     return report
 
 
@@ -76,7 +79,9 @@ def release_live(model: nn.Module) -> bool:
     from peft.tuners.lora.layer import Linear
 
     for layer in layers.values():
+        was = type(layer)
         layer.__class__ = Linear
+        rebind(layer, was)
     return True
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -58,43 +60,80 @@ def options_of(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def names_of(config: Any, model: nn.Module, found: Iterable[str]) -> list[str]:
-    """Which of the projections ``found`` the config names; PatchError where that is none.
+@dataclass(frozen=True)
+class Named:
+    """The modules that PEFT would adapt for a LoraConfig, by name, with what each of them is."""
 
-    What else of the model it names (a patch embedding that shares a projection's name) stays as it
-    is, since adapters go on the projections of blocks alone.
-    """
-    from peft.tuners.tuners_utils import check_target_module_exists
+    model: nn.Module
+    config: Any  # target_modules resolved
 
-    found = list(found)
-    targets = config.target_modules
-    if targets is None or targets == "all-linear":
-        return found
-    named = [name for name in found if check_target_module_exists(config, name)]
-    for target in sorted(targets) if not isinstance(targets, str) else ():
-        if not any(name == target or name.endswith(f".{target}") for name in found):
-            raise PatchError(
-                f"LoraConfig.target_modules names {target!r}, which is no projection of a block of "
-                f"{type(model).__name__}; those end in {sorted({n.split('.')[-1] for n in found})}"
-            )
-    if not named:
-        raise PatchError(f"LoraConfig.target_modules {targets!r} matches none of {found[:6]}")
-    return named
+    @classmethod
+    def by(cls, config: Any, model: nn.Module) -> Named:
+        """Read as PEFT reads it; "all-linear" is every linear but PEFT's exceptions."""
+        from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
+        return cls(model, _maybe_include_all_linear_layers(copy.copy(config), model))
 
-def passed_over(config: Any, model: nn.Module, served: Iterable[str]) -> dict[str, str]:
-    """What else PEFT would adapt, and why it stays as it is here."""
-    from peft.tuners.tuners_utils import check_target_module_exists
+    @property
+    def everything(self) -> bool:
+        """Whether the config names no module, which stands for the projections of blocks."""
+        return self.config.target_modules is None
 
-    if config.target_modules is None or config.target_modules == "all-linear":
-        return {}
-    served = set(served)
-    return {
-        name: "named by the LoraConfig, but no projection of a block"
-        for name, module in model.named_modules()
-        if name and name not in served and getattr(module, "weight", None) is not None
-        if check_target_module_exists(config, name)
-    }
+    def __contains__(self, name: str) -> bool:
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        if not name or self._saved_whole(name):
+            return False
+        return self.everything or bool(check_target_module_exists(self.config, name))
+
+    def _saved_whole(self, name: str) -> bool:
+        whole = self.config.modules_to_save or ()
+        return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in whole)
+
+    def among(self, found: Iterable[str]) -> list[str]:
+        """Which of the projections ``found`` it names."""
+        return [name for name in found if name in self]
+
+    def linears_beside(self, found: Iterable[str]) -> list[str]:
+        """Linears outside the blocks, or unknown in them, that it names: heads, poolers."""
+        if self.everything:
+            return []
+        found = set(found)
+        named = ((n, m) for n, m in self.model.named_modules() if isinstance(m, nn.Linear))
+        return [name for name, _ in named if name not in found and name in self]
+
+    def check(self, found: Iterable[str], served: Iterable[str]) -> None:
+        """Raises PatchError for a target that nothing answers to, or where nothing is served.
+
+        Args:
+            found: the projections of blocks.
+            served: what is adapted, these or other linears.
+        """
+        found, targets = list(found), self.config.target_modules
+        linears = (n for n, m in self.model.named_modules() if isinstance(m, nn.Linear))
+        there = {*found, *linears}
+        for target in sorted(targets or ()) if not isinstance(targets, str) else ():
+            if not any(name == target or name.endswith(f".{target}") for name in there):
+                raise PatchError(
+                    f"LoraConfig.target_modules names {target!r}, which is no projection of a "
+                    f"block of {type(self.model).__name__} and no linear beside them; the "
+                    f"projections end in {sorted({n.split('.')[-1] for n in found})}"
+                )
+        if not list(served):
+            raise PatchError(f"LoraConfig.target_modules {targets!r} matches none of {found[:6]}")
+
+    def passed_over(self, served: Iterable[str]) -> dict[str, str]:
+        """What else PEFT would adapt, and why it stays as it is here."""
+        if self.everything:
+            return {}
+        served = set(served)
+        return {
+            name: "named by the LoraConfig, but no projection of a block and no linear: a "
+            f"{type(module).__name__}"
+            for name, module in self.model.named_modules()
+            if name not in served and getattr(module, "weight", None) is not None
+            if not isinstance(module, nn.Linear) and name in self
+        }
 
 
 def _check_served(config: Any) -> None:

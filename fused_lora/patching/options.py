@@ -67,8 +67,12 @@ def block_numbers(layers: Iterable[int] | int | None) -> frozenset[int] | None:
 
 
 def layer_of(name: str) -> int | None:
-    """The number in a dotted name, its block's: 3 of ``blocks.3.mlp.fc1``."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+    """The number in a dotted name, its block's: 3 of ``blocks.3.mlp.fc1``.
+
+    torchvision writes ``encoder_layer_3``, and numbers the linears of the MLP inside.
+    """
+    found = (re.fullmatch(r"(?:\w*layer_)?(\d+)", part) for part in name.split("."))
+    return next((int(match[1]) for match in found if match), None)
 
 
 def selected(names: Iterable[str], choice: Selection) -> set[str]:
@@ -110,9 +114,11 @@ def check_patterns(patterns: Mapping[str, float], option: str, names: Iterable[s
         raise PatchError(f"{option}: {key!r} is no role and matches no projection's name")
 
 
-def value_for(patterns: Mapping[str, Number], name: str, role: Role, default: Number) -> Number:
+def value_for(
+    patterns: Mapping[str, Number], name: str, role: Role | None, default: Number
+) -> Number:
     """A name's pattern goes before its role's, its role's before the default."""
     for key, value in patterns.items():
         if key not in {role.value for role in Role} and re.search(key, name):
             return value
-    return patterns.get(role.value, default)
+    return default if role is None else patterns.get(role.value, default)

@@ -25,9 +25,11 @@ from fused_lora.patching.asked import choice_of, options_given
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_words
+from fused_lora.patching.inputs import enable_input_grads, reentrant
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
-from fused_lora.patching.lora_config import passed_over
+from fused_lora.patching.lora_config import Named
 from fused_lora.patching.options import Selection, block_numbers
+from fused_lora.patching.originals import first_row, forget, keep
 from fused_lora.patching.report import PatchReport, Row
 from fused_lora.patching.siblings import gather
 from fused_lora.patching.targets import (
@@ -36,6 +38,7 @@ from fused_lora.patching.targets import (
     find_wanted,
     keeps_its_forward,
     missing_roles,
+    unused_beside,
 )
 from fused_lora.patching.trace import observe
 from fused_lora.types import Role
@@ -138,11 +141,13 @@ def patch(
     around = (each.module for each in found if keep_forward and keeps_its_forward(each.module))
     with standing_in(around):
         sights = observe(model, found, example_input)
+    unused = unused_beside(found, sights)
+    found = [each for each in found if each.name not in unused]
     chosen = choose_targets(model, found, sights, choice)
-    rows = {name: sight.rows for name, sight in sights.items()}
-    left = missing_roles(found, choice)
+    rows = {each.name: sights[each.name].rows for each in found}
+    left = missing_roles(found, choice) | unused
     if choice.only is not None:
-        left |= passed_over(choice.only, model, rows)
+        left |= Named.by(choice.only, model).passed_over(rows)
     generator = None if seed is None else _generator(model, seed)
     _adopt(chosen, generator)
     froze = freeze(model, trained)
@@ -155,9 +160,18 @@ def patch(
         for _, module in adapted(model):
             module.release()
         _thaw(model, froze)
+        forget(model)
         raise
+    report.base_row = first_row(model)
+    _let_checkpoints_train(model, report)
     model.__dict__[RECORD] = report
     return report
+
+
+def _let_checkpoints_train(model: nn.Module, report: PatchReport) -> None:
+    """Where reentrant checkpoints are on and the stem is frozen, its output gets a gradient."""
+    if reentrant(model):
+        report.hook = enable_input_grads(model)
 
 
 def unpatch(model: nn.Module, merge: bool = False) -> None:
@@ -186,7 +200,9 @@ def unpatch(model: nn.Module, merge: bool = False) -> None:
         except RuntimeError as error:
             raise PatchError(f"{name}: {error}") from None
     if merge:
-        merge_all([module for _, module in modules if not module.merged])
+        left = [(name, module) for name, module in modules if not module.merged]
+        check_mergeable(left)
+        merge_all([module for _, module in left])
     for _, module in modules:
         if not merge and module.merged:
             module.unmerge()
@@ -196,10 +212,13 @@ def unpatch(model: nn.Module, merge: bool = False) -> None:
 
 
 def _forget(model: nn.Module) -> None:
-    """Drop the report, and let train what it froze."""
+    """Drop the report and the originals, and let train what it froze."""
+    forget(model)
     for holder in model.modules():
         if report := holder.__dict__.pop(RECORD, None):
             _thaw(holder, report.froze)
+            if report.hook is not None:
+                report.hook.remove()
 
 
 def _thaw(model: nn.Module, names: Iterable[str]) -> None:
@@ -216,6 +235,15 @@ def merge_all(
 ) -> None:
     """Merge each module, the seed counting on from one to the next; all of them or none."""
     merge_together(list(modules), rounding, seed, impl)
+
+
+def check_mergeable(modules: Iterable[tuple[str, AdaptedLinear]]) -> None:
+    """Raises PatchError, with the module's name, where one cannot be merged."""
+    for name, module in modules:
+        try:
+            module.check_mergeable()
+        except RuntimeError as error:
+            raise PatchError(f"{name}: {error}") from None
 
 
 def adapted(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
@@ -289,15 +317,19 @@ def _adopt_one(target: Target, options: dict[str, Any]) -> AdaptedLinear:
 
 
 def freeze(model: nn.Module, trained: list[re.Pattern[str]]) -> list[str]:
-    """Freeze all but adapters and ``trained``; the names of what trained before."""
-    froze = []
+    """Freeze all but adapters and ``trained``, whose originals are kept; the names frozen."""
+    froze, trains = [], []
     adapters = {id(p) for _, module in adapted(model) for p in module.lora_parameters()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in adapters or any(pattern.search(name) for pattern in trained):
+        if id(parameter) in adapters:
+            continue
+        if any(pattern.search(name) for pattern in trained):
+            trains.append(parameter)
             continue
         if parameter.requires_grad:
             froze.append(name)
             parameter.requires_grad_(False)
+    keep(model, trains)
     return froze
 
 
@@ -317,7 +349,7 @@ def _report(
         rows.append(
             Row(
                 target.found.name,
-                "|".join(role.value for role in target.found.roles),
+                "|".join(role.value for role in target.found.roles) or "-",
                 module.in_features,
                 module.out_features,
                 tuple(target.ranks.values()),

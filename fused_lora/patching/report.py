@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class PatchReport:
     blocks: list[BlockRow] = field(default_factory=list)  # empty at the level of linears
     left_alone: dict[str, str] = field(default_factory=dict)  # name: why it was not adapted
     shares: list[ShareRow] = field(default_factory=list)  # separate projections of one module
+    hook: Any = field(default=None, repr=False, compare=False)  # of the stem, for checkpoints
+    base_row: Tensor | None = field(default=None, repr=False, compare=False)  # of a weight, then
 
     @classmethod
     def of(cls, model: nn.Module, rows: list[Row], batch_size: int, **more: Any) -> PatchReport:

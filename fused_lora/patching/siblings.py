@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_lora.nn.block_swap import Fused
 from fused_lora.nn.siblings import FusedLoRASiblings, why_alone
+from fused_lora.nn.stand_in import bound_forward, device_hook
 from fused_lora.patching.report import ShareRow
 from fused_lora.patching.targets import Target
 from fused_lora.patching.watch import Sight
@@ -43,7 +44,7 @@ def _families(targets: Sequence[Target]) -> dict[str, list[str]]:
     found: dict[tuple[str, frozenset[Role]], list[str]] = {}
     for target in targets:
         roles = set(target.found.roles)
-        kind = next((kind for kind in KINDS if roles <= kind), None)
+        kind = next((kind for kind in KINDS if roles and roles <= kind), None)
         if kind and target.found.tensor == "weight" and not target.read:
             parent = target.found.name.removesuffix(".linear").rpartition(".")[0]
             found.setdefault((parent, kind), []).append(target.found.name)
@@ -54,6 +55,8 @@ def _why_apart(model: nn.Module, parent: str, names: Sequence[str]) -> str:
     holder = model.get_submodule(parent)
     if isinstance(holder, Fused):
         return "fused over"
+    if why := bound_forward(holder) or device_hook(holder):
+        return why
     if isinstance(holder, HOLDERS):
         return f"a {type(holder).__name__} has no forward to share within"
     alone = ((name, why_alone(model.get_submodule(name))) for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,17 +12,27 @@ from torch import Tensor, nn
 
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
-from fused_lora.nn.around import opaque
+from fused_lora.nn.around import opaque, why_not_around
 from fused_lora.nn.inits import OF_WEIGHT
 from fused_lora.nn.read import READABLE
+from fused_lora.nn.stand_in import made_weight, offloaded, why_not_stood_in
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.lora_config import names_of
-from fused_lora.patching.options import QKV_MODES, Choice, check_patterns, selected, value_for
+from fused_lora.patching.lora_config import Named
+from fused_lora.patching.options import (
+    QKV_MODES,
+    Choice,
+    check_patterns,
+    layer_of,
+    selected,
+    value_for,
+)
 from fused_lora.patching.rule import Found, find
 from fused_lora.patching.trace import alike
 from fused_lora.patching.watch import Columns, Sight
 from fused_lora.types import ALL_ROLES, Role
+
+BARE = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of an attention
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
     """The projections that ``choice`` asks for; raises PatchError where one cannot be adapted."""
     if choice.qkv not in QKV_MODES:
         raise PatchError(f"qkv must be one of {QKV_MODES}, got {choice.qkv!r}")
+    _refuse_made_weights(model)
     found = [each for each in find(model) if set(each.roles) & set(choice.roles)]
     if not found:
         raise PatchError(_nothing_found(model, choice))
@@ -57,10 +69,9 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
         )
     left = selected((each.name for each in found), choice.selection)
     found = [each for each in found if each.name in left]
-    names = [each.name for each in found]
     if choice.only is not None:
-        names = names_of(choice.only, model, names)
-        found = [each for each in found if each.name in names]
+        found = _named(model, found, choice)
+    names = [each.name for each in found]
     check_patterns(choice.rank_pattern, "rank_pattern", names)
     check_patterns(choice.alpha_pattern, "alpha_pattern", names)
     once: dict[tuple[nn.Module, str], Found] = {}  # a linear of two attentions is adapted once
@@ -68,7 +79,41 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
         once.setdefault((each.module, each.tensor), each)
         if not (choice.selection.keep_forward and keeps_its_forward(each.module)):
             _check_adoptable(model, each)
+        elif why := why_not_around(each.module):
+            raise PatchError(f"{each.name}: {why}")
     return list(once.values())
+
+
+def _named(model: nn.Module, found: list[Found], choice: Choice) -> list[Found]:
+    """Those that the LoraConfig names, and the linears beside them that it names too."""
+    named, names = Named.by(choice.only, model), [each.name for each in found]
+    mine = set(named.among(names))
+    beside = named.linears_beside(each.name for each in find(model))
+    leave = [re.compile(key) for key in choice.selection.exclude]
+    beside = [name for name in beside if not any(key.search(name) for key in leave)]
+    if choice.selection.layers is not None:
+        beside = [name for name in beside if layer_of(name) in choice.selection.layers]
+    named.check(names, [*mine, *beside])
+    others = [Found(name, model.get_submodule(name), ()) for name in beside]
+    return [each for each in found if each.name in mine] + others
+
+
+def unused_beside(found: Sequence[Found], sights: Mapping[str, Sight]) -> dict[str, str]:
+    """Linears beside the blocks that the model's forward does without: they stay as they are."""
+    return {
+        each.name: "neither called nor read by the model's forward"
+        for each in found
+        if not each.roles and not (sights[each.name].called or sights[each.name].read)
+    }
+
+
+def _refuse_made_weights(model: nn.Module) -> None:
+    """Bare weights that a hook makes are no parameters, and so no rule would find them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for tensor in BARE:
+                if why := made_weight(module, tensor):
+                    raise PatchError(f"{name}: {why}")
 
 
 def missing_roles(found: Sequence[Found], choice: Choice) -> dict[str, str]:
@@ -109,13 +154,15 @@ def _target(
     read = sight.read or _reads_at_will(model, found)
     n, k = _shape(found)
     spans = _spans(found, n, columns, choice)
-    roles = {name: Role(name) if name else found.roles[0] for name in spans}
+    first = found.roles[0] if found.roles else None  # a linear beside the blocks
+    roles = {name: Role(name) if name else first for name in spans}
     ranks = {
         name: value_for(choice.rank_pattern, found.name, role, choice.rank)
         for name, role in roles.items()
     }
     for name, (start, stop) in spans.items():
-        _check_rank(found.name, ranks[name], k, stop - start, choice.allow_large_rank)
+        large = choice.allow_large_rank or first is None  # PEFT's words, PEFT's way
+        _check_rank(found.name, ranks[name], k, stop - start, large)
     alphas = {
         name: value_for(choice.alpha_pattern, found.name, role, math.nan)
         for name, role in roles.items()
@@ -185,6 +232,10 @@ def _check_adoptable(model: nn.Module, found: Found) -> None:
             check_adoptable(found.module, found.name)
     except TypeError as error:
         raise PatchError(str(error)) from None
+    bare = found.tensor != "weight"  # its owner keeps its forward, and reads
+    why = offloaded(found.module) if bare else why_not_stood_in(found.module)
+    if why:
+        raise PatchError(f"{found.name}: {why}")
     weight = _weight(found)
     where = f"{found.name}.weight" if found.tensor == "weight" else f"{found.name}_weight"
     if weight.dtype not in DTYPES:
@@ -212,7 +263,7 @@ def _with_alpha(config: AdapterConfig, alpha: float) -> AdapterConfig:
 
 def _spans(found: Found, n: int, columns: Columns, choice: Choice) -> dict[str, tuple[int, int]]:
     wanted = [role for role in found.roles if role in choice.roles]
-    if len(found.roles) == 1:
+    if len(found.roles) <= 1:
         return {"": (0, n)}
     if choice.qkv == "joint" and wanted == list(found.roles) and Role.FC1 not in wanted:
         return {"": (0, n)}

@@ -6,8 +6,9 @@ output would do nothing, silently, so it goes into the weight instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.example import example_for
+from fused_lora.patching.example import examples_for
 from fused_lora.patching.rule import Found
+from fused_lora.patching.trial import hooked, left_as_it_was, one_image_is_enough, without_hooks
 from fused_lora.patching.watch import Sight, Watch
 
 
@@ -28,29 +30,31 @@ def observe(model: nn.Module, found: Sequence[Found], example: Any = None) -> di
         found: the projections to watch.
         example: a tensor, or a tuple of positional or dict of keyword arguments; None for one
             image. Its first dimension should be 1 for the rows to be those of one image. Where
-            the forward asks for values, it is run once more with them.
+            the forward asks for values, it is run once more with copies of them; where it fails
+            without its hooks, with those too.
 
     Raises:
         PatchError: the forward fails, with its error.
     """
-    example = example_for(model) if example is None else example
-    try:
-        return _observed(model, found, example, on_meta=True)
-    except Exception as error:
-        first = error
-    if not _any_on_meta(model):
-        try:
-            return _observed(model, found, example, on_meta=False)
-        except Exception as error:
-            first = error
+    examples = examples_for(model) if example is None else [example]
+    said: dict[int, Exception] = {}  # by example, what its last try said
+    roads = [True] if _any_on_meta(model) else [True, False]
+    for hooks, on_meta in product((False, True) if hooked(model) else (False,), roads):
+        for i, each in enumerate(examples if on_meta else examples[:1]):
+            try:
+                return _observed(model, found, each, on_meta, hooks)
+            except PatchError:
+                raise
+            except Exception as error:
+                said[i] = error
     raise PatchError(
-        f"a trial forward failed ({type(first).__name__}: {first}); pass example_input= with one "
-        "input the model accepts"
-    ) from first
+        f"a trial forward failed ({type(said[0]).__name__}: {said[0]}); pass example_input= with "
+        "one input the model accepts"
+    ) from said[0]
 
 
 def _observed(
-    model: nn.Module, found: Sequence[Found], example: Any, on_meta: bool
+    model: nn.Module, found: Sequence[Found], example: Any, on_meta: bool, hooks: bool
 ) -> dict[str, Sight]:
     standins = _standins(model, on_meta)
     names = {module: name and name + "." for name, module in model.named_modules()}
@@ -58,11 +62,14 @@ def _observed(
     sights = {weight: Sight() for weight in weights.values()}
     watch = Watch(sights, _to_label(found, weights))
     with ExitStack() as stack:
+        stack.enter_context(left_as_it_was(model))
+        one_image_is_enough(model)
+        if not hooks:
+            stack.enter_context(without_hooks(model))
         for each in found:
             if each.tensor == "weight":
                 for hook in _hooks(each.module, *watch.inside(weights[each.name])):
                     stack.callback(hook.remove)
-        stack.enter_context(_attributes_kept(model))
         stack.enter_context(torch.random.fork_rng(devices=[] if on_meta else None))
         stack.enter_context(torch.no_grad())
         stack.enter_context(watch)
@@ -89,20 +96,25 @@ def alike(found: Found) -> tuple[str, torch.Size]:
 
 
 def _standins(model: nn.Module, on_meta: bool) -> dict[str, Tensor]:
-    """Parameters and buffers by name; empty ones on meta, or the parameters and cloned buffers."""
+    """Parameters and buffers by name; empty ones on meta, or copies."""
     standins = {}
     for prefix, module in model.named_modules():  # each module once, however often it is used
         dot = prefix and prefix + "."
         for name, tensor in module._parameters.items():
             if tensor is not None:
-                standins[dot + name] = (
-                    torch.empty_like(tensor, device="meta") if on_meta else tensor
-                )
+                standins[dot + name] = _standin(tensor, on_meta)
         for name, tensor in module._buffers.items():
             if tensor is not None:
-                new = torch.empty_like(tensor, device="meta") if on_meta else tensor.clone()
-                standins[dot + name] = new
+                standins[dot + name] = _standin(tensor, on_meta)
     return standins
+
+
+def _standin(tensor: Tensor, on_meta: bool) -> Tensor:
+    """Empty on meta; or a copy, so that nothing can write the model's own."""
+    if on_meta:
+        return torch.empty_like(tensor, device="meta")
+    plain = type(tensor) in (Tensor, nn.Parameter)  # else quantised, which is no matrix to copy
+    return tensor.detach().clone() if plain else tensor
 
 
 def _call(model: nn.Module, standins: dict[str, Tensor], example: Any, on_meta: bool) -> None:
@@ -120,16 +132,3 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _any_on_meta(model: nn.Module) -> bool:
     return any(p.is_meta for p in model.parameters())
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module has the attributes and buffers of before: no cache made on meta."""
-    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in before:
-            for now, then in ((module.__dict__, attributes), (module._buffers, buffers)):
-                now.clear()
-                now.update(then)

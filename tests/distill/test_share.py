@@ -6,7 +6,9 @@ import pickle
 
 import pytest
 import torch
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -286,6 +288,77 @@ class TestOneOwner:
         with torch.no_grad():
             big.blocks[2].mlp.fc1.lora_B.add_(1)
         assert not torch.equal(small(x), before)
+
+
+def train(big, *models, x):
+    """One step of the teacher's adapters, through all of the models."""
+    optimizer = torch.optim.SGD([p for m in (big, *models) for p in m.parameters()], lr=0.05)
+    loss(big, *models, x=x).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+AVERAGES = {
+    "timm's EMA": (lambda m: ModelEmaV3(m, decay=0), lambda ema, m: ema.update(m)),
+    "timm's second": (lambda m: ModelEmaV2(m, decay=0), lambda ema, m: ema.update(m)),
+    "torch's SWA": (
+        lambda m: AveragedModel(m, avg_fn=lambda mean, new, count: new),
+        lambda ema, m: [ema.update_parameters(m) for _ in range(2)],
+    ),
+    "a checkpoint": (
+        lambda m: nn.ModuleList([copy.deepcopy(m)]),
+        lambda ema, m: ema[0].load_state_dict(m.state_dict()),
+    ),
+}
+
+
+class TestAverages:
+    """Copies that are kept up with the student they were made of."""
+
+    @pytest.mark.parametrize("kind", AVERAGES)
+    def test_of_a_student_alone_are_refused_once_they_would_be_stale(self, kind):
+        make, update = AVERAGES[kind]
+        big, small = pair()
+        x = images()
+        ema, before = make(small), small(x).detach()
+        inner = next(m for m in ema.modules() if type(m) is type(small))
+        torch.testing.assert_close(inner(x).detach(), before)  # as long as it is only a copy
+        train(big, small, x=x)
+        torch.testing.assert_close(inner(x).detach(), before)
+        update(ema, small)
+        with pytest.raises(RuntimeError, match=r"as an average \(EMA\).*with its teacher"):
+            inner(x)
+        assert small(x).isfinite().all()
+
+    @pytest.mark.parametrize("kind", AVERAGES)
+    def test_of_both_are_those_of_both(self, kind):
+        make, update = AVERAGES[kind]
+        both, x = nn.ModuleList(pair()), images()
+        ema = make(both)
+        inner = next(m for m in ema.modules() if type(m) is nn.ModuleList and len(m) == 2)
+        train(*both, x=x)
+        update(ema, both)
+        for mine, theirs in zip(inner, both, strict=True):
+            torch.testing.assert_close(mine(x), theirs(x))
+
+    @pytest.mark.parametrize("kind", AVERAGES)
+    def test_of_a_student_with_copies_of_its_own(self, kind):
+        make, update = AVERAGES[kind]
+        _, small = pair()
+        fused_lora.unshare_adapters(small)
+        ema, x = make(small), images()
+        inner = next(m for m in ema.modules() if type(m) is type(small))
+        train(small, x=x)
+        update(ema, small)
+        torch.testing.assert_close(inner(x), small(x))
+
+    def test_a_checkpoint_into_the_student_itself_is_no_average(self):
+        big, small = pair()
+        x = images()
+        y = small(x)
+        small.load_state_dict({k: v.clone() for k, v in small.state_dict().items()})
+        torch.testing.assert_close(small(x), y)
+        assert big(x).isfinite().all()
 
 
 class TestTheStudentAlone:

@@ -149,7 +149,8 @@ def test_what_cannot_be_had():
     with pytest.raises(fused_lora.PatchError, match="keep_forward=True keeps it and adds the"):
         fused_lora.patch(model, rank=4)
     fused_lora.patch(model, rank=4, keep_forward=True)
-    with pytest.raises(RuntimeError, match="merge: a Int8Linear computes with a weight of its own"):
+    message = "qkv: merge: a Int8Linear computes with a weight of its own making"
+    with pytest.raises(fused_lora.PatchError, match=message):
         fused_lora.merge(model)
     assert not any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear))
 
@@ -183,3 +184,102 @@ def train_around(linear, k):
     module(x).square().sum().backward()
     assert all(p.grad is not None for p in module.lora_parameters())
     assert torch.equal(module.release()(x), y) and type(module) is kind
+
+
+class MaskedBias(nn.Linear):
+    """DINOv3's qkv: an ordinary weight, and a bias of which a part is masked."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.register_buffer("bias_mask", torch.ones(self.out_features))
+        self.bias_mask[self.out_features // 3 : 2 * self.out_features // 3] = 0
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+
+
+class Renamed(nn.Linear):
+    """A subclass that adds nothing."""
+
+
+class Squashed(nn.Linear):
+    """One that computes with a function of its weight."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.tanh(), self.bias)
+
+
+class FakeQuantised(nn.Linear):
+    """One that rounds its weight on the way, as training for quantisation does."""
+
+    def forward(self, x):
+        step = self.weight.abs().amax() / 127
+        return F.linear(x, (self.weight / step).round() * step, self.bias)
+
+
+class Particular(nn.Linear):
+    """One that takes images alone."""
+
+    def forward(self, x):
+        b, h, w, c = x.shape
+        return super().forward(x.view(b, h * w, c)).view(b, h, w, -1)
+
+
+def with_kind(kind):
+    """A ViT whose qkv and fc1 are of class ``kind``."""
+    model = build()
+    for block in model.blocks:
+        for holder, name in ((block.attn, "qkv"), (block.mlp, "fc1")):
+            plain = getattr(holder, name)
+            made = kind(plain.in_features, plain.out_features)
+            made.load_state_dict(plain.state_dict(), strict=False)
+            nn.init.normal_(made.bias)
+            setattr(holder, name, made)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [MaskedBias, Renamed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_ordinary_weight_is_merged(kind, dtype):
+    model = with_kind(kind).to(dtype)
+    x = images(model)
+    y = model(x)
+    fused_lora.patch(model, rank=4, keep_forward=True)
+    learned = wake(model)(x).detach()
+    weights = {n: p for n, p in model.named_parameters() if n.endswith("qkv.weight")}
+    bits = {name: weight.clone() for name, weight in weights.items()}
+    close = {"rtol": 0.1, "atol": 0.1} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    fused_lora.merge(model)
+    torch.testing.assert_close(model(x), learned, **close)
+    with fused_lora.disable(model):
+        torch.testing.assert_close(model(x), y, **close)
+    with pytest.raises(RuntimeError, match="merged into the weight and would receive no gradient"):
+        model.train()(x)
+    fused_lora.unmerge(model.eval())
+    for name, weight in weights.items():
+        assert model.get_parameter(name) is weight and torch.equal(weight, bits[name])
+    torch.testing.assert_close(model(x), learned)
+    fused_lora.unpatch(model, merge=True)
+    assert type(model.blocks[0].attn.qkv) is kind
+    torch.testing.assert_close(model(x), learned, **close)
+
+
+@pytest.mark.parametrize("kind", [Squashed, FakeQuantised])
+def test_what_is_not_linear_in_its_weight_is_not_merged(kind):
+    model = with_kind(Renamed)
+    model.blocks[1].mlp.fc1.__class__ = kind
+    x = images(model)
+    fused_lora.patch(model, rank=4, keep_forward=True)
+    y = wake(model)(x)
+    message = rf"blocks\.1\.mlp\.fc1: merge: the forward of a {kind.__name__} adds something else"
+    with pytest.raises(fused_lora.PatchError, match=message):
+        fused_lora.merge(model)
+    assert not any(m.merged for m in model.modules() if isinstance(m, AdaptedLinear))
+    torch.testing.assert_close(model(x), y)
+
+
+def test_what_cannot_be_asked_is_not_merged():
+    module = wake(adopt_around(Particular(12, 20), 3))
+    with pytest.raises(RuntimeError, match="of a Particular could not be asked .ValueError"):
+        module.merge()
+    assert not module.merged and module(torch.randn(1, 2, 2, 12)).isfinite().all()

@@ -167,10 +167,13 @@ class TestMerge:
         module.merge()
         assert torch.equal(other.weight, bits)
 
-    def test_keys_mean_the_same_while_merged(self):
+    def test_a_state_dict_is_refused_while_merged(self):
         module = single()
         before = {key: value.clone() for key, value in module.state_dict().items()}
         module.merge()
+        with pytest.raises(RuntimeError, match=r"state_dict: this module is merged.*merge=True"):
+            module.state_dict()
+        module.unmerge()
         assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
     def test_survives_moves_and_copies(self):

@@ -105,8 +105,10 @@ def test_merge_unmerge_and_release_of_a_bare_parameter():
     bits = base.detach().clone()
     made.in_proj.merge()
     torch.testing.assert_close(made.in_proj_weight, merged)
-    assert torch.equal(made.state_dict()["in_proj_weight"], bits)
+    with pytest.raises(RuntimeError, match=r"state_dict: in_proj is merged"):
+        made.state_dict()
     made.in_proj.unmerge()
+    assert torch.equal(made.state_dict()["in_proj_weight"], bits)
     assert made._parameters["in_proj_weight"] is base and torch.equal(base, bits)
     made.in_proj.release()
     assert type(made) is nn.MultiheadAttention and "in_proj" not in made._modules

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_lora import lora_linear
 from fused_lora.bench.saved import SavedBytes
 from fused_lora.ops.lora_linear_many import LoRALinearMany, lora_linear_many
-from tests.observe import operations
 from fused_lora.ops.operand import Adapted
 from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.types import Forward, Span
+from tests.observe import operations
 from tests.ops.plans import fix_plans
 
 WIDTHS, RANKS, K = (24, 16, 24), (3, 4, 1), 20

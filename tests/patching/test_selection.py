@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torchvision
 
 import fused_lora
 from fused_lora.patching.errors import PatchError
@@ -61,3 +62,11 @@ def test_alphas_and_ranks_of_q_k_and_v_on_one_weight():
     qkv = model.blocks[1].attn.qkv
     assert qkv.scales == (0.5, 2.0, 2.0) and [s.rank for s in qkv.groups.values()] == [4, 4, 6]
     assert model.blocks[1].attn.proj.scales == (2.0,)
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1]])
+def test_layers_of_torchvision_are_its_encoder_layers(layers):
+    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5).eval()
+    report = fused_lora.patch(model, rank=4, layers=layers)
+    found = {row.module.split("encoder_layer_")[1][0] for row in report.rows}
+    assert found == set(map(str, layers)) and len(report.rows) == 4 * len(layers)

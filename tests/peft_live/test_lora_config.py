@@ -1,5 +1,6 @@
 """``patch(model, LoraConfig(...))``: the same adapters as PEFT puts there, on blocks alone."""
 
+import copy
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from tests.patching.test_bad_input import refuse
 from tests.peft_live.test_live import BASES, CLOSE, hf, out, stir
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 TIMM = ["qkv", "proj", "fc1", "fc2"]
 
 
@@ -89,7 +91,7 @@ def test_separate_adapters_and_a_head_on_request():
             "init_lora_weights is 'pissa'; .True, 'gaussian'. are",
         ),
         ({"init_lora_weights": False}, {}, "init_lora_weights is False"),
-        ({"target_modules": ["head"]}, {}, "names 'head', which is no projection of a block"),
+        ({"target_modules": ["norm"]}, {}, "names 'norm', which is no projection of a block"),
         ({"target_modules": ["qkv", "c_fc"]}, {}, "names 'c_fc', which is no projection"),
         ({"target_modules": r".*\.gate"}, {}, "matches none of"),
         ({"exclude_modules": r".*"}, {}, "matches none of"),
@@ -116,6 +118,68 @@ def test_three_adapters_on_a_fused_qkv_come_back_from_peft(tmp_path):
     stir(model)
     fused_lora.save(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 12
+
+
+def with_pooler():
+    """transformers' ViT with a pooler and a classifier."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, intermediate_size=64, image_size=32, patch_size=8)
+    return transformers.ViTForImageClassification(config).eval()
+
+
+LINEARS = {  # (model, target_modules, how many linears beside the blocks)
+    "timm": (build, "all-linear", 1),
+    "transformers": (with_pooler, "all-linear", 1),
+    "a head alone": (build, ["head"], 1),
+    "by pattern": (build, r"head|blocks\.0\..*fc1", 1),
+    "a deep head": (with_pooler, ["classifier", "q_proj"], 1),
+}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_linears_beside_the_blocks_are_adapted_as_peft_does(name, tmp_path):
+    make, targets, beside = LINEARS[name]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(make(), copy.deepcopy(config)).eval()
+    stir(theirs)
+    theirs.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    mine = make()
+    report = fused_lora.patch(mine, config)
+    wanted = {n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    found = {
+        f"base_model.model.{n}" for n, m in mine.named_modules() if isinstance(m, AdaptedLinear)
+    }
+    assert found == wanted and sum(row.role == "-" for row in report.rows) == beside
+    fused_lora.load(mine, tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(logits(mine, x), logits(theirs, x), **CLOSE)
+    for model in (mine.train(), theirs.train()):
+        logits(model, x).square().sum().backward()
+    head = next(m for n, m in mine.named_modules() if n in ("head", "classifier"))
+    other = next(m for n, m in theirs.named_modules() if n.endswith((".head", ".classifier")))
+    torch.testing.assert_close(
+        head.adapter()[1].grad, other.lora_B["default"].weight.grad, rtol=1e-3, atol=1e-4
+    )
+    fused_lora.merge(mine.eval())
+    torch.testing.assert_close(logits(mine, x), logits(theirs.eval(), x), **CLOSE)
+    fused_lora.unpatch(mine)
+    torch.manual_seed(0)
+    torch.testing.assert_close(logits(mine, x), logits(make(), x))
+
+
+def logits(model, x):
+    y = model(x)
+    return getattr(y, "logits", y)
+
+
+def test_a_linear_that_the_forward_does_without_is_named():
+    model = build()
+    model.unused = nn.Linear(48, 4)
+    report = fused_lora.patch(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    assert report.left_alone == {"unused": "neither called nor read by the model's forward"}
+    assert type(model.unused) is nn.Linear and type(model.head) is not nn.Linear
 
 
 def test_a_config_does_not_fit_where_there_is_no_projection():

@@ -14,8 +14,8 @@ from fused_lora.ops import lora_linear as op
 from fused_lora.plan import choose, cost, strategies
 from fused_lora.programs import run
 from fused_lora.trust import check, moment, verify
-from tests.programs.test_signature import patched
 from tests.patching.models import build, images
+from tests.programs.test_signature import patched
 
 DECIDERS = (choose, cost, strategies, planning, backends, epilogues, partners, layer_norm)
 DECIDERS += (verify, check, moment, env)
@@ -29,7 +29,7 @@ def forbid(monkeypatch):
 
     forbidden = []
     for module in DECIDERS:
-        for name, function in inspect.getmembers(module, inspect.isfunction):
+        for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 forbidden.append(function)
     for module in (block, block_mlp, block_parts, watch, op, run):

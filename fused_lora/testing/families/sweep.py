@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fused_lora.nn import FusedLoRAChild, FusedLoRARead
 from fused_lora.patching.errors import PatchError
-from fused_lora.patching.example import example_for
+from fused_lora.patching.example import examples_for
 from fused_lora.patching.patch import adapted, patch
 from fused_lora.testing.families import of_others, of_timm, of_torchvision, of_transformers
 from fused_lora.testing.families.truth import Adapter, install
@@ -114,7 +114,7 @@ def _wake(model: nn.Module) -> None:
 
 def _inputs(model: nn.Module, example: Any) -> Any:
     """Random values of the example's shape, two images where it says nothing."""
-    return torch.randn(2, *example_for(model).shape[1:]) if example is None else example
+    return torch.randn(2, *examples_for(model)[0].shape[1:]) if example is None else example
 
 
 def _compare(

@@ -1,0 +1,172 @@
+"""Who may write a weight that reads w': what is written there goes to the frozen weight w.
+
+A read of the attribute gives w' = w + s b a, a tensor made for one use; a write into that would be
+lost. So in eager mode w' and its views know w: writing in place (``nn.init``, ``copy_``,
+``.data = ``) writes w, as it does on a linear that is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from fused_lora.ops.lora_linear_plain import transformed
+
+VIEWS = frozenset({
+    "reshape", "view", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t",
+    "unbind", "chunk", "split", "tensor_split", "split_with_sizes", "unflatten", "flatten",
+    "__getitem__", "select", "narrow", "squeeze", "unsqueeze", "ravel", "expand", "contiguous",
+    "view_as", "diagonal", "unfold", "as_strided",
+})  # fmt: skip
+OPERATORS = frozenset({
+    "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__",
+    "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+})  # fmt: skip
+NO_WRITES = frozenset({"requires_grad_", "retain_grad", "share_memory_", "record_stream"})
+
+
+class WeightRead(Tensor):
+    """w' [N, K]; knows the weight that a write to it means."""
+
+    _frozen: Tensor | None  # None for a part of w'
+    _is_param = True  # stands for one: Module.get_parameter asks
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` as on a plain tensor; a write on w."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        with torch._C.DisableTorchFunctionSubclass():
+            if _writes(name, kwargs):
+                args, kwargs = _redirected(name, args, kwargs)
+            result = func(*args, **kwargs)
+        if not args or not isinstance(args[0], WeightRead):
+            return result
+        if name == "detach" or (name == "__get__" and _shares(result, args[0])):
+            return _knowing(result, args[0]._frozen)
+        return _parts(func, args, kwargs, result) if name in VIEWS else result
+
+
+def watched(weight: Tensor, frozen: Tensor) -> Tensor:
+    """``weight``, which is w' of ``frozen``; as it is where something else watches tensors."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+        return weight
+    return _knowing(weight, frozen) if type(weight) is Tensor else weight
+
+
+def _knowing(weight: Tensor, frozen: Tensor | None) -> WeightRead:
+    read = weight.as_subclass(WeightRead)
+    read._frozen = frozen
+    return read
+
+
+def _parts(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> Any:
+    """Each view of w' knows the same view of w; a copy knows none."""
+    frozen = args[0]._frozen
+    leaves, tree = tree_flatten(result)
+    places: list[Any] = [None] * len(leaves)
+    if frozen is not None:
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            views = tree_leaves(func(frozen, *args[1:], **kwargs))
+            places = [view if _same_storage(view, frozen) else None for view in views]
+    plain = (type(leaf) is Tensor and _same_storage(leaf, args[0]) for leaf in leaves)
+    both = zip(leaves, places, plain, strict=True)
+    return tree_unflatten([_knowing(t, w) if view else t for t, w, view in both], tree)
+
+
+def _same_storage(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _shares(result: Any, read: Tensor) -> bool:
+    """Whether an attribute is ``.data``: all of the tensor, without its gradient."""
+    return (
+        type(result) in (Tensor, WeightRead)
+        and result.shape == read.shape
+        and result.data_ptr() == read.data_ptr()
+    )
+
+
+def _writes(name: str, kwargs: dict[str, Any]) -> bool:
+    if name in NO_WRITES:
+        return False
+    inplace = name.endswith("_") and not name.startswith("__")
+    return inplace or name in OPERATORS or "out" in kwargs
+
+
+def _redirected(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with w in the place that is written."""
+    if args and isinstance(args[0], WeightRead):
+        return (_target(args[0], name), *args[1:]), kwargs
+    for key in ("tensor", "out", "input"):
+        if isinstance(kwargs.get(key), WeightRead):
+            kwargs = kwargs | {key: _target(kwargs[key], name)}
+    return args, kwargs
+
+
+def _target(read: WeightRead, name: str) -> Tensor:
+    if read._frozen is None:
+        raise RuntimeError(
+            f"{name}: this part of w + s b a was made for one read, and what is written into it is "
+            "lost: write the weight itself, or unpatch the model first"
+        )
+    return read._frozen
+
+
+def put(owner: nn.Module, tensor: str, value: Tensor) -> None:
+    """Another frozen weight in the place of ``owner``'s: a parameter, or a copy made of one."""
+    owner.__dict__.pop("_deleted", None)
+    if isinstance(value, nn.Parameter) and not isinstance(value, WeightRead):
+        owner.__dict__.pop(tensor, None)
+        owner._parameters[tensor] = value
+    else:
+        owner._parameters.pop(tensor, None)
+        owner.__dict__[tensor] = value
+
+
+def take(owner: nn.Module, tensor: str) -> None:
+    """Without a weight, until another is put there."""
+    if tensor not in owner.__dict__:
+        raise AttributeError(f"{type(owner).__name__} has no {tensor}")
+    del owner.__dict__[tensor]
+
+
+def keep_deleted(owner: nn.Module, tensor: str) -> None:
+    """Remember the parameter that is about to go, should a parametrisation turn out to want it."""
+    if (parameter := owner._parameters.get(tensor)) is not None:
+        owner.__dict__["_deleted"] = (tensor, parameter)
+
+
+def refuse_parametrized(owner: nn.Module, *tensors: str) -> None:
+    """Raises RuntimeError: the property of a parametrisation would hide the adapters' one."""
+    if deleted := owner.__dict__.pop("_deleted", None):
+        owner._parameters[deleted[0]] = deleted[1]
+    if type(owner).__name__.startswith("Parametrized"):
+        owner.__class__ = type(owner).__mro__[1]
+    raise RuntimeError(
+        f"{' and '.join(tensors)} of a {type(owner).__name__} reads w + s b a, which a "
+        "parametrisation would hide: unpatch the model first"
+    )
+
+
+def refuse_read(owner: nn.Module, name: str, parameter: Tensor | None) -> None:
+    """Raises RuntimeError where w' would be registered, as pruning does, and be adapted twice."""
+    if isinstance(parameter, WeightRead):
+        raise RuntimeError(
+            f"{name} of a {type(owner).__name__} would be w + s b a, which is made for one read: "
+            "prune or parametrise before patch, or unpatch the model first"
+        )
