@@ -104,7 +104,9 @@ def test_a_write_to_a_saved_input_is_seen():
         y.sum().backward()
 
 
-@pytest.mark.parametrize("reads", [torch.Tensor.item, float, torch.nonzero], ids=str)
+@pytest.mark.parametrize(
+    "reads", [torch.Tensor.item, float, torch.nonzero], ids=["item", "float", "nonzero"]
+)
 def test_what_reads_numbers_has_no_program_and_runs_as_written(reads):
     def ahead(x):
         reads(x)
