@@ -42,6 +42,7 @@ class WholeMlp(Half):
     """An MLP without a norm before it or a residual around it."""
 
     __slots__ = ()
+    weight = 4
 
     def watched(self, mlp: Any) -> Sequence[nn.Module]:
         """All below it."""

@@ -19,6 +19,7 @@ class Half(Memo):
     """Calls one half of a block; what kind of half is told by what derives from this."""
 
     __slots__ = ("watch",)
+    weight = 6  # where the first projection's weight stands among the inputs
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ class Half(Memo):
         key, operation, program = self.recall(state, inputs, held)
         known = program is not None
         if not known:
-            if self.why_not(block) or parts.why_not_input(x, inputs[-1]):
+            if self.why_not(block) or parts.why_not_input(x, inputs[self.weight]):
                 self.watch = None
                 return self.by_modules(block, x)
             operation = self.choose(block, x)

@@ -80,6 +80,15 @@ def test_drop_path_and_attention_dropout_draw_what_the_modules_draw(recompute, c
 
 
 @each_mode
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_model_in_16_bits_with_adapters_in_fp32(recompute, dtype, chains):
+    model = build().to(dtype).train()
+    fused_lora.patch(model, rank=4, recompute=recompute)
+    wake(model)(images(model)).float().sum().backward()
+    assert len(chains) == 4, "a half fell back to its modules"
+
+
+@each_mode
 def test_without_flash_attention(recompute, chains):
     base, fused = pair(recompute=recompute)
     x = images(base)
