@@ -43,6 +43,11 @@ class Frame(NamedTuple):
         """w, bias, a and b."""
         return 2 + 2 * len(self.spans)
 
+    def adapters(self, halves: Sequence[Tensor]) -> Adapters:
+        """Of every a, then every b."""
+        groups = len(self.spans)
+        return Adapters(halves[:groups], halves[groups:], self.scales, self.spans)
+
     def needs(self, x: bool, own: tuple[bool, ...]) -> Needs:
         """The gradients asked for."""
         groups = len(self.spans)
@@ -159,10 +164,8 @@ class LoRALinear:
     ) -> Sequence[Tensor | None]:
         """Gradients of x, w, bias and the adapters, where asked for."""
         (rows, w, kept, *ab), (shape, asked, plan) = saved
-        scales, spans, impl = self.frame
-        adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
-        dy = as_rows(grads[0], self.dtype)
-        found = backward(dy, rows, kept, w, adapters, asked, plan, impl)
+        dy, adapters = as_rows(grads[0], self.dtype), self.frame.adapters(ab)
+        found = backward(dy, rows, kept, w, adapters, asked, plan, self.frame.impl)
         dx = None if found.x is None else found.x.view(shape)
         return dx, found.w, found.bias, *found.a, *found.b
 

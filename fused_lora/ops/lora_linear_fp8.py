@@ -112,8 +112,7 @@ class LoRALinearFp8:
     def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Tensor, Saved]:
         """y [..., N]."""
         x, codes, row_scales, bias, *ab = inputs
-        scales, spans, impl = self.frame
-        adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
+        adapters, impl = self.frame.adapters(ab), self.frame.impl
         asked = self.frame.needs(needs[0], (False, *needs[3:]))
         y, h, rows = _compute(x, Quantised(codes, row_scales), bias, adapters, impl, self.dtype)
         y = base.as_leading(y, x)
@@ -129,8 +128,7 @@ class LoRALinearFp8:
     ) -> Sequence[Tensor | None]:
         """Gradients of x, bias and the adapters, where asked for."""
         (rows, codes, row_scales, kept, *ab), (shape, asked, plan) = saved
-        scales, spans, impl = self.frame
-        adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
+        adapters, impl = self.frame.adapters(ab), self.frame.impl
         reads_w = asked.x or impl is Impl.REFERENCE
         w = Quantised(codes, row_scales).widened(self.dtype) if reads_w else None
         dy = base.as_rows(grads[0], self.dtype)

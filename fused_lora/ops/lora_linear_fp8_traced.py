@@ -22,7 +22,7 @@ from fused_lora.types import Impl, Keep, Span
 
 base.LIBRARY.define(
     "lora_linear_fp8(Tensor x, Tensor codes, Tensor row_scales, Tensor? bias, Tensor[] a, "
-    "Tensor[] b, Tensor scales, int[] spans, int needs, str keep, str impl='auto') "
+    "Tensor[] b, Tensor scales, int[] spans, int needs, str keep, str impl) "
     "-> (Tensor, Tensor)"
 )
 
@@ -64,7 +64,7 @@ def _forward(
     spans: list[int],
     needs: int,
     keep: str,
-    impl: str = "auto",
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     x = x if x.stride(-1) == 1 else x.contiguous()
     adapters = base._adapters(a, b, scales, spans)
@@ -83,7 +83,7 @@ def _forward_fake(
     spans: list[int],
     needs: int,
     keep: str,
-    impl: str = "auto",
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     return base._forward_fake(x, codes, bias, a, b, scales, spans, needs, keep)
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.aten import lora_linear_many as aten
-from fused_lora.kernels.interface import Adapters
 from fused_lora.ops.chain.stage import consecutive
 from fused_lora.ops.lora_linear import Frame, as_leading, as_rows, forward, lora_linear
 from fused_lora.ops.lora_linear_plain import transformed
@@ -98,11 +97,6 @@ def _needs(x: Tensor, layer: Adapted, frame: Frame) -> Needs:
     return frame.needs(grad and x.requires_grad, own)
 
 
-def _adapters(frame: Frame, halves: Sequence[Any]) -> Adapters:
-    groups = len(frame.spans)
-    return Adapters(halves[:groups], halves[groups:], frame.scales, frame.spans)
-
-
 @dataclass(frozen=True)
 class LoRALinearMany:
     """The operation on (x, the operands of each frame in turn)."""
@@ -128,7 +122,7 @@ class LoRALinearMany:
         asked = self._needs(needs)
         rows, owned = as_rows(x, dtype), [inputs[part] for part in self.parts]
         ws = [own[0].to(dtype) for own in owned]
-        given = [_adapters(frame, own[2:]) for frame, own in zip(frames, owned, strict=True)]
+        given = [frame.adapters(own[2:]) for frame, own in zip(frames, owned, strict=True)]
         low = [each.to(dtype) for each in given]
         h = aten.shrink(rows, low)
         hidden = h.split([each.rank for each in low], dim=1)
@@ -155,7 +149,7 @@ class LoRALinearMany:
         edges = consecutive([2 * len(frame.spans) for frame in frames])
         layers, hidden, first = [], [], 0
         for i, (frame, edge, dy) in enumerate(zip(frames, edges, grads, strict=True)):
-            adapters = _adapters(frame, halves[edge])
+            adapters = frame.adapters(halves[edge])
             layers.append(aten.Layer(as_rows(dy, self.dtype), ws[i], adapters, asked[i]))
             hidden.append(None if h is None else h[:, first : first + adapters.rank])
             first += adapters.rank

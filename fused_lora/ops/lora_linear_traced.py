@@ -8,6 +8,7 @@ Importing this module registers the ops.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,21 +17,23 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import lora_linear as eager
+from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.planning import halves_of, plan_for, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
-from fused_lora.programs.run import refuse_double_backward, without_autocast
+from fused_lora.programs.program import Saved
+from fused_lora.programs.run import call, refuse_double_backward
 from fused_lora.reference import lora_linear as reference
 from fused_lora.types import ALONE, Forward, Gradient, Impl, Keep, Needs, Plan, Span
 
 LIBRARY = torch.library.Library("fused_lora", "DEF")
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor w, Tensor? bias, Tensor[] a, Tensor[] b, Tensor scales, "
-    "int[] spans, int needs, str keep, str impl='auto') -> (Tensor, Tensor)"
+    "int[] spans, int needs, str keep, str impl) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor w, Tensor kept, Tensor[] a, Tensor[] b, "
-    "Tensor scales, int[] spans, int needs, str keep, str impl='auto') -> Tensor[]"
+    "Tensor scales, int[] spans, int needs, str keep, str impl) -> Tensor[]"
 )
 
 
@@ -102,8 +105,44 @@ def _plan(m: int, w: Tensor, adapters: Adapters, needs: int, keep: str, impl: st
     return plan_for(*question, Keep(keep), Impl(impl), ALONE, halves)
 
 
-def _adapters(a: list[Tensor], b: list[Tensor], scales: Tensor, spans: Sequence[int]) -> Adapters:
-    return Adapters(a, b, tuple(scales.tolist()), _spans(tuple(spans)))
+@dataclass(frozen=True)
+class _Forward:
+    """The operation that the registered forward is: (y, what is kept) of (x, w, bias, a, b)."""
+
+    frame: Frame
+    needs: int
+    keep: str
+
+    def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Any, Saved]:
+        """Both; an empty tensor where nothing is kept."""
+        x, w, bias, *ab = inputs
+        adapters = self.frame.adapters(ab)
+        plan = _plan(x.shape[0], w, adapters, self.needs, self.keep, self.frame.impl.value)
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        y, kept = eager.forward(x, w, bias, adapters, plan, self.frame.impl)
+        return (y, x.new_empty(0) if kept is None else kept), ((), None)
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """The operation that the registered backward is: the gradients asked for, of (dy, x, ...)."""
+
+    frame: Frame
+    needs: int
+    keep: str
+
+    def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Any, Saved]:
+        """In the order of x, w, bias, a and b."""
+        dy, x, w, kept, *ab = inputs
+        adapters, impl = self.frame.adapters(ab), self.frame.impl
+        plan = _plan(dy.shape[0], w, adapters, self.needs, self.keep, impl.value)
+        dy = dy if dy.stride(-1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
+        h = kept if plan.keep is Keep.HIDDEN else None
+        grads = eager.backward(dy, x, h, w, adapters, _needs(self.needs), plan, impl)
+        several = len(adapters.a) > 1
+        ranks_apart = [g if g is None or not several else g.clone() for g in grads.a]
+        flat = [grads.x, grads.w, grads.bias, *ranks_apart, *grads.b]
+        return tuple(grad.contiguous() for grad in flat if grad is not None), ((), None)
 
 
 def _forward(
@@ -116,13 +155,11 @@ def _forward(
     spans: list[int],
     needs: int,
     keep: str,
-    impl: str = "auto",
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    adapters = _adapters(a, b, scales, spans)
-    plan = _plan(x.shape[0], w, adapters, needs, keep, impl)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    y, kept = eager.forward(x, w, bias, adapters, plan, Impl(impl))
-    return y, x.new_empty(0) if kept is None else kept
+    frame = Frame(tuple(scales.tolist()), _spans(tuple(spans)), Impl(impl))
+    with torch.no_grad():
+        return call(_Forward(frame, needs, keep), (x, w, bias, *a, *b))  # type: ignore[no-any-return]
 
 
 def _forward_fake(
@@ -135,7 +172,7 @@ def _forward_fake(
     spans: list[int],
     needs: int,
     keep: str,
-    impl: str = "auto",
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     m = x.shape[0]
     hidden = keep == Keep.HIDDEN.value
@@ -154,17 +191,11 @@ def _backward(
     spans: list[int],
     needs: int,
     keep: str,
-    impl: str = "auto",
+    impl: str,
 ) -> list[Tensor]:
-    adapters = _adapters(a, b, scales, spans)
-    plan = _plan(dy.shape[0], w, adapters, needs, keep, impl)
-    dy = dy if dy.stride(-1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
-    h = kept if plan.keep is Keep.HIDDEN else None
-    with without_autocast(dy.device):
-        grads = eager.backward(dy, x, h, w, adapters, _needs(needs), plan, Impl(impl))
-    ranks_apart = [grad if grad is None or len(a) == 1 else grad.clone() for grad in grads.a]
-    flat = [grads.x, grads.w, grads.bias, *ranks_apart, *grads.b]
-    return [grad.contiguous() for grad in flat if grad is not None]
+    frame = Frame(tuple(scales.tolist()), _spans(tuple(spans)), Impl(impl))
+    with torch.no_grad():
+        return list(call(_Backward(frame, needs, keep), (dy, x, w, kept, *a, *b)))
 
 
 def _backward_fake(
@@ -178,7 +209,7 @@ def _backward_fake(
     spans: list[int],
     needs: int,
     keep: str,
-    impl: str = "auto",
+    impl: str,
 ) -> list[Tensor]:
     asked = _needs(needs)
     n, k = w.shape

@@ -241,11 +241,11 @@ class TestCompile:
         flat = [number for span in SPANS for number in (span.start, span.stop, span.rank)]
         scales = torch.tensor([0.5, 2.0], dtype=torch.float64)
         keep = "hidden"
-        arguments = (rows, w, bias, a, b, scales, flat, needs, keep)
+        arguments = (rows, w, bias, a, b, scales, flat, needs, keep, "auto")
         torch.library.opcheck(torch.ops.fused_lora.lora_linear.default, arguments)
         x, w, a, b = rows.detach(), w, [t.detach() for t in a], [t.detach() for t in b]
         arguments = (torch.randn(14, 20).double(), x, w, torch.randn(14, 5).double(), a, b)
-        arguments += (scales, flat, needs, keep)
+        arguments += (scales, flat, needs, keep, "auto")
         torch.library.opcheck(torch.ops.fused_lora.lora_linear_backward.default, arguments)
 
     def test_impl_is_heard(self):
