@@ -7,6 +7,7 @@ lost. So in eager mode w' and its views know w: writing in place (``nn.init``, `
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ OPERATORS = frozenset({
     "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__",
     "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 })  # fmt: skip
+FSDP1 = "torch.distributed.fsdp._flat_param"
 NO_WRITES = frozenset({"requires_grad_", "retain_grad", "share_memory_", "record_stream"})
 
 
@@ -146,7 +148,18 @@ def take(owner: nn.Module, tensor: str) -> None:
 
 
 def keep_deleted(owner: nn.Module, tensor: str) -> None:
-    """Remember the parameter that is about to go, should a parametrisation turn out to want it."""
+    """Remember the parameter that is about to go, should a parametrisation turn out to want it.
+
+    Raises:
+        RuntimeError: FSDP1 wants it, which would take each read of w' for another weight of the
+            user's and write it into the frozen one.
+    """
+    if sys._getframe(2).f_globals.get("__name__") == FSDP1:
+        raise RuntimeError(
+            f"{tensor} of a {type(owner).__name__} reads w + s b a, which FullyShardedDataParallel "
+            "(FSDP1) would write into the frozen weight: use fully_shard (FSDP2), or wrap this "
+            "module in none (ignored_modules)"
+        )
     if (parameter := owner._parameters.get(tensor)) is not None:
         owner.__dict__["_deleted"] = (tensor, parameter)
 

@@ -186,3 +186,30 @@ def test_deepcopy_and_half_and_compile(name):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), expected, rtol=1e-4, atol=1e-5)
     assert model.to(torch.bfloat16)(X.bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@every
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused_by_name(one_process, name, use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, holder, tensor, w = patched(name)
+    y = model(X).detach()
+    model.requires_grad_(True)  # without use_orig_params all must train or none
+    with pytest.raises(RuntimeError, match=r"FSDP1.*fully_shard"):
+        FullyShardedDataParallel(
+            model, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+    assert torch.equal(holder._parameters[tensor], w)
+    if use_orig_params:
+        torch.testing.assert_close(model(X).detach(), y)

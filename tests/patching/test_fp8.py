@@ -66,8 +66,8 @@ def test_the_way_back_is_exact(model):
     with fused_lora.disable(model):
         assert torch.equal(model(x), y)
     fused_lora.merge(model)
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if k in state)
     fused_lora.unmerge(model)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if k in state)
     fused_lora.unpatch(model)
     assert all(a is b for (_, a), b in zip(model.named_parameters(), weights, strict=True))
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())

@@ -57,7 +57,7 @@ def test_a_sharded_model_gives_whole_tensors_and_takes_them(found):
 
 def test_what_would_be_lost_is_refused(found):
     said = found["fsdp2_refusals"]
-    assert "RuntimeError: merge: the weight is sharded" in said["merge"]
+    assert "PatchError: blocks.0.attn.qkv: merge: the weight is sharded" in said["merge"]
     assert "PatchError: blocks.0.attn.qkv: release: the weight is sharded" in said["unpatch"]
     assert "PatchError: cls_token is sharded over processes: patch first" in said["patch"]
     assert said["still works"] == "torch.Size([4, 10])"
