@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_lora.ops import lora_linear_fp8 as eager
 from fused_lora.ops import lora_linear_traced as base
+from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.planning import problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
@@ -67,7 +68,8 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    adapters = base._adapters(a, b, scales, spans)
+    frame = Frame(tuple(scales.tolist()), base._spans(tuple(spans)), Impl(impl))
+    adapters = frame.adapters([*a, *b])
     y, h = eager.forward(x, Quantised(codes, row_scales), bias, adapters, Impl(impl))
     return y, x.new_empty(0) if keep != Keep.HIDDEN.value or h is None else h
 
@@ -85,7 +87,7 @@ def _forward_fake(
     keep: str,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return base._forward_fake(x, codes, bias, a, b, scales, spans, needs, keep)
+    return base._forward_fake(x, codes, bias, a, b, scales, spans, needs, keep, impl)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
