@@ -14,6 +14,8 @@ BLOCKED += ["sklearn", "torchvision", "tqdm", "datasets", "tomli"]
 BLOCKER = f"""
 import sys
 
+import torch._dynamo  # which looks for some of them, and is asked for by fake tensors
+
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if any(name == blocked or name.startswith(blocked + ".") for blocked in {BLOCKED}):

@@ -48,9 +48,9 @@ def measured(folder: Path) -> str:
 
 
 def _races(device: str, group: Sequence[Row]) -> Iterator[str]:
-    if lines := host_lines(group):
+    if host := host_lines(group):
         yield f"**{device}**, {TITLES['host']}, forward and backward:"
-        yield lines
+        yield host
     compared = [each for each in comparisons(group) if each.case.suite != "host"]
     for (title, dtype), lines in groupby(compared, key=lambda each: (each.title, each.dtype)):
         yield f"**{device}**, {title}, {dtype}:"

@@ -246,8 +246,9 @@ class AdaptedLinear(WithVariants):
             return self._as_written(x)
         own = self.__dict__
         memo = own.get("_memo") or self._new_memo()
-        inputs = (x, *self._inputs())
-        key, operation, program = memo.recall(self._state(), inputs, self.owns)
+        operands, held = self._gather()
+        inputs = (x, *operands)
+        key, operation, program = memo.recall(self._state(), inputs, held)
         if program is None:
             operation, program = self._choose(inputs)
             memo.keep(key, operation, program)
@@ -256,20 +257,17 @@ class AdaptedLinear(WithVariants):
     def _new_memo(self) -> Memo:
         return self.__dict__.setdefault("_memo", Memo())
 
-    @property
-    def owns(self) -> bool:
-        """Whether all that the forward computes with are parameters of its own, whole."""
-        own = self._parameters
-        whole = self._names is not None and not (self._lent or self._narrowed)
-        return whole and "weight" in own and "bias" in own  # not made of others by a hook
-
-    def _inputs(self) -> tuple[Tensor | None, ...]:
-        """weight, bias, every a and every b that the forward computes with."""
-        if self.owns:
+    def _gather(self) -> tuple[list[Tensor | None], bool]:
+        """weight, bias, every a and every b that the forward computes with, and whether all are
+        parameters of its own, whole: not made of others by a hook, a parametrisation or a loan."""
+        if self._names is not None and not (self._lent or self._narrowed):
             own = self._parameters
-            return tuple([own[name] for name in self._names])  # type: ignore[union-attr]
+            try:
+                return [own[name] for name in self._names], True
+            except KeyError:
+                pass
         a, b = self._operands()
-        return self.base, self.bias, *a, *b
+        return [self.base, self.bias, *a, *b], False
 
     def _state(self) -> tuple[Any, ...]:
         """What beside its tensors decides how a forward computes."""
@@ -290,7 +288,7 @@ class AdaptedLinear(WithVariants):
 
     def _choose(self, inputs: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
         """The operation that the forward is, and its program; (None, why) where it is several."""
-        if reason := self.why_several():
+        if reason := self._why_several():
             return None, reason
         x, w, bias, *ab = inputs
         groups = len(self._used)
@@ -298,7 +296,7 @@ class AdaptedLinear(WithVariants):
         operation = asked(*given, self.scales, self._used, self.config.impl)  # type: ignore[arg-type]
         return operation, program_of(operation, inputs)
 
-    def why_several(self) -> str | None:
+    def _why_several(self) -> str | None:
         """Why the forward is not one operation at present; None where it is."""
         if not self.adapter_enabled or self._base:
             return "merged or disabled adapters"

@@ -107,8 +107,8 @@ class AttentionHalf(Half):
         vectors = norm["_parameters"]
         gamma = scale["_parameters"].get("gamma")
         before = [x, None, gamma, None, vectors["weight"], vectors["bias"]]
-        inputs = [*before, *qkv._inputs(), *proj._inputs()]
-        return state, inputs, drop if drops else None, qkv.owns and proj.owns
+        (first, held), (last, held_too) = qkv._gather(), proj._gather()
+        return state, before + first + last, drop if drops else None, held and held_too
 
     def choose(self, block: Any, x: Tensor) -> Any:
         """One chain where torch's attention takes part in it."""

@@ -61,7 +61,7 @@ class WholeMlp(Half):
         """One chain, where x is in the dtype that it computes in."""
         if x.dtype is not compute_dtype(x):
             return None
-        options = {"norm": None, "around": False, "gamma": None, "mask": None}
+        options: dict[str, Any] = {"norm": None, "around": False, "gamma": None, "mask": None}
         return Chain(asked(x, **mlp_options(mlp), **options, recompute=mlp.recompute))
 
     def by_parts(self, mlp: Any, x: Tensor) -> Tensor:
@@ -86,8 +86,9 @@ def mlp_state(mlp: Any) -> tuple[tuple[Any, ...], list[Any], bool]:
     for name in ("fc1_g", "fc1_x", "fc2") if "fc1_g" in inside else ("fc1", "fc2"):
         linear = inside[name]
         state.append(linear._state())
-        operands += linear._inputs()
-        held = held and linear.owns
+        own, whole = linear._gather()
+        operands += own
+        held = held and whole
     return tuple(state), operands, held
 
 

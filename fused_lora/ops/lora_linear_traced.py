@@ -21,7 +21,7 @@ from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.planning import halves_of, plan_for, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
-from fused_lora.programs.program import Saved
+from fused_lora.programs.program import Saved, WithoutBackward
 from fused_lora.programs.run import call, refuse_double_backward
 from fused_lora.reference import lora_linear as reference
 from fused_lora.types import ALONE, Forward, Gradient, Impl, Keep, Needs, Plan, Span
@@ -106,7 +106,7 @@ def _plan(m: int, w: Tensor, adapters: Adapters, needs: int, keep: str, impl: st
 
 
 @dataclass(frozen=True)
-class _Forward:
+class _Forward(WithoutBackward):
     """The operation that the registered forward is: (y, what is kept) of (x, w, bias, a, b)."""
 
     frame: Frame
@@ -124,7 +124,7 @@ class _Forward:
 
 
 @dataclass(frozen=True)
-class _Backward:
+class _Backward(WithoutBackward):
     """The operation that the registered backward is: the gradients asked for, of (dy, x, ...)."""
 
     frame: Frame

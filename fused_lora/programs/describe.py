@@ -116,7 +116,8 @@ def _rows(
 def measured_us(program: Program, rounds: int = 15) -> dict[int, float]:
     """Median microseconds of every call on random numbers, by ``id`` of the call."""
     inputs = [_random(value, program.device) for value in program.inputs]
-    calls, taken = [*program.calls, *program.calls_back], {}
+    calls = [*program.calls, *program.calls_back]
+    taken: dict[int, list[float]] = {}
     last = 0.0
 
     def tick(i: int) -> None:

@@ -283,7 +283,8 @@ def _addmm(call: Call, names: Names) -> str:
 
 
 def _slice(call: Call, names: Names) -> str | None:
-    x, dim, start, _, step = (*call.args, *(None, 0, None, None, 1)[len(call.args) :])
+    given: tuple[Any, ...] = (*call.args, *(None, 0, None, None, 1)[len(call.args) :])
+    x, dim, start, _, step = given
     if call.kwargs or step != 1 or not isinstance(start, int) or start < 0:
         return None
     length = call.outs[0].shape[dim] if call.outs[0] is not None else 0

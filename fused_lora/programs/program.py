@@ -20,8 +20,7 @@ from torch import Tensor
 from fused_lora.programs import emit
 from fused_lora.programs.record import Call, CannotRecord, Recorder, Value
 
-Optional = Tensor | None
-Saved = tuple[Sequence[Optional], Any]  # tensors for backward, and what else it must know
+Saved = tuple[Sequence[Any], Any]  # tensors for backward, or None, and what else it must know
 
 
 class Operation(Protocol):
@@ -32,8 +31,16 @@ class Operation(Protocol):
 
     def backward(
         self, saved: Saved, grads: Sequence[Any], needs: tuple[bool, ...]
-    ) -> Sequence[Optional]:
-        """A gradient for each input, or None."""
+    ) -> Sequence[Tensor | None]:
+        """A gradient for each input, or None; never asked of what only runs without gradients."""
+
+
+class WithoutBackward:
+    """The base of operations that are parts of others' autograd nodes."""
+
+    def backward(self, saved: Saved, grads: Sequence[Any], needs: tuple[bool, ...]) -> Any:
+        """There is none."""
+        raise NotImplementedError(type(self).__name__)
 
 
 @dataclass(frozen=True)

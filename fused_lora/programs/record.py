@@ -145,7 +145,7 @@ class Recorder(TorchDispatchMode):
             t.dtype,
             t.numel() * t.element_size(),
             self._storages.setdefault(storage, len(self._storages)),
-            t.storage_offset(),
+            int(t.storage_offset()),
         )
         self._value_of[id(t)] = value
         self._alive.append(t)
@@ -253,6 +253,12 @@ def _flat(arguments: Any) -> Iterator[Any]:
 
 def _values(arguments: Any) -> Iterator[Value]:
     return (each for each in _flat(arguments) if isinstance(each, Value))
+
+
+def refuse(reason: str) -> None:
+    """Raises CannotRecord where a program is recorded now."""
+    if _now.recorder is not None:
+        raise CannotRecord(reason)
 
 
 def begins_at(t: Tensor) -> int:

@@ -243,6 +243,8 @@ class LoRAProgram(torch.autograd.Function):
                 if not dy.is_contiguous() or start_of(dy):
                     dy = dy.clone(memory_format=torch.contiguous_format)
                 return program.backward(dy, saved)
+            if all(dy is None for dy in dys):
+                return (None,) * (1 + len(program.present))
             whole = zeros_for(dys, [out.shape for out in program.outputs])
             grads = program.backward(*whole, saved)
         return without_unused(program.operation, grads, dys, program.present)
@@ -320,6 +322,8 @@ class Interpreted(torch.autograd.Function):
         refuse_double_backward()
         operation, needs, note = ctx.meta
         several = len(dys) > 1
+        if all(dy is None for dy in dys):
+            return (None,) * (1 + len(needs))
         with without_autocast(ctx.device):
             given = zeros_for(dys, ctx.shapes) if several else dys
             grads = operation.backward((ctx.saved_tensors, note), given, needs)

@@ -228,7 +228,7 @@ class TestMemory:
         linear = small.blocks[1].attn.qkv
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            linear(torch.randn(7, 32, dtype=torch.float64))
+            linear(torch.randn(7, 32, dtype=torch.float64, requires_grad=True))
         owner = linear.loans["k"].owner
         held = {t.untyped_storage().data_ptr() for t in kept}
         assert owner.lora_A_k.untyped_storage().data_ptr() in held

@@ -54,6 +54,6 @@ def test_copies_only_what_must_be():
     square, column = torch.randn(8, 8)[:4, :4], torch.randn(8, 8)[:, :1]
     assert dense(square) is square
     assert dense(column).is_contiguous()
-    assert thin_rows(torch.randn(30, 4)).stride() == (1, 30)
+    assert thin_rows(torch.randn(30, 4), 30).stride() == (1, 30)
     wide = torch.randn(30, 16)
-    assert thin_rows(wide) is wide
+    assert thin_rows(wide, 30) is wide and thin_rows(wide[:, :4], 5).stride() == (16, 1)

@@ -170,7 +170,7 @@ def test_a_forward_bound_by_hand(where):
     reasons = {row.name: row.reason for row in report.blocks}
     said = {
         "block": "a forward is bound to the instance",
-        "mlp": "MLP: hooks",
+        "mlp": "MLP: a Mlp has a forward of its own",
         "attn": "attention: ",
     }
     assert said[where] in reasons["blocks.0"] and not reasons["blocks.1"]

@@ -107,4 +107,4 @@ def test_jit_trace():
 def test_plain_path_is_left_again():
     module, x = FusedLoRALinear(7, 5, rank=2), torch.randn(3, 7)
     grad(lambda x: module(x).sum())(x)
-    assert type(module(x).grad_fn).__name__ == "LoRALinearBackward"
+    assert type(module(x).grad_fn).__name__ == "LoRAProgramBackward"

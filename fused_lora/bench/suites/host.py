@@ -35,7 +35,12 @@ class HostStep(TrainStep):
         """A timm ViT in miniature."""
         from timm.models.vision_transformer import VisionTransformer
 
-        sizes = {"img_size": 32, "patch_size": 16, "embed_dim": self.shape.width, "num_heads": 3}
+        sizes: dict[str, Any] = {
+            "img_size": 32,
+            "patch_size": 16,
+            "embed_dim": self.shape.width,
+            "num_heads": 3,
+        }
         return VisionTransformer(depth=12, num_classes=10, **sizes)
 
     def optimizer(self, model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from fused_lora.kernels.cuda.lora_extended_operands import (
     stacked_a,
 )
 from fused_lora.kernels.interface import Adapters
+from fused_lora.programs.record import refuse
 
 Tile = tuple[int, int]  # rows and columns of y
 TILES: tuple[Tile, ...] = ((128, 128), (128, 192), (128, 256), (64, 128), (64, 256))
@@ -153,6 +154,7 @@ def _launch(
     tile: Tile | None,
     chip: Chip | None,
 ) -> None:
+    refuse("the compiled product is launched by address at every call")
     module, chip = native.load(), chip or Chip.of(x.device)
     assert x.is_cuda or module.archs == "none", x.device
     across = 0 if right == "rows" else 1  # the dimension of w and borders that is y's columns

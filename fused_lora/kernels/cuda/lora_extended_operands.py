@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
+from fused_lora.programs.record import begins_at
 
 STEP = 8  # elements of 16 bytes
 
@@ -28,7 +29,7 @@ def padded(rank: int) -> int:
 def aligned(matrix: Tensor) -> bool:
     """Whether its rows are contiguous and begin at multiples of 16 bytes."""
     whole_rows = matrix.stride(1) == 1 and matrix.stride(0) % STEP == 0
-    return whole_rows and matrix.data_ptr() % 16 == 0
+    return whole_rows and begins_at(matrix) % 16 == 0
 
 
 def readable(matrix: Tensor) -> Tensor:

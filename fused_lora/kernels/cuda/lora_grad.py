@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad_call import ADAPTERS, GradCall
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.interface import Adapters, Grads
-from fused_lora.types import Needs
+from fused_lora.programs.record import opaque
+from fused_lora.types import Needs, Span
 
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in ADAPTERS}
 Into = tuple[Sequence[Tensor], Sequence[Tensor]]  # G of [R_g, K], G of [N_g, R_g]; any strides
@@ -72,8 +73,42 @@ def lora_grads(
     grads = _outputs(call, into)
     if any(grad is not None for grad in (grads.bias, *grads.a, *grads.b)):
         assert beta in (0, 1), beta
-        _launch(call, plan, grads, into is not None and beta == 1)
+        launch = _Launch(
+            adapters.scales, adapters.spans, needs, plan, into is not None and beta == 1
+        )
+        halves = (tuple(adapters.a), tuple(adapters.b))
+        results = (tuple(grads.a), tuple(grads.b), grads.bias)
+        written = [t for t in (*grads.a, *grads.b, grads.bias) if t is not None]
+        opaque(launch, lambda *_: None, x, dy, *halves, h, dh, *results, writes=written)
     return grads
+
+
+class _Launch(NamedTuple):
+    """One launch but for its tensors: done now, or as a call of a program."""
+
+    scales: Sequence[float]
+    spans: Sequence[Span]
+    needs: Needs
+    plan: Any
+    add: bool
+
+    __name__ = "lora_grad"
+
+    def __call__(
+        self,
+        x: Tensor | None,
+        dy: Tensor | None,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        h: Tensor | None,
+        dh: Tensor | None,
+        da: Sequence[Tensor | None],
+        db: Sequence[Tensor | None],
+        dbias: Tensor | None,
+    ) -> None:
+        """On the current stream."""
+        call = GradCall(x, dy, Adapters(a, b, self.scales, self.spans), self.needs, h, dh)
+        _launch(call, self.plan, Grads(None, None, dbias, list(da), list(db)), self.add)
 
 
 def a_grads(

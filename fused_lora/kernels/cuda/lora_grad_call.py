@@ -12,6 +12,7 @@ from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.precision import is_tf32
+from fused_lora.programs.record import begins_at
 from fused_lora.types import Needs
 
 ADAPTERS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of a and b
@@ -131,7 +132,7 @@ def aligned(z: Tensor) -> Tensor:
 
 
 def _begins(z: Tensor) -> bool:
-    return whole(z.stride(0), z.dtype) and z.data_ptr() % 16 == 0
+    return whole(z.stride(0), z.dtype) and begins_at(z) % 16 == 0
 
 
 def whole(elements: int, dtype: torch.dtype) -> bool:

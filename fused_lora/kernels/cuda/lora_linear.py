@@ -21,6 +21,7 @@ from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.gemm import columns, outer, product
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.plan.problem import Problem
+from fused_lora.programs.record import begins_at
 from fused_lora.types import Gradient, Keep, Needs, Plan
 
 ARCH, CODE = 90, "90a"  # what the kernels are written for, and compiled for
@@ -62,7 +63,7 @@ def forward(
 
 def vector(t: Tensor | None) -> Tensor | None:
     """``t`` [N], copied unless it is contiguous and begins at a multiple of 4 bytes."""
-    if t is None or (t.is_contiguous() and t.data_ptr() % 4 == 0):
+    if t is None or (t.is_contiguous() and begins_at(t) % 4 == 0):
         return t
     return t.clone(memory_format=torch.contiguous_format)
 

@@ -59,7 +59,8 @@ def split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v [B, H, T, D], views of qkv [B, T, 3 H D]."""
     batch, tokens, width = qkv.shape
     parts = qkv.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
-    return parts.unbind(0)
+    q, k, v = parts.unbind(0)
+    return q, k, v
 
 
 def packed(parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:

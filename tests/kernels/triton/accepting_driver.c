@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { SHARED_OPTIN = 97, PROCESSORS = 16, THREADS_OF_FUNCTION = 0 };
+enum { MOST_SHARED = 97, PROCESSORS = 16, THREADS_OF_FUNCTION = 0 };
 #define HANDLE ((void *)(uintptr_t)0x1000)
 
 int cuInit(unsigned flags) { return 0; }
@@ -18,7 +18,7 @@ int cuGetErrorString(int code, const char **text) { return *text = "no error", 0
 
 int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-  *value = attribute == SHARED_OPTIN ? 232448 : attribute == PROCESSORS ? 132 : 1024;
+  *value = attribute == MOST_SHARED ? 232448 : attribute == PROCESSORS ? 132 : 1024;
   return 0;
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = HANDLE, 0; }
