@@ -12,8 +12,9 @@ any width does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,7 +84,8 @@ def lora_grads(
     return grads
 
 
-class _Launch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Launch:
     """One launch but for its tensors: done now, or as a call of a program."""
 
     scales: Sequence[float]
@@ -92,7 +94,7 @@ class _Launch(NamedTuple):
     plan: Any
     add: bool
 
-    __name__ = "lora_grad"
+    __name__: ClassVar[str] = "lora_grad"
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
 from fused_lora.ops import backends, lora_grad_backends, planning
+from fused_lora.programs import run
 from fused_lora.trust import cuda_checks, everything, verify
 
 
@@ -37,6 +38,7 @@ class Served:
 
 def forget() -> None:
     """As a new process would begin."""
+    run.forget()
     planning._plan_for.cache_clear()
     backends._triton.cache_clear()
     lora_grad_backends.checked.cache_clear()

@@ -14,6 +14,7 @@ from fused_lora.kernels.cuda import lora_linear as room
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.ops import backends, planning
 from fused_lora.plan.strategies import PRODUCT_GROUPS
+from fused_lora.programs import run
 from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.trust import cuda_checks, everything
 from fused_lora.types import Backend, Gradient, Impl, Needs, Span
@@ -22,6 +23,13 @@ from .serving import Served, one_element, served  # noqa: F401
 from .test_dispatch import BF16, CPU, SPANS, Layer, keeps_the_yardstick, plan
 
 TWO = (Span(0, 40, 70),)  # more ranks than the compiled gradients take
+
+
+@pytest.fixture(autouse=True)
+def as_written(monkeypatch):
+    """What is watched here are the calls themselves."""
+    monkeypatch.setenv("FUSED_LORA_PROGRAMS", "0")
+    run.forget()
 
 
 @pytest.fixture

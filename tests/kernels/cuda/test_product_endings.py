@@ -12,6 +12,7 @@ from fused_lora.kernels.interface import Ending
 from fused_lora.ops import gelu
 from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.lora_residual import lora_residual
+from fused_lora.programs import run
 from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.trust import verify
 from fused_lora.trust.subjects import of_compiled_product
@@ -24,6 +25,13 @@ from .test_product_dispatch import BF16, CPU, hopper  # noqa: F401
 F64, D, H = torch.float64, 24, 40
 NAMES = {"erf": "gelu", "tanh": "gelu_tanh"}
 TILE = (64, 128)
+
+
+@pytest.fixture(autouse=True)
+def as_written(monkeypatch):
+    """What is watched here are the calls themselves."""
+    monkeypatch.setenv("FUSED_LORA_PROGRAMS", "0")
+    run.forget()
 
 
 @pytest.fixture
