@@ -33,10 +33,9 @@ from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear import asked, lora_linear
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
-from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.sharded import is_sharded
-from fused_lora.programs.run import Memo, program_of, run
+from fused_lora.programs.run import Memo, program_of, run, transformed
 from fused_lora.types import Span
 
 Self = TypeVar("Self", bound="AdaptedLinear")

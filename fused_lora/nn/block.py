@@ -25,10 +25,9 @@ from fused_lora.ops.chain.chain import Chain
 from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
 from fused_lora.ops.lora_attention import asked as attention_asked
 from fused_lora.ops.lora_attention import kernel_for
-from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.lora_mlp import asked as mlp_asked
 from fused_lora.ops.lora_residual import lora_residual
-from fused_lora.programs.run import attention_settings
+from fused_lora.programs.run import attention_settings, transformed
 
 
 class FusedLoRABlock(Fused):

@@ -13,9 +13,9 @@ from fused_lora.nn.block_swap import Fused
 from fused_lora.nn.half import Half
 from fused_lora.nn.watch import why_watched
 from fused_lora.ops.chain.chain import Chain
-from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.lora_mlp import asked, lora_mlp
 from fused_lora.ops.operand import Adapted, compute_dtype
+from fused_lora.programs.run import transformed
 
 PACKED = "timm.layers.mlp.GluMlp"
 APART = "timm.layers.mlp.SwiGLU"

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from fused_lora.nn.aside import put_aside
 from fused_lora.nn.box import Box
-from fused_lora.ops.lora_linear_plain import transformed
-from fused_lora.programs.run import refuse_double_backward
+from fused_lora.programs.run import refuse_double_backward, transformed
 
 
 def borrow(owners: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:

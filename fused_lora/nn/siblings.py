@@ -24,7 +24,7 @@ from fused_lora.nn.read import FusedLoRARead
 from fused_lora.nn.scope import Scope, running
 from fused_lora.ops.lora_linear import autocasts
 from fused_lora.ops.lora_linear_many import lora_linear_many
-from fused_lora.ops.lora_linear_plain import transformed
+from fused_lora.programs.run import transformed
 
 PLAIN = (Tensor, nn.Parameter)  # no subclass: nothing sharded, quantised or recorded
 

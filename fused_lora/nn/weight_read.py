@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from fused_lora.ops.lora_linear_plain import transformed
+from fused_lora.programs.run import transformed
 
 VIEWS = frozenset({
     "reshape", "view", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t",

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.ops.lora_linear import as_rows
-from fused_lora.ops.lora_linear_plain import transformed, widened
+from fused_lora.ops.lora_linear_plain import widened
 from fused_lora.ops.lora_shrink import shrink
-from fused_lora.programs.run import refuse_double_backward, without_autocast
+from fused_lora.programs.run import refuse_double_backward, transformed, without_autocast
 from fused_lora.types import Span
 
 

@@ -18,11 +18,11 @@ from fused_lora import env
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters, Ending, Grads, Slope
 from fused_lora.ops.lora_linear_checks import check
-from fused_lora.ops.lora_linear_plain import plain, transformed
+from fused_lora.ops.lora_linear_plain import plain
 from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.programs.program import Saved
-from fused_lora.programs.run import call
+from fused_lora.programs.run import call, transformed
 from fused_lora.reference import lora_linear as reference
 from fused_lora.trust.moment import untouchable
 from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span

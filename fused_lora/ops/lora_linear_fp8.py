@@ -24,14 +24,14 @@ from fused_lora.kernels.triton.tiles import MOST_WIDTH
 from fused_lora.ops import lora_linear as base
 from fused_lora.ops.backends import why_not_launch
 from fused_lora.ops.lora_linear_checks import check
-from fused_lora.ops.lora_linear_plain import transformed, with_adapters
+from fused_lora.ops.lora_linear_plain import with_adapters
 from fused_lora.ops.operand import compute_dtype
 from fused_lora.ops.partners import triton_serves
 from fused_lora.ops.planning import halves_of, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
-from fused_lora.programs.run import call
+from fused_lora.programs.run import call, transformed
 from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.reference.lora_linear_fp8 import CODES, Quantised, quantise
 from fused_lora.types import Impl, Keep, Needs, Plan, Span

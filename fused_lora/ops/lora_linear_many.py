@@ -19,12 +19,11 @@ from torch import Tensor
 from fused_lora.kernels.aten import lora_linear_many as aten
 from fused_lora.ops.chain.stage import consecutive
 from fused_lora.ops.lora_linear import Frame, as_leading, as_rows, forward, lora_linear
-from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.ops.operand import Adapted, compute_dtype
 from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
-from fused_lora.programs.run import call
+from fused_lora.programs.run import call, transformed
 from fused_lora.trust.moment import untouchable
 from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan
 

@@ -11,20 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fused_lora.types import Span
-
-
-def transformed() -> bool:
-    """Whether a transform of torch's is watching the operations of this thread."""
-    return (
-        _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _get_tracing_state() is not None
-    )
 
 
 def plain(

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from fused_lora.kernels.aten import lora_dropout as aten
 from fused_lora.ops.backends import why_not_launch
 from fused_lora.ops.lora_linear import as_rows, autocasts
-from fused_lora.ops.lora_linear_plain import transformed
-from fused_lora.programs.run import refuse_double_backward, without_autocast
+from fused_lora.programs.run import refuse_double_backward, transformed, without_autocast
 from fused_lora.trust.moment import untouchable
 from fused_lora.types import Backend
 

@@ -15,13 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+)
+from torch.autograd import forward_ad
 
 from fused_lora import env
 from fused_lora.programs.program import Given, Operation, Program, build
 from fused_lora.programs.record import CannotRecord, recording
 
 MOST = 1024  # programs kept
+SIZES = 24  # of one operation that have a program at once; of more, those seen often
+OFTEN = 40  # sightings: three steps of a dozen blocks
 PLAIN = (Tensor, torch.nn.Parameter)
 
 _BELOW = DispatchKeySet(DispatchKey.ADInplaceOrView)
@@ -35,11 +43,18 @@ for _key in (
 _straight = torch._C._ExcludeDispatchKeyGuard  # no autograd, no autocast: both are settled
 
 _programs: dict[Any, Program | str] = {}
+_sizes: dict[Any, dict[Any, int]] = {}  # by operation, how often x came in which size
 _lock = threading.Lock()
 
 
 _address = Tensor.data_ptr
 _trains = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+class Later(str):
+    """Why there is no program at this moment: nothing to remember."""
+
+    __slots__ = ()
 
 
 class Memo:
@@ -86,6 +101,8 @@ class Memo:
 
     def keep(self, key: Any, operation: Any, program: Any) -> None:
         """From now on calls with this key are of this operation and program."""
+        if program.__class__ is Later:
+            return
         self.last = (None, key, operation, program, None)
 
 
@@ -138,7 +155,7 @@ def program_of(operation: Operation, inputs: Sequence[Any]) -> Program | str:
 
 def run(program: Any, operation: Operation, inputs: Sequence[Any]) -> Any:
     """``inputs`` through ``program``; through the operation itself where there is none."""
-    if program.__class__ is str:
+    if program.__class__ is not Program:
         return interpret(operation, inputs)
     present = [t for t in inputs if t is not None]
     if program.launches:
@@ -172,10 +189,12 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 def find(key: Any, operation: Operation, inputs: Sequence[Any]) -> Program | str:
     """The program of a signature seen for the first time, or a sentence why there is none."""
     if reason := why_not(inputs):
-        return reason
+        return Later(reason)
     with _lock:
         if found := _programs.get(key):
             return found
+        if reason := _of_many_sizes(key):
+            return Later(reason)
         grad = torch.is_grad_enabled()
         given = [None if t is None else Given.of(t, grad) for t in inputs]
         try:
@@ -187,6 +206,19 @@ def find(key: Any, operation: Operation, inputs: Sequence[Any]) -> Program | str
             _programs.pop(next(iter(_programs)))
         _programs[key] = found
         return found
+
+
+def _of_many_sizes(key: Any) -> str | None:
+    """Why a program of one more size of x is not worth its building: it may never come again."""
+    operation, settings, (x, *others) = key
+    family = (type(operation), settings, x[3:], *others)
+    sizes = _sizes.setdefault(family, {})
+    sizes[x[1]] = sizes.get(x[1], 0) + 1
+    if len(sizes) > SIZES and sizes[x[1]] < OFTEN:
+        return f"x came in {len(sizes)} sizes, and not yet {OFTEN} times in this one"
+    if len(_sizes) > MOST:
+        _sizes.clear()
+    return None
 
 
 def why_not(inputs: Sequence[Any]) -> str | None:
@@ -216,6 +248,7 @@ def forget() -> None:
     """Drop all programs; those at work are finished."""
     with _lock:
         _programs.clear()
+        _sizes.clear()
 
 
 class LoRAProgram(torch.autograd.Function):
@@ -281,6 +314,15 @@ def interpret(operation: Operation, inputs: Sequence[Any]) -> Any:
         return Interpreted.apply(operation, *inputs)
     with without_autocast(next(t for t in inputs if t is not None).device):
         return operation.forward(inputs, (False,) * len(inputs))[0]
+
+
+def transformed() -> bool:
+    """Whether a transform of torch's is watching the operations of this thread."""
+    return (
+        _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+    )
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -36,8 +37,6 @@ def forbid(monkeypatch):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if name.startswith("why_") or name in ("find", "call_plan", "compute", "asked"):
                 forbidden.append(function)
-    import sys
-
     for name, module in list(sys.modules.items()):
         if name.startswith("fused_lora"):
             for key, value in list(vars(module).items()):
@@ -66,3 +65,29 @@ def test_ten_steps_on(level, recompute, amp, monkeypatch):
     assert len(forbid(monkeypatch)) > 50
     losses += [step() for _ in range(10)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("level, most", [("linear", 3), ("block", 6)])
+def test_a_warm_call_runs_through_few_files(level, most):
+    """One linear, and the MLP half of a block, forward and backward: files of the package."""
+    model = patched(level, dtype=torch.float32)
+    owner = model.blocks[0].mlp.fc1 if level == "linear" else model.blocks[0]
+    x, files = torch.randn(2, 5, 48, requires_grad=True), set()
+
+    def half():
+        y = owner(x) if level == "linear" else owner.__dict__["_halves"][1](owner, x)
+        y.backward(y)
+
+    def seen(frame, event, argument):
+        if event == "call" and "fused_lora" in frame.f_code.co_filename:
+            files.add(frame.f_code.co_filename.rpartition("/")[2])
+
+    owner(x)
+    half()
+    sys.setprofile(seen)
+    try:
+        half()
+    finally:
+        sys.setprofile(None)
+    files.discard("<fused_lora program>")
+    assert len(files) <= most, files

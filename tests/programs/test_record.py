@@ -183,3 +183,31 @@ def test_switched_off_it_runs_as_written(monkeypatch):
     op = Op(lambda x: (x * 2, ((), None)))
     run.call(op, (torch.ones(2),))
     assert not run.programs()
+
+
+def test_sizes_that_never_come_again_are_not_built_for(monkeypatch):
+    monkeypatch.setattr(run, "SIZES", 3)
+    monkeypatch.setattr(run, "OFTEN", 4)
+    run.forget()
+    op = Op(lambda x: (x * 2, ((), None)))
+    for n in (*range(1, 10), 9, 9, 9, 9):
+        x = torch.randn(n)
+        assert torch.equal(run.call(op, (x,)), x * 2)
+    assert sorted(p.given[0].shape for p in run.programs()) == [(1,), (2,), (3,), (9,)]
+
+
+def test_what_holds_for_the_moment_is_not_remembered():
+    import fused_lora
+    from fused_lora.bench.suites.host import Operations
+    from tests.patching.models import build as vit
+    from tests.patching.models import images
+
+    run.forget()
+    model = vit().train()
+    fused_lora.patch(model, rank=4)
+    x = images(model)
+    with Operations():
+        model(x)
+    assert not run.programs()
+    model(x)
+    assert len(run.programs()) == 3  # the first block's x asks for no gradient

@@ -23,9 +23,8 @@ from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Tensors
 from fused_lora.ops.chain.step import Steps
 from fused_lora.ops.chain.walk import Walk
 from fused_lora.ops.lora_linear import reshaped
-from fused_lora.ops.lora_linear_plain import transformed
 from fused_lora.programs.program import Saved
-from fused_lora.programs.run import call
+from fused_lora.programs.run import call, transformed
 
 NONE: frozenset[int] = frozenset()
 FIXED = 4  # source, residual, gamma and mask stand before the operands
