@@ -89,10 +89,14 @@ class Memo:
         quick = None
         last = self.last
         if held:
-            ids, places = [*map(id, rest)], [*map(_address, rest)]
-            quick = (state, now, facts, ids, places, [*map(_trains, rest)])
-            if quick == last[0]:
-                return last[1], last[2], last[3]
+            try:
+                ids, places = [*map(id, rest)], [*map(_address, rest)]
+            except RuntimeError:  # a tensor without an address, such as one sharded over devices
+                held = False
+            else:
+                quick = (state, now, facts, ids, places, [*map(_trains, rest)])
+                if quick == last[0]:
+                    return last[1], last[2], last[3]
         full = (state, now, facts, described(inputs))
         if full != last[1]:
             return full, None, None

@@ -14,6 +14,7 @@ from fused_lora.ops import backends, epilogues, layer_norm, partners, planning
 from fused_lora.ops import lora_linear as op
 from fused_lora.plan import choose, cost, strategies
 from fused_lora.programs import run
+from fused_lora.programs.describe import name_of
 from fused_lora.trust import check, moment, verify
 from tests.patching.models import build, images
 from tests.programs.test_signature import patched
@@ -91,3 +92,21 @@ def test_a_warm_call_runs_through_few_files(level, most):
         sys.setprofile(None)
     files.discard("<fused_lora program>")
     assert len(files) <= most, files
+
+
+ON_THE_HOST = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"}
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "gemm"])
+def test_programs_only_compute_and_allocate(recompute):
+    """So that a step can be captured: nothing is read on the host, copied there or waited for."""
+    run.forget()
+    model = patched(dtype=torch.float32, recompute=recompute)
+    for amp in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            model(images(model)).float().sum().backward()
+    calls = [call for p in run.programs() for call in (*p.calls, *p.calls_back)]
+    assert len(calls) > 100
+    assert not {name_of(call) for call in calls} & ON_THE_HOST
+    devices = {each for call in calls for each in call.kwargs.values()}
+    assert not {d for d in devices if isinstance(d, torch.device)}

@@ -36,3 +36,15 @@ def test_a_captured_step_replays():
         graph.replay()
     found = {name: p.detach().cpu() for name, p in trained(model).items()}
     close(found, train(patched()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_graphed_callable_gives_what_eager_gives():
+    """``torch.cuda.make_graphed_callables`` around a whole patched model, forward and backward."""
+    model, plain = patched().cuda(), patched().cuda()
+    x, labels = (tensor.cuda() for tensor in batch())
+    graphed = torch.cuda.make_graphed_callables(model, (x.clone(),))
+    for each in (graphed, plain):
+        loss_of(each, x, labels).backward()
+    for name, parameter in trained(plain).items():
+        torch.testing.assert_close(trained(model)[name].grad, parameter.grad, rtol=1e-3, atol=1e-5)
