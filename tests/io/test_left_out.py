@@ -95,7 +95,7 @@ def test_an_fp32_file_into_a_model_of_16_bits(vit, image, tmp_path, dtype):
     fused_lora.patch(model, peft.LoraConfig.from_pretrained(tmp_path))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(
-        AdapterFileError, match=r"head\.\w+ is torch.float32.*\(and 1 more\): conver"
+        AdapterFileError, match=r"head\.\w+ is torch.float32.*\(and 1 more\): convert"
     ):
         fused_lora.load(model, tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
