@@ -56,6 +56,7 @@ int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, co
   return 0;
 }
 int cuTensorMapEncodeIm2col(void* map) { return memset(map, 0, 128), 0; }
+int cuStreamIsCapturing(void* stream, int* status) { return *status = 0, 0; }
 int cuLaunchKernelEx(const void* config, void* function, void** parameters, void** extra) {
   return 0;
 }
