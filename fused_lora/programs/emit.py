@@ -229,8 +229,8 @@ def line(call: Call, names: Names) -> Line:
 Writer = Callable[[Call, Names], "str | None"]
 
 
-def _method(name: str, *defaults: Any) -> Writer:
-    """``x.name(...)``, where all that is given by name has the value it has by default."""
+def _method(name: str) -> Writer:
+    """``x.name(...)``, where nothing is given by name."""
 
     def write(call: Call, names: Names) -> str | None:
         if call.kwargs:
