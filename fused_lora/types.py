@@ -142,6 +142,7 @@ class Plan:
     time_us: float = 0.0  # the cost model's estimate, forward and backward together
     backend: Backend = Backend.ATEN
     grads_by: Backend | None = None  # who computes RANK gradients; None: ``backend``
+    dropped_by: Backend | None = None  # who masks the x of a; None: nobody
 
     @property
     def gradient_backend(self) -> Backend:

@@ -30,7 +30,7 @@ from fused_lora.nn.stand_in import (
 )
 from fused_lora.nn.vanilla import settle
 from fused_lora.nn.variants import WithVariants, key_of
-from fused_lora.ops.lora_expand import lora_add
+from fused_lora.ops.dropped import seeded
 from fused_lora.ops.lora_linear import asked, lora_linear
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
@@ -246,27 +246,38 @@ class AdaptedLinear(WithVariants):
         own = self.__dict__
         memo = own.get("_memo") or self._new_memo()
         operands, held = self._gather()
-        inputs = (x, *operands)
+        inputs: Sequence[Any] = (x, *operands)
         key, operation, program = memo.recall(self._state(), inputs, held)
-        if program is None:
+        known = program is not None
+        if not known:
             operation, program = self._choose(inputs)
+            if operation is None:
+                memo.keep(key, None, program)
+        if operation is None:
+            return self._as_written(x)
+        if operation.seeds:
+            inputs = seeded(operation, inputs)
+        if not known:
+            program = program_of(operation, inputs)
             memo.keep(key, operation, program)
-        return self._as_written(x) if operation is None else run(program, operation, inputs)
+        return run(program, operation, inputs)  # type: ignore[no-any-return]
 
     def _new_memo(self) -> Memo:
         return self.__dict__.setdefault("_memo", Memo())
 
     def _gather(self) -> tuple[list[Tensor | None], bool]:
-        """weight, bias, every a and every b that the forward computes with, and whether all are
-        parameters of its own, whole: not made of others by a hook, a parametrisation or a loan."""
+        """weight, bias, every a and every b that the forward computes with, None for a seed, and
+        whether all are parameters of its own, whole: not made of others by a hook, a
+        parametrisation or a loan."""
+        drops = (None,) if self.config.dropout and self.training else ()
         if self._names is not None and not (self._lent or self._narrowed):
             own = self._parameters
             try:
-                return [own[name] for name in self._names], True
+                return [*(own[name] for name in self._names), *drops], True
             except KeyError:
                 pass
         a, b = self._operands()
-        return [self.base, self.bias, *a, *b], False
+        return [self.base, self.bias, *a, *b, *drops], False
 
     def _state(self) -> tuple[Any, ...]:
         """What beside its tensors decides how a forward computes."""
@@ -286,14 +297,14 @@ class AdaptedLinear(WithVariants):
         )
 
     def _choose(self, inputs: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
-        """The operation that the forward is, and its program; (None, why) where it is several."""
+        """The operation that the forward is; (None, why) where it is several."""
         if reason := self._why_several():
             return None, reason
         x, w, bias, *ab = inputs
         groups = len(self._used)
-        given = (x, w, bias, ab[:groups], ab[groups:])
-        operation = asked(*given, self.scales, self._used, self.config.impl)  # type: ignore[arg-type]
-        return operation, program_of(operation, inputs)
+        given = (x, w, bias, ab[:groups], ab[groups : 2 * groups], self.scales, self._used)
+        dropout = self.config.dropout if self.training else 0.0
+        return asked(*given, self.config.impl, dropout), None  # type: ignore[arg-type]
 
     def _why_several(self) -> str | None:
         """Why the forward is not one operation at present; None where it is."""
@@ -301,8 +312,6 @@ class AdaptedLinear(WithVariants):
             return "merged or disabled adapters"
         if self.config.dora:
             return "DoRA"
-        if self.training and self.config.dropout:
-            return "adapters with dropout"
         return f"a base in {self.config.base_dtype}" if self._codes is not None else None
 
     def _as_written(self, x: Tensor) -> Tensor:
@@ -320,13 +329,12 @@ class AdaptedLinear(WithVariants):
     def _adapted(self, x: Tensor, bias: Tensor | None) -> Tensor:
         a, b = self._operands()
         scales, spans, config = self._scales, self._used, self.config
-        if self.training and config.dropout:
-            y = F.linear(x, self.base, bias)
-            return lora_add(y, x, a, b, scales, spans, config.dropout)
         if self._codes is not None:
             codes = self._codes.of(self.base)
             return lora_linear_fp8(x, codes, bias, a, b, scales, spans, impl=config.impl)
-        return lora_linear(x, self.base, bias, a, b, scales, spans, impl=config.impl)
+        dropout = config.dropout if self.training else 0.0
+        given = (x, self.base, bias, a, b, scales, spans)
+        return lora_linear(*given, impl=config.impl, dropout=dropout)
 
     def refresh_base(self) -> None:
         """Form the FP8 codes of the frozen weight anew, where the base is in FP8.

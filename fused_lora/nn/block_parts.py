@@ -46,8 +46,6 @@ def why_not_linear(linear: Any) -> str | None:
         return f"{type(linear).__name__} without adapters"
     if linear.merged or not linear.adapter_enabled:
         return "merged or disabled adapters"
-    if linear.training and linear.config.dropout:
-        return "adapters with dropout"
     if linear.config.dora:
         return "DoRA"
     if linear.config.base_dtype:
@@ -86,8 +84,9 @@ def active_dropout(*drops: Any) -> bool:
 def operands(linear: AdaptedLinear) -> Adapted:
     """What the operations take of an adapted linear."""
     a, b = linear._operands()
-    spans, impl = linear._used, linear.config.impl
-    return Adapted(linear.weight, linear.bias, a, b, linear.scales, spans, impl)
+    spans, config = linear._used, linear.config
+    dropout = config.dropout if linear.training else 0.0
+    return Adapted(linear.weight, linear.bias, a, b, linear.scales, spans, config.impl, dropout)
 
 
 def norm_of(norm: nn.LayerNorm) -> Norm:

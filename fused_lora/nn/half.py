@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_lora.nn import block_parts as parts
 from fused_lora.nn.watch import Watch
+from fused_lora.ops.dropped import seeded
 from fused_lora.programs.run import Memo, program_of, run
 
 NOTHING = (None,) * 5
@@ -43,6 +44,8 @@ class Half(Memo):
         if operation is None:
             self.keep(key, None, "several operations")
             return self.by_parts(block, x)
+        if operation.seeds:
+            inputs = seeded(operation, inputs)
         if drop is not None:
             inputs[MASK] = parts.mask_of(drop, x, inputs[2])
         if not known:

@@ -35,8 +35,8 @@ def layer_norm_lora_linear(
     check_recompute(recompute)
     norm.check(x)
     linear.check(x)
-    recipe = _recipe(norm.eps, linear.frame, compute_dtype(x), recompute)
-    return chain(recipe, x, (norm.gamma, norm.beta, *linear.tensors))
+    recipe = _recipe(norm.eps, linear.frame(), compute_dtype(x), recompute)
+    return chain(recipe, x, (norm.gamma, norm.beta, *linear.tensors()))
 
 
 @lru_cache(maxsize=256)

@@ -54,7 +54,7 @@ def lora_attention(
         TypeError, ValueError: operands that do not fit, with the values seen.
     """
     recipe = asked(x, norm, qkv, proj, heads, gamma, mask, recompute)
-    operands = (norm.gamma, norm.beta, *qkv.tensors, *proj.tensors)
+    operands = (norm.gamma, norm.beta, *qkv.tensors(), *proj.tensors())
     return chain(recipe, x, operands, None, gamma, mask)
 
 
@@ -81,7 +81,7 @@ def asked(
         raise ValueError(f"lora_attention: proj has {proj.w.shape[0]} columns, x {x.shape[2]}")
     check_frozen(gamma=gamma, mask=mask)
     check_recompute(recompute)
-    frames, dtype = (qkv.frame, proj.frame), compute_dtype(x)
+    frames, dtype = (qkv.frame(), proj.frame()), compute_dtype(x)
     kernel = None if torch.compiler.is_compiling() else kernel_for(x, heads, width)
     attention = Attention(heads, x.shape[1], kernel)
     return _recipe(norm.eps, *frames, attention, dtype, recompute)

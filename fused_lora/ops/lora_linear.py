@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fused_lora import env
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters, Ending, Grads, Slope
+from fused_lora.ops import dropped
+from fused_lora.ops.dropped import check_dropout, seeded
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import plain
 from fused_lora.ops.planning import halves_of, plan_for
@@ -37,21 +40,25 @@ class Frame(NamedTuple):
     scales: tuple[float, ...]
     spans: tuple[Span, ...]
     impl: Impl
+    dropout: float = 0.0  # on the x of a; above 0, the seed of its mask is the last operand
 
-    @property
-    def operands(self) -> int:
-        """w, bias, a and b."""
-        return 2 + 2 * len(self.spans)
+    def operands(self) -> int:  # no property: torch 2.9 does not trace those of named tuples
+        """w, bias, a and b, and the seed where there is one."""
+        return 2 + 2 * len(self.spans) + (self.dropout > 0)
 
     def adapters(self, halves: Sequence[Tensor]) -> Adapters:
         """Of every a, then every b."""
         groups = len(self.spans)
-        return Adapters(halves[:groups], halves[groups:], self.scales, self.spans)
+        return Adapters(halves[:groups], halves[groups : 2 * groups], self.scales, self.spans)
 
     def needs(self, x: bool, own: tuple[bool, ...]) -> Needs:
         """The gradients asked for."""
         groups = len(self.spans)
         return Needs(x, own[0], own[1], any(own[2 : 2 + groups]), any(own[2 + groups :]))
+
+    def seeds(self, first: int) -> tuple[int, ...]:
+        """Where its seed stands among inputs that begin at ``first`` with its own."""
+        return (first + self.operands() - 1,) if self.dropout else ()
 
 
 def lora_linear(
@@ -64,6 +71,7 @@ def lora_linear(
     spans: Sequence[Span] | None = None,
     *,
     impl: Impl | str = Impl.AUTO,
+    dropout: float = 0,  # no 0.0, which a compiler told to be dynamic takes for any number
 ) -> Tensor:
     """Linear layer with G low-rank adapters on column ranges of its output.
 
@@ -78,13 +86,15 @@ def lora_linear(
         spans: the columns of y each adapter owns; None for one adapter on all of them.
         impl: "auto" (the plan's choice), "aten", "triton", "cuda" (adapter gradients by the
             compiled kernels, and on sm_90 products too) or "reference".
+        dropout: probability with which elements of x are dropped before a, the rest scaled up; one
+            mask for all adapters, drawn from torch's global generator and not kept.
 
     Returns:
         y [..., N] in the compute dtype: autocast's if it is on, else x's.
 
     Raises:
         TypeError: dtypes that do not fit, or devices that differ.
-        ValueError: shapes, spans or ``impl`` that do not fit, with the values seen.
+        ValueError: shapes, spans, ``impl`` or ``dropout`` that do not fit, with the values seen.
         RuntimeError: ``impl`` names a backend that cannot serve, with the reason; or on double
             backward, which is not supported.
 
@@ -92,18 +102,39 @@ def lora_linear(
     """
     if spans is None:
         spans = (Span(0, w.shape[0], a[0].shape[0]),) if len(a) else ()
+    check_dropout(dropout, "lora_linear")
+    if torch.compiler.is_compiling() or transformed():
+        return _composed(x, w, bias, a, b, scales, tuple(spans), impl, dropout)
+    operation = asked(x, w, bias, a, b, scales, spans, impl, dropout)
+    inputs = (x, w, bias, *a, *b, *((None,) if dropout else ()))
+    return call(operation, seeded(operation, inputs))  # type: ignore[no-any-return]
+
+
+def _composed(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Tensor | Sequence[float],
+    spans: tuple[Span, ...],
+    impl: Impl | str,
+    dropout: float,
+) -> Tensor:
+    """Of what a compiler or one of torch's transforms knows."""
+    casts = autocasts(x)
+    check(x, w, bias, a, b, scales, spans, casts)
+    if dropout:
+        from fused_lora.ops.lora_expand import lora_add
+
+        return lora_add(F.linear(x, w, bias), x, a, b, scales, spans, dropout)
+    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     if torch.compiler.is_compiling():
         from fused_lora.ops.lora_linear_traced import traced
 
-        casts, spans = autocasts(x), tuple(spans)
-        check(x, w, bias, a, b, scales, spans, casts)
-        dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
         return traced(x, w, bias, a, b, scales, spans, dtype, resolve(impl))
-    operation = asked(x, w, bias, a, b, scales, spans, impl)
-    if transformed():
-        numbers, spans, _ = operation.frame
-        return plain(x, w, bias, a, b, numbers, spans, operation.dtype)
-    return call(operation, (x, w, bias, *a, *b))  # type: ignore[no-any-return]
+    numbers = scales.tolist() if isinstance(scales, Tensor) else scales
+    return plain(x, w, bias, a, b, numbers, spans, dtype)
 
 
 def asked(
@@ -115,13 +146,14 @@ def asked(
     scales: Tensor | Sequence[float],
     spans: Sequence[Span],
     impl: Impl | str,
+    dropout: float = 0.0,
 ) -> LoRALinear:
     """What ``lora_linear`` is asked to do; raises as it does where the operands do not fit."""
     casts, spans = autocasts(x), tuple(spans)
     check(x, w, bias, a, b, scales, spans, casts)
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     numbers = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
-    return LoRALinear(Frame(numbers, spans, resolve(impl)), dtype)
+    return LoRALinear(Frame(numbers, spans, resolve(impl), dropout), dtype)
 
 
 def autocasts(x: Tensor) -> bool:
@@ -147,13 +179,16 @@ class LoRALinear:
     frame: Frame
     dtype: torch.dtype  # that it computes in
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Which inputs are seeds."""
+        return self.frame.seeds(1)
+
     def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Tensor, Saved]:
         """y [..., N]."""
         x, w, bias, *ab = inputs
-        scales, spans, impl = self.frame
-        asked = self.frame.needs(needs[0], needs[1:])
-        given = (x, w, bias, scales, spans, impl, self.dtype, tuple(ab), asked)
-        y, rows, w, kept, plan, _ = compute(*given)
+        asked, impl = self.frame.needs(needs[0], needs[1:]), self.frame.impl
+        y, rows, w, kept, plan, _ = compute(x, w, bias, self.frame, self.dtype, tuple(ab), asked)
         saves_x = impl is Impl.REFERENCE or keeps_x(asked, plan)
         saves_w = impl is Impl.REFERENCE or (asked.x and plan.keep is not Keep.MERGED)
         saved = (rows if saves_x else None, w if saves_w else None, kept, *ab)
@@ -164,10 +199,9 @@ class LoRALinear:
     ) -> Sequence[Tensor | None]:
         """Gradients of x, w, bias and the adapters, where asked for."""
         (rows, w, kept, *ab), (shape, asked, plan) = saved
-        dy, adapters = as_rows(grads[0], self.dtype), self.frame.adapters(ab)
-        found = backward(dy, rows, kept, w, adapters, asked, plan, self.frame.impl)
-        dx = None if found.x is None else found.x.view(shape)
-        return dx, found.w, found.bias, *found.a, *found.b
+        dy = as_rows(grads[0], self.dtype)
+        dx, *down = input_grads(dy, rows, kept, w, self.frame, ab, asked, plan)
+        return None if dx is None else dx.view(shape), *down
 
 
 class Computed(NamedTuple):
@@ -185,11 +219,9 @@ def compute(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
-    scales: tuple[float, ...],
-    spans: tuple[Span, ...],
-    impl: Impl,
+    frame: Frame,
     dtype: torch.dtype,
-    ab: tuple[Tensor, ...],  # every a, then every b
+    ab: tuple[Any, ...],  # every a, then every b, then the seed where there is one
     needs: Needs,
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x, in ``dtype``
     plan: Plan | None = None,  # the one that asked for ``bordered``
@@ -203,17 +235,43 @@ def compute(
     rows = as_rows(x, dtype)
     w = w.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    adapters = Adapters(ab[: len(spans)], ab[len(spans) :], scales, spans)
+    adapters, impl = frame.adapters(ab), frame.impl
     if plan is None:
-        question = (rows, w, bias is not None, spans, needs, halves_of(ab, scales))
+        question = (rows, w, bias is not None, frame.spans, needs, halves_of(ab, frame.scales))
         plan = call_plan(*question, impl=impl)
+    h = None
+    if frame.dropout:
+        impl = Impl.ATEN if impl is Impl.REFERENCE else impl
+        by = dropped.server(rows, adapters.rank, frame.dropout)
+        plan = dropped.plan_of(plan, needs, by)
+        h = dropped.hidden(rows, adapters, frame.dropout, ab[-1], plan)
     if ending is None:
-        (y, kept), u = forward(rows, w, bias, adapters, plan, impl, bordered), None
+        (y, kept), u = forward(rows, w, bias, adapters, plan, impl, bordered, h), None
     else:
         from fused_lora.ops.ending import ended
 
         y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending, bordered, out)
     return Computed(as_leading(y, x), rows, w, kept, plan, u)
+
+
+def input_grads(
+    dy: Tensor,  # [M, N], rows contiguous
+    rows: Tensor | None,  # [M, K]; None where no gradient reads it
+    kept: Tensor | None,  # what the plan kept
+    w: Tensor | None,  # [N, K]; None where dx reads a kept w', or is not asked for
+    frame: Frame,
+    ab: Sequence[Any],  # as for ``compute``
+    needs: Needs,
+    plan: Plan,
+    *slope: Slope,
+) -> tuple[Tensor | None, ...]:
+    """dx [M, K], and a gradient for every operand; None where none is asked for."""
+    given = (dy, rows, kept, w, frame.adapters(ab))
+    if frame.dropout:
+        found = dropped.backward(*given, frame.dropout, ab[-1], needs, plan)
+        return found.x, found.w, found.bias, *found.a, *found.b, None
+    found = backward(*given, needs, plan, frame.impl, *slope)
+    return found.x, found.w, found.bias, *found.a, *found.b
 
 
 def as_leading(y: Tensor, x: Tensor) -> Tensor:

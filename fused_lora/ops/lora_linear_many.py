@@ -45,7 +45,7 @@ def lora_linear_many(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]
 
     Raises:
         TypeError: as ``lora_linear``.
-        ValueError: likewise, or no layers.
+        ValueError: likewise, no layers, or one with dropout.
         RuntimeError: on double backward, which is not supported.
     """
     if not layers:
@@ -54,20 +54,20 @@ def lora_linear_many(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]
         return _apart(x, layers)
     for layer in layers:
         layer.check(x)
-    frames, dtype = tuple(layer.frame for layer in layers), compute_dtype(x)
+        if layer.dropout:
+            said = f"a layer has dropout {layer.dropout}, a mask of its own"
+            raise ValueError(f"lora_linear_many: {said}; call lora_linear for it")
+    frames, dtype = tuple(layer.frame() for layer in layers), compute_dtype(x)
     plans = _plans(x, layers, frames, dtype)
     if plans is None:
         return _apart(x, layers)
-    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    tensors = [tensor for layer in layers for tensor in layer.tensors()]
     operation = LoRALinearMany(frames, plans, dtype)
     return call(operation, (x, *tensors))  # type: ignore[no-any-return]
 
 
 def _apart(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
-    return tuple(
-        lora_linear(x, w, bias, a, b, scales, spans, impl=impl)
-        for w, bias, a, b, scales, spans, impl in layers
-    )
+    return tuple(lora_linear(x, *each[:6], impl=each.impl, dropout=each.dropout) for each in layers)
 
 
 def _plans(
@@ -92,7 +92,7 @@ def _plans(
 
 def _needs(x: Tensor, layer: Adapted, frame: Frame) -> Needs:
     grad = torch.is_grad_enabled()
-    own = tuple(grad and t is not None and t.requires_grad for t in layer.tensors)
+    own = tuple(grad and t is not None and t.requires_grad for t in layer.tensors())
     return frame.needs(grad and x.requires_grad, own)
 
 
@@ -107,7 +107,7 @@ class LoRALinearMany:
     @property
     def parts(self) -> tuple[slice, ...]:
         """The inputs of each frame."""
-        return consecutive([1, *(frame.operands for frame in self.frames)])[1:]
+        return consecutive([1, *(frame.operands() for frame in self.frames)])[1:]
 
     def _needs(self, needs: tuple[bool, ...]) -> list[Needs]:
         parts = zip(self.frames, self.parts, strict=True)

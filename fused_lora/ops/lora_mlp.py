@@ -68,7 +68,7 @@ def lora_mlp(
     recipe, dtype = asked(*given), compute_dtype(x)
     operands = list(norm[:2]) if norm else []
     for linear in (fc1, fc2) if isinstance(fc1, Adapted) else (*fc1, fc2):
-        operands += linear.tensors
+        operands += linear.tensors()
     source = x if norm or around else x.to(dtype)
     return chain(recipe, source, operands, None, gamma, mask)
 
@@ -94,9 +94,9 @@ def asked(
     act: Stage = Activation(activation)
     if gated or len(firsts) == 2:
         act = Gated(activation, gated == "last")
-    frames = tuple([first.frame for first in firsts])
+    frames = tuple([first.frame() for first in firsts])
     eps = norm.eps if norm else None
-    return _recipe(eps, frames, act, fc2.frame, compute_dtype(x), recompute, around)
+    return _recipe(eps, frames, act, fc2.frame(), compute_dtype(x), recompute, around)
 
 
 @lru_cache(maxsize=256)

@@ -44,8 +44,8 @@ def lora_residual(
     if residual.shape != expected:
         raise ValueError(f"residual must be {expected}, got shape {tuple(residual.shape)}")
     dtype = compute_dtype(x)
-    recipe = _recipe(linear.frame, dtype, lean)
-    return chain(recipe, x.to(dtype), linear.tensors, residual, gamma, mask)
+    recipe = _recipe(linear.frame(), dtype, lean)
+    return chain(recipe, x.to(dtype), linear.tensors(), residual, gamma, mask)
 
 
 @lru_cache(maxsize=256)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.ops import lora_shrink as eager
+from fused_lora.ops import dropped
 from fused_lora.ops.lora_linear import as_rows
 from fused_lora.programs.run import refuse_double_backward, without_autocast
 from fused_lora.types import Backend
@@ -33,14 +33,16 @@ MAKERS = tuple(Backend)
 def traced(x: Tensor, a: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
     """h [..., R] as one node of the graph, beside that of its seed."""
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    h, _ = torch.ops.fused_lora.dropped_shrink(rows, a, eager.drawn(), dropout)
+    h, _ = torch.ops.fused_lora.dropped_shrink(rows, a, dropped.drawn(), dropout)
     return h.reshape(*x.shape[:-1], a.shape[0])
 
 
 def _forward(x: Tensor, a: Tensor, seed: Tensor, p: float) -> tuple[Tensor, Tensor]:
     number = int(seed)
     with without_autocast(x.device):
-        h, by = eager.forward(as_rows(x, x.dtype), a, p, number)
+        rows = as_rows(x, x.dtype)
+        by = dropped.server(rows, a.shape[0], p)
+        h = dropped.shrink(rows, a, p, number, by)
     return h, torch.tensor((number, MAKERS.index(by)), dtype=torch.int64, device="cpu")
 
 
@@ -54,7 +56,7 @@ def _backward(
     seed, by = mask.tolist()
     rows = None if x is None else as_rows(x, x.dtype)
     with without_autocast(dh.device):
-        grads = eager.backward(as_rows(dh, dh.dtype), rows, a, p, seed, MAKERS[by], needs_x)
+        grads = dropped.grads(as_rows(dh, dh.dtype), rows, a, p, seed, MAKERS[by], needs_x)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 

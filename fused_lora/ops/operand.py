@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.stage import Optional
+from fused_lora.ops.dropped import check_dropout
 from fused_lora.ops.lora_linear import Frame, autocasts, resolve
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.types import Impl, Span
 
 
 class Adapted(NamedTuple):
-    """The operands of ``lora_linear`` without x."""
+    """The operands of ``lora_linear`` without x; it has no property, as ``Frame`` has none."""
 
     w: Tensor  # [N, K]
     bias: Tensor | None  # [N]
@@ -24,28 +25,27 @@ class Adapted(NamedTuple):
     scales: Sequence[float]  # G
     spans: tuple[Span, ...] | None = None  # None for one adapter on all columns
     impl: Impl | str = Impl.AUTO
+    dropout: float = 0.0  # on the x of a
 
-    @property
     def columns(self) -> tuple[Span, ...]:
         """The spans, spelled out."""
         if self.spans is not None:
             return tuple(self.spans)
         return (Span(0, self.w.shape[0], self.a[0].shape[0]),)
 
-    @property
     def frame(self) -> Frame:
         """What of it is no tensor."""
-        return Frame(tuple(self.scales), self.columns, resolve(self.impl))
+        return Frame(tuple(self.scales), self.columns(), resolve(self.impl), self.dropout)
 
-    @property
     def tensors(self) -> Optional:
-        """What of it is."""
-        return (self.w, self.bias, *self.a, *self.b)
+        """What of it is; None for the seed, which each call draws."""
+        return (self.w, self.bias, *self.a, *self.b, *((None,) if self.dropout else ()))
 
     def check(self, x: Tensor) -> None:
         """Raises TypeError or ValueError where it does not fit x or is inconsistent in itself."""
-        w, bias, a, b, scales, _, _ = self
-        check(x, w, bias, a, b, tuple(scales), self.columns, autocasts(x))
+        check_dropout(self.dropout, "lora_linear")
+        w, bias, a, b, scales = self[:5]
+        check(x, w, bias, a, b, tuple(scales), self.columns(), autocasts(x))
 
     def check_behind(self, x: Tensor, width: int) -> None:
         """As ``check``, where what goes in is [..., width], computed from x."""

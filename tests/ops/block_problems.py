@@ -44,7 +44,7 @@ def plain_linear(x: Tensor, m: Adapted) -> Tensor:
     y = F.linear(x, m.w, m.bias)
     pieces = [
         F.pad(s * F.linear(F.linear(x, a), b), (span.start, y.shape[-1] - span.stop))
-        for a, b, s, span in zip(m.a, m.b, m.scales, m.columns, strict=True)
+        for a, b, s, span in zip(m.a, m.b, m.scales, m.columns(), strict=True)
     ]
     return y + sum(pieces)
 

@@ -133,7 +133,7 @@ def test_within_the_yardstick(dtype, adapters):
 def composed(x, given):
     """Plain torch, one by one."""
     ys = []
-    for w, bias, a, b, scales, spans, _ in given:
+    for w, bias, a, b, scales, spans, *_ in given:
         y = torch.nn.functional.linear(x, w, bias)
         for a_g, b_g, s, span in zip(a, b, scales, spans, strict=True):
             low = (x @ a_g.to(x.dtype).t()) @ b_g.to(x.dtype).t() * s

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from fused_lora.kernels.interface import Ending
 from fused_lora.ops import gelu, layer_norm
 from fused_lora.ops.epilogues import why_not_fused, why_not_sloped
-from fused_lora.ops.lora_linear import NO_GRADIENT, compute
+from fused_lora.ops.lora_linear import NO_GRADIENT, Frame, compute
 from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
 
 
@@ -61,7 +61,8 @@ def test_triton_says_why_it_cannot_serve(call, why):
 def test_an_ending_is_what_it_says(activation):
     x, w, residual = torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(10, 6)
     a, b, factor = torch.randn(3, 8), torch.randn(6, 3), torch.randn(6)
-    given = ((2.0,), (Span(0, 6, 3),), Impl.AUTO, x.dtype, (a, b), NO_GRADIENT)
+    frame = Frame((2.0,), (Span(0, 6, 3),), Impl.AUTO)
+    given = (frame, x.dtype, (a, b), NO_GRADIENT)
     done = compute(x, w, None, *given, ending=Ending(activation, factor, residual))
     u = compute(x, w, None, *given).y.view(10, 6)
     act = {"none": lambda u: u, "erf": F.gelu, "tanh": lambda u: F.gelu(u, approximate="tanh")}

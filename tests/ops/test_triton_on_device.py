@@ -8,11 +8,12 @@ import torch
 from fused_lora.kernels.interface import Ending
 from fused_lora.kernels.triton import available
 from fused_lora.ops import gelu, layer_norm, planning
-from fused_lora.ops.lora_linear import NO_GRADIENT, compute, lora_linear
+from fused_lora.ops.dropped import why_not_triton
+from fused_lora.ops.lora_linear import NO_GRADIENT, Frame, compute, lora_linear
 from fused_lora.ops.lora_merge import lora_merge
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.lora_mlp import lora_mlp
-from fused_lora.ops.lora_shrink import shrink, why_not_triton
+from fused_lora.ops.lora_shrink import shrink
 from fused_lora.testing.yardstick import error, in_every_order, judge_all
 from fused_lora.trust import verify
 from fused_lora.types import Backend, Impl, Needs, Span
@@ -159,7 +160,7 @@ def test_partners_serve_by_name():
 
 def test_dropout_draws_one_mask_for_both_passes():
     x, a = torch.ones(1576, 768, requires_grad=True), torch.ones(1, 768)
-    assert why_not_triton(x.detach(), a, 0.5) is None
+    assert why_not_triton(x.detach(), a.shape[0], 0.5) is None
     h = shrink(x, a, 0.5)
     (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
     torch.testing.assert_close(dx.sum(1, keepdim=True), h.detach())
@@ -197,9 +198,10 @@ def test_an_ending_is_near_what_is_composed(one):
     x, w, bias, a, b = operands(torch.bfloat16)
     factor, residual = torch.randn(1152), torch.randn(4 * 197, 1152)
     ending = Ending("erf") if one == "erf" else Ending("none", factor, residual)
-    given = ((1.0, 0.5, 2.0), QKV, x.dtype, (*a, *b), NO_GRADIENT)
+    given = (x.dtype, (*a, *b), NO_GRADIENT)
     runs = []
     with torch.no_grad():
         for impl in (Impl.TRITON, Impl.ATEN):
-            runs.append(compute(x, w, bias, *given[:2], impl, *given[2:], ending=ending).y)
+            frame = Frame((1.0, 0.5, 2.0), QKV, impl)
+            runs.append(compute(x, w, bias, frame, *given, ending=ending).y)
     assert error(runs[0], runs[1].double()) < 2e-2

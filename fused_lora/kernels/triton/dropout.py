@@ -13,8 +13,11 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fused_lora.kernels.triton.launch import Word, disguised
 from fused_lora.kernels.triton.philox import random16_of_blocks
+from fused_lora.programs.record import recording
 from fused_lora.reference import dropout as reference
 
 
@@ -23,24 +26,22 @@ class Dropout(NamedTuple):
 
     inverse: float  # 1 / (1 - p)
     threshold: int
-    seed_low: int
-    seed_high: int
+    seed_low: int | Word
+    seed_high: int | Word
     step_low: int
     step_high: int
 
 
-def dropout(p: float, seed: int, step: int) -> Dropout | None:
-    """None where nothing is dropped."""
+def dropout(p: float, seed: int | Tensor, step: int) -> Dropout | None:
+    """None where nothing is dropped. The seed of a program is a tensor, an int64 on the CPU."""
     threshold = reference.threshold(p)
     if not threshold:
         return None
-    words = (threshold, seed, seed >> 32, step, step >> 32)
-    return Dropout(65536 / (65536 - threshold), *map(disguised, words))
-
-
-def disguised(word: int) -> int:
-    """32 bits as an odd int64, for which no value makes Triton compile a kernel anew."""
-    return (1 << 40) + 2 * (word & 0xFFFFFFFF) + 1
+    inverse, low, high = 65536 / (65536 - threshold), disguised(step), disguised(step >> 32)
+    if isinstance(seed, Tensor) and recording():
+        return Dropout(inverse, disguised(threshold), Word(seed, 0), Word(seed, 32), low, high)
+    words = (threshold, int(seed), int(seed) >> 32)
+    return Dropout(inverse, *map(disguised, words), low, high)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class BoundLaunch:
         self.kernel, self.grid, self.device = kernel, grid, device
         self.forms, self.constants = forms, constants
         self.__name__ = kernel.__name__.lstrip("_")
-        self.described = [i for i, form in enumerate(forms) if isinstance(form, _Descriptor)]
+        self.made = [i for i, form in enumerate(forms) if _is_made(form)]
         self._bound: tuple[Any, ...] | None = None
 
     def __call__(self, *args: Any) -> None:
@@ -63,9 +63,9 @@ class BoundLaunch:
             self._first(args)
             return
         run, before, after, stream_of = self._bound
-        if self.described:
+        if self.made:
             args = tuple(
-                self.forms[i].of(arg) if i in self.described else arg for i, arg in enumerate(args)
+                _formed(self.forms[i], arg) if i in self.made else arg for i, arg in enumerate(args)
             )
         run(*self.grid, *(1,) * (3 - len(self.grid)), stream_of(), *before, *args, *after)
 
@@ -99,10 +99,35 @@ class _Descriptor:
         return self.kind(base, *self.sizes)
 
 
+class Word(NamedTuple):
+    """32 bits of a seed that is known only when a program runs."""
+
+    seed: Tensor  # int64, on the CPU
+    shift: int
+
+
+class _Shift:
+    """A ``Word`` without its seed."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def of(self, seed: Tensor) -> int:
+        """The number that a kernel is handed."""
+        return disguised(int(seed) >> self.bits)
+
+
+def disguised(word: int) -> int:
+    """32 bits as an odd int64, for which no value makes Triton compile a kernel anew."""
+    return (1 << 40) + 2 * (word & 0xFFFFFFFF) + 1
+
+
 def _form(arg: Any) -> Any:
-    """What a bare argument lacks: the names of tuples, the sizes of descriptors."""
+    """What a bare argument lacks: names of tuples, sizes of descriptors, which word of a seed."""
     if type(arg).__name__ == "TensorDescriptor":
         return _Descriptor(arg)
+    if isinstance(arg, Word):
+        return _Shift(arg.shift)
     if isinstance(arg, tuple):
         return type(arg), [_form(each) for each in arg]
     return None
@@ -111,17 +136,26 @@ def _form(arg: Any) -> Any:
 def _bare(arg: Any) -> Any:
     if type(arg).__name__ == "TensorDescriptor":
         return arg.base
+    if isinstance(arg, Word):
+        return arg.seed
     return tuple(_bare(each) for each in arg) if isinstance(arg, tuple) else arg
 
 
 def _formed(form: Any, arg: Any) -> Any:
     if form is None:
         return arg
-    if isinstance(form, _Descriptor):
+    if isinstance(form, (_Descriptor, _Shift)):
         return form.of(arg)
     kind, forms = form
     parts = [_formed(each, part) for each, part in zip(forms, arg, strict=True)]
     return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
+
+
+def _is_made(form: Any) -> bool:
+    """Whether an argument of this form is made of its bare one at every launch."""
+    if isinstance(form, tuple):
+        return any(map(_is_made, form[1]))
+    return form is not None
 
 
 def _nothing(*args: Any) -> None:

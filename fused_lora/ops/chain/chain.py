@@ -22,6 +22,7 @@ from fused_lora.ops.chain.recipe import Recipe, combined, finish, stored
 from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Tensors
 from fused_lora.ops.chain.step import Steps
 from fused_lora.ops.chain.walk import Walk
+from fused_lora.ops.dropped import seeded
 from fused_lora.ops.lora_linear import reshaped
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
@@ -43,7 +44,8 @@ def chain(
         return composed(recipe, source, operands, residual, gamma, mask)
     if transformed():
         return composed(recipe, source, operands, residual, gamma, mask)
-    return call(Chain(recipe), (source, residual, gamma, mask, *operands))
+    operation = Chain(recipe)
+    return call(operation, seeded(operation, (source, residual, gamma, mask, *operands)))  # type: ignore[no-any-return]
 
 
 def composed(
@@ -97,6 +99,11 @@ class Chain:
     """The operation on (source, residual, gamma, mask, *operands); gamma and mask are frozen."""
 
     recipe: Recipe
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Which inputs are seeds."""
+        return tuple(FIXED + at for at in self.recipe.seeds)
 
     def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Tensor, Saved]:
         """y [..., N]."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters, Ending, Slope
+from fused_lora.kernels.interface import Ending, Slope
 from fused_lora.ops.chain.stage import (
     FREE,
     Asked,
@@ -20,7 +20,14 @@ from fused_lora.ops.chain.stage import (
     consecutive,
 )
 from fused_lora.ops.epilogues import plan_beside, why_nobody, why_not_fused, why_not_sloped
-from fused_lora.ops.lora_linear import Frame, as_rows, backward, call_plan, compute, lora_linear
+from fused_lora.ops.lora_linear import (
+    Frame,
+    as_rows,
+    call_plan,
+    compute,
+    input_grads,
+    lora_linear,
+)
 from fused_lora.ops.planning import halves_of
 from fused_lora.plan.strategies import ends, keeps_x
 from fused_lora.types import ALONE, Beside, Forward, Impl, Keep, Needs, Plan
@@ -38,9 +45,19 @@ class LoRALinear(Stage):
     parts: tuple[tuple[Frame, slice], ...] = field(init=False, compare=False)  # each one's own
 
     def __post_init__(self) -> None:
-        slices = consecutive([frame.operands for frame in self.frames])
+        slices = consecutive([frame.operands() for frame in self.frames])
         object.__setattr__(self, "operands", slices[-1].stop)
         object.__setattr__(self, "parts", tuple(zip(self.frames, slices, strict=True)))
+
+    @property
+    def drops(self) -> bool:
+        """Whether adapters have dropout: h and dx then are formed apart."""
+        return any(frame.dropout for frame in self.frames)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seed of each frame that has dropout."""
+        return tuple(at for frame, part in self.parts for at in frame.seeds(part.start))
 
     def asked(self, x: bool, own: tuple[bool, ...]) -> tuple[Needs, ...]:
         """The gradients each frame is asked for."""
@@ -55,10 +72,8 @@ class LoRALinear(Stage):
         for (frame, part), needs in zip(self.parts, asked.note, strict=True):
             w, bias, *ab = own[part]
             assert w is not None
-            scales, spans, impl = frame.scales, frame.spans, frame.impl
-            given = (scales, spans, impl, self.dtype, tuple(ab), needs)
-            done = compute(x[0], w, bias, *given, *placed)  # type: ignore[arg-type]
-            reads_w = impl is Impl.REFERENCE or done.plan.keep is not Keep.MERGED
+            done = compute(x[0], w, bias, frame, self.dtype, tuple(ab), needs, *placed)  # type: ignore[arg-type]
+            reads_w = frame.impl is Impl.REFERENCE or done.plan.keep is not Keep.MERGED
             ys.append(done.y)
             extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
             plans.append(done.plan)
@@ -71,7 +86,7 @@ class LoRALinear(Stage):
         self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None
     ) -> Ending | None:
         """LayerScale and residual, where an epilogue might serve: the plan decides."""
-        if residual is None or mask is not None or len(self.frames) > 1:
+        if residual is None or mask is not None or len(self.frames) > 1 or self.drops:
             return None
         if why_nobody(residual, self.dtype, self.frames[0].impl):
             return None
@@ -99,7 +114,7 @@ class LoRALinear(Stage):
     ) -> Plan | None:
         """The plan that counts on what may be part of its passes; None where nothing may."""
         frame, w = self.frames[0], own[0]
-        if self.beside == ALONE or why_nobody(like, self.dtype, frame.impl):
+        if self.drops or self.beside == ALONE or why_nobody(like, self.dtype, frame.impl):
             return None
         assert w is not None
         halves = halves_of(own[2:], frame.scales)  # type: ignore[arg-type]
@@ -109,7 +124,7 @@ class LoRALinear(Stage):
     def slopes(self, dy: Tensors, run: Run, own: Optional) -> bool:
         """Likewise in the plan of its backward."""
         frame, w = self.frames[0], own[0]
-        if len(self.frames) > 1 or frame.impl is Impl.REFERENCE:
+        if len(self.frames) > 1 or frame.impl is Impl.REFERENCE or self.drops:
             return False
         assert w is not None
         return why_not_sloped(dy[0], w, frame.spans, run.note[0], self.dtype) is None
@@ -131,13 +146,11 @@ class LoRALinear(Stage):
             kept, cast = run.extra[2 * i : 2 * i + 2]
             w, _, *ab = own[part]
             assert w is not None
-            w = w.to(self.dtype) if cast is None else cast
-            groups, dy_i = len(frame.spans), as_rows(dy[i], self.dtype)
-            adapters = Adapters(ab[:groups], ab[groups:], frame.scales, frame.spans)  # type: ignore[arg-type]
-            given = (dy_i, rows, kept, w, adapters, needs, run.note[i], frame.impl)
-            grads = backward(*given, *((slope,) if slope else ()))
-            down += [grads.w, grads.bias, *grads.a, *grads.b]
-            dx = grads.x if dx is None or grads.x is None else dx.add_(grads.x)
+            w, dy_i = w.to(self.dtype) if cast is None else cast, as_rows(dy[i], self.dtype)
+            given = (dy_i, rows, kept, w, frame, ab, needs, run.note[i])
+            dx_i, *own_grads = input_grads(*given, *((slope,) if slope else ()))
+            down += own_grads
+            dx = dx_i if dx is None or dx_i is None else dx.add_(dx_i)
         return None if dx is None else (dx,), tuple(down)
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
@@ -146,14 +159,14 @@ class LoRALinear(Stage):
         for frame, part in self.parts:
             w, bias, *ab = own[part]
             assert w is not None
-            a, b = ab[: len(frame.spans)], ab[len(frame.spans) :]
-            scales, spans, impl = frame.scales, frame.spans, frame.impl
-            out.append(lora_linear(x[0], w, bias, a, b, scales, spans, impl=impl))  # type: ignore[arg-type]
+            a, b, scales, spans = frame.adapters(ab)  # type: ignore[arg-type]
+            given = (x[0], w, bias, a, b, scales, spans)
+            out.append(lora_linear(*given, impl=frame.impl, dropout=frame.dropout))
         return tuple(out)
 
     def room(self, like: Tensor, own: Optional, asked: Asked) -> Room | None:
         """A bordered buffer, where one GEMM on it wins once x lies there at no cost."""
-        if len(self.frames) > 1 or self.frames[0].impl is Impl.REFERENCE:
+        if len(self.frames) > 1 or self.frames[0].impl is Impl.REFERENCE or self.drops:
             return None
         (frame,), w, (needs,) = self.frames, own[0], asked.note
         assert w is not None

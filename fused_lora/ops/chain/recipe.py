@@ -21,6 +21,7 @@ class Recipe:
     around: bool = False  # the source itself is the residual
 
     parts: tuple[slice, ...] = field(init=False, compare=False)  # each stage's operands
+    seeds: tuple[int, ...] = field(init=False, compare=False)  # which operands each call draws
     ahead: tuple[str | None, ...] = field(init=False, compare=False)  # the GELU behind a stage
     before: tuple[str | None, ...] = field(init=False, compare=False)  # and the one before it
     _asked: dict[tuple[bool, ...], tuple[Asked, ...]] = field(init=False, compare=False)
@@ -28,6 +29,12 @@ class Recipe:
     def __post_init__(self) -> None:
         slices = consecutive([stage.operands for stage in self.stages])
         object.__setattr__(self, "parts", slices)
+        seeds = [
+            part.start + at
+            for stage, part in zip(self.stages, slices, strict=True)
+            for at in stage.seeds
+        ]
+        object.__setattr__(self, "seeds", tuple(seeds))
         object.__setattr__(self, "_asked", {})
         kinds = [stage.gelu for stage in self.stages]
         object.__setattr__(self, "ahead", (*kinds[1:], None))

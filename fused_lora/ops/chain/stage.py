@@ -75,6 +75,7 @@ class Stage:
     """The base of all stages; they are frozen dataclasses that hold no tensor."""
 
     operands = 0  # how many tensors it owns: weights and adapters
+    seeds: tuple[int, ...] = ()  # which of them are drawn anew for each call
     gelu: str | None = None  # erf or tanh, where it is that and nothing else
 
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:

@@ -127,12 +127,12 @@ def test_scale_and_residual(ends: list[str], wide: bool) -> None:
 
 
 def test_out_where_the_copy_engine_cannot_write(ends: list[str]) -> None:
-    from fused_lora.ops.lora_linear import NO_GRADIENT, compute
+    from fused_lora.ops.lora_linear import NO_GRADIENT, Frame, compute
     from fused_lora.types import Span
 
     x, w, bias = torch.randn(9, D).to(BF16), torch.randn(H, D).to(BF16), torch.randn(H + 1).to(BF16)
     a, b = torch.randn(3, D), torch.randn(H, 3)
-    given = ((0.5,), (Span(0, H, 3),), Impl.CUDA, BF16, (a, b), NO_GRADIENT)
+    given = (Frame((0.5,), (Span(0, H, 3),), Impl.CUDA), BF16, (a, b), NO_GRADIENT)
     whole = torch.full((9, H + 3), 7.0, dtype=BF16)
     for odd in (bias[1:], bias[:-1]):
         done = compute(x, w, odd, *given, ending=Ending("erf"), out=whole[:, :H])

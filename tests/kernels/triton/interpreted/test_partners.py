@@ -15,7 +15,7 @@ from fused_lora.ops import gelu, layer_norm, lora_merge_backends
 from fused_lora.ops.chain import linear as linear_stage
 from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
 from fused_lora.ops.lora_expand import lora_add
-from fused_lora.ops.lora_linear import compute
+from fused_lora.ops.lora_linear import Frame, compute
 from fused_lora.ops.lora_merge import lora_merge
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.lora_mlp import lora_mlp
@@ -191,7 +191,7 @@ def test_dropout_reaches_the_same_kernels_when_compiled(serving):  # noqa: F811
 def test_a_backward_that_triton_cannot_run_has_the_forwards_mask(serving):  # noqa: F811
     x, a = torch.ones(16, 24, requires_grad=True), torch.ones(1, 24)
     h = shrink(x, a, 0.5)
-    serving.setattr("fused_lora.ops.lora_shrink.untouchable", lambda t: "held elsewhere")
+    serving.setattr("fused_lora.ops.dropped.untouchable", lambda t: "held elsewhere")
     (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
     torch.testing.assert_close(dx.sum(1, keepdim=True), h.detach())
 
@@ -276,7 +276,7 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
     serving.setattr("fused_lora.ops.lora_linear.call_plan", lambda *_, **__: plan)
     p = build(CASES[3], BF16, torch.float32)
     for one in endings(p.x.shape[0], p.w.shape[0]):
-        call = (p.scales, p.spans, Impl.AUTO, BF16, (*p.a, *p.b), Needs())
+        call = (Frame(p.scales, p.spans, Impl.AUTO), BF16, (*p.a, *p.b), Needs())
         y, _, _, h, _, u = compute(p.x, p.w, p.bias, *call, ending=one)
 
         def expected(q, one=one):

@@ -38,6 +38,7 @@ def both_ways(monkeypatch, function, operands):
     """Bits of y and every gradient, by programs (twice) and as written."""
 
     def outcome():
+        torch.manual_seed(3)
         y = function()
         return [y, *torch.autograd.grad(y.float().square().sum(), leaves(*operands))]
 
@@ -66,6 +67,21 @@ def test_linear(preferred, dtype, ranks, once):
     kernels = both_ways(preferred, call, (x, *a, *b))
     expected = {"one_pass"} if once else {"extended", "shrink"}
     assert expected | {"partial_sums", "add_slices"} <= set(kernels), kernels
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_dropout_by_a_seed_that_each_run_is_given(preferred, dtype):
+    x = torch.randn(2, 9, D, dtype=dtype, requires_grad=True)
+    w, spans = torch.randn(H, D, dtype=dtype), [Span(0, 24, 3), Span(24, H, 2)]
+    a = [torch.randn(span.rank, D, requires_grad=True) for span in spans]
+    b = [torch.randn(span.width, span.rank, requires_grad=True) for span in spans]
+    call = lambda: op(x, w, None, a, b, [0.5, 2.0], spans, dropout=0.3)  # noqa: E731
+    kernels = both_ways(preferred, call, (x, *a, *b))
+    assert {"shrink", "extended", "partial_sums", "add_slices"} <= set(kernels), kernels
+    preferred.delenv("FUSED_LORA_PROGRAMS")
+    run.forget()
+    first, second = call(), call()
+    assert len(run.programs()) == 1 and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("recompute", ["none", "elementwise", "gemm"])
