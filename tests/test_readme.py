@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, in one process."""
+"""Every Python block of README and docs/usage.md runs, in order, in one process each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/usage.md")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -22,19 +23,20 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     ]
 
 
-def as_script(blocks: list[tuple[int, str]]) -> str:
-    """One script whose tracebacks name the README's lines."""
-    runs = [f"exec(compile({chr(10) * (line - 1) + code!r}, 'README.md', 'exec'))"
+def as_script(blocks: list[tuple[int, str]], page: str = "README.md") -> str:
+    """One script whose tracebacks name the page's lines."""
+    runs = [f"exec(compile({chr(10) * (line - 1) + code!r}, {page!r}, 'exec'))"
             for line, code in blocks]  # fmt: skip
     return "\n".join(runs)
 
 
-def test_blocks_run(tmp_path: Path) -> None:
-    if not README.exists():
-        pytest.skip("no README.md")
-    blocks = python_blocks(README.read_text())
-    assert blocks, "the README shows no Python"
-    command = [sys.executable, "-c", as_script(blocks)]
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run(page: str, tmp_path: Path) -> None:
+    if not (ROOT / page).exists():
+        pytest.skip(f"no {page}")
+    blocks = python_blocks((ROOT / page).read_text())
+    assert blocks, f"{page} shows no Python"
+    command = [sys.executable, "-c", as_script(blocks, page)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
 
@@ -49,3 +51,17 @@ def test_a_failing_block_names_its_line() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1
     assert 'File "README.md", line 9' in done.stderr
+
+
+def test_readme_fits_on_a_few_screens() -> None:
+    if not (ROOT / "README.md").exists():
+        pytest.skip("no README.md")
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda p: p.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} points to {target}"

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("report.html"), help="the report (report.html)")
     add("--verbose", action="store_true", help="where the time of each case goes")
     add("--rows", type=Path, metavar="FOLDER", help="also append rows as JSON lines below it")
-    add("--readme", type=Path, metavar="FILE", help="only rewrite its table from --rows")
+    add("--readme", type=Path, metavar="FILE", help="only rewrite its tables from --rows")
     return made
 
 

@@ -1,4 +1,4 @@
-"""The README's measurements, generated from recorded rows."""
+"""The tables of README and docs/benchmarks.md, generated from recorded rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fused_lora.bench import rows
 from fused_lora.bench.compact import TITLES, comparisons, host_lines, markdown
+from fused_lora.bench.overview import overview
 from fused_lora.bench.plan_choice import rows as plan_rows
 from fused_lora.bench.plan_choice.table import summary
 from fused_lora.bench.rows import Row
@@ -16,22 +17,29 @@ from fused_lora.bench.saved_bytes.table import markdown_lines
 from fused_lora.bench.sharing import rows as sharing_rows
 from fused_lora.bench.sharing.table import markdown_lines as sharing_lines
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"  # all tables
+OVERVIEW = ("<!-- overview:begin -->", "<!-- overview:end -->")  # the one of all methods
 
 
-def rewrite(readme: Path, folder: Path) -> bool:
-    """Put what ``folder`` holds between the markers of ``readme``; whether that changed the file.
+def rewrite(page: Path, folder: Path) -> bool:
+    """Put what ``folder`` holds between the markers of ``page``; whether that changed the file.
 
     Raises:
-        ValueError: the markers are missing.
+        ValueError: it has no markers, or one without the other.
     """
-    text = readme.read_text(encoding="utf-8")
-    head, found, rest = text.partition(BEGIN)
-    _, closed, tail = rest.partition(END)
-    if not found or not closed:
-        raise ValueError(f"{readme} has no {BEGIN} ... {END}")
-    changed = f"{head}{BEGIN}\n{measured(folder)}\n{END}{tail}"
-    readme.write_text(changed, encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    changed = text
+    for (begin, end), made in (((BEGIN, END), measured), (OVERVIEW, overview)):
+        if (begin in text) != (end in text):
+            raise ValueError(f"{page} has one of {begin} and {end}, not both")
+        if begin in text:
+            head, _, rest = changed.partition(begin)
+            changed = f"{head}{begin}\n{made(folder)}\n{end}{rest.partition(end)[2]}"
+    if BEGIN not in text and OVERVIEW[0] not in text:
+        raise ValueError(
+            f"{page} has neither {BEGIN} ... {END} nor {OVERVIEW[0]} ... {OVERVIEW[1]}"
+        )
+    page.write_text(changed, encoding="utf-8")
     return changed != text
 
 

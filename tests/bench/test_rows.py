@@ -10,7 +10,7 @@ import pytest
 from fused_lora.bench import table
 from fused_lora.bench.measure import _cases
 from fused_lora.bench.provenance import provenance, slug
-from fused_lora.bench.readme import BEGIN, END, measured, rewrite
+from fused_lora.bench.readme import BEGIN, END, OVERVIEW, measured, rewrite
 from fused_lora.bench.rows import append, newest, read
 from fused_lora.bench.shapes import grid
 from tests.bench.samples import ORIGIN, row
@@ -67,6 +67,27 @@ def test_readme_without_markers_is_named(tmp_path: Path) -> None:
     readme.write_text("# nothing here\n")
     with pytest.raises(ValueError, match="README.md"):
         rewrite(readme, tmp_path)
+
+
+def test_a_marker_without_its_end_is_named(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"# before\n{BEGIN}\n")
+    with pytest.raises(ValueError, match="one of <!-- bench:begin -->"):
+        rewrite(page, tmp_path)
+    assert page.read_text() == f"# before\n{BEGIN}\n"
+
+
+def test_the_overview_has_a_line_for_each_method_with_rows(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("\n".join(["# before", *OVERVIEW, "after\n"]))
+    assert rewrite(page, tmp_path) and "No rows are recorded yet." in page.read_text()
+    naive = row("naive", ratio_naive=1.0)
+    case = replace(naive.case, suite="train_step", model="vit_small_patch16_224", batch=8, rank=16)
+    append([replace(r, case=case) for r in (naive, row("fused_block", ratio_naive=0.75))], tmp_path)
+    assert rewrite(page, tmp_path)
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")][2:]
+    assert [line.split(" | ")[3] for line in lines] == ["1.00", "0.75"]
+    assert page.read_text().endswith("after\n") and not rewrite(page, tmp_path)
 
 
 def test_readme_without_rows_says_so(tmp_path: Path) -> None:
