@@ -8,7 +8,7 @@ a gradient reads it) and at most the bytes of h; x is never copied to fp32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -179,10 +179,10 @@ class LoRALinear:
     frame: Frame
     dtype: torch.dtype  # that it computes in
 
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Which inputs are seeds."""
-        return self.frame.seeds(1)
+    seeds: tuple[int, ...] = field(init=False, compare=False)  # which inputs each call draws
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", self.frame.seeds(1))
 
     def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Tensor, Saved]:
         """y [..., N]."""

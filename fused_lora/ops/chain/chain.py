@@ -11,7 +11,7 @@ that never runs its last stage twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -100,10 +100,10 @@ class Chain:
 
     recipe: Recipe
 
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Which inputs are seeds."""
-        return tuple(FIXED + at for at in self.recipe.seeds)
+    seeds: tuple[int, ...] = field(init=False, compare=False)  # which inputs each call draws
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", tuple(FIXED + at for at in self.recipe.seeds))
 
     def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Tensor, Saved]:
         """y [..., N]."""
