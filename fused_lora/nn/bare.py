@@ -92,7 +92,8 @@ def reading(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]
 @functools.cache
 def _made(plain: Any, tensors: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {name: _property(name) for name in tensors}
-    members |= {"_fused_lora_reads": tensors, "__reduce_ex__": _reduce, "__module__": __name__}
+    members |= {"_fused_lora_reads": tensors, "__reduce_ex__": _reduce}
+    members["__module__"] = plain.__module__  # torch.fx leaves modules of torch's whole
     members |= {"__setattr__": _set, "__delattr__": _delete, "register_parameter": _register}
     return type(f"FusedLoRA{plain.__name__}", (plain,), members)
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from fused_lora.nn.graph_tools import Unscripted, as_one_node, refuse_constant
 from fused_lora.nn.read import read_weight
 from fused_lora.nn.stand_in import bound_forward, made_weight, odd_weight, why_not_stood_in
 from fused_lora.nn.watch import why_watched
@@ -38,12 +40,16 @@ def classes() -> tuple[type[nn.Module], type[nn.Module]]:
     """PEFT's ``Linear`` with a fused forward, and one whose ``weight``, when read, is w' too."""
     from peft.tuners.lora.layer import Linear
 
-    class FusedPeftLinear(Linear):
+    class FusedPeftLinear(Unscripted, Linear):
+        unscripted_cure = "call merge_and_unload() first"
+
         def _get_name(self) -> str:
             return "Linear"  # PEFT tells modules apart by what they print
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             names = () if args or _says(kwargs) else usable(self, x)
+            if not names and isinstance(x, Proxy):
+                return as_one_node(self, x, x, *args, **kwargs)  # type: ignore[no-any-return]
             if not names:
                 return super().forward(x, *args, **kwargs)
             base: Any = self.base_layer
@@ -58,6 +64,7 @@ def classes() -> tuple[type[nn.Module], type[nn.Module]]:
             names = usable(self, None)
             if not names:
                 return w
+            refuse_constant("w + s b a, an adapted weight,")
             a, b, s = _stacked(self, names)
             return read_weight(w, [a], [b], [s], [Span(0, w.shape[0], len(a))])
 

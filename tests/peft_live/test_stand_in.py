@@ -90,7 +90,7 @@ def test_found_by_patch_it_is_left_to_peft_or_computed_alike(kind):
 
 
 def test_base_weight_of_another_type():
-    """As torchao's conversions leave it: the class is nn.Linear's, the weight computes by itself."""
+    """As torchao's conversions leave it: an nn.Linear whose weight computes by itself."""
     from torch.testing._internal.two_tensor import TwoTensor
 
     plain, fused, x = twins()
