@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_lora.io import convolutions
 from fused_lora.io.attention import from_peft, to_peft
 from fused_lora.io.blocks import LAYOUTS, dense, in_blocks
 from fused_lora.io.describe import config_for
@@ -92,6 +93,7 @@ def save(
     ranks = {name: total_rank(each) for name, each in groups.items()}
     scales = {name: outer_scale(each) for name, each in groups.items()}
     tensors, ranks, scales = to_peft(module_names(model), tensors, ranks, scales)
+    tensors, ranks, scales = convolutions.to_peft(module_names(model), tensors, ranks, scales)
     for key, tensor in whole_state(model, others).items():
         check_values(tensor, key)
         tensors[key] = gathered(tensor)
@@ -193,6 +195,7 @@ def _changes(
         kind = adapters if key in own or ".lora_" in key or key.startswith(ASIDE) else others
         kind[key] = tensor
     adapters, settings = from_peft(module_names(model), adapters, settings, where)
+    adapters, settings = convolutions.from_peft(module_names(model), adapters, settings)
     old = old_names(modules, adapters)
     adapters = {renamed(key, old): tensor for key, tensor in adapters.items()}
     former = {new: name for name, new in old.items()}

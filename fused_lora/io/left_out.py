@@ -10,6 +10,7 @@ from torch import nn
 
 from fused_lora.io.errors import AdapterFileError
 from fused_lora.io.keys import ASIDE, PREFIX, some
+from fused_lora.nn.kernel import why_not_kernel
 
 ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_A", ".lora_B")
 
@@ -66,11 +67,15 @@ def check_adapted(
     if not known or strange - known.keys():
         return  # names of another release, or of another model: said elsewhere
     kinds = {name: type(module).__name__ for name, module in known.items()}
-    linears = [name for name, module in known.items() if isinstance(module, nn.Linear)]
+    adaptable = [
+        name
+        for name, module in known.items()
+        if isinstance(module, nn.Linear) or not why_not_kernel(module)
+    ]
     cure = (
         "patch the model as it was, patch(model, peft.LoraConfig.from_pretrained(folder))"
-        if linears
-        else "what is no linear cannot be adapted here"
+        if adaptable
+        else "none of them can be adapted here"
     )
     more = f" and {len(kinds) - 3} more" if len(kinds) > 3 else ""
     shown = ", ".join(f"{name} (a {kind})" for name, kind in list(kinds.items())[:3])

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -17,6 +18,7 @@ from fused_lora.nn.borrow import borrow
 from fused_lora.nn.box import Box
 from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
 from fused_lora.nn.fp8 import BaseCodes
+from fused_lora.nn.graph_tools import Unscripted, as_one_node
 from fused_lora.nn.inits import OF_WEIGHT, check_start, draw
 from fused_lora.nn.loan import borrowers_of
 from fused_lora.nn.scope import taken
@@ -75,7 +77,7 @@ def check_rank(rank: int, where: str) -> None:
         raise ValueError(f"{where}: rank must be a whole number from 1 on, got {rank!r}")
 
 
-class AdaptedLinear(WithVariants):
+class AdaptedLinear(Unscripted, WithVariants):
     """An ``nn.Linear`` with one adapter (a, b) per named group of output columns.
 
     Parameters beyond the linear's own: ``lora_A`` [R, K] and ``lora_B`` [columns, R], with the
@@ -237,12 +239,15 @@ class AdaptedLinear(WithVariants):
         parts = borrow([*a, *b], [*boxes, *(Box(0, span.width, span.rank) for span in used)])
         return parts[: len(a)], parts[len(a) :]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., out_features] of x [..., in_features]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., out_features] of x [..., in_features], which goes by torch.nn.Linear's name."""
+        x = input
         if self._sibling and (y := taken(self, x)) is not None:
             return y
         if torch.compiler.is_compiling() or transformed():
             return self._as_written(x)
+        if isinstance(x, Proxy):
+            return as_one_node(self, x, x)  # type: ignore[no-any-return]
         own = self.__dict__
         memo = own.get("_memo") or self._new_memo()
         operands, held = self._gather()

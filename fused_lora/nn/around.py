@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
+from fused_lora.nn.graph_tools import as_one_node
 from fused_lora.nn.linear import become, ranks_of
 from fused_lora.nn.stand_in import bound_forward, made_weight, offloaded
 from fused_lora.ops.lora_expand import lora_add
@@ -30,13 +32,16 @@ class AroundLinear(AdaptedLinear):
 
     around = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., out_features] of x [..., in_features]."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """y [..., out_features] of x [..., in_features], by whatever name the linear knows it."""
+        (x,) = (*args, *kwargs.values())
+        if isinstance(x, Proxy):
+            return as_one_node(self, x, *args, **kwargs)  # type: ignore[no-any-return]
         if self._base:
             if not self.adapter_enabled:
                 return self._own(x, self._base[0])
             self._refuse_training_merged()
-        y = super(AdaptedLinear, self).forward(x)  # the linear's own
+        y = super(AdaptedLinear, self).forward(*args, **kwargs)  # the linear's own
         if self._base or not self.adapter_enabled:
             return y
         dropout = self.config.dropout if self.training else 0.0

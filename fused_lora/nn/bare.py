@@ -72,7 +72,7 @@ class FusedLoRAChild(FusedLoRARead):
         self.check_releasable()
         owner, tensor = self.__dict__["_home"]
         if self.merged:
-            self.base.requires_grad_(self._base[0].requires_grad)
+            own_tensor(owner, tensor).requires_grad_(self._base[0].requires_grad)
         del owner._modules[child_name(tensor)]
         left = tuple(t for t in type(owner)._fused_lora_reads if t != tensor)
         owner.__class__ = reading(_plain(type(owner)), left)
@@ -80,8 +80,8 @@ class FusedLoRAChild(FusedLoRARead):
 
 
 def child_name(tensor: str) -> str:
-    """``in_proj`` of ``in_proj_weight``."""
-    return tensor.removesuffix("_weight")
+    """``in_proj`` of ``in_proj_weight``; ``kernel`` of a convolution's ``weight``."""
+    return "kernel" if tensor == "weight" else tensor.removesuffix("_weight")
 
 
 def reading(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
@@ -92,7 +92,8 @@ def reading(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]
 @functools.cache
 def _made(plain: Any, tensors: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {name: _property(name) for name in tensors}
-    members |= {"_fused_lora_reads": tensors, "__reduce_ex__": _reduce, "__module__": __name__}
+    members |= {"_fused_lora_reads": tensors, "__reduce_ex__": _reduce}
+    members["__module__"] = plain.__module__  # torch.fx leaves modules of torch's whole
     members |= {"__setattr__": _set, "__delattr__": _delete, "register_parameter": _register}
     return type(f"FusedLoRA{plain.__name__}", (plain,), members)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from fused_lora.nn import block_parts as parts
@@ -45,6 +46,8 @@ class FusedLoRABlock(Fused):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the plain class has it."""
+        if isinstance(x, Proxy):  # others of its arguments may be proxies too
+            return super().forward(x, *args, **kwargs)
         if args or kwargs or torch.compiler.is_compiling() or transformed():
             return self._as_written(x, *args, **kwargs)
         attention, mlp = self.__dict__.get("_halves") or self._new_halves()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fused_lora.nn import block_parts as parts
 from fused_lora.nn.block_swap import Fused
@@ -29,7 +30,7 @@ class FusedLoRAMlp(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
-        if torch.compiler.is_compiling() or transformed():
+        if torch.compiler.is_compiling() or transformed() or isinstance(x, Proxy):
             return super().forward(x)
         (half,) = self.__dict__.get("_halves") or self._new_halves()
         return half(self, x)  # type: ignore[no-any-return]

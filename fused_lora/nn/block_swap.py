@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fused_lora.nn.graph_tools import Unscripted
 from fused_lora.nn.stand_in import rebind
 from fused_lora.ops.operand import RECOMPUTE, check_recompute
 
 F = TypeVar("F", bound="Fused")
 
 
-class Fused(nn.Module):
+class Fused(Unscripted, nn.Module):
     """The half of an adopted module's class that comes first; the other is the class it had.
 
     What this half cannot compute is left to the other's own forward.

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fused_lora.nn.adapted import check_rank
+from fused_lora.nn.graph_tools import Unscripted, as_one_node
 from fused_lora.nn.vanilla import settle
 
 
-class FusedLoRAConv2d(nn.Conv2d):
+class FusedLoRAConv2d(Unscripted, nn.Conv2d):
     """An ``nn.Conv2d`` with one adapter on its kernel; made of a convolution by ``adopt``."""
 
     scale: float
@@ -69,9 +71,11 @@ class FusedLoRAConv2d(nn.Conv2d):
             summed = torch.addmm(flat, self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scale)
             return summed.view_as(self.weight).to(self.weight.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """y [B, N, height', width'] of x [B, C, height, width]."""
-        return self._conv_forward(x, self.kernel(), self.bias)
+        if isinstance(input, Proxy):
+            return as_one_node(self, input, input)  # type: ignore[no-any-return]
+        return self._conv_forward(input, self.kernel(), self.bias)
 
     def release(self, merge: bool = False) -> nn.Conv2d:
         """Become a plain ``nn.Conv2d`` again; ``merge`` keeps w', in a parameter of its own."""

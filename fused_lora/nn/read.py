@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fused_lora.nn.adapted import STATE, AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
+from fused_lora.nn.graph_tools import refuse_constant
 from fused_lora.nn.stand_in import rebind, why_not_stood_in
 from fused_lora.nn.weight_read import (
     keep_deleted,
@@ -87,9 +88,13 @@ class FusedLoRARead(AdaptedLinear):
         if self._base:
             self._refuse_training_merged()
             return base
+        return watched(self._formed(base), base)
+
+    def _formed(self, w: Tensor) -> Tensor:  # [N, K]
+        refuse_constant("w + s b a, an adapted weight,")
         a, b = self._operands()
         scales = self._scales if torch.compiler.is_compiling() else self.scales
-        return watched(read_weight(base, a, b, scales, self._used), base)
+        return read_weight(w, a, b, scales, self._used)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ``nn.Module``'s; but w' is no parameter, whatever takes it for one."""

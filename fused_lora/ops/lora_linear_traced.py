@@ -1,7 +1,9 @@
-"""lora_linear under ``torch.compile``: registered ops with fake and autograd formulas.
+"""lora_linear under ``torch.compile`` and ``torch.export``: registered ops.
 
 M may be symbolic, so what is kept for backward is settled from K, N and the ranks alone
 (``plan.choose.traced_keep``); the strategies are chosen at run time among those that keep it.
+An exported program has an op of its own, one node too, which runs as an eager call does and which
+``run_decompositions`` and ONNX's exporter take apart into torch's operations.
 Importing this module registers the ops.
 """
 
@@ -14,15 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import lora_linear as eager
 from fused_lora.ops.lora_linear import Frame
+from fused_lora.ops.lora_linear_plain import plain
 from fused_lora.ops.planning import halves_of, plan_for, problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved, WithoutBackward
-from fused_lora.programs.run import call, refuse_double_backward
+from fused_lora.programs.run import call, refuse_double_backward, transformed
 from fused_lora.reference import lora_linear as reference
 from fused_lora.types import ALONE, Forward, Gradient, Impl, Keep, Needs, Plan, Span
 
@@ -34,6 +38,11 @@ LIBRARY.define(
 LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor w, Tensor kept, Tensor[] a, Tensor[] b, "
     "Tensor scales, int[] spans, int needs, str keep, str impl) -> Tensor[]"
+)
+
+LIBRARY.define(
+    "lora_linear_exported(Tensor x, Tensor w, Tensor? bias, Tensor[] a, Tensor[] b, "
+    "Tensor scales, int[] spans, str impl) -> Tensor"
 )
 
 
@@ -58,6 +67,10 @@ def traced(
     if impl is Impl.REFERENCE:
         a, b = ([half.to(dtype) for half in halves] for halves in (a, b))
         y = reference.forward(rows, w, bias, a, b, scales, spans)  # type: ignore[arg-type]
+        return y.reshape(*x.shape[:-1], n)
+    if torch.compiler.is_exporting():
+        given = (rows, w, bias, list(a), list(b), scales, _flat(spans), impl.value)
+        y = torch.ops.fused_lora.lora_linear_exported(*given)
         return y.reshape(*x.shape[:-1], n)
     needs = _asked(rows, w, bias, a, b)
     keep = traced_keep(problem(1, k, n, spans, dtype, bias is not None, needs))
@@ -162,6 +175,24 @@ def _forward(
         return call(_Forward(frame, needs, keep), (x, w, bias, *a, *b))  # type: ignore[no-any-return]
 
 
+def _exported(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: Tensor,
+    spans: list[int],
+    impl: str,
+) -> Tensor:
+    """As an eager call where numbers are given; where a graph is made, torch's own operations."""
+    columns = _spans(tuple(spans))
+    if torch.compiler.is_compiling() or transformed() or is_in_torch_dispatch_mode():
+        numbers = [scales[i].to(x.dtype) for i in range(len(columns))]
+        return plain(x, w, bias, a, b, numbers, columns, x.dtype)  # type: ignore[arg-type]
+    return eager.lora_linear(x, w, bias, a, b, scales, columns, impl=impl)
+
+
 def _forward_fake(
     x: Tensor,
     w: Tensor,
@@ -251,6 +282,7 @@ def _autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
 
 
 LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("lora_linear_exported", _exported, "CompositeImplicitAutograd")
 LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_lora::lora_linear", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("fused_lora::lora_linear_backward", _backward_fake, lib=LIBRARY)

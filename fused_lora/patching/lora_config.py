@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fused_lora.nn.kernel import is_convolution, why_not_kernel
 from fused_lora.patching.errors import PatchError
 
 SERVED = frozenset({
@@ -102,6 +103,13 @@ class Named:
         named = ((n, m) for n, m in self.model.named_modules() if isinstance(m, nn.Linear))
         return [name for name, _ in named if name not in found and name in self]
 
+    def convolutions(self) -> list[str]:
+        """Those that it names and whose kernel can be adapted as PEFT adapts it."""
+        if self.everything:
+            return []
+        named = ((n, m) for n, m in self.model.named_modules() if is_convolution(m))
+        return [name for name, m in named if name in self and not why_not_kernel(m)]
+
     def check(self, found: Iterable[str], served: Iterable[str]) -> None:
         """Raises PatchError for a target that nothing answers to, or where nothing is served.
 
@@ -111,9 +119,11 @@ class Named:
         """
         found, targets = list(found), self.config.target_modules
         linears = (n for n, m in self.model.named_modules() if isinstance(m, nn.Linear))
-        there = {*found, *linears}
+        there = {*found, *linears, *self.convolutions()}
         for target in sorted(targets or ()) if not isinstance(targets, str) else ():
-            if not any(name == target or name.endswith(f".{target}") for name in there):
+            if not any(_hits(target, name) for name in there):
+                if reasons := self._why_not_convolutions(target):
+                    raise PatchError(f"LoraConfig.target_modules names {target!r}: {reasons}")
                 raise PatchError(
                     f"LoraConfig.target_modules names {target!r}, which is no projection of a "
                     f"block of {type(self.model).__name__} and no linear beside them; the "
@@ -122,18 +132,33 @@ class Named:
         if not list(served):
             raise PatchError(f"LoraConfig.target_modules {targets!r} matches none of {found[:6]}")
 
+    def _why_not_convolutions(self, target: str) -> str:
+        named = ((n, m) for n, m in self.model.named_modules() if _hits(target, n))
+        reasons = [f"{n}, {why_not_kernel(m)}" for n, m in named if is_convolution(m)]
+        return "; ".join(reasons[:3])
+
     def passed_over(self, served: Iterable[str]) -> dict[str, str]:
         """What else PEFT would adapt, and why it stays as it is here."""
         if self.everything:
             return {}
         served = set(served)
         return {
-            name: "named by the LoraConfig, but no projection of a block and no linear: a "
-            f"{type(module).__name__}"
+            name: f"named by the LoraConfig, but {_why_left(module, self.config)}"
             for name, module in self.model.named_modules()
             if name not in served and getattr(module, "weight", None) is not None
             if not isinstance(module, nn.Linear) and name in self
         }
+
+
+def _hits(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _why_left(module: nn.Module, config: Any) -> str:
+    if is_convolution(module):
+        dropped = f"lora_dropout={config.lora_dropout} would drop from the images of a convolution"
+        return why_not_kernel(module) or dropped
+    return f"no projection of a block, no linear, no convolution: a {type(module).__name__}"
 
 
 def _check_served(config: Any) -> None:

@@ -20,6 +20,7 @@ from fused_lora.nn import (
 from fused_lora.nn.adapted import merge_together
 from fused_lora.nn.around import standing_in
 from fused_lora.nn.fp8 import weight_error
+from fused_lora.nn.kernel import FusedLoRAKernel, is_convolution
 from fused_lora.ops.sharded import is_sharded
 from fused_lora.patching.asked import choice_of, options_given
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
@@ -302,6 +303,8 @@ def _adopt_one(target: Target, options: dict[str, Any]) -> AdaptedLinear:
         target.spans,
         target.ranks,
     )
+    if is_convolution(module):
+        return FusedLoRAKernel.attach(module, ranks[""], **options)
     if tensor != "weight":
         return FusedLoRAChild.attach(module, tensor, spans, ranks, **options)
     assert isinstance(module, nn.Linear)
@@ -343,7 +346,7 @@ def _report(
 ) -> PatchReport:
     rows = []
     for target in targets:
-        module = model.get_submodule(target.found.name)
+        module = model.get_submodule(target.found.path)
         assert isinstance(module, AdaptedLinear)
         m = rows_per_image[target.found.name] * batch_size
         rows.append(

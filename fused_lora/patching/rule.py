@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fused_lora.nn.bare import child_name
+from fused_lora.nn.kernel import is_convolution
 from fused_lora.patching.vocabulary import RULES, Rule, projection
 from fused_lora.types import Role
 
@@ -28,6 +30,11 @@ class Found:
     roles: tuple[Role, ...]
     tensor: str = "weight"  # the weight's name in ``module``
     kind: str = ""  # of the module that the rule matched; alike ones take their columns apart alike
+
+    @property
+    def path(self) -> str:
+        """Where its adapters are: in the linear, or in a child of the weight's holder."""
+        return f"{self.name}.{child_name('weight')}" if is_convolution(self.module) else self.name
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.nn.around import opaque, why_not_around
 from fused_lora.nn.inits import OF_WEIGHT
+from fused_lora.nn.kernel import is_convolution, why_not_kernel
 from fused_lora.nn.read import READABLE
 from fused_lora.nn.stand_in import made_weight, offloaded, why_not_stood_in
 from fused_lora.ops.lora_linear_checks import DTYPES
@@ -89,6 +90,8 @@ def _named(model: nn.Module, found: list[Found], choice: Choice) -> list[Found]:
     named, names = Named.by(choice.only, model), [each.name for each in found]
     mine = set(named.among(names))
     beside = named.linears_beside(each.name for each in find(model))
+    if not choice.config.dropout:  # which drops from images, and not from what a read gives
+        beside += named.convolutions()
     leave = [re.compile(key) for key in choice.selection.exclude]
     beside = [name for name in beside if not any(key.search(name) for key in leave)]
     if choice.selection.layers is not None:
@@ -151,7 +154,7 @@ def _target(
             f"{found.name} is neither called nor read by the model's forward: an adapter there "
             "would silently do nothing"
         )
-    read = sight.read or _reads_at_will(model, found)
+    read = sight.read or _reads_at_will(model, found) or is_convolution(found.module)
     n, k = _shape(found)
     spans = _spans(found, n, columns, choice)
     first = found.roles[0] if found.roles else None  # a linear beside the blocks
@@ -217,7 +220,7 @@ def _shape(found: Found) -> tuple[int, int]:
     module = found.module
     if found.tensor == "weight" and isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    n, k = _weight(found).shape
+    n, k = _weight(found).flatten(1).shape
     return n, k
 
 
@@ -228,7 +231,9 @@ def keeps_its_forward(module: nn.Module) -> bool:
 
 def _check_adoptable(model: nn.Module, found: Found) -> None:
     try:
-        if found.tensor == "weight" and not _reads_at_will(model, found):
+        if is_convolution(found.module):
+            assert why_not_kernel(found.module) is None
+        elif found.tensor == "weight" and not _reads_at_will(model, found):
             check_adoptable(found.module, found.name)
     except TypeError as error:
         raise PatchError(str(error)) from None

@@ -8,6 +8,7 @@ import random
 import tempfile
 
 import torch
+from accelerate.hooks import attach_align_device_hook_on_blocks, remove_hook_from_submodules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -18,6 +19,10 @@ from fused_lora.nn import AdaptedLinear
 ALLOWED = (RuntimeError, ValueError, TypeError)  # with a sentence that names something
 LINEARS = ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2")
 NAMES = ("blocks", "merged", "patch", "adapters", "state_dict")  # one of them is in every refusal
+SELDOM = {
+    "compile": 0.3,
+    "call the compiled": 1.0,
+}  # how often, beside 1 of others: it takes seconds
 
 
 def tiny() -> nn.Module:
@@ -43,6 +48,7 @@ class Walk:
         self.frozen: set[str] = set()
         self.saved: dict[str, dict[str, tuple]] | None = None
         self.state: tuple | None = None
+        self.compiled: tuple[nn.Module, nn.Module] | None = None  # of which model
         self.folder = tempfile.TemporaryDirectory()
         self.done: list[str] = []
 
@@ -50,6 +56,8 @@ class Walk:
         """As many random actions, compared after each."""
         for i in range(steps):
             name = self.random.choice(sorted(ACTIONS))
+            if self.random.random() > SELDOM.get(name, 1.0):
+                name = "eval"
             if i == 0 and self.random.random() < 0.75:  # else most of them meet a plain model
                 name = "patch"
             self.done.append(name)
@@ -59,6 +67,8 @@ class Walk:
                 assert any(word in str(error) for word in NAMES), (self.done, error)
                 self.done[-1] += " (refused)"
             self.compare()
+        if self.compiled:
+            torch._dynamo.reset()
 
     # the naive model
 
@@ -87,12 +97,15 @@ class Walk:
             for handle in handles:
                 handle.remove()
 
-    def compare(self) -> None:
+    def compare(self, run: nn.Module | None = None) -> None:
+        """Outputs and gradients of the model, or of what runs it, and the naive one's."""
         model, said = self.model, (self.done,)
+        run = model if run is None else run
         x = torch.randn(2, 3, 8, 8, dtype=next(model.parameters()).dtype)
         training = model.training
         with torch.no_grad():
-            close(model.eval()(x), self.naive(x), said)
+            model.eval()
+            close(run(x), self.naive(x), said)
         model.train(training)
         modules = dict(model.named_modules())
         merged = any(isinstance(m, AdaptedLinear) and m.merged for m in modules.values())
@@ -105,7 +118,7 @@ class Walk:
         }
         for parameter in model.parameters():
             parameter.grad = None
-        model(x).square().sum().backward()
+        run(x).square().sum().backward()
         self.naive(x, leaves).square().sum().backward()
         for key, halves in leaves.items():
             name, _, group = key.partition("|")
@@ -298,6 +311,30 @@ def _merge_and_back(walk: Walk) -> None:
     fused_lora.unmerge(walk.model)
 
 
+def _compile(walk: Walk) -> None:
+    torch._dynamo.reset()
+    walk.compiled = walk.model, torch.compile(walk.model, backend="eager")
+    walk.compare(walk.compiled[1])
+
+
+def _call_the_compiled(walk: Walk) -> None:
+    """Whatever happened to the model since is seen."""
+    if walk.compiled and walk.compiled[0] is walk.model:
+        walk.compare(walk.compiled[1])
+
+
+def _dispatch(walk: Walk) -> None:
+    cpu = torch.device("cpu")
+    devices = {name: cpu for name, _ in walk.model.named_children()} | {"": cpu}
+    attach_align_device_hook_on_blocks(walk.model, execution_device=devices)
+
+
+def _pickle(walk: Walk) -> None:
+    if any("_hf_hook" in module.__dict__ for module in walk.model.modules()):
+        return  # accelerate's forwards are local functions, which pickle does not take
+    walk.model = pickle.loads(pickle.dumps(walk.model))
+
+
 ACTIONS = {
     "patch": _patch,
     "patch again": _patch,
@@ -311,7 +348,11 @@ ACTIONS = {
     "checkpoint": _checkpoint,
     "resume": _resume,
     "deepcopy": _replace(copy.deepcopy),
-    "pickle": _replace(lambda model: pickle.loads(pickle.dumps(model))),
+    "pickle": _pickle,
+    "compile": _compile,
+    "call the compiled": _call_the_compiled,
+    "dispatch": _dispatch,
+    "take the dispatch off": lambda walk: remove_hook_from_submodules(walk.model),
     "double": _to(torch.float64),
     "float": _to(torch.float32),
     "through meta": _through_meta,

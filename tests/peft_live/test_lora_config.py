@@ -60,7 +60,9 @@ def test_the_patch_embedding_that_shares_a_name_stays_as_it_is():
     assert type(model.patch_embed.proj) is nn.Conv2d
     assert len(report.rows) == 8
     assert list(report.left_alone) == ["patch_embed.proj"]
-    assert "left alone: patch_embed.proj: named by the LoraConfig, but no" in str(report)
+    assert "left alone: patch_embed.proj: named by the LoraConfig, but lora_dropout=0.1" in str(
+        report
+    )
     assert model.blocks[0].attn.qkv.config.dropout == 0.1
     assert list(model.blocks[0].attn.qkv.groups) == [""]
 
