@@ -37,7 +37,10 @@ def check_dropout(dropout: float, where: str) -> None:
 
 def drawn() -> Tensor:
     """A seed of torch's global generator, an int64 on the CPU; a compiler draws each call's own."""
-    return torch.ops.aten.random.default(torch.empty((), dtype=torch.int64, device="cpu"))
+    seed = torch.empty((), dtype=torch.int64, device="cpu")
+    if torch.compiler.is_compiling():  # which sees no write to a tensor of its own as a draw
+        return torch.ops.aten.random.default(seed)
+    return seed.random_()
 
 
 def seeded(operation: Any, inputs: Sequence[Any]) -> list[Any]:

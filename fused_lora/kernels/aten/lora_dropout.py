@@ -11,6 +11,8 @@ in every dtype, and 1 / (1 - p) is the factor of a product.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -67,8 +69,24 @@ def _kept(like: Tensor, p: float, seed: Seed, counted: bool) -> Tensor:
         return torch.empty_like(like)
     if counted:
         return reference.keep(*like.shape, p, int(seed), 0, like.device).to(like.dtype)
-    generator = torch.Generator(like.device).manual_seed(int(seed))
+    generator = _generators.of(like.device).manual_seed(int(seed))
     return torch.empty_like(like).bernoulli_(1.0 - p, generator=generator)
+
+
+class _Generators(threading.local):
+    """One of each thread and device, seeded for each mask."""
+
+    def __init__(self) -> None:
+        self.made: dict[torch.device, torch.Generator] = {}
+
+    def of(self, device: torch.device) -> torch.Generator:
+        """That of ``device``."""
+        if device not in self.made:
+            self.made[device] = torch.Generator(device)
+        return self.made[device]
+
+
+_generators = _Generators()
 
 
 def _as(like: Tensor, *rest: object) -> Tensor:
