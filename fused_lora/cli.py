@@ -221,6 +221,10 @@ def _backends() -> Iterator[tuple[str, str]]:
     yield "aten", "available"
     yield "triton", available.why_not() or TRITON
     yield "cuda", native.why_not() or CUDA
+    if native.why_not_here() is None:
+        yield "compiled for", ", ".join(native.archs())
+        for kernel, code in native.compiled_without().items():
+            yield f"cuda {kernel}", f"compiled without {code}: empty, and not used"
 
 
 def _variable(name: str) -> str:

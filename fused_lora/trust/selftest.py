@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fused_lora.kernels.cuda import lora_linear as hopper
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import available, spills
 from fused_lora.trust.check import NotNow
@@ -104,6 +105,8 @@ def _result(checked: Checked, device: torch.device) -> Result:
 def _why_not(checked: Checked, device: torch.device) -> str | None:
     if checked.subject.backend == "triton":
         return available.why_not(device, DTYPES[checked.subject.dtype])
+    if checked.subject.kernel.startswith("lora_linear"):
+        return hopper.why_not(device)
     return native.why_not_on(device)
 
 
