@@ -27,6 +27,13 @@ VARIABLES: dict[str, str] = {
         "when a kernel is checked on this device before it serves: first (the default; the verdict "
         "is kept on disk), always (once in every process) or off (never)"
     ),
+    "FUSED_LORA_CHECK_SECONDS": (
+        "the time limit of one such check; a kernel whose check takes longer is found wrong; "
+        "default 60"
+    ),
+    "FUSED_LORA_CHECK_PROCESS": (
+        "0 checks kernels in the process that asks, where a fault of one is a fault of that process"
+    ),
     "FUSED_LORA_FUZZ_SEQUENCES": (
         "tests: how many random orders of patch, merge, save, prune, ... are walked; default 500"
     ),

@@ -1,7 +1,7 @@
-#include "common/device_guard.h"
-
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+
+#include "common/device_guard.h"
 
 namespace fused_lora {
 namespace {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from fused_lora.kernels.cuda import lora_linear as hopper
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import available, spills
-from fused_lora.trust.check import NotNow
+from fused_lora.trust.check import NotNow, products_as
 from fused_lora.trust.everything import everything
 from fused_lora.trust.subjects import DTYPES, Checked
 from fused_lora.trust.verdict import Subject, Verdict
@@ -95,7 +94,7 @@ def _result(checked: Checked, device: torch.device) -> Result:
     try:
         if reason := _why_not(checked, device):
             raise NotNow(reason)
-        with _products(checked.subject.dtype):
+        with products_as(checked.subject.dtype):
             verdict = renew(checked, device)
     except NotNow as reason:
         return Result(checked.subject, None, str(reason), 0.0)
@@ -108,18 +107,6 @@ def _why_not(checked: Checked, device: torch.device) -> str | None:
     if checked.subject.kernel.startswith("lora_linear"):
         return hopper.why_not(device)
     return native.why_not_on(device)
-
-
-@contextmanager
-def _products(dtype: str) -> Iterator[None]:
-    """Inside, torch forms fp32 products as ``dtype`` says."""
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def summary(results: Sequence[Result], device: str) -> str:

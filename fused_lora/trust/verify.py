@@ -1,8 +1,14 @@
-"""Verdicts: asked for once in a process, kept on disk, told to the user where one is bad."""
+"""Verdicts: asked for once in a process, kept on disk, told to the user where one is bad.
+
+A check runs in a process of its own (``own_process``). Of several processes that ask at once, such
+as the ranks of a training, one checks; the others wait for its verdict, or do without the kernel. A
+memory that is full is not asked again before ``AGAIN_S`` are over.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -11,8 +17,10 @@ import torch
 
 from fused_lora import disk, env
 from fused_lora.kernels.cuda import native
+from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.identity import identity, sources
-from fused_lora.trust.check import NotNow
+from fused_lora.trust import own_process
+from fused_lora.trust.check import FullMemory, NotNow
 from fused_lora.trust.moment import why_not_now
 from fused_lora.trust.subjects import Checked
 from fused_lora.trust.verdict import Subject, Verdict
@@ -20,7 +28,10 @@ from fused_lora.trust.verdict import Subject, Verdict
 MODES = ("off", "first", "always")
 UNCHECKED = Verdict(True, 0.0, 0.0, "nothing: FUSED_LORA_VERIFY is off")
 
+AGAIN_S = 300.0  # after which what could not be checked is tried again
+
 _known: dict[tuple[Subject, torch.device], Verdict] = {}
+_later: dict[tuple[Subject, torch.device], tuple[float, str]] = {}  # until when, and why
 _one_at_a_time = threading.Lock()
 
 
@@ -38,10 +49,25 @@ def verdict(checked: Checked, device: torch.device) -> Verdict:
         return found
     if how == "first" and (kept := load(checked.subject, device)):
         return _remember(checked.subject, device, kept)
-    if reason := why_not_now(device):
+    if reason := why_not_now(device) or _why_later(checked, device):
         raise NotNow(reason)
     with _one_at_a_time:
-        return _known.get((checked.subject, device)) or _check(checked, device)
+        if found := _known.get((checked.subject, device)):
+            return found
+        if reason := _why_later(checked, device):
+            raise NotNow(reason)
+        try:
+            return _check(checked, device, how)
+        except FullMemory as error:
+            _later[checked.subject, device] = time.monotonic() + AGAIN_S, str(error)
+            _tell_later(checked.subject, device, str(error))
+            raise
+
+
+def _why_later(checked: Checked, device: torch.device) -> str | None:
+    """Why a check that could not be made is not tried again yet."""
+    until, reason = _later.get((checked.subject, device), (0.0, ""))
+    return reason if time.monotonic() < until else None
 
 
 def renew(checked: Checked, device: torch.device) -> Verdict:
@@ -52,9 +78,17 @@ def renew(checked: Checked, device: torch.device) -> Verdict:
     """
     if reason := why_not_now(device):
         raise NotNow(reason)
-    found = checked.check(device)
+    found = _found(checked, device)
     disk.merge(path(), {_key(checked.subject, device): found.row()})
     _known[checked.subject, device] = found
+    return found
+
+
+def _found(checked: Checked, device: torch.device) -> Verdict:
+    if not own_process.serves(checked, device):
+        return checked.check(device)
+    found = own_process.check(checked, device)
+    spills.refresh(device)  # which the other process may have found
     return found
 
 
@@ -79,10 +113,28 @@ def load(subject: Subject, device: torch.device) -> Verdict | None:
 def forget() -> None:
     """Drop what this process remembers; the disk is left alone."""
     _known.clear()
+    _later.clear()
 
 
-def _check(checked: Checked, device: torch.device) -> Verdict:
-    return _remember(checked.subject, device, renew(checked, device))
+def _check(checked: Checked, device: torch.device, how: str) -> Verdict:
+    """Check here, or wait for the process that does."""
+    subject, wait_s = checked.subject, own_process.limit_s()
+    with own_process.alone(_key(subject, device), env.cache_dir(), wait_s) as mine:
+        if how == "first" and (kept := load(subject, device)):
+            spills.refresh(device)
+            return _remember(subject, device, kept)
+        if not mine:
+            raise FullMemory(f"another process has been checking it for {wait_s:g} s")
+        return _remember(subject, device, renew(checked, device))
+
+
+def _tell_later(subject: Subject, device: torch.device, reason: str) -> None:
+    warnings.warn(
+        f"fused_lora does without {subject} on {device} for {AGAIN_S / 60:g} minutes: it is not "
+        f"checked yet, and {reason}.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _remember(subject: Subject, device: torch.device, found: Verdict) -> Verdict:
