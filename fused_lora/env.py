@@ -20,6 +20,10 @@ VARIABLES: dict[str, str] = {
         "0 never measures a device: unknown ones get the built-in figures of their kind"
     ),
     "FUSED_LORA_IMPL": "overrides impl='auto' everywhere: aten, triton, cuda or reference",
+    "FUSED_LORA_PLAN": (
+        "how a plan is chosen: measure (the default on CUDA: what is likely is timed once, and "
+        "kept on disk) or model (the default elsewhere: by estimated cost)"
+    ),
     "FUSED_LORA_PROGRAMS": (
         "0 runs operations as they are written, call by call, instead of the programs made of them"
     ),

@@ -118,7 +118,8 @@ class Worker:
             self.close()
         theirs, self._requests = os.pipe()
         self._answers, answers = os.pipe()
-        self._said, self._owner = tempfile.TemporaryFile(), os.getpid()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
+        self._owner = os.getpid()
         command = [sys.executable or "python3", "-m", "fused_lora.worker"]
         try:
             self._process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -27,7 +28,7 @@ from fused_lora.trust.check import NotNow
 from fused_lora.trust.moment import untouchable
 from fused_lora.trust.subjects import Checked, of_compiled_product, of_launch
 from fused_lora.trust.verdict import Subject, Verdict
-from fused_lora.trust.verify import verdict
+from fused_lora.trust.verify import announce, is_collecting, verdict
 from fused_lora.types import Backend, Impl, Plan
 
 ASKED: dict[Impl, tuple[Backend, ...]] = {
@@ -129,8 +130,36 @@ def failures(
         NotNow: one is not checked, and cannot be at this moment.
     """
     needed = kernels(problem, plan, dtype, key, device)
-    found = {one.subject: verdict(one, device) for one in needed}
+    announce(needed, device)
+    found, later = {}, None
+    for one in needed:
+        try:
+            found[one.subject] = verdict(one, device)
+        except NotNow as reason:
+            if not is_collecting():
+                raise
+            later = reason
+    if later is not None:
+        raise later
     return {subject: said for subject, said in found.items() if not said.passed}
+
+
+def those(plans: Sequence[Plan], right: Callable[[Plan], bool]) -> list[Plan]:
+    """The ``plans`` whose kernels are ``right``, without those that cannot be checked now.
+
+    Raises:
+        NotNow: verdicts are being collected, and one is missing.
+    """
+    found, later = [], None
+    for plan in plans:
+        try:
+            if right(plan):
+                found.append(plan)
+        except NotNow as reason:
+            later = reason
+    if later is not None and is_collecting():
+        raise later
+    return found
 
 
 _product = lru_cache(maxsize=64)(hopper.why_not)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fused_lora.nn.peft_linear import classes, why_not
 from fused_lora.nn.stand_in import rebind
+from fused_lora.ops.measured import way
 from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.report import PatchReport, Row
@@ -121,7 +122,8 @@ def _plan(layer: Any, rows: int) -> str:
     question = (rows, w.shape[1], w.shape[0], spans, w.dtype, bias, Needs(), w.device)
     first = next(name for name in layer.active_adapters if name in layer.r)
     halves = halves_of([layer.lora_A[first].weight], [layer.scaling[first]])
-    return str(plan_for(*question, halves=halves))
+    times = way(question[-1], anew=False)
+    return str(plan_for(*question, halves=halves, times=times))
 
 
 def _listed(left: Mapping[str, str]) -> str:

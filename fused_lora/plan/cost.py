@@ -38,6 +38,11 @@ def steps(p: Problem, plan: Plan) -> list[Step]:
     return [*found, *beside_steps(p, plan)]
 
 
+def beside_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:
+    """Estimated time of what lies beside the products, where no epilogue has it."""
+    return sum(step.time_us(p.itemsize, ceilings) for step in beside_steps(p, plan))
+
+
 def time_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:
     """Estimated time of forward and backward together."""
     return sum(step.time_us(p.itemsize, ceilings) for step in steps(p, plan))

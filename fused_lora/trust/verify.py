@@ -7,9 +7,12 @@ memory that is full is not asked again before ``AGAIN_S`` are over.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from fused_lora import disk, env
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.identity import identity, sources
+from fused_lora.programs.record import recording
 from fused_lora.trust import own_process
 from fused_lora.trust.check import FullMemory, NotNow
 from fused_lora.trust.moment import why_not_now
@@ -30,7 +34,12 @@ UNCHECKED = Verdict(True, 0.0, 0.0, "nothing: FUSED_LORA_VERIFY is off")
 
 AGAIN_S = 300.0  # after which what could not be checked is tried again
 
+ABOUT_S = 4.0  # of one check, compiling included: a guess until a GPU has run it
+
+log = logging.getLogger("fused_lora")
+_announced = False
 _known: dict[tuple[Subject, torch.device], Verdict] = {}
+_wanted: dict[tuple[Subject, torch.device], Checked] | None = None
 _later: dict[tuple[Subject, torch.device], tuple[float, str]] = {}  # until when, and why
 _one_at_a_time = threading.Lock()
 
@@ -45,6 +54,8 @@ def verdict(checked: Checked, device: torch.device) -> Verdict:
     how = mode()
     if how == "off":
         return UNCHECKED
+    if _wanted is not None:
+        return _collect(_wanted, checked, device)
     if found := _known.get((checked.subject, device)):
         return found
     if how == "first" and (kept := load(checked.subject, device)):
@@ -62,6 +73,67 @@ def verdict(checked: Checked, device: torch.device) -> Verdict:
             _later[checked.subject, device] = time.monotonic() + AGAIN_S, str(error)
             _tell_later(checked.subject, device, str(error))
             raise
+
+
+@contextmanager
+def collecting() -> Iterator[dict[tuple[Subject, torch.device], Checked]]:
+    """Inside, what is asked for and has no verdict is collected, and nothing is checked.
+
+    Kernels that have one serve what is recorded; what runs is the library's meanwhile.
+    """
+    global _wanted
+    _wanted, before = {}, _wanted
+    try:
+        yield _wanted
+    finally:
+        _wanted = before
+
+
+def is_collecting() -> bool:
+    """Whether somebody is ``collecting``."""
+    return _wanted is not None
+
+
+def _collect(
+    wanted: dict[tuple[Subject, torch.device], Checked], checked: Checked, device: torch.device
+) -> Verdict:
+    where = (checked.subject, device)
+    found = _known.get(where)
+    if found is None and where not in wanted and mode() == "first":
+        found = load(*where)
+    if found is None:
+        wanted[where] = checked
+    if found is None or not recording():
+        raise NotNow("it is being prepared")
+    return found if where in _known else _remember(*where, found)
+
+
+def accept(checked: Checked, device: torch.device, found: Verdict) -> Verdict:
+    """Keep a verdict that was found elsewhere just now."""
+    disk.merge(path(), {_key(checked.subject, device): found.row()})
+    return _remember(checked.subject, device, found)
+
+
+def announce(needed: Sequence[Checked], device: torch.device) -> None:
+    """Say once, in one line, that kernels of this first step are checked, and for how long."""
+    global _announced
+    if _announced or _wanted is not None or mode() == "off" or why_not_now(device):
+        return
+    unknown = [one for one in needed if (one.subject, device) not in _known]
+    anew = [one for one in unknown if own_process.serves(one, device)]
+    if mode() == "first":
+        anew = [one for one in anew if load(one.subject, device) is None]
+    if not anew:
+        return
+    _announced = True
+    log.warning(
+        "fused_lora: first use on this device: compiling and checking %d kernels for a first plan, "
+        "about %d s, and as many for each other kind of layer; kept in %s. fused_lora.prepare does "
+        "all of it beforehand.",
+        len(anew),
+        round(ABOUT_S * len(anew)),
+        path().parent,
+    )
 
 
 def _why_later(checked: Checked, device: torch.device) -> str | None:

@@ -72,7 +72,7 @@ def faults(_: str) -> Verdict:
 
 
 def poisons(_: str) -> Verdict:
-    """As ``check`` says of an illegal access; what comes after it here would find a spoilt device."""
+    """As ``check`` says of an illegal access, which spoils the device for what comes after it."""
     return broken("AcceleratorError: CUDA error: an illegal memory access was encountered")
 
 

@@ -1,4 +1,4 @@
-"""A check cannot hurt its user: it hangs, aborts and exits in a process of its own, within a limit."""
+"""A check cannot hurt its user: it hangs, aborts and exits elsewhere, and within a limit."""
 
 from __future__ import annotations
 
