@@ -34,15 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-lora", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (
-        _add_env,
-        _add_explain,
-        _add_prepare,
-        _add_selftest,
-        _add_tune,
-        _add_distill,
-        _add_bench,
-    ):
+    adds = (_add_env, _add_explain, _add_prepare, _add_selftest, _add_tune, _add_distill)
+    for add in (*adds, _add_bench):
         add(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and args.run not in (_run_bench, _run_tune):
@@ -145,7 +138,7 @@ def _run_prepare(args: argparse.Namespace) -> int:
             model = timm.create_model(args.model, pretrained=False)
         patch(model, rank, qkv=args.qkv, level=level, batch_size=args.batch_size)
         model = model.to(dtype).train()
-        size = model.pretrained_cfg["input_size"]
+        size: tuple[int, ...] = model.pretrained_cfg["input_size"]  # type: ignore[index,assignment]
         x = torch.randn(args.batch_size, *size, device=device, dtype=dtype)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "amp"):
             found = prepare(model, x, processes=args.processes)
@@ -190,20 +183,38 @@ def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     command.add_argument("--device", help="cuda, cuda:1, ... (the current one)")
     command.add_argument("--dtype", help="of float32, tf32, bfloat16, float16, by commas (all)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    command.add_argument("--backend", help="of triton, cuda, by commas (both)")
+    command.add_argument("--processes", type=int, default=1, help="that check at once (1)")
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows to FILE, each as it comes"
+    )
     command.set_defaults(run=_run_selftest)
 
 
 def _run_selftest(args: argparse.Namespace) -> int:
-    from fused_lora.trust.selftest import DTYPES, passed_over, selftest, summary
+    from fused_lora.trust.selftest import (
+        BACKENDS,
+        DTYPES,
+        Result,
+        passed_over,
+        selftest,
+        summary,
+    )
 
     if args.json and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json: no folder {str(args.json.parent)!r}")
     dtypes = args.dtype.split(",") if args.dtype else tuple(DTYPES)
-    results = selftest(args.device, dtypes, tell=lambda result: print(result, flush=True))
+    backends = args.backend.split(",") if args.backend else BACKENDS
     if args.json:
-        rows = "".join(json.dumps(result.row()) + "\n" for result in results)
-        args.json.write_text(rows, encoding="utf-8")
+        args.json.write_text("", encoding="utf-8")
+
+    def tell(result: Result) -> None:
+        print(result, flush=True)
+        if args.json:
+            with args.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result.row()) + "\n")
+
+    results = selftest(args.device, dtypes, tell, backends, args.processes)
     for line in passed_over(args.device):
         print(line)
     print(summary(results, args.device or "this device"))

@@ -202,9 +202,9 @@ def _timed(
         _later[key] = time.monotonic() + AGAIN_S
         return {}
     _count += 1
-    row = {"m": question.m, "time_us": {name: round(taken, 3) for name, taken in found.items()}}
-    disk.merge(path(), {key: row})
-    return row["time_us"]
+    found = {name: round(taken, 3) for name, taken in found.items()}
+    disk.merge(path(), {key: {"m": question.m, "time_us": found}})
+    return found
 
 
 def _race(question: Problem, plans: Sequence[Plan], device: torch.device) -> dict[str, float]:

@@ -92,7 +92,17 @@ def prepare(
         ValueError: ``processes`` is below 1.
     """
     device = _check(model, processes)
-    call = _caller(model, example)
+    return prepare_call(model, _caller(model, example), device, processes, tell)
+
+
+def prepare_call(
+    model: nn.Module,
+    call: Callable[[], object],  # what will be called: a step, or several
+    device: torch.device,
+    processes: int | None = None,
+    tell: Tell | None = None,
+) -> Prepared:
+    """As ``prepare``, of whatever ``call`` does with ``model``."""
     if reason := _why_nothing(device):
         return Prepared(str(device), why_nothing=reason)
     began, done = time.perf_counter(), Prepared(str(device))
@@ -126,12 +136,14 @@ def _check(model: nn.Module, processes: int | None) -> torch.device:
 
 def _caller(model: nn.Module, example: Any) -> Callable[[], None]:
     """A training step on ``example``, but for its optimizer."""
+    args: tuple[Any, ...] = ()
+    named: dict[str, Any] = {}
     if isinstance(example, Tensor):
-        args, named = (example,), {}
+        args = (example,)
     elif isinstance(example, Mapping):
-        args, named = (), dict(example)
+        named = dict(example)
     elif isinstance(example, Sequence) and not isinstance(example, (str, bytes)):
-        args, named = tuple(example), {}
+        args = tuple(example)
     else:
         raise TypeError(
             "example must be a tensor, a sequence of arguments or a mapping of them, got "
@@ -163,7 +175,7 @@ def _why_nothing(device: torch.device) -> str:
     return f"on {device.type} the library's kernels serve, and the plan chooses by their cost"
 
 
-def _check_all(step: Callable[[], None], pool: _Pool, tell: Tell, done: Prepared) -> None:
+def _check_all(step: Callable[[], object], pool: _Pool, tell: Tell, done: Prepared) -> None:
     """Verdicts on all that a step asks for, then every launch of its programs compiled."""
     later: set[Any] = set()  # what could not be checked now
     rehearsals: dict[Any, None] = {}

@@ -28,6 +28,7 @@ from fused_lora.trust.check import FullMemory, NotNow
 from fused_lora.trust.moment import why_not_now
 from fused_lora.trust.subjects import Checked
 from fused_lora.trust.verdict import Subject, Verdict
+from fused_lora.worker import Worker
 
 MODES = ("off", "first", "always")
 UNCHECKED = Verdict(True, 0.0, 0.0, "nothing: FUSED_LORA_VERIFY is off")
@@ -142,24 +143,24 @@ def _why_later(checked: Checked, device: torch.device) -> str | None:
     return reason if time.monotonic() < until else None
 
 
-def renew(checked: Checked, device: torch.device) -> Verdict:
-    """The verdict found now, whatever is known; kept, and not told.
+def renew(checked: Checked, device: torch.device, worker: Worker | None = None) -> Verdict:
+    """The verdict found now, whatever is known; kept, and not told. ``worker``: who finds it.
 
     Raises:
         NotNow: nothing can be checked at this moment.
     """
     if reason := why_not_now(device):
         raise NotNow(reason)
-    found = _found(checked, device)
+    found = _found(checked, device, worker)
     disk.merge(path(), {_key(checked.subject, device): found.row()})
     _known[checked.subject, device] = found
     return found
 
 
-def _found(checked: Checked, device: torch.device) -> Verdict:
+def _found(checked: Checked, device: torch.device, worker: Worker | None) -> Verdict:
     if not own_process.serves(checked, device):
         return checked.check(device)
-    found = own_process.check(checked, device)
+    found = own_process.check(checked, device, worker)
     spills.refresh(device)  # which the other process may have found
     return found
 

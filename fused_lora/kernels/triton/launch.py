@@ -130,9 +130,8 @@ def compile_one(
     def tensor(arg: Any) -> Any:
         if isinstance(arg, Stand):
             room = torch.empty(64, dtype=torch.uint8, device=where)
-            return room[arg.start :][: 32 // arg.dtype.itemsize * arg.dtype.itemsize].view(
-                arg.dtype
-            )
+            whole = 32 // arg.dtype.itemsize * arg.dtype.itemsize
+            return room[arg.start :][:whole].view(arg.dtype)
         return tuple(tensor(each) for each in arg) if isinstance(arg, tuple) else arg
 
     kernel = getattr(importlib.import_module(module), name)
