@@ -126,7 +126,7 @@ def _run_prepare(args: argparse.Namespace) -> int:
     except ImportError:
         raise RuntimeError("prepare builds the model with timm: pip install timm") from None
     dtype = torch.float32 if args.dtype == "amp" else getattr(torch, args.dtype, None)
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"--dtype must be float32, bfloat16, float16 or amp, got {args.dtype!r}")
     check_batch_size(args.batch_size)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

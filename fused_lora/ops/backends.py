@@ -28,7 +28,7 @@ from fused_lora.trust.check import NotNow
 from fused_lora.trust.moment import untouchable
 from fused_lora.trust.subjects import Checked, of_compiled_product, of_launch
 from fused_lora.trust.verdict import Subject, Verdict
-from fused_lora.trust.verify import announce, is_collecting, verdict
+from fused_lora.trust.verify import announce, is_collecting, known, verdict
 from fused_lora.types import Backend, Impl, Plan
 
 ASKED: dict[Impl, tuple[Backend, ...]] = {
@@ -142,6 +142,14 @@ def failures(
     if later is not None:
         raise later
     return {subject: said for subject, said in found.items() if not said.passed}
+
+
+def known_failures(
+    problem: Problem, plan: Plan, dtype: torch.dtype, key: str, device: torch.device
+) -> list[Subject]:
+    """The kernels of ``plan`` that are known to be wrong; nothing is checked for it."""
+    needed = kernels(problem, plan, dtype, key, device)
+    return [one.subject for one in needed if (said := known(one, device)) and not said.passed]
 
 
 def those(plans: Sequence[Plan], right: Callable[[Plan], bool]) -> list[Plan]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from fused_lora.plan.choose import Row, ordered, ranked
 from fused_lora.plan.cost import beside_us
 from fused_lora.plan.problem import Problem
 from fused_lora.trust.check import NotNow
+from fused_lora.trust.verify import holds
 from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def plan_for(
     Raises:
         RuntimeError: ``impl`` names a backend that cannot serve, with the reason.
     """
-    now = conditions(device, dtype)
+    now = (*conditions(device, dtype), holds())
     try:
         asked = (m, k, n, spans, dtype, bias, needs, device, keep, impl, beside, halves)
         return _plan_for(*asked, now, measured.way(device) if times is None else times)
@@ -95,7 +96,7 @@ def _plan_for(
     impl: Impl,
     beside: Beside,
     halves: Halves,
-    now: tuple[str, int],  # a change of it asks anew
+    now: tuple[str, int, bool],  # a change of it asks anew
     times: Way,
 ) -> Plan:
     question = problem(m, k, n, spans, dtype, bias, needs, beside, halves, device)
@@ -153,10 +154,11 @@ def _by_time(
     device: torch.device,
     asked: tuple[str, Keep | None, Impl],
     times: Way,
+    failures: Callable[..., Any] = backends.failures,
 ) -> list[Row]:
     """The plans of ``rows`` that were timed, by their times, then the others by their estimates."""
     plans = [row.plan for row in rows]
-    failing = partial(backends.failures, question, dtype=dtype, key=asked[0], device=device)
+    failing = partial(failures, question, dtype=dtype, key=asked[0], device=device)
     by_name = measured.load(question, plans, device, asked)
     if not by_name and times in (Way.MEASURE, Way.LOOK):
         right = backends.those(measured.likely(plans), lambda plan: not failing(plan))
@@ -174,6 +176,20 @@ def _by_time(
     while first and failing(first[0].plan):
         del first[0]
     return [*first, *(row for row in rows if str(row.plan) not in by_name)] if first else rows
+
+
+def expected(
+    question: Problem, dtype: torch.dtype, device: torch.device, keep: Keep | None = None
+) -> Plan:
+    """The plan that will serve unless a kernel that is not checked yet is found wrong."""
+    key = conditions(device, dtype)[0]
+    plans = backends.plans(question, Impl.AUTO, dtype, device)
+    rows = ranked(question, ceilings(device, dtype), keep, plans)
+    if (times := measured.way(device, anew=False)) is not Way.MODEL:
+        asked = (key, keep, Impl.AUTO)
+        rows = _by_time(question, rows, dtype, device, asked, times, backends.known_failures)
+    wrong = partial(backends.known_failures, question, dtype=dtype, key=key, device=device)
+    return next(row.plan for row in rows if not wrong(row.plan))
 
 
 def explained(question: Problem, dtype: torch.dtype, device: torch.device) -> Settled:

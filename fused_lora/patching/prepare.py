@@ -179,9 +179,10 @@ def _check_all(step: Callable[[], object], pool: _Pool, tell: Tell, done: Prepar
     """Verdicts on all that a step asks for, then every launch of its programs compiled."""
     later: set[Any] = set()  # what could not be checked now
     rehearsals: dict[Any, None] = {}
+    held = True
     for _ in range(ROUNDS):
         with (
-            verify.collecting() as wanted,
+            verify.collecting(held) as wanted,
             programs.looking() as seen,
             measured.rehearsed() as timed,
         ):
@@ -193,9 +194,11 @@ def _check_all(step: Callable[[], object], pool: _Pool, tell: Tell, done: Prepar
         rehearsals |= dict.fromkeys(timed)
         anew = {where: checked for where, checked in wanted.items() if where not in later}
         if not anew:
-            if refused is not None and not wanted:
+            if refused is None:
+                break
+            if not held:
                 raise refused
-            break
+            held = False  # it asks for kernels by name: they run, and compile where they do
         for (subject, device), found in pool.checks(anew, tell):
             if isinstance(found, NotNow):
                 later.add((subject, device))

@@ -40,6 +40,7 @@ ABOUT_S = 4.0  # of one check, compiling included: a guess until a GPU has run i
 log = logging.getLogger("fused_lora")
 _announced = False
 _known: dict[tuple[Subject, torch.device], Verdict] = {}
+_held = False
 _wanted: dict[tuple[Subject, torch.device], Checked] | None = None
 _later: dict[tuple[Subject, torch.device], tuple[float, str]] = {}  # until when, and why
 _one_at_a_time = threading.Lock()
@@ -53,10 +54,10 @@ def verdict(checked: Checked, device: torch.device) -> Verdict:
         ValueError: FUSED_LORA_VERIFY is none of its values.
     """
     how = mode()
+    if _wanted is not None:
+        return _collect(_wanted, checked, device, how)
     if how == "off":
         return UNCHECKED
-    if _wanted is not None:
-        return _collect(_wanted, checked, device)
     if found := _known.get((checked.subject, device)):
         return found
     if how == "first" and (kept := load(checked.subject, device)):
@@ -77,17 +78,19 @@ def verdict(checked: Checked, device: torch.device) -> Verdict:
 
 
 @contextmanager
-def collecting() -> Iterator[dict[tuple[Subject, torch.device], Checked]]:
+def collecting(held: bool = True) -> Iterator[dict[tuple[Subject, torch.device], Checked]]:
     """Inside, what is asked for and has no verdict is collected, and nothing is checked.
 
-    Kernels that have one serve what is recorded; what runs is the library's meanwhile.
+    Kernels that have one serve what is recorded; while they are ``held``, what runs is the
+    library's.
     """
-    global _wanted
-    _wanted, before = {}, _wanted
+    global _wanted, _held
+    before = _wanted, _held
+    _wanted, _held = {}, held
     try:
         yield _wanted
     finally:
-        _wanted = before
+        _wanted, _held = before
 
 
 def is_collecting() -> bool:
@@ -95,18 +98,34 @@ def is_collecting() -> bool:
     return _wanted is not None
 
 
+def holds() -> bool:
+    """Whether no kernel of this project may run just now, whatever its verdict."""
+    return _held and _wanted is not None and not recording()
+
+
 def _collect(
-    wanted: dict[tuple[Subject, torch.device], Checked], checked: Checked, device: torch.device
+    wanted: dict[tuple[Subject, torch.device], Checked],
+    checked: Checked,
+    device: torch.device,
+    how: str,
 ) -> Verdict:
     where = (checked.subject, device)
-    found = _known.get(where)
-    if found is None and where not in wanted and mode() == "first":
-        found = load(*where)
+    found = UNCHECKED if how == "off" else _known.get(where)
+    if found is None and where not in wanted and how == "first" and (kept := load(*where)):
+        found = _remember(*where, kept)
     if found is None:
         wanted[where] = checked
-    if found is None or not recording():
+    if found is None or holds():
         raise NotNow("it is being prepared")
-    return found if where in _known else _remember(*where, found)
+    return found
+
+
+def known(checked: Checked, device: torch.device) -> Verdict | None:
+    """What is known of it in this process or on disk; nothing is checked for it, or told."""
+    if mode() == "off":
+        return UNCHECKED
+    found = _known.get((checked.subject, device))
+    return load(checked.subject, device) if found is None and mode() == "first" else found
 
 
 def accept(checked: Checked, device: torch.device, found: Verdict) -> Verdict:
