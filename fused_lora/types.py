@@ -142,6 +142,7 @@ class Plan:
     time_us: float = 0.0  # the cost model's estimate, forward and backward together
     backend: Backend = Backend.ATEN
     grads_by: Backend | None = None  # who computes RANK gradients; None: ``backend``
+    slices: int = 0  # of rows, whose sums ``grads_by`` adds up; 0 where nobody said
 
     @property
     def gradient_backend(self) -> Backend:

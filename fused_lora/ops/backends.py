@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_linear as hopper
 from fused_lora.kernels.cuda.chip import Chip
-from fused_lora.kernels.cuda.lora_grad_shape import shape_of
+from fused_lora.kernels.cuda.lora_grad_shape import fitting, shape_of
 from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.launches import NO_PRODUCTS, Launch, launches, tile_of
 from fused_lora.ops import lora_grad_backends
@@ -86,7 +87,7 @@ def plans(problem: Problem, impl: Impl, dtype: torch.dtype, device: torch.device
     """Every plan of the backends that serve; under ``cuda``, those with most of its kernels."""
     compiled = impl is Impl.CUDA and _product(device) is None
     found = [
-        plan
+        plan if plan.grads_by is None else replace(plan, slices=_slices(problem, plan, device))
         for plan in candidates(problem, serving(problem, impl, dtype, device), compiled)
         if plan.grads_by is None or _of_gradients(problem, plan, dtype, device)
     ]
@@ -119,6 +120,13 @@ def _of_gradients(
     problem: Problem, plan: Plan, dtype: torch.dtype, device: torch.device
 ) -> Checked | None:
     return lora_grad_backends.checked(shape_of(problem, plan), dtype, device)
+
+
+def _slices(problem: Problem, plan: Plan, device: torch.device) -> int:
+    """What the compiled gradients' own planner makes of the rows."""
+    chip = Chip.of(device)
+    launched = fitting(shape_of(problem, plan), chip).plan(problem.m, chip)
+    return launched.slices if launched else 0
 
 
 def failures(
