@@ -24,7 +24,7 @@ def steps(folder: Path) -> Iterator[str]:
     cells = [line.split("\t") for line in lines]
     yield "# What was recorded\n"
     yield _table(cells)
-    wrong = [f"{name} ({status})" for name, status, _ in cells[1:] if status != "ok"]
+    wrong = [f"{name} ({status})" for name, status, *_ in cells[1:] if status != "ok"]
     yield f"\nNot well: {', '.join(wrong)}." if wrong else "\nEvery step ended well."
 
 
@@ -44,10 +44,19 @@ def races(folder: Path) -> Iterator[str]:
     rows = newest(read(folder / "rows"))
     if lines := comparisons(rows):
         yield "\n" + markdown(lines)
+    if trained := [row for row in rows if row.case.suite == "train_step"]:
+        yield "\n" + _table([["training step", "contender", "ms", "the host's ms", "x frozen"]])
+        yield "\n".join(map(_train_line, trained))
     special = [row for row in rows if (row.case.mode, row.case.cache) != ("eager", "warm")]
     if special:
         yield "\n" + _table([["case", "contender", "ms", "x frozen", "x roofline"]])
         yield "\n".join(map(_line, special))
+
+
+def _train_line(row: Row) -> str:
+    host = "-" if row.host_ms is None else milliseconds(row.host_ms)
+    cells = (milliseconds(row.median_ms), host, times(row.ratio_frozen))
+    return f"| {row.case} | {row.contender} | {' | '.join(cells)} |"
 
 
 def _line(row: Row) -> str:

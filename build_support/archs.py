@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 DEFAULT = "8.0;8.6;8.9;9.0a;10.0a;12.0"
+EXACT = ("90", "100")  # whose own instructions (wgmma, tcgen05) need the suffix a in machine code
 
 # Marketing names, as torch spells them.
 NAMES: dict[str, str] = {
@@ -27,7 +28,8 @@ def cmake_archs(torch_list: str) -> list[str]:
             ``"8.0;8.6+PTX;Hopper"``.
 
     Returns:
-        Entries such as ``["80-real", "86-real", "86-virtual"]``, without repeats, in order.
+        Entries such as ``["80-real", "86-real", "86-virtual"]``, without repeats, in order. Machine
+        code for 9.0 is for 9.0a, and for 10.0 for 10.0a; PTX stays what later chips can run.
 
     Raises:
         ValueError: an entry is neither a version nor a name, or is older than 8.0.
@@ -50,8 +52,9 @@ def _entries(version: str, word: str) -> list[str]:
     major, minor, suffix, ptx = match.groups()
     if int(major) < 8:
         raise ValueError(f"TORCH_CUDA_ARCH_LIST: {word!r} is older than 8.0, the oldest served")
-    arch = f"{major}{minor}{suffix}"
-    return [f"{arch}-real", f"{arch}-virtual"] if ptx else [f"{arch}-real"]
+    plain = f"{major}{minor}"
+    real = plain + (suffix or ("a" if plain in EXACT else ""))
+    return [f"{real}-real", f"{plain}{suffix}-virtual"] if ptx else [f"{real}-real"]
 
 
 def known_to(listed_by_nvcc: str, entries: list[str]) -> list[str]:

@@ -11,8 +11,6 @@ import subprocess
 
 from build_support.archs import DEFAULT
 
-EXACT = {"9.0": "9.0a", "10.0": "10.0a"}  # what their own instructions need
-
 
 def gpus() -> list[str]:
     """The architectures of this machine's GPUs as TORCH_CUDA_ARCH_LIST spells them."""
@@ -23,8 +21,7 @@ def gpus() -> list[str]:
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return []
-    versions = dict.fromkeys(line.strip() for line in done.stdout.splitlines() if line.strip())
-    return [EXACT.get(version, version) for version in versions]
+    return list(dict.fromkeys(line.strip() for line in done.stdout.splitlines() if line.strip()))
 
 
 def said() -> str:

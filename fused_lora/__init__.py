@@ -17,6 +17,7 @@ from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import explain, explain_program
 from fused_lora.patching.inputs import enable_input_grads
 from fused_lora.patching.patch import patch, unpatch
+from fused_lora.patching.prepare import Prepared, prepare
 from fused_lora.patching.report import PatchReport
 from fused_lora.patching.state import disable, merge, unmerge
 from fused_lora.version import __version__
@@ -28,6 +29,7 @@ __all__ = [
     "FusedLoRALinear",
     "PatchError",
     "PatchReport",
+    "Prepared",
     "__version__",
     "adopt_around",
     "disable",
@@ -42,6 +44,7 @@ __all__ = [
     "lora_state_dict",
     "merge",
     "patch",
+    "prepare",
     "save",
     "share_adapters",
     "shrink",

@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ import torch
 from fused_lora import env
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import available
-from fused_lora.patching.explain import explain, explain_program
+from fused_lora.patching.explain import check_batch_size, explain, explain_program
 from fused_lora.patching.patch import patch
+from fused_lora.patching.prepare import prepare
 from fused_lora.version import __version__
 
 TRITON = "serves lora_linear, merges, dropout, norms and GELU, each after this device checked it"
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-lora", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_env, _add_explain, _add_selftest, _add_tune, _add_distill, _add_bench):
+    adds = (_add_env, _add_explain, _add_prepare, _add_selftest, _add_tune, _add_distill)
+    for add in (*adds, _add_bench):
         add(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and args.run not in (_run_bench, _run_tune):
@@ -98,6 +101,51 @@ def _run_explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "prepare",
+        help="compile, check and time now what a first training step would",
+        description="Compile, check and time, in many processes, what the first training step of a "
+        "timm model with adapters would on this device. Everything is kept as it comes.",
+    )
+    add = command.add_argument
+    add("model", help="a timm model, such as vit_base_patch16_224")
+    add("--rank", default="16", metavar="LIST", help="of every adapter, by commas (16)")
+    add("--batch-size", type=int, default=8, help="images per step (8)")
+    add("--qkv", default="separate", help="adapters of a fused qkv: separate, joint")
+    add("--level", default="block,linear", metavar="LIST", help="of fusing, by commas (both)")
+    add("--dtype", default="bfloat16", help="float32, bfloat16, float16, or amp: autocast (bf16)")
+    add("--device", help="cuda, cuda:1, cpu, ... (the current GPU, else the CPU)")
+    add("--processes", type=int, help="at once (one a processor, at most 16)")
+    command.set_defaults(run=_run_prepare)
+
+
+def _run_prepare(args: argparse.Namespace) -> int:
+    try:
+        import timm
+    except ImportError:
+        raise RuntimeError("prepare builds the model with timm: pip install timm") from None
+    dtype = torch.float32 if args.dtype == "amp" else getattr(torch, args.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"--dtype must be float32, bfloat16, float16 or amp, got {args.dtype!r}")
+    check_batch_size(args.batch_size)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks, levels = args.rank.split(","), args.level.split(",")
+    if not all(rank.isdecimal() for rank in ranks):
+        raise ValueError(f"--rank must be whole numbers by commas, got {args.rank!r}")
+    for rank, level in product(map(int, ranks), levels):
+        with device:
+            model = timm.create_model(args.model, pretrained=False)
+        patch(model, rank, qkv=args.qkv, level=level, batch_size=args.batch_size)
+        model = model.to(dtype).train()
+        size: tuple[int, ...] = model.pretrained_cfg["input_size"]  # type: ignore[index,assignment]
+        x = torch.randn(args.batch_size, *size, device=device, dtype=dtype)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "amp"):
+            found = prepare(model, x, processes=args.processes)
+        print(f"{args.model}, rank {rank}, {level} level, {args.dtype}: {found}", flush=True)
+    return 0
+
+
 def _add_distill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("distill", help="train a student from a recipe")
     command.add_argument("recipe", help="a TOML file, such as recipes/digits_wecolora.toml")
@@ -135,20 +183,38 @@ def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     command.add_argument("--device", help="cuda, cuda:1, ... (the current one)")
     command.add_argument("--dtype", help="of float32, tf32, bfloat16, float16, by commas (all)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    command.add_argument("--backend", help="of triton, cuda, by commas (both)")
+    command.add_argument("--processes", type=int, default=1, help="that check at once (1)")
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows to FILE, each as it comes"
+    )
     command.set_defaults(run=_run_selftest)
 
 
 def _run_selftest(args: argparse.Namespace) -> int:
-    from fused_lora.trust.selftest import DTYPES, passed_over, selftest, summary
+    from fused_lora.trust.selftest import (
+        BACKENDS,
+        DTYPES,
+        Result,
+        passed_over,
+        selftest,
+        summary,
+    )
 
     if args.json and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json: no folder {str(args.json.parent)!r}")
     dtypes = args.dtype.split(",") if args.dtype else tuple(DTYPES)
-    results = selftest(args.device, dtypes, tell=lambda result: print(result, flush=True))
+    backends = args.backend.split(",") if args.backend else BACKENDS
     if args.json:
-        rows = "".join(json.dumps(result.row()) + "\n" for result in results)
-        args.json.write_text(rows, encoding="utf-8")
+        args.json.write_text("", encoding="utf-8")
+
+    def tell(result: Result) -> None:
+        print(result, flush=True)
+        if args.json:
+            with args.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result.row()) + "\n")
+
+    results = selftest(args.device, dtypes, tell, backends, args.processes)
     for line in passed_over(args.device):
         print(line)
     print(summary(results, args.device or "this device"))
@@ -221,6 +287,10 @@ def _backends() -> Iterator[tuple[str, str]]:
     yield "aten", "available"
     yield "triton", available.why_not() or TRITON
     yield "cuda", native.why_not() or CUDA
+    if native.why_not_here() is None:
+        yield "compiled for", ", ".join(native.archs())
+        for kernel, code in native.compiled_without().items():
+            yield f"cuda {kernel}", f"compiled without {code}: empty, and not used"
 
 
 def _variable(name: str) -> str:

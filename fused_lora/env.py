@@ -20,12 +20,23 @@ VARIABLES: dict[str, str] = {
         "0 never measures a device: unknown ones get the built-in figures of their kind"
     ),
     "FUSED_LORA_IMPL": "overrides impl='auto' everywhere: aten, triton, cuda or reference",
+    "FUSED_LORA_PLAN": (
+        "how a plan is chosen: measure (the default on CUDA: what is likely is timed once, and "
+        "kept on disk) or model (the default elsewhere: by estimated cost)"
+    ),
     "FUSED_LORA_PROGRAMS": (
         "0 runs operations as they are written, call by call, instead of the programs made of them"
     ),
     "FUSED_LORA_VERIFY": (
         "when a kernel is checked on this device before it serves: first (the default; the verdict "
         "is kept on disk), always (once in every process) or off (never)"
+    ),
+    "FUSED_LORA_CHECK_SECONDS": (
+        "the time limit of one such check; a kernel whose check takes longer is found wrong; "
+        "default 60"
+    ),
+    "FUSED_LORA_CHECK_PROCESS": (
+        "0 checks kernels in the process that asks, where a fault of one is a fault of that process"
     ),
     "FUSED_LORA_FUZZ_SEQUENCES": (
         "tests: how many random orders of patch, merge, save, prune, ... are walked; default 500"

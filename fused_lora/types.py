@@ -143,6 +143,7 @@ class Plan:
     backend: Backend = Backend.ATEN
     grads_by: Backend | None = None  # who computes RANK gradients; None: ``backend``
     dropped_by: Backend | None = None  # who masks the x of a; None: nobody
+    slices: int = 0  # of rows, whose sums ``grads_by`` adds up; 0 where nobody said
 
     @property
     def gradient_backend(self) -> Backend:

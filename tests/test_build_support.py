@@ -19,7 +19,12 @@ cmake_build = pytest.importorskip("build_support.cmake_build", reason="setuptool
         ("8.0", ["80-real"]),
         ("8.0;8.6+PTX", ["80-real", "86-real", "86-virtual"]),
         ("8.0, 9.0a 10.0f", ["80-real", "90a-real", "100f-real"]),
-        ("Hopper", ["90-real", "90-virtual"]),
+        ("Hopper", ["90a-real", "90-virtual"]),
+        ("9.0", ["90a-real"]),
+        ("9.0;9.0a 10.0", ["90a-real", "100a-real"]),
+        ("9.0+PTX", ["90a-real", "90-virtual"]),
+        ("9.0a+PTX", ["90a-real", "90a-virtual"]),
+        ("10.3", ["103-real"]),
         ("Ampere;8.0", ["80-real", "86-real", "86-virtual"]),
         ("12.1", ["121-real"]),
         (DEFAULT, ["80-real", "86-real", "89-real", "90a-real", "100a-real", "120-real"]),
@@ -90,7 +95,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
 
 def test_native_here_builds_for_the_gpus_that_are_here(machine, monkeypatch) -> None:
     machine("9.0", "9.0", "8.9")
-    assert here.gpus() == ["9.0a", "8.9"] and "9.0a;8.9 alone" in here.said()
+    assert here.gpus() == ["9.0", "8.9"] and "9.0;8.9 alone" in here.said()
     (extension,) = cmake_build.native_extensions()
     assert extension.optional
     assert cmake_build.wanted_archs("nvcc") == ["90a-real", "89-real"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,15 @@ def test_env_says_why_the_compiled_module_does_not_serve(monkeypatch: pytest.Mon
     assert dict(cli.environment()["backends"])["cuda"] == "FUSED_LORA_DISABLE_NATIVE is set"
     monkeypatch.setattr(native, "why_not", lambda: None)
     assert dict(cli.environment()["backends"])["cuda"] == cli.CUDA
+
+
+def test_env_says_which_kernels_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda: SimpleNamespace(archs="80-real,90-real"))
+    said = dict(cli.environment()["backends"])
+    assert said["compiled for"] == "80-real, 90-real"
+    assert said["cuda lora_linear"] == "compiled without sm_90a: empty, and not used"
+    monkeypatch.setattr(native, "load", lambda: SimpleNamespace(archs="80-real,90a-real"))
+    assert "cuda lora_linear" not in dict(cli.environment()["backends"])
 
 
 def test_runs_as_a_module() -> None:

@@ -1,5 +1,6 @@
 #include <cuda_runtime_api.h>
 
+#include "common/device_guard.h"
 #include "lora_grad/add_partials.h"
 #include "lora_grad/one_pass.h"
 
@@ -76,7 +77,8 @@ cudaError_t launch(Kernel kernel, dim3 grid, int cluster, int smem_bytes,
 
 int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,
                      void* stream) {
-  if (const cudaError_t error = cudaSetDevice(device)) return error;
+  const DeviceGuard guard(device);
+  if (const int error = guard.error()) return error;
   const Arguments arguments = {problem, plan, partial};
   Kernel kernel = nullptr;
   each_grad_shape(problem.type, Find{&arguments, &kernel});

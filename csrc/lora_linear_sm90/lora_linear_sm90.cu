@@ -1,5 +1,6 @@
 #include <cuda_runtime_api.h>
 
+#include "common/device_guard.h"
 #include "lora_linear_sm90/arguments.h"
 
 namespace fused_lora::sm90 {
@@ -8,9 +9,17 @@ namespace fused_lora::sm90 {
 template <typename T>
 const void* kernel_of(const LinearPlan& plan);
 
+#ifdef FUSED_LORA_SM90A
+constexpr bool kCompiled = true;
+#else
+constexpr bool kCompiled = false;  // the kernels are empty
+#endif
+
 int launch_lora_linear(const LinearProblem& problem, const LinearPlan& plan, int device,
                        void* stream) {
-  if (const cudaError_t error = cudaSetDevice(device)) return error;
+  if (!kCompiled) return cudaErrorNoKernelImageForDevice;
+  const DeviceGuard guard(device);
+  if (const int error = guard.error()) return error;
   LinearArguments arguments = {};
   if (const int error = make_arguments(problem, plan, &arguments)) return error;
   const void* kernel =

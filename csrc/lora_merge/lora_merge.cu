@@ -1,5 +1,6 @@
 #include <cuda_runtime_api.h>
 
+#include "common/device_guard.h"
 #include "lora_merge/phases.h"
 
 namespace fused_lora {
@@ -47,8 +48,8 @@ Kernel kernel_for(MergeTypes types, Rounding rounding) {
 
 int launch_lora_merge(const MergeItem* table, int32_t count, int64_t tiles, MergeTypes types,
                       Rounding rounding, Noise noise, int device, void* stream) {
-  // This module has its own CUDA runtime: it must be told the device that torch has chosen.
-  if (const cudaError_t error = cudaSetDevice(device)) return error;
+  const DeviceGuard guard(device);
+  if (const int error = guard.error()) return error;
   kernel_for(
       types,
       rounding)<<<static_cast<unsigned>(tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Protocol
 
 import torch
@@ -56,6 +57,18 @@ class CudaClock(CpuClock):
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
+
+
+def host_ms(step: Step, runs: int = 5) -> float:
+    """What the host takes to queue ``step`` on an idle GPU; the median of ``runs``."""
+    taken = []
+    for _ in range(runs):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step()
+        taken.append((time.perf_counter() - begin) * 1e3)
+    torch.cuda.synchronize()
+    return median(taken)
 
 
 def clock_for(device: str, cold: bool = False) -> Clock:

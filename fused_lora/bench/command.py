@@ -11,7 +11,7 @@ import fused_lora.bench.contenders
 import fused_lora.bench.suites  # noqa: F401  both register what can be raced
 from fused_lora.bench import options as command_line
 from fused_lora.bench import readme, table
-from fused_lora.bench.measure import measure
+from fused_lora.bench.measure import measure, prepare
 from fused_lora.bench.registry import JOBS
 from fused_lora.bench.report.page import page
 
@@ -22,6 +22,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Run the command; 1 when a row was refused, 0 otherwise."""
     parser = command_line.parser()
     options = parser.parse_args(argv)
+    if options.prepare and options.suite in JOBS:
+        parser.error(f"argument --prepare: of races, not of {options.suite}")
     if options.readme:
         return _rewrite(parser, options.readme, options.rows or RESULTS)
     if not options.out.absolute().parent.is_dir():
@@ -30,6 +32,10 @@ def run(argv: Sequence[str] | None = None) -> int:
         grid = command_line.chosen(options)
     except ValueError as error:
         parser.error(str(error))
+    if options.prepare:
+        for line in prepare(options.suite, grid, options.device):
+            print(line, flush=True)
+        return 0
     if options.suite in JOBS:
         return JOBS[options.suite](options, grid)
     rows, refusals = measure(options.suite, grid, options.device, options.rows, options.verbose)

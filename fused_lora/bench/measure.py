@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fused_lora.bench.clock import Clock, clock_for
+from fused_lora.bench.depth import shallow
+from fused_lora.bench.judge import DEPTH, Judge, install
 from fused_lora.bench.phases import Phases, Shares
 from fused_lora.bench.progress import Progress
 from fused_lora.bench.provenance import provenance
-from fused_lora.bench.race import race
+from fused_lora.bench.race import race, step_of
 from fused_lora.bench.registry import CONTENDERS, SUITES, Contender
 from fused_lora.bench.roofline import Roof, measured
 from fused_lora.bench.rows import Case, Refusal, Row, append
 from fused_lora.bench.shapes import SHAPES, Grid
-from fused_lora.bench.workload import Workload
+from fused_lora.bench.workload import Workload, share
+from fused_lora.patching.prepare import prepare_call
 
 
 def measure(
@@ -64,6 +68,35 @@ def measure(
         gc.collect()
     progress.close()
     return rows, refusals
+
+
+def prepare(suite: str, grid: Grid, device: str) -> Iterator[str]:
+    """Compile, check and time what the races of ``grid`` would; a line for each contender."""
+    clock = clock_for(device)
+    seen = set()
+    for workload, case, _ in _workloads(list(_cases(suite, grid)), device, clock):
+        for contender in able(grid.contenders, case.dtype):
+            same = (case.model, case.batch, case.rank, case.dtype, contender.name)
+            if not contender.ours or same in seen:  # a graph is recorded of the same step
+                continue
+            seen.add(same)
+            found = prepare_call(*entered(contender, workload, case.rank), torch.device(device))
+            yield f"{case}, {contender.name}: {found}"
+
+
+def entered(
+    contender: Contender, workload: Workload, rank: int
+) -> tuple[nn.Module, Callable[[], object]]:
+    """A contender's model, and what a race asks of it: to be judged, and to step."""
+    model = install(contender, share(workload.base), rank)
+    step, judge = step_of(workload, model), Judge(workload, rank)
+
+    def call() -> None:
+        with shallow(model, DEPTH) as judged:
+            workload.outcome(judged, judge.inputs())
+        step()
+
+    return model, call
 
 
 def _cases(suite: str, grid: Grid) -> Iterator[Case]:

@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ledger", action="store_true", help="saved_bytes: also which operation keeps what")
     add("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("report.html"), help="the report (report.html)")
+    add("--prepare", action="store_true", help="compile, check and time for it; no rows")
     add("--verbose", action="store_true", help="where the time of each case goes")
     add("--rows", type=Path, metavar="FOLDER", help="also append rows as JSON lines below it")
     add("--readme", type=Path, metavar="FILE", help="only rewrite its tables from --rows")

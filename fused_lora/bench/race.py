@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fused_lora.bench import gate
-from fused_lora.bench.clock import Step, clock_for
+from fused_lora.bench.clock import Step, clock_for, host_ms
 from fused_lora.bench.graph import recorded
 from fused_lora.bench.judge import Judge, install
 from fused_lora.bench.phases import Phases
@@ -40,6 +40,7 @@ class Entrant:
     wide_copies: int = 0
     peak_bytes: int | None = None
     host_work: tuple[int | None, int | None] = (None, None)  # Python calls, dispatched operations
+    host_ms: float | None = None
 
 
 def enter(contender: Contender, workload: Workload, judge: Judge, phases: Phases) -> Entrant:
@@ -130,6 +131,9 @@ def race(
     left_s = budget_s - (phases.clock.now() - begin)
     with phases.of("time"):
         times = interleave(steps, clock, left_s, tell=lambda name: tell(f"{case}: timing {name}"))
+    if case.mode == "eager" and workload.device.startswith("cuda"):
+        for entrant in entrants.values():
+            entrant.host_ms = host_ms(entrant.step)
     linears = workload.linears(case.rank)
     least_ms = roof.least_ms(linears, workload.compute.itemsize) if roof and linears else None
     rows = [record(case, entrants[name], times, origin) for name in times]
@@ -174,6 +178,7 @@ def record(case: Case, entrant: Entrant, times: dict[str, Times], origin: Proven
         wide_copies=entrant.wide_copies,
         peak_bytes=entrant.peak_bytes,
         provenance=origin,
+        host_ms=entrant.host_ms,
         python_calls=entrant.host_work[0],
         operations=entrant.host_work[1],
     )

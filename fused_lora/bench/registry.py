@@ -19,6 +19,7 @@ class Contender:
         form: How many adapters it puts on a fused qkv projection.
         owns_weights: True when it trains the base weights and so needs its own copy.
         dtypes: The precisions it differs in; empty means all.
+        ours: True where it is this library that adapts.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Contender:
     form: Form = "separate"
     owns_weights: bool = False
     dtypes: tuple[str, ...] = ()
+    ours: bool = False
 
     def why_not(self, dtype: str) -> str | None:
         """Why it cannot run in ``dtype`` here, in one sentence; None when it can."""

@@ -57,6 +57,7 @@ class Row:
     provenance: Provenance
     roofline_ms: float | None = None  # no step of this case is faster; None: not computed
     python_calls: int | None = None  # of one step; None: not counted
+    host_ms: float | None = None  # of the step, until its last launch is queued; None off CUDA
     operations: int | None = None  # that torch's dispatcher is asked for; None: not counted
 
     def to_json(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_linear as hopper
 from fused_lora.kernels.cuda.chip import Chip
-from fused_lora.kernels.cuda.lora_grad_shape import shape_of
+from fused_lora.kernels.cuda.lora_grad_shape import fitting, shape_of
 from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.launches import NO_PRODUCTS, Launch, launches, tile_of
 from fused_lora.ops import lora_grad_backends
@@ -27,7 +29,7 @@ from fused_lora.trust.check import NotNow
 from fused_lora.trust.moment import untouchable
 from fused_lora.trust.subjects import Checked, of_compiled_product, of_launch
 from fused_lora.trust.verdict import Subject, Verdict
-from fused_lora.trust.verify import verdict
+from fused_lora.trust.verify import announce, is_collecting, known, verdict
 from fused_lora.types import Backend, Impl, Plan
 
 ASKED: dict[Impl, tuple[Backend, ...]] = {
@@ -85,7 +87,7 @@ def plans(problem: Problem, impl: Impl, dtype: torch.dtype, device: torch.device
     """Every plan of the backends that serve; under ``cuda``, those with most of its kernels."""
     compiled = impl is Impl.CUDA and _product(device) is None
     found = [
-        plan
+        plan if plan.grads_by is None else replace(plan, slices=_slices(problem, plan, device))
         for plan in candidates(problem, serving(problem, impl, dtype, device), compiled)
         if plan.grads_by is None or _of_gradients(problem, plan, dtype, device)
     ]
@@ -120,6 +122,13 @@ def _of_gradients(
     return lora_grad_backends.checked(shape_of(problem, plan), dtype, device)
 
 
+def _slices(problem: Problem, plan: Plan, device: torch.device) -> int:
+    """What the compiled gradients' own planner makes of the rows."""
+    chip = Chip.of(device)
+    launched = fitting(shape_of(problem, plan), chip).plan(problem.m, chip)
+    return launched.slices if launched else 0
+
+
 def failures(
     problem: Problem, plan: Plan, dtype: torch.dtype, key: str, device: torch.device
 ) -> dict[Subject, Verdict]:
@@ -129,8 +138,44 @@ def failures(
         NotNow: one is not checked, and cannot be at this moment.
     """
     needed = kernels(problem, plan, dtype, key, device)
-    found = {one.subject: verdict(one, device) for one in needed}
+    announce(needed, device)
+    found, later = {}, None
+    for one in needed:
+        try:
+            found[one.subject] = verdict(one, device)
+        except NotNow as reason:
+            if not is_collecting():
+                raise
+            later = reason
+    if later is not None:
+        raise later
     return {subject: said for subject, said in found.items() if not said.passed}
+
+
+def known_failures(
+    problem: Problem, plan: Plan, dtype: torch.dtype, key: str, device: torch.device
+) -> list[Subject]:
+    """The kernels of ``plan`` that are known to be wrong; nothing is checked for it."""
+    needed = kernels(problem, plan, dtype, key, device)
+    return [one.subject for one in needed if (said := known(one, device)) and not said.passed]
+
+
+def those(plans: Sequence[Plan], right: Callable[[Plan], bool]) -> list[Plan]:
+    """The ``plans`` whose kernels are ``right``, without those that cannot be checked now.
+
+    Raises:
+        NotNow: verdicts are being collected, and one is missing.
+    """
+    found, later = [], None
+    for plan in plans:
+        try:
+            if right(plan):
+                found.append(plan)
+        except NotNow as reason:
+            later = reason
+    if later is not None and is_collecting():
+        raise later
+    return found
 
 
 _product = lru_cache(maxsize=64)(hopper.why_not)

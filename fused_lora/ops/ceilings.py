@@ -12,6 +12,7 @@ from fused_lora.kernels.aten import probe
 from fused_lora.kernels.precision import is_tf32
 from fused_lora.plan import device as plan_device
 from fused_lora.plan.device import Ceilings
+from fused_lora.trust.moment import why_not_now
 from fused_lora.version import __version__
 
 
@@ -33,8 +34,20 @@ def _cpu_model() -> str:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Ceilings of ``device`` in ``dtype``; measures an unknown device once, in half a second."""
-    return _ceilings(device, dtype, *conditions(device, dtype))
+    """Ceilings of ``device`` in ``dtype``; measures an unknown device once, in half a second.
+
+    Not in a capture or a trace: there figures of its kind serve, and are not kept.
+    """
+    key, threads = conditions(device, dtype)
+    if device.type == "cuda" and (reason := why_not_now(device)):
+        return _kept_or_usual(device, key, reason)
+    return _ceilings(device, dtype, key, threads)
+
+
+def _kept_or_usual(device: torch.device, key: str, reason: str) -> Ceilings:
+    name = device_name(device)
+    there = plan_device.known(name, key) or plan_device.load(env.cache_dir(), _where(name, key))
+    return there or plan_device.unmeasured(name, key, device.type)
 
 
 def conditions(device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
@@ -51,9 +64,8 @@ def _ceilings(device: torch.device, dtype: torch.dtype, key: str, threads: int) 
     if device.type == "cuda" and (found := plan_device.known(name, key)):
         return found
     if device.type == "meta" or not env.flag("FUSED_LORA_CALIBRATE", default=True):
-        return plan_device.unmeasured(name, key)
-    versions = f"torch {torch.__version__}|fused_lora {__version__}|probe {probe.REVISION}"
-    where = f"{name}|{key}|{versions}"
+        return plan_device.unmeasured(name, key, device.type)
+    where = _where(name, key)
     if kept := plan_device.load(env.cache_dir(), where):
         return kept
     with ThreadPoolExecutor(1) as own:
@@ -61,6 +73,11 @@ def _ceilings(device: torch.device, dtype: torch.dtype, key: str, threads: int) 
     if steady:
         plan_device.store(env.cache_dir(), where, measured)
     return measured
+
+
+def _where(name: str, key: str) -> str:
+    versions = f"torch {torch.__version__}|fused_lora {__version__}|probe {probe.REVISION}"
+    return f"{name}|{key}|{versions}"
 
 
 def _measure(device: torch.device, dtype: torch.dtype, name: str) -> tuple[Ceilings, bool]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_lora.ops import backends
+from fused_lora.ops import backends, measured
 from fused_lora.ops.ceilings import ceilings, conditions
-from fused_lora.plan.choose import Row, ranked
+from fused_lora.ops.measured import Way
+from fused_lora.plan.choose import Row, ordered, ranked
+from fused_lora.plan.cost import beside_us
 from fused_lora.plan.problem import Problem
 from fused_lora.trust.check import NotNow
+from fused_lora.trust.verify import holds
 from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span
 
 CPU = torch.device("cpu")
@@ -60,16 +64,19 @@ def plan_for(
     impl: Impl = Impl.AUTO,
     beside: Beside = ALONE,
     halves: Halves = ALIKE,
+    times: Way | None = None,
 ) -> Plan:
     """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before.
+
+    ``times`` says whether it is chosen by time; None for what FUSED_LORA_PLAN and the moment allow.
 
     Raises:
         RuntimeError: ``impl`` names a backend that cannot serve, with the reason.
     """
-    now = conditions(device, dtype)
+    now = (*conditions(device, dtype), holds())
     try:
         asked = (m, k, n, spans, dtype, bias, needs, device, keep, impl, beside, halves)
-        return _plan_for(*asked, now)
+        return _plan_for(*asked, now, measured.way(device) if times is None else times)
     except NotNow as reason:
         question = problem(m, k, n, spans, dtype, bias, needs, beside, halves, device)
         return _unchecked(question, dtype, device, keep, impl, reason).rows[0].plan
@@ -89,10 +96,11 @@ def _plan_for(
     impl: Impl,
     beside: Beside,
     halves: Halves,
-    now: tuple[str, int],  # a change of it asks anew
+    now: tuple[str, int, bool],  # a change of it asks anew
+    times: Way,
 ) -> Plan:
     question = problem(m, k, n, spans, dtype, bias, needs, beside, halves, device)
-    return settled(question, dtype, device, keep, impl).rows[0].plan
+    return settled(question, dtype, device, keep, impl, times).rows[0].plan
 
 
 class Settled(NamedTuple):
@@ -108,8 +116,11 @@ def settled(
     device: torch.device,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
+    times: Way = Way.MODEL,
 ) -> Settled:
     """The plans that ``impl`` allows, ranked; the kernels of the first are checked.
+
+    By ``times`` those that were measured come first, by their times.
 
     Raises:
         NotNow: the best plan has a kernel that is not checked, and cannot be at this moment.
@@ -121,6 +132,8 @@ def settled(
     while rows := ranked(question, limits, keep, plans):
         wrong = backends.failures(question, rows[0].plan, dtype, key, device)
         if not wrong:
+            if times is not Way.MODEL:
+                rows = _by_time(question, rows, dtype, device, (key, keep, impl), times)
             return Settled(rows, said)
         said += [f"{subject.kernel}: {verdict}" for subject, verdict in wrong.items()]
         plans = [
@@ -134,10 +147,55 @@ def settled(
     raise RuntimeError(f"impl={impl.value!r} cannot serve: {'; '.join(reasons)}")
 
 
+def _by_time(
+    question: Problem,
+    rows: list[Row],
+    dtype: torch.dtype,
+    device: torch.device,
+    asked: tuple[str, Keep | None, Impl],
+    times: Way,
+    failures: Callable[..., Any] = backends.failures,
+) -> list[Row]:
+    """The plans of ``rows`` that were timed, by their times, then the others by their estimates."""
+    plans = [row.plan for row in rows]
+    failing = partial(failures, question, dtype=dtype, key=asked[0], device=device)
+    by_name = measured.load(question, plans, device, asked)
+    if not by_name and times in (Way.MEASURE, Way.LOOK):
+        right = backends.those(measured.likely(plans), lambda plan: not failing(plan))
+        if times is Way.MEASURE:
+            by_name = measured.times(question, right, device, asked)
+        else:
+            measured.collect(question, right, device)
+    limits, estimates = ceilings(device, dtype), {str(plan): plan.time_us for plan in plans}
+    timed = [
+        replace(plan, time_us=by_name[str(plan)] + beside_us(question, plan, limits))
+        for plan in plans
+        if str(plan) in by_name
+    ]
+    first = [replace(row, estimate_us=estimates[str(row.plan)]) for row in ordered(question, timed)]
+    while first and failing(first[0].plan):
+        del first[0]
+    return [*first, *(row for row in rows if str(row.plan) not in by_name)] if first else rows
+
+
+def expected(
+    question: Problem, dtype: torch.dtype, device: torch.device, keep: Keep | None = None
+) -> Plan:
+    """The plan that will serve unless a kernel that is not checked yet is found wrong."""
+    key = conditions(device, dtype)[0]
+    plans = backends.plans(question, Impl.AUTO, dtype, device)
+    rows = ranked(question, ceilings(device, dtype), keep, plans)
+    if (times := measured.way(device, anew=False)) is not Way.MODEL:
+        asked = (key, keep, Impl.AUTO)
+        rows = _by_time(question, rows, dtype, device, asked, times, backends.known_failures)
+    wrong = partial(backends.known_failures, question, dtype=dtype, key=key, device=device)
+    return next(row.plan for row in rows if not wrong(row.plan))
+
+
 def explained(question: Problem, dtype: torch.dtype, device: torch.device) -> Settled:
     """As ``settled``, of the library's plans alone where nothing can be checked."""
     try:
-        return settled(question, dtype, device)
+        return settled(question, dtype, device, times=measured.way(device, anew=False))
     except NotNow as reason:
         return _unchecked(question, dtype, device, None, Impl.AUTO, reason)
 
@@ -146,7 +204,8 @@ def checked_plans(question: Problem, device: torch.device | str) -> list[Plan]:
     """Every plan of kernels that ``device`` finds right, the chosen one first; checks them all."""
     device, dtype = torch.device(device), getattr(torch, question.dtype)
     key = conditions(device, dtype)[0]
-    plans = [row.plan for row in settled(question, dtype, device).rows]
+    rows = settled(question, dtype, device, times=measured.way(device)).rows
+    plans = [row.plan for row in rows]
     return [plan for plan in plans if not backends.failures(question, plan, dtype, key, device)]
 
 

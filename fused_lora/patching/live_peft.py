@@ -10,7 +10,7 @@ from torch import nn
 
 from fused_lora.nn.peft_linear import classes, why_not
 from fused_lora.nn.stand_in import rebind
-from fused_lora.ops.planning import halves_of, plan_for
+from fused_lora.ops.planning import expected, halves_of, problem
 from fused_lora.patching.errors import PatchError
 from fused_lora.patching.report import PatchReport, Row
 from fused_lora.patching.rule import Found, find
@@ -118,10 +118,11 @@ def _plan(layer: Any, rows: int) -> str:
         return "PEFT's own: no adapter is active"
     spans = (Span(0, w.shape[0], rank),)
     bias = layer.base_layer.bias is not None
-    question = (rows, w.shape[1], w.shape[0], spans, w.dtype, bias, Needs(), w.device)
+    question = (rows, w.shape[1], w.shape[0], spans, w.dtype, bias, Needs())
     first = next(name for name in layer.active_adapters if name in layer.r)
     halves = halves_of([layer.lora_A[first].weight], [layer.scaling[first]])
-    return str(plan_for(*question, halves=halves))
+    asked = problem(*question, halves=halves, device=w.device)
+    return str(expected(asked, w.dtype, w.device))
 
 
 def _listed(left: Mapping[str, str]) -> str:

@@ -29,6 +29,7 @@ class Row:
 
     plan: Plan
     note: str = ""
+    estimate_us: float | None = None  # the cost model's, where ``plan.time_us`` was measured
 
 
 def ranked(
@@ -46,10 +47,13 @@ def ranked(
         for plan in (candidates(problem) if plans is None else plans)
         if keep is None or plan.keep is keep
     ]
-    timed.sort(key=lambda plan: plan.time_us)
-    if not problem.low_precision:
-        return [Row(plan) for plan in timed]
-    return _by_precision(timed)
+    return ordered(problem, timed)
+
+
+def ordered(problem: Problem, timed: Sequence[Plan]) -> list[Row]:
+    """``timed`` plans by their times, but for the precision rules: the chosen one first."""
+    plans = sorted(timed, key=lambda plan: plan.time_us)
+    return _by_precision(plans) if problem.low_precision else [Row(plan) for plan in plans]
 
 
 def _merges(plan: Plan) -> bool:

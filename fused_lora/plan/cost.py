@@ -3,6 +3,9 @@
 gemm  max(2 m n k / (rate * d / (d + half_rank)), bytes / bandwidth) + call,  d = min(m, n, k)
 move  bytes / bandwidth + call
 
+On a GPU a call costs the device a gap between two launches, and the host the call: a plan takes the
+longer of both sums.
+
 A library's steps are in ``fused_lora.plan.cost_aten``, Triton's in ``cost_triton``, those of the
 compiled kernels in ``cost_cuda``.
 """
@@ -38,6 +41,16 @@ def steps(p: Problem, plan: Plan) -> list[Step]:
     return [*found, *beside_steps(p, plan)]
 
 
+def beside_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:
+    """Estimated time of what lies beside the products, where no epilogue has it."""
+    return sum(step.time_us(p.itemsize, ceilings) for step in beside_steps(p, plan))
+
+
 def time_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:
-    """Estimated time of forward and backward together."""
-    return sum(step.time_us(p.itemsize, ceilings) for step in steps(p, plan))
+    """Estimated time of forward and backward together: the device's, or the host's if longer.
+
+    A host that takes longer to queue a step than the device to run it is what the step waits for.
+    """
+    found = steps(p, plan)
+    device_us = sum(step.time_us(p.itemsize, ceilings) for step in found)
+    return max(device_us, sum(step.host_us(ceilings) for step in found))

@@ -3,12 +3,14 @@ of slices; and the Hopper product, which reads h beside x.
 
     h, dh   formed from the tiles that the gradients read, or read where they are kept
 
-The efficiencies and the slices below are guesses: no time has been measured on a GPU yet.
+Slices are those of the kernels' own planner where the module is there. The efficiencies and calls
+below are guesses: no time has been measured on a GPU yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.step import Step
@@ -19,7 +21,8 @@ PRODUCT_EFFICIENCY = 0.9  # of the Hopper product beside the library's; unmeasur
 LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
 RANK_BLOCK = 16  # ranks are padded to it on chip
 TILE_ROW_BYTES = 32  # a tile has as many rows as elements lie in these
-SLICES = 132  # of rows, one per processor, whose fp32 sums are written and read
+SLICES = 132  # of rows, whose fp32 sums are written and read: one per processor, at most
+PACKING_CALLS = 12.0  # library calls that the host's packing of a launch takes: 74 us by 6
 
 
 def gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
@@ -29,10 +32,13 @@ def gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     k = p.k if p.needs.a or forms_h else 0
     n = p.n if p.needs.b or p.needs.bias or forms_dh else 0
     ranks = -(-p.rank // RANK_BLOCK) * RANK_BLOCK
-    sums = min(SLICES, -(-p.m * p.itemsize // TILE_ROW_BYTES)) * ranks * (k + n) * (4 // p.itemsize)
+    slices = plan.slices or min(SLICES, -(-p.m * p.itemsize // TILE_ROW_BYTES))
+    sums = slices * ranks * (k + n) * (4 // p.itemsize)
     shrinks = 2 * p.m * ranks * (forms_h * p.k + forms_dh * p.n)
-    yield Step("one pass db da", ranks, k + n, p.m, False, shrinks, sums, EFFICIENCY, LAUNCH_CALLS)
-    yield Step("sums db da", ranks, k + n, extra_elements=sums, calls=LAUNCH_CALLS)
+    how = (False, shrinks, sums, EFFICIENCY, LAUNCH_CALLS, PACKING_CALLS)
+    yield Step("one pass db da", ranks, k + n, p.m, *how)
+    again = Step("sums db da", ranks, k + n, extra_elements=sums, calls=LAUNCH_CALLS)
+    yield replace(again, host_calls=0.0)  # one call of the host's launches both
 
 
 def product_step(name: str, p: Problem, columns: int, depth: int, u: bool = False) -> Step:
@@ -43,7 +49,7 @@ def product_step(name: str, p: Problem, columns: int, depth: int, u: bool = Fals
     width = sum(span.rank * span.width for span in p.spans) // p.n  # ranks of a column of y
     ranks = width if columns == p.n else p.rank
     extra = columns * ranks + (p.m * columns if u else 0)
-    rates = (PRODUCT_EFFICIENCY, LAUNCH_CALLS)
+    rates = (PRODUCT_EFFICIENCY, LAUNCH_CALLS, PACKING_CALLS)
     return Step(name, p.m, columns, depth + ranks, False, 0, extra, *rates)
 
 

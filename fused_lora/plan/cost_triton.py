@@ -13,6 +13,8 @@ from fused_lora.plan.step import Step
 from fused_lora.types import Forward, Gradient, Keep, Plan
 
 EFFICIENCY = 0.8  # of Triton's GEMM beside the library's; unmeasured
+ONE_PASS_SHARE = 0.75  # of that: each K step waits for its products, as the border is converted
+GELU_SHARE = 0.9  # of that: its epilogue is exposed, about 22 instructions an element
 LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
 MERGE_EFFICIENCY = 1 / 16  # of fp32 products beside 16-bit ones; unmeasured
 RANK_BLOCK = 64  # ranks whose thin product reads x once
@@ -60,15 +62,18 @@ def _product(
     if strategy is Forward.EXTENDED:
         yield _thin(p, f"{name}shrink", depth)
         beside = p.m * columns if u else 0
-        yield _launch(f"{name}extended", p.m, columns, depth + ranks, elements=beside)
+        share = GELU_SHARE if u else 1.0
+        yield _launch(f"{name}extended", p.m, columns, depth + ranks, elements=beside, share=share)
     else:
         shrunk, expanded = p.rank * depth * -(-columns // TILE_COLUMNS), ranks * columns
         flops, hidden = 2 * p.m * (shrunk + expanded), p.m * p.rank
-        yield _launch(f"{name}one_pass", p.m, columns, depth, flops, hidden)
+        yield _launch(f"{name}one_pass", p.m, columns, depth, flops, hidden, ONE_PASS_SHARE)
 
 
-def _launch(name: str, m: int, n: int, k: int, flops: int = 0, elements: int = 0) -> Step:
-    return Step(name, m, n, k, False, flops, elements, EFFICIENCY, LAUNCH_CALLS)
+def _launch(
+    name: str, m: int, n: int, k: int, flops: int = 0, elements: int = 0, share: float = 1.0
+) -> Step:
+    return Step(name, m, n, k, False, flops, elements, share * EFFICIENCY, LAUNCH_CALLS)
 
 
 def _thin(p: Problem, name: str, depth: int) -> Step:

@@ -25,6 +25,7 @@ class Ceilings:
     bandwidth_gbs: float  # bytes read and written by a copy, per second
     call_us: float  # host cost of one library call
     measured: bool  # on this machine, rather than taken from the table
+    gap_us: float | None = None  # between two launches that are queued; None: nothing queues them
 
 
 # name fragment: (fp32, tf32, 16-bit) GFLOP/s, bandwidth GB/s. The first fragment found serves.
@@ -42,7 +43,8 @@ KNOWN_GPUS: dict[str, tuple[float, float, float, float]] = {
     "RTX 3090": (28_000, 28_000, 57_000, 750),
 }
 GPU_HALF_RANK = 32.0  # half a tensor-core tile of 64
-GPU_CALL_US = 4.0
+GPU_CALL_US = 5.0  # of the host, which works while the device does
+GPU_GAP_US = 1.5  # of the device, from one queued launch to the next
 UNMEASURED_CPU = (100.0, 8.0, 20.0, 3.0)  # GFLOP/s, half rank, GB/s, us: for FUSED_LORA_CALIBRATE=0
 
 
@@ -54,14 +56,18 @@ def known(name: str, dtype: str) -> Ceilings | None:
     for fragment, (fp32, tf32, half, bandwidth) in KNOWN_GPUS.items():
         if f"{fragment} " in words:
             rates = {"float64": fp32 / 2, "float32": fp32, "tf32": tf32}
-            return Ceilings(
-                name, dtype, rates.get(dtype, half), GPU_HALF_RANK, bandwidth, GPU_CALL_US, False
-            )
+            figures = (rates.get(dtype, half), GPU_HALF_RANK, bandwidth, GPU_CALL_US)
+            return Ceilings(name, dtype, *figures, False, GPU_GAP_US)
     return None
 
 
-def unmeasured(name: str, dtype: str) -> Ceilings:
-    """Figures of a small machine, where measuring is switched off."""
+def unmeasured(name: str, dtype: str, kind: str = "cpu") -> Ceilings:
+    """Figures of a small machine of ``kind``, where it cannot be measured."""
+    if kind == "cuda":
+        fp32, tf32, half, bandwidth = KNOWN_GPUS["A10"]
+        rate = {"float64": fp32 / 32, "float32": fp32, "tf32": tf32}.get(dtype, half)
+        figures = (rate, GPU_HALF_RANK, bandwidth, GPU_CALL_US)
+        return Ceilings(name, dtype, *figures, False, GPU_GAP_US)
     gflops, half_rank, bandwidth, call_us = UNMEASURED_CPU
     return Ceilings(name, dtype, gflops, half_rank, bandwidth, call_us, False)
 
@@ -70,7 +76,8 @@ def load(folder: Path, key: str) -> Ceilings | None:
     """The ceilings kept under ``key``; None when absent, torn or of another layout."""
     try:
         found = Ceilings(**disk.read(folder / FILE)[key])
-        rates = (found.matmul_gflops, found.half_rank, found.bandwidth_gbs, found.call_us)
+        rates = [found.matmul_gflops, found.half_rank, found.bandwidth_gbs, found.call_us]
+        rates += [] if found.gap_us is None else [found.gap_us]
         return found if all(0 < float(rate) < float("inf") for rate in rates) else None
     except (ValueError, KeyError, TypeError):
         return None

@@ -20,6 +20,7 @@ class Step:
     extra_elements: int = 0  # likewise, read or written
     efficiency: float = 1.0  # of its products, beside the library's
     calls: float = 1.0  # what a launch costs, in library calls
+    host_calls: float | None = None  # what it costs the host, where that is another number
 
     @property
     def flops(self) -> int:
@@ -34,9 +35,16 @@ class Step:
         return self.m * self.k + self.k * self.n + result + self.extra_elements
 
     def time_us(self, itemsize: int, ceilings: Ceilings) -> float:
-        """Estimated time."""
+        """Estimated time: of the device alone where the host queues work for it."""
         inner = max(1, min(self.m, self.n, self.k or 1))
         rate = self.efficiency * ceilings.matmul_gflops * inner / (inner + ceilings.half_rank)
         compute_us = self.flops / rate * 1e-3
         memory_us = self.elements() * itemsize / ceilings.bandwidth_gbs * 1e-3
-        return max(compute_us, memory_us) + self.calls * ceilings.call_us
+        between_us = ceilings.call_us if ceilings.gap_us is None else ceilings.gap_us
+        return max(compute_us, memory_us) + self.calls * between_us
+
+    def host_us(self, ceilings: Ceilings) -> float:
+        """Estimated time of the host, where it queues work for a device; else 0."""
+        if ceilings.gap_us is None:
+            return 0.0
+        return (self.calls if self.host_calls is None else self.host_calls) * ceilings.call_us

@@ -25,6 +25,10 @@ class NotNow(Exception):
     """Nothing can be checked at this moment; asked again later, it may be."""
 
 
+class FullMemory(NotNow):
+    """Nothing can be checked for want of memory or of a process: not worth asking at once again."""
+
+
 def check(
     cases: Callable[[torch.dtype, torch.device], Iterator[Comparison | str]],
     dtype: torch.dtype,
@@ -33,7 +37,7 @@ def check(
     """The verdict on what ``cases`` yields: comparisons, or a sentence that fails the kernel.
 
     Raises:
-        NotNow: the device's memory is full.
+        FullMemory: the device's memory is full.
     """
     with ThreadPoolExecutor(1, "fused_lora check") as own:
         return own.submit(_check, cases, dtype, device).result()
@@ -48,10 +52,10 @@ def _check(
         with torch.inference_mode(), own_stream(device):
             found = list(cases(dtype, device))
     except torch.OutOfMemoryError as error:
-        raise NotNow(f"no memory is left to check a kernel in: {error}") from None
+        raise FullMemory(f"no memory is left to check a kernel in: {error}") from None
     except Exception as error:  # of a compiler, a launch or the device: the kernel does not serve
         if _out_of_memory(error):
-            raise NotNow(f"no memory is left to check a kernel in: {error}") from None
+            raise FullMemory(f"no memory is left to check a kernel in: {error}") from None
         return broken(f"{type(error).__name__}: {_first_line(error)}")
     compared = [c for c in found if isinstance(c, Comparison)]
     said = [line for line in found if isinstance(line, str)]
@@ -69,6 +73,18 @@ def _out_of_memory(error: BaseException) -> bool:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else "no message"
+
+
+@contextmanager
+def products_as(dtype: str) -> Iterator[None]:
+    """Inside, torch forms fp32 products as ``dtype`` says."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 @contextmanager

@@ -64,8 +64,16 @@ def compiled_grads(dtype: str, device: torch.device) -> Iterator[Checked]:
 
 
 def compiled_products(dtype: str, device: torch.device) -> Iterator[Checked]:
-    """The compiled product in every tile, and what may stand behind it; of no device, in one."""
-    tiles = TILES[:1] if why_not_on(device) else () if hopper.why_not(device) else TILES
+    """The compiled product in every tile, and what may stand behind it.
+
+    In one tile that stands for all, of no device, or where the module was compiled without it.
+    """
+    if why_not_on(device):
+        tiles = TILES[:1]
+    elif Chip.of(device).arch != hopper.ARCH:
+        tiles = ()
+    else:
+        tiles = TILES[:1] if hopper.why_not_compiled() else TILES
     yield from (of_compiled_product(tile, dtype, one) for one in BEHIND for tile in tiles)
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 
+from fused_lora.kernels.cuda import lora_linear as hopper
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import available, spills
-from fused_lora.trust.check import NotNow
+from fused_lora.trust import own_process
+from fused_lora.trust.check import NotNow, products_as
 from fused_lora.trust.everything import everything
 from fused_lora.trust.subjects import DTYPES, Checked
 from fused_lora.trust.verdict import Subject, Verdict
 from fused_lora.trust.verify import renew
+from fused_lora.worker import Worker
 
+BACKENDS = ("triton", "cuda")
 WORDS = {True: "passed", False: "FAILED", None: "not run"}
 
 
@@ -51,6 +56,8 @@ def selftest(
     device: torch.device | str | None = None,
     dtypes: Sequence[str] = tuple(DTYPES),
     tell: Callable[[Result], None] = lambda result: None,
+    backends: Sequence[str] = BACKENDS,
+    processes: int = 1,
 ) -> list[Result]:
     """Check every kernel on ``device``, whatever was found before; verdicts are kept.
 
@@ -59,18 +66,50 @@ def selftest(
             says why.
         dtypes: Of float32, tf32, bfloat16 and float16.
         tell: Called with each result as it comes.
+        backends: Of triton and cuda.
+        processes: How many check at once, on a device.
 
     Raises:
-        ValueError: a dtype of another name, or a device that is not here.
+        ValueError: a dtype or backend of another name, no processes, or a device that is not here.
     """
+    if odd := [name for name in backends if name not in BACKENDS]:
+        raise ValueError(f"backends must be of {BACKENDS}, got {odd}")
+    if processes < 1:
+        raise ValueError(f"processes must be 1 or more, got {processes}")
     if odd := [name for name in dtypes if name not in DTYPES]:
         raise ValueError(f"dtypes must be of {tuple(DTYPES)}, got {odd}")
     target = _target(device)
+    wanted = [c for c in everything(dtypes, target) if c.subject.backend in backends]
     results = []
-    for checked in everything(dtypes, target):
-        results.append(_result(checked, target))
-        tell(results[-1])
+    for result in _results(wanted, target, processes):
+        results.append(result)
+        tell(result)
     return results
+
+
+def _results(wanted: Sequence[Checked], device: torch.device, processes: int) -> Iterator[Result]:
+    if processes == 1 or not all(own_process.serves(one, device) for one in wanted):
+        yield from (_result(one, device) for one in wanted)
+        return
+    free: SimpleQueue[Worker] = SimpleQueue()
+    workers = [Worker() for _ in range(min(processes, len(wanted)))]
+    for worker in workers:
+        free.put(worker)
+
+    def one(checked: Checked) -> Result:
+        worker = free.get()
+        try:
+            return _result(checked, device, worker)
+        finally:
+            free.put(worker)
+
+    try:
+        with ThreadPoolExecutor(len(workers), "fused_lora selftest") as pool:
+            for each in as_completed([pool.submit(one, checked) for checked in wanted]):
+                yield each.result()
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 def passed_over(device: torch.device | str | None = None) -> list[str]:
@@ -89,13 +128,16 @@ def _target(device: torch.device | str | None) -> torch.device:
     return target
 
 
-def _result(checked: Checked, device: torch.device) -> Result:
+def _result(checked: Checked, device: torch.device, worker: Worker | None = None) -> Result:
     began = time.perf_counter()
     try:
         if reason := _why_not(checked, device):
             raise NotNow(reason)
-        with _products(checked.subject.dtype):
-            verdict = renew(checked, device)
+        if worker is not None:
+            verdict = renew(checked, device, worker)
+        else:
+            with products_as(checked.subject.dtype):
+                verdict = renew(checked, device)
     except NotNow as reason:
         return Result(checked.subject, None, str(reason), 0.0)
     return Result(checked.subject, verdict, str(verdict), time.perf_counter() - began)
@@ -104,19 +146,9 @@ def _result(checked: Checked, device: torch.device) -> Result:
 def _why_not(checked: Checked, device: torch.device) -> str | None:
     if checked.subject.backend == "triton":
         return available.why_not(device, DTYPES[checked.subject.dtype])
+    if checked.subject.kernel.startswith("lora_linear"):
+        return hopper.why_not(device)
     return native.why_not_on(device)
-
-
-@contextmanager
-def _products(dtype: str) -> Iterator[None]:
-    """Inside, torch forms fp32 products as ``dtype`` says."""
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def summary(results: Sequence[Result], device: str) -> str:

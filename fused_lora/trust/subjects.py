@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,15 @@ class Checked:
     equations: Callable[[Operands], Named] = equations
     exact: bool = False  # whether small integers make every result exact
     launch: Launch | None = None  # of Triton
+    recipe: tuple[Any, ...] = ()  # a module, its function and arguments that make this once more
+
+    @classmethod
+    def of_recipe(cls, recipe: tuple[Any, ...]) -> Checked:
+        """What has this ``recipe``; also in another process."""
+        module, function, *args = recipe
+        made = getattr(importlib.import_module(module), function)(*args)
+        assert isinstance(made, cls), made
+        return made
 
     def check(self, device: torch.device) -> Verdict:
         """The verdict of ``device``, found now: of the tile that serves, should this one spill."""
@@ -86,14 +97,20 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
     shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
     truth = partial(equations, kernel=launch.kernel)
     run, exact = partial(triton_checks.run, launch), launch.kernel in EXACT
-    return Checked(subject, run, noisy, shapes, truth, exact, launch)
+    recipe = (__name__, "of_launch", launch, dtype)
+    return Checked(subject, run, noisy, shapes, truth, exact, launch, recipe)
 
 
 def of_compiled_merge(dtype: str) -> Checked:
     """The compiled kernel for weights of ``dtype``."""
     subject = Subject("cuda", "lora_merge", "any", dtype)
     noisy = partial(cuda_checks.merged, noise=NOISE)
-    return Checked(subject, lambda p: {"w'": cuda_checks.merged(p)}, noisy, exact=True)
+    run, recipe = _compiled_merge, (__name__, "of_compiled_merge", dtype)
+    return Checked(subject, run, noisy, exact=True, recipe=recipe)
+
+
+def _compiled_merge(p: Operands) -> Named:
+    return {"w'": cuda_checks.merged(p)}
 
 
 def of_compiled_grads(form: Form, example: GradShape, dtype: str) -> Checked:
@@ -101,7 +118,8 @@ def of_compiled_grads(form: Form, example: GradShape, dtype: str) -> Checked:
     subject = Subject("cuda", "lora_grad", str(form), dtype)
     run = partial(cuda_checks.grads, example=example)
     shapes = (cuda_checks.shape_of(example),)
-    return Checked(subject, run, shapes=shapes, equations=gradients, exact=True)
+    recipe = (__name__, "of_compiled_grads", form, example, dtype)
+    return Checked(subject, run, shapes=shapes, equations=gradients, exact=True, recipe=recipe)
 
 
 def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
@@ -111,4 +129,6 @@ def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
     run = partial(cuda_checks.run_product, behind=behind, tile=tile)
     truth = partial(equations, kernel=f"extended_{behind}")
     exact = behind != "gelu"
-    return Checked(subject, run, shapes=cuda_checks.PRODUCTS, equations=truth, exact=exact)
+    recipe = (__name__, "of_compiled_product", tile, dtype, behind)
+    shapes = cuda_checks.PRODUCTS
+    return Checked(subject, run, shapes=shapes, equations=truth, exact=exact, recipe=recipe)

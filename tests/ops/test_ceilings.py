@@ -137,3 +137,62 @@ def test_a_user_without_a_home_is_served(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", nowhere)
     assert env.cache_dir().name == "fused_lora"
+
+
+GPU = torch.device("cuda", 0)
+
+
+class Device:
+    """A GPU by what a probe asks of it: a large product takes a millisecond, its host is slow."""
+
+    def __init__(self, monkeypatch):
+        self.sleeps = 0
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self)
+        monkeypatch.setattr(torch.cuda, "_sleep", self._sleep)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 8 << 30))
+        monkeypatch.setattr(probe, "_probes", lambda *_: [lambda: None] * 4)
+        monkeypatch.setattr(probe, "BUDGET_S", 0.0)
+
+    def _sleep(self, cycles):
+        self.sleeps += 1
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.0
+
+
+def test_a_gpu_is_probed_by_device_events_behind_a_sleep(monkeypatch):
+    device = Device(monkeypatch)
+    figures, steady = probe.measure(GPU, torch.bfloat16, "a GPU")
+    assert steady and device.sleeps == 4 * 4 + 3  # whatever the host took
+    assert figures.matmul_gflops == pytest.approx(2 * 8192 * 2048**2 / 1e-3 * 1e-9)
+    assert figures.gap_us == pytest.approx(1e3 / probe.QUEUED)
+    assert figures.call_us < 1e3  # the host's own clock
+
+
+def test_a_gpu_is_probed_on_sizes_that_fill_it_and_fit(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 8 << 30))
+    assert probe._that_fit(GPU) == probe.Sizes(8192, 2048, 16, 128 << 20)
+    tiles = probe.GPU.rows * probe.GPU.width // 128**2
+    assert tiles > 2 * 148  # of the largest chip's processors
+
+
+@pytest.mark.parametrize("moment", ["capture", "trace"])
+def test_no_probe_runs_in_a_capture_or_a_trace(monkeypatch, moment):
+    calls = measured(monkeypatch, steady=True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an unknown GPU")
+    now = {"reason": "a CUDA graph is being captured"}
+    monkeypatch.setattr(resolving, "why_not_now", lambda device: now["reason"])
+    usual = resolving.ceilings(GPU, torch.float16)
+    assert not calls and not usual.measured and usual.gap_us is not None
+    assert usual.matmul_gflops == 100_000 and not list(resolving.env.cache_dir().glob("*"))
+    now["reason"] = None
+    assert resolving.ceilings(GPU, torch.float16).matmul_gflops == 100.0 and len(calls) == 1
+    now["reason"] = "a CUDA graph is being captured"
+    assert resolving.ceilings(GPU, torch.float16).matmul_gflops == 100.0  # what is kept

@@ -1,11 +1,13 @@
 """The compiled gradients in the plan: made-up ceilings, integers alone."""
 
+import dataclasses
+
 import pytest
 
 from fused_lora.kernels.cuda import native
 from fused_lora.plan import cost_cuda
 from fused_lora.plan.choose import ranked
-from fused_lora.plan.cost import steps
+from fused_lora.plan.cost import steps, time_us
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.strategies import (
@@ -155,3 +157,41 @@ def test_a_product_reads_h_beside_x():
     merged = compiled(dx=EXTENDED, backend=Backend.CUDA)
     assert str(merged) == "cuda:extended/extended/cuda:rank/hidden"
     assert "one pass db da" in {step.name for step in steps(problem(), merged)}
+
+
+def test_a_step_takes_the_device_or_the_host_whichever_is_longer():
+    gpu = dataclasses.replace(H200, gap_us=1.5, call_us=5.0)
+    large, small = problem(m=25216), problem(m=50)
+    plan = compiled()
+    for question in (large, small):
+        device_us = sum(step.time_us(2, gpu) for step in steps(question, plan))
+        host_us = sum(step.host_us(gpu) for step in steps(question, plan))
+        assert time_us(question, plan, gpu) == max(device_us, host_us)
+        assert (device_us > host_us) == (question is large)
+    assert not any(step.host_us(H200) for step in steps(large, plan))  # where nothing is queued
+
+
+def test_the_host_packs_a_launch_of_the_gradients_once():
+    gpu = dataclasses.replace(H200, gap_us=1.5, call_us=5.0)
+    one, two = (s for s in steps(problem(), compiled()) if "db da" in s.name)
+    assert one.host_us(gpu) == 5.0 * cost_cuda.PACKING_CALLS and two.host_us(gpu) == 0
+
+
+def test_slices_are_those_of_the_kernels_planner():
+    """On an H200: 132 for what one block holds, fewer for what takes a cluster."""
+    if native.why_not_here():
+        pytest.skip("the compiled module is not built")
+    from fused_lora.kernels.cuda.chip import Chip
+    from fused_lora.kernels.cuda.lora_grad_shape import fitting, shape_of
+
+    chip, found = Chip(90, 132), {}
+    for k, n in ((768, 768), (768, 2304), (768, 3072)):
+        question = problem(k=k, n=n)
+        found[n] = fitting(shape_of(question, compiled()), chip).plan(question.m, chip).slices
+    assert found[768] == 132 > found[2304] >= found[3072] > 20
+    wide = problem(n=3072)
+    few, many = (
+        sum(s.elements() for s in steps(wide, dataclasses.replace(compiled(), slices=count)))
+        for count in (found[3072], 132)
+    )
+    assert few < many

@@ -43,7 +43,7 @@ def chosen(question, backends=BOTH, keep=None):
 @pytest.mark.parametrize(
     ("rank", "dtype", "expected"),
     [
-        (16, "bfloat16", "triton:one_pass/one_pass/rank/hidden"),
+        (16, "bfloat16", "triton:extended/extended/rank/hidden"),
         (64, "bfloat16", "triton:extended/extended/rank/hidden"),
         (256, "bfloat16", "separate/separate/rank/hidden"),
         (512, "bfloat16", "triton:merge/merge/full/merged"),

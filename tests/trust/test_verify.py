@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import warnings
 from itertools import product
 
@@ -157,15 +158,21 @@ def test_where_nothing_of_triton_is_right_the_library_serves(kernels):
             plan(Impl.TRITON)
 
 
-def test_a_full_memory_is_no_verdict(kernels):
+def test_a_full_memory_is_no_verdict(kernels, monkeypatch):
     def full(t):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
 
     kernels.faults |= dict.fromkeys(TILES, full)
-    assert plan().backend is Backend.ATEN
+    now = time.monotonic()
+    monkeypatch.setattr(verify.time, "monotonic", lambda: now)
+    with pytest.warns(RuntimeWarning, match="does without .* for 5 minutes: .* no memory is left"):
+        assert plan().backend is Backend.ATEN
     assert not verify.path().exists()
     kernels.faults.clear()
-    assert plan().backend is Backend.TRITON  # nothing of the first answer was remembered
+    ran = dict(kernels.runs)
+    assert plan().backend is Backend.ATEN and kernels.runs == ran  # not tried at every call
+    now += verify.AGAIN_S
+    assert plan().backend is Backend.TRITON
 
 
 @pytest.mark.parametrize("moment", ["capture", "compile", "fake"])

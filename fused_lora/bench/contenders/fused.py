@@ -15,6 +15,7 @@ class Fused(Contender):
     """``fused_lora.patch`` on a model; on a bare layer set, its modules one by one."""
 
     name, title = "fused", "fused_lora"
+    ours = True
     level: str = "linear"
     recompute: str | None = None  # the choices of ``patch`` that tell these apart
 

@@ -24,7 +24,7 @@ from fused_lora.plan.problem import Problem
 from fused_lora.programs.record import begins_at
 from fused_lora.types import Gradient, Keep, Needs, Plan
 
-ARCH, CODE = 90, "90a"  # what the kernels are written for, and compiled for
+ARCH = 90  # what the kernels are written for
 
 
 def why_not(device: torch.device) -> str | None:
@@ -33,9 +33,14 @@ def why_not(device: torch.device) -> str | None:
         return reason
     if (arch := Chip.of(device).arch) != ARCH:
         return f"the compiled product is written for sm_{ARCH}, this is sm_{arch}"
-    if not any(entry.startswith(CODE) for entry in native.archs()):
-        return f"the compiled module has code for {', '.join(native.archs())}, not for {CODE}"
-    return None
+    return why_not_compiled()
+
+
+def why_not_compiled() -> str | None:
+    """One sentence why the module's product is empty; None when it has code."""
+    if (code := native.compiled_without().get("lora_linear")) is None:
+        return None
+    return f"compiled without {code}: the module has code for {', '.join(native.archs())}"
 
 
 def tiles(p: Problem, plan: Plan, chip: Chip) -> list[Tile]:

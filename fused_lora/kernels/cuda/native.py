@@ -11,6 +11,7 @@ import torch
 
 from fused_lora import env
 
+ONLY = {"lora_linear": "90a"}  # the kernels of one architecture, and its code
 _ENTRY = re.compile(r"(\d+)(\d)([af]?)-(real|virtual)")
 
 
@@ -61,6 +62,19 @@ def _why_not_on(device: torch.device | int | None) -> str | None:
 def archs() -> list[str]:
     """What the module was compiled for, such as ``["80-real", "90a-real"]``."""
     return load().archs.split(",")
+
+
+def compiled_without() -> dict[str, str]:
+    """The kernels that are empty in this module, each with the architecture it was built without.
+
+    A kernel that only one architecture can run is compiled for it alone.
+    """
+    built = archs()
+    return {
+        name: f"sm_{code}"
+        for name, code in ONLY.items()
+        if not any(entry.startswith(f"{code}-") for entry in built)
+    }
 
 
 def covers(entries: Sequence[str], capability: tuple[int, int]) -> bool:

@@ -7,7 +7,8 @@ pointers alone, the rest of its arguments constants of the program.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.precision import is_tf32
-from fused_lora.programs.record import opaque, recording
+from fused_lora.programs.program import Program
+from fused_lora.programs.record import Value, opaque, recording
 
 
 def launch(
@@ -85,6 +87,58 @@ class BoundLaunch:
         from triton.runtime import driver
 
         return driver.active.get_current_stream(self.device.index or 0)  # type: ignore[no-any-return]
+
+
+class Stand(NamedTuple):
+    """A tensor by what a compiler asks of it."""
+
+    dtype: torch.dtype
+    start: int  # bytes past a multiple of 16
+
+
+def requests(program: Program) -> Iterator[tuple[Any, ...]]:
+    """What it takes to compile each Triton launch of ``program`` in another process."""
+    pairs = zip(program.inputs, (g for g in program.given if g is not None), strict=True)
+    starts = {value.storage: given.start for value, given in pairs}
+
+    def stand(arg: Any) -> Any:
+        if isinstance(arg, Value):
+            start = starts.get(arg.storage, 0) + arg.offset * arg.dtype.itemsize
+            return Stand(arg.dtype, start % 16)
+        return tuple(stand(each) for each in arg) if isinstance(arg, tuple) else arg
+
+    for call in (*program.calls, *program.calls_back):
+        bound = call.target
+        if isinstance(bound, BoundLaunch):
+            name = (bound.kernel.fn.__module__, bound.kernel.fn.__name__)
+            args = [stand(arg) for arg in call.args]
+            yield *name, str(bound.device), bound.grid, bound.forms, args, bound.constants
+
+
+def compile_one(
+    module: str,
+    name: str,
+    device: str,
+    grid: tuple[int, ...],
+    forms: list[Any],
+    args: list[Any],
+    constants: dict[str, Any],
+) -> str:
+    """Compile one of ``requests`` without launching it; Triton keeps it in its cache folder."""
+    where = torch.device(device)
+
+    def tensor(arg: Any) -> Any:
+        if isinstance(arg, Stand):
+            room = torch.empty(64, dtype=torch.uint8, device=where)
+            whole = 32 // arg.dtype.itemsize * arg.dtype.itemsize
+            return room[arg.start :][:whole].view(arg.dtype)
+        return tuple(tensor(each) for each in arg) if isinstance(arg, tuple) else arg
+
+    kernel = getattr(importlib.import_module(module), name)
+    named = [_formed(form, tensor(arg)) for form, arg in zip(forms, args, strict=True)]
+    with on_device(where):
+        kernel.warmup(*named, grid=grid, **constants)
+    return f"{name.lstrip('_')}"
 
 
 class _Descriptor:

@@ -104,6 +104,14 @@ def forget() -> None:
         each()
 
 
+def refresh(device: torch.device) -> None:
+    """Hear of what another process of this machine remembered."""
+    before = _known.pop(device, None)
+    if before is None or _of(device) != before:
+        for each in _forgetful:
+            each()
+
+
 def heeded_by(cached: Callable[[], None]) -> None:
     """``cached`` is called where a tile is passed over that it may have chosen."""
     _forgetful.append(cached)

@@ -1,0 +1,46 @@
+"""Which of several plans is faster, where a machine's speed drifts: rounds of turns, and ratios.
+
+Every round times each part of a plan once, and only times of one round are compared. Plans that
+were never within reach of the best drop out, and what nobody needs any more is timed no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import TypeVar
+
+REACH = {1: 1.6, 2: 1.3, 4: 1.15}  # after so many rounds, those never faster than this drop out
+Part = TypeVar("Part")
+
+
+def race(
+    plans: Mapping[str, Sequence[Part]],  # the parts that make up each
+    time_us: Callable[[Part], float],  # one run of a part
+    rounds: int,
+) -> dict[str, float]:
+    """Microseconds of each plan: the sum of its parts' medians, each over the first plan's time.
+
+    Two plans that share a part differ by the other parts alone.
+    """
+    first, *_ = plans
+    seen: dict[Part, list[float]] = {}  # by round, over the time of the first plan in it
+    base: list[float] = []
+    alive = list(plans)
+    for done in range(1, rounds + 1):
+        parts = list(dict.fromkeys(part for name in alive for part in plans[name]))
+        turn = done % len(parts)
+        times = {part: time_us(part) for part in parts[turn:] + parts[:turn]}
+        base.append(sum(times[part] for part in plans[first]))
+        for part, taken in times.items():
+            seen.setdefault(part, []).append(taken / base[-1])
+        if limit := REACH.get(done):
+            fastest = {name: sum(min(seen[part]) for part in plans[name]) for name in alive}
+            reach = limit * min(_over_first(plans[name], seen) for name in alive)
+            alive = [name for name in alive if name == first or fastest[name] <= reach]
+    scale = median(base)
+    return {name: scale * _over_first(parts, seen) for name, parts in plans.items()}
+
+
+def _over_first(parts: Sequence[Part], seen: Mapping[Part, list[float]]) -> float:
+    return sum(median(seen[part]) for part in parts)

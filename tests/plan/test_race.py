@@ -1,0 +1,58 @@
+"""The race of plans: rounds of turns, ratios within a round, and who drops out when."""
+
+from __future__ import annotations
+
+import pytest
+
+from fused_lora.plan.race import race
+
+PLANS = {"a": ("f1", "b1"), "b": ("f1", "b2"), "c": ("f2", "b1"), "d": ("f2", "b3")}
+TRUE = {"f1": 10.0, "f2": 12.0, "b1": 20.0, "b2": 18.0, "b3": 90.0}
+
+
+class Machine:
+    """Parts take their true time, times what the machine does in a round."""
+
+    def __init__(self, pace=lambda call: 1.0):
+        self.pace, self.calls = pace, []
+
+    def time_us(self, part):
+        self.calls.append(part)
+        return TRUE[part] * self.pace(len(self.calls))
+
+
+def test_a_plan_takes_what_its_parts_take():
+    found = race(PLANS, Machine().time_us, 5)
+    assert found == pytest.approx({"a": 30.0, "b": 28.0, "c": 32.0, "d": 102.0})
+
+
+def test_a_part_that_is_shared_is_timed_once_a_round():
+    machine = Machine()
+    race({"a": ("f1", "b1"), "b": ("f1", "b2")}, machine.time_us, 3)
+    assert len(machine.calls) == 3 * 3
+
+
+def test_what_is_far_behind_drops_out_and_its_own_parts_with_it():
+    machine = Machine()
+    race(PLANS, machine.time_us, 6)
+    assert machine.calls.count("b3") == 1 and machine.calls.count("f2") == 6
+
+
+def test_the_first_stays_however_slow():
+    machine = Machine()
+    found = race({"d": PLANS["d"], "a": PLANS["a"]}, machine.time_us, 4)
+    assert found == pytest.approx({"d": 102.0, "a": 30.0})
+    assert machine.calls.count("b3") == 4
+
+
+def test_a_machine_that_slows_down_between_rounds_changes_no_order():
+    machine = Machine(lambda call: 2.0 if call > 8 else 1.0)  # two rounds of four parts
+    found = race({name: PLANS[name] for name in "abc"}, machine.time_us, 6)
+    assert min(found, key=found.get) == "b"
+    assert found["b"] / found["a"] == pytest.approx(28 / 30)
+
+
+def test_one_bad_reading_changes_nothing():
+    machine = Machine(lambda call: 9.0 if call == 6 else 1.0)
+    found = race({name: PLANS[name] for name in "abc"}, machine.time_us, 5)
+    assert found == pytest.approx({"a": 30.0, "b": 28.0, "c": 32.0})
