@@ -83,6 +83,10 @@ test-semantics: .venv-semantics/.installed
 		"torch==2.14.0" "triton==3.8.0" "ttsem==0.1.0" pytest numpy
 	touch $@
 
+# What each compiled kernel takes, and its main loop's cycles, by cuxray.
+kernel-report: $(VENV)/.installed-dev $(VENV)/.installed-test build/triton-3.6/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.kernel_report docs/kernel_report.md
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

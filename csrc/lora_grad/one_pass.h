@@ -230,6 +230,7 @@ class OnePass {
     if (lane() < rows) {
       copy_bulk(to, from_, bytes, barrier(stage));
     } else {
+      FL_UNROLL_BY(1)  // once in a slice
       for (int c = 0; c < width_; c += L::kPiece) *reinterpret_cast<Sixteen*>(to + c) = {};
     }
   }
@@ -265,24 +266,27 @@ class OnePass {
     const int pair = thread_ % kOfRanks / 32;
     row_ = pair / kApart * 2 * kApart + pair % kApart + thread_ / 16 % 2 * kApart;
     rank_ = thread_ / kOfRanks * 16 + thread_ % 16;
+    if constexpr (L::kLooksAhead) h_ = given_now(problem_.x), dh_ = given_now(problem_.dy);
+  }
+
+  FL_DEVICE Given given_now(const GradSide& side) const {
     const int64_t first = static_cast<int64_t>(tile_) * L::kRows + row_;
     const int64_t last = static_cast<int64_t>(end_) * L::kRows;
-    const int left = static_cast<int>((last < problem_.rows ? last : problem_.rows) - first);
-    h_ = Given(problem_.x, first, rank_, left), dh_ = Given(problem_.dy, first, rank_, left);
+    return {side, first, rank_,
+            static_cast<int>((last < problem_.rows ? last : problem_.rows) - first)};
   }
 
   // The elements of the next tile's h and dh that this thread settles, where they are given.
   FL_DEVICE void look_ahead() {
-    if constexpr (!L::kLooksAhead) return;
-    FL_UNROLL
-    for (int i = 0; i < kTurns; ++i) {
-      const Both h = given(h_, i), dh = given(dh_, i);
-      given_[i] = h | dh << 8 * sizeof(T);
+    if constexpr (L::kLooksAhead) {
+      FL_UNROLL
+      for (int i = 0; i < kTurns; ++i) {
+        const Both h = given(h_, i), dh = given(dh_, i);
+        given_[i] = h | dh << 8 * sizeof(T);
+      }
+      h_.step(), dh_.step();
     }
-    step_given();
   }
-
-  FL_DEVICE void step_given() { h_.step(), dh_.step(); }
 
   FL_DEVICE Bits given(const Given& side, int turn) const {
     const bool there = side.left > 0 && rank_ + kRankStep * turn < problem_.ranks;
@@ -334,7 +338,8 @@ class OnePass {
         h = P::rounded(static_cast<Bits>(given_[i]));
         dh = P::rounded(static_cast<Bits>(given_[i] >> 8 * sizeof(T)));
       } else {
-        h = P::rounded(given(h_, i)), dh = P::rounded(given(dh_, i));
+        h = P::rounded(given(given_now(problem_.x), i));
+        dh = P::rounded(given(given_now(problem_.dy), i));
       }
       if constexpr (forms) {
         const Pair total = clusters() ? cluster_totals(parity, i) : block_totals(i);
@@ -345,7 +350,6 @@ class OnePass {
       t(parity, false)[row_ * L::kTPitch + r] = h;
       t(parity, true)[row_ * L::kTPitch + r] = dh;
     }
-    if constexpr (!L::kLooksAhead) step_given();
   }
 
   struct Pair {

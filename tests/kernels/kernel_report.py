@@ -31,6 +31,11 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "build" / "kernel_report"
 ARCHS = {80: "80", 89: "89", 90: "90a", 100: "100a", 120: "120a"}  # and as nvcc has them
 VERIFIED = (80, 89, 90)  # whose schedules cuxray reads
+# Before CUDA 13, as most of what Triton assembles, and since; both come with a Triton.
+TOOLS = (
+    ROOT / "build" / "triton-3.6" / "triton" / "backends" / "nvidia" / "bin",
+    Path(nvidia.__path__[0]) / "bin",
+)
 MATRIX = re.compile(r"^(H|HG|I|IG|Q|QG|O)?MMA|^UTC\w*MMA|^WARPGROUP")
 WHOSE = ["Triton", "CUDA"]
 SHARED = re.compile(r"^(LDS|STS|LDSM|STSM|LDGSTS|UBLKCP|UTMALDG|ATOMS)")
@@ -165,7 +170,7 @@ def row(kernel: Taken, arch: int, tools: Any) -> Row | None:
     spec = lookup(f"sm_{ARCHS[arch]}")
     occupancy = compute(spec, used.reg, threads, static, kernel.shared)
     members = main_loop(function, graph)
-    found = analyze_accesses(function, block, graph.loop_depth if graph else {})
+    found = analyze_accesses(function, block)
     conflicts = of_conflicts(found, members)
     cycles: dict[str, int] = defaultdict(int)
     if arch in VERIFIED and members:
@@ -187,8 +192,6 @@ def row(kernel: Taken, arch: int, tools: Any) -> Row | None:
 
 def main_loop(function: Any, graph: Any) -> set[str]:
     """The blocks of the loop with most matrix instructions, the innermost of equals."""
-    if graph is None or not graph.loops:
-        return set()
     count: dict[str, int] = defaultdict(int)
     size: dict[str, int] = defaultdict(int)
     for each in function.instructions:
@@ -200,7 +203,47 @@ def main_loop(function: Any, graph: Any) -> set[str]:
         length = sum(size[b] for b in members)
         return (matrix, -length) if matrix else (0, length)
 
-    return set(max(graph.loops.values(), key=worth))
+    return max(loops(graph), key=worth, default=set()) if graph else set()
+
+
+def loops(graph: Any) -> list[set[str]]:
+    """Natural loops of a graph whose first node is named after its kernel, merged by header."""
+    before: dict[str, list[str]] = defaultdict(list)
+    after: dict[str, list[str]] = defaultdict(list)
+    for one, other in graph.edges:
+        before[other].append(one)
+        after[one].append(other)
+    entry = next(n for n in (f".text.{graph.name}", graph.name) if n in graph.nodes)
+    order, seen = [], {entry}
+    stack = [(entry, iter(after[entry]))]
+    while stack:
+        node, rest = stack[-1]
+        following = next((n for n in rest if n not in seen), None)
+        if following is None:
+            order.append(node)
+            stack.pop()
+        else:
+            seen.add(following)
+            stack.append((following, iter(after[following])))
+    order.reverse()
+    dominators = {node: set(order) for node in order} | {entry: {entry}}
+    changed = True
+    while changed:
+        changed = False
+        for node in order[1:]:
+            common = set.intersection(*(dominators[p] for p in before[node] if p in seen))
+            if (found := common | {node}) != dominators[node]:
+                dominators[node], changed = found, True
+    members: dict[str, set[str]] = {}
+    for tail in order:
+        for header in after[tail]:
+            if header in dominators[tail]:
+                inside, work = members.setdefault(header, {header}), [tail]
+                while work:
+                    if (node := work.pop()) not in inside:
+                        inside.add(node)
+                        work += [p for p in before[node] if p in seen]
+    return list(members.values())
 
 
 def of_conflicts(found: dict[str, Any], members: set[str]) -> str:
@@ -217,19 +260,27 @@ def of_conflicts(found: dict[str, Any], members: set[str]) -> str:
     return said + (f", {len(lost)} not followed" if lost else "")
 
 
-def rows(arch: int, only: str, pattern: str) -> list[Row]:
-    """Of one chip, in a process that compiles for no other."""
+def disassembler(folder: Path) -> Any:
+    """Of the CUDA tools in ``folder``, from where nothing is fetched."""
     import cuxray
 
-    os.environ["CUXRAY_NO_FETCH"] = "1"
-    folder = Path(nvidia.__path__[0]) / "bin"
-    os.environ["CUXRAY_TOOLCHAIN"] = str(folder)
-    tools = cuxray.resolve(quiet=True)
+    os.environ |= {"CUXRAY_NO_FETCH": "1", "CUXRAY_TOOLCHAIN": str(folder)}
+    return cuxray.resolve(quiet=True)
+
+
+def of_cuda_13(cubin: Path) -> bool:
+    """Whether an assembler of CUDA 13 made it; each disassembler follows its own form alone."""
+    return cubin.read_bytes()[8] >= 8
+
+
+def rows(arch: int, only: str, pattern: str) -> list[Row]:
+    """Of one chip, in a process that compiles for no other."""
     CACHE.mkdir(parents=True, exist_ok=True)
     kernels = list(triton_kernels(arch) if only == "Triton" else native_kernels(arch))
     kernels = [k for k in kernels if re.search(pattern, f"{k.name} {k.what}")]
+    by_form = [disassembler(folder) for folder in TOOLS]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda kernel: row(kernel, arch, tools), kernels))
+        found = list(pool.map(lambda k: row(k, arch, by_form[of_cuda_13(k.cubin)]), kernels))
     return list(dict.fromkeys(each for each in found if each is not None))
 
 
