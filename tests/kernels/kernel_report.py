@@ -207,13 +207,15 @@ def main_loop(function: Any, graph: Any) -> set[str]:
 
 
 def loops(graph: Any) -> list[set[str]]:
-    """Natural loops of a graph whose first node is named after its kernel, merged by header."""
+    """Natural loops, merged by header, from the node that nothing leads to."""
     before: dict[str, list[str]] = defaultdict(list)
     after: dict[str, list[str]] = defaultdict(list)
     for one, other in graph.edges:
         before[other].append(one)
         after[one].append(other)
-    entry = next(n for n in (f".text.{graph.name}", graph.name) if n in graph.nodes)
+    entry = next((n for n in sorted(graph.nodes) if not before[n]), None)
+    if entry is None:
+        return []
     order, seen = [], {entry}
     stack = [(entry, iter(after[entry]))]
     while stack:
