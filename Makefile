@@ -6,6 +6,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal --durations 10
 BENCH_ARGS ?=
 TRITON ?= 3.6
+PYTHON_SEMANTICS ?= python3.12
 
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
@@ -15,8 +16,8 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_support/*.py 
 CPP := $(wildcard csrc/*.* csrc/*/*.*) $(shell find tests -name "*.cpp" -o -name "*.h")
 KERNELS := tests/kernels/cuda tests/kernels/triton
 
-.PHONY: venv install bench families test test-slow test-kernels test-triton test-all
-.PHONY: lint format wheel clean
+.PHONY: venv install bench families test test-slow test-kernels test-triton test-semantics test-all
+.PHONY: kernel-report lint format wheel clean
 
 venv: $(BIN)/python
 
@@ -69,6 +70,22 @@ test-triton: $(VENV)/.installed-test $(OTHER_TRITON)/.installed
 build/triton-%/.installed: | $(BIN)/python
 	$(PIP) install --no-deps --target $(@D) "triton==$*.*" "numpy<2.4"
 	touch $@
+
+# Each kernel of Triton's once, what it compiles to executed on a CPU by ttsem: accesses beyond a
+# tensor, races between programs. An environment of its own, for ttsem knows one Triton.
+test-semantics: .venv-semantics/.installed
+	OMP_NUM_THREADS=1 .venv-semantics/bin/python -m ttsem.sanitize pytest \
+		-m gpu -q --durations 0 -p no:cacheprovider tests/kernels/triton/test_semantics.py
+
+.venv-semantics/.installed:
+	$(PYTHON_SEMANTICS) -m venv .venv-semantics
+	.venv-semantics/bin/python -m pip --disable-pip-version-check install --no-compile \
+		"torch==2.14.0" "triton==3.8.0" "ttsem==0.1.0" pytest numpy
+	touch $@
+
+# What each compiled kernel takes, and its main loop's cycles, by cuxray.
+kernel-report: $(VENV)/.installed-dev $(VENV)/.installed-test build/triton-3.6/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.kernel_report docs/kernel_report.md
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -19,6 +19,19 @@ constexpr int kGradWarps = 8;
 constexpr int kGradThreads = 32 * kGradWarps;
 constexpr int kLeastStages = 2, kMostStages = 4;
 
+constexpr int smem_limit_bytes(int arch) {
+  return arch == 80 || arch == 87        ? 163 << 10
+         : arch == 90 || arch / 10 == 10 ? 227 << 10
+                                         : 99 << 10;
+}
+
+// What a kernel is compiled for; an emulated block is one of sm_80.
+#ifdef __CUDA_ARCH__
+constexpr int kCompiledArch = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCompiledArch = 80;
+#endif
+
 template <typename T,  // of products
           int S,       // strips per warp
           int RB,      // blocks of 16 ranks
@@ -65,15 +78,19 @@ struct GradLayout {
   static constexpr int bytes(int stages, bool cluster = false) {
     return kTiles + stages * kStageBytes + (cluster ? kAllShareBytes : 0);
   }
+
+  // As many as fit beside the other blocks of a processor.
+  static constexpr int stages(int limit_bytes, bool cluster = false) {
+    const int share_bytes = limit_bytes / kBlocks - (kBlocks > 1 ? 1024 : 0);
+    int found = kLeastStages;
+    while (found < kMostStages && bytes(found + 1, cluster) <= share_bytes) ++found;
+    return found;
+  }
+
+  static constexpr int kUsualStages = stages(smem_limit_bytes(kCompiledArch));
 };
 
 constexpr int most_cluster_blocks(int arch) { return arch >= 90 ? 8 : 1; }
-
-constexpr int smem_limit_bytes(int arch) {
-  return arch == 80 || arch == 87        ? 163 << 10
-         : arch == 90 || arch / 10 == 10 ? 227 << 10
-                                         : 99 << 10;
-}
 
 // Calls visit.operator()<T, S, RB, forms>() for each shape compiled for T, narrow before wide. Of
 // TF32 there are fewer, since its fragments take twice the room.

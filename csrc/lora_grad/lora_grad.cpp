@@ -35,11 +35,8 @@ struct Choose {
     *chosen = true;
     plan->blocks = L::kBlocks;
     plan->most_strips = S, plan->rank_blocks = RB, plan->chunks = chunks;
-    plan->stages = kLeastStages;
-    const int share_bytes = limit_bytes / L::kBlocks - (L::kBlocks > 1 ? 1024 : 0);
-    const auto bytes = [=](int stages) { return L::bytes(stages, cluster); };
-    while (plan->stages < kMostStages && bytes(plan->stages + 1) <= share_bytes) ++plan->stages;
-    plan->smem_bytes = bytes(plan->stages);
+    plan->stages = L::stages(limit_bytes, cluster);
+    plan->smem_bytes = L::bytes(plan->stages, cluster);
   }
 };
 

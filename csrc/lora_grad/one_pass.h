@@ -30,8 +30,9 @@ class OnePass {
   using P = Products<T>;
   using Bits = typename P::Bits;  // of an element of x, dy, h or dh
   using Both = std::conditional_t<sizeof(T) == 4, uint64_t, uint32_t>;
-  static constexpr int kElements = L::kRows * L::kRanks;  // of h, or of dh, in a tile
-  static constexpr int kTurns = (kElements + kGradThreads - 1) / kGradThreads;
+  // A thread settles one row of h and dh, in turns this many ranks apart.
+  static constexpr int kRankStep = kGradThreads / L::kRows;
+  static constexpr int kTurns = (L::kRanks + kRankStep - 1) / kRankStep;
   static constexpr bool kSumsBias = sizeof(T) == 4;
   static constexpr int kBiasSums = kSumsBias ? S / 2 : 1;
 
@@ -51,25 +52,31 @@ class OnePass {
     const int64_t tiles = (problem.rows + L::kRows - 1) / L::kRows;
     tile_ = static_cast<int>(tiles * slice / plan.slices);
     end_ = static_cast<int>(tiles * (slice + 1) / plan.slices);
+    expands_ = expands(), shrinks_ = forms && shrinks(), t_mine_ = t(0, !is_dy_);
+    settle_where();
+    copy_whence();
   }
 
   FL_DEVICE void run(float* partial) {
     prepare();
-    for (int ahead = 0; ahead < plan_.stages - 1; ++ahead) copy(tile_ + ahead, ahead);
-    look_ahead(tile_);
+    for (int ahead = 0; ahead < plan_.stages - 1; ++ahead) copy(ahead);
+    look_ahead();
+    int free = plan_.stages - 1;  // the stage that was read last
     for (int stage = 0, parity = 0, lap = 0; tile_ < end_; ++tile_, parity ^= 1) {
       wait(stage, lap);
-      sync_warp();
-      copy(tile_ + plan_.stages - 1, stage == 0 ? plan_.stages - 1 : stage - 1);
       if constexpr (forms) {
-        if (shrinks()) shrink(stage);
+        sync_warp();
+        copy(free);
+        if (shrinks_) shrink(stage);
         sync_block();
         if (clusters()) share(parity);
       }
       settle(parity);
-      look_ahead(tile_ + 1);
+      look_ahead();
       sync_block();
-      if (expands()) expand(stage, parity);
+      if constexpr (!forms) copy(free);
+      free = stage;
+      if (expands_) expand(stage, parity);
       stage = stage + 1 == plan_.stages ? 0 : stage + 1;
       lap ^= stage == 0;
     }
@@ -87,8 +94,10 @@ class OnePass {
     return is_dy_ ? plan_.shape.needs_b || plan_.shape.needs_bias : plan_.shape.needs_a;
   }
   FL_DEVICE bool sums_bias() const { return kSumsBias && is_dy_ && plan_.shape.needs_bias; }
-  // Whether no element of h is left for a thread.
-  FL_DEVICE static bool beyond(int e) { return kElements % kGradThreads != 0 && e >= kElements; }
+  // Whether no rank is left for this thread.
+  FL_DEVICE bool beyond(int turn) const {
+    return L::kRanks % kRankStep != 0 && rank_ + kRankStep * turn >= L::kRanks;
+  }
 
   FL_DEVICE float* scales() const { return reinterpret_cast<float*>(shared_ + L::kScales); }
   FL_DEVICE Bits* tile(int stage) const {
@@ -169,46 +178,59 @@ class OnePass {
     }
   }
 
-  FL_DEVICE void copy(int from, int stage) {
+  // Where this lane's next copy begins, and how many rows of the slice are left from there on.
+  FL_DEVICE void copy_whence() {
+    const int row = bulk ? lane() : row_of_lane(), column = bulk ? 0 : lane() % 4 * L::kPiece;
+    const int64_t first = static_cast<int64_t>(tile_) * L::kRows + row;
+    const int64_t last = static_cast<int64_t>(end_) * L::kRows;
+    left_ = static_cast<int>((last < problem_.rows ? last : problem_.rows) - first);
+    eight_rows_ = 8 * mine().row;
+    from_ = static_cast<const Bits*>(mine().z) + first_ + column + first * mine().row;
+    narrow_ = width_ - column;
+  }
+
+  // Eight lanes write at once: to rows that begin half the banks apart.
+  FL_DEVICE int row_of_lane() const { return lane() / 8 + lane() / 4 % 2 * 4; }
+
+  // Of the next tile to this stage.
+  FL_DEVICE void copy(int stage) {
     if constexpr (bulk) {
-      if (from < end_ && width_ > 0) copy_rows(from, stage);
+      copy_rows(stage);
     } else {
-      if (from < end_) copy_words(from, stage);
+      copy_words(stage);
       commit_copies();
     }
+    from_ += L::kRows / 8 * eight_rows_;
+    left_ -= L::kRows;
   }
 
-  FL_DEVICE const Bits* row_of(int64_t row) const {
-    return static_cast<const Bits*>(mine().z) + first_ + row * mine().row;
-  }
-
-  FL_DEVICE void copy_words(int from, int stage) {
-    constexpr int kPieces = 16 * S / L::kPiece;  // of a row
-    Bits* to = tile(stage);
-    FL_UNROLL_BY(1)  // addresses ahead would take the registers of sums
-    for (int i = 0; i < S; ++i) {
-      const int m = (lane() + 32 * i) / kPieces, c = (lane() + 32 * i) % kPieces * L::kPiece;
-      const int64_t row = static_cast<int64_t>(from) * L::kRows + m;
-      const bool inside = row < problem_.rows;
-      if (c < width_) {
-        copy_16(to + m * L::kTilePitch + c, row_of(inside ? row : 0) + c, inside);
+  // Four lanes have 64 bytes of a row, eight rows at a time. What lies beyond is zeros.
+  FL_DEVICE void copy_words(int stage) {
+    Bits* to = tile(stage) + row_of_lane() * L::kTilePitch + lane() % 4 * L::kPiece;
+    const Bits* from = from_;
+    FL_UNROLL
+    for (int m = 0; m < L::kRows; m += 8, from += eight_rows_) {
+      FL_UNROLL
+      for (int c = 0; c < 16 * S; c += 4 * L::kPiece) {
+        copy_16(to + m * L::kTilePitch + c, from + c, m < left_ && c < narrow_);
       }
     }
   }
 
   // A lane has a row. Rows past the last are zeros, which nothing is copied over later.
-  FL_DEVICE void copy_rows(int from, int stage) {
-    const int64_t row = static_cast<int64_t>(from) * L::kRows + lane();
-    const int64_t left = problem_.rows - (row - lane());
-    const int rows = left < L::kRows ? static_cast<int>(left) : L::kRows;
+  FL_DEVICE void copy_rows(int stage) {
+    const int left = left_ + lane();  // the same in every lane
+    if (left <= 0 || width_ <= 0) return;
+    const int rows = left < L::kRows ? left : L::kRows;
     const int bytes = static_cast<int>(sizeof(T)) * width_;
     if (lane() == 0) expect_bytes(barrier(stage), rows * bytes);
     sync_warp();
     if (lane() >= L::kRows) return;
     Bits* to = tile(stage) + lane() * L::kTilePitch;
     if (lane() < rows) {
-      copy_bulk(to, row_of(row), bytes, barrier(stage));
+      copy_bulk(to, from_, bytes, barrier(stage));
     } else {
+      FL_UNROLL_BY(1)  // once in a slice
       for (int c = 0; c < width_; c += L::kPiece) *reinterpret_cast<Sixteen*>(to + c) = {};
     }
   }
@@ -218,30 +240,57 @@ class OnePass {
       if (width_ > 0) wait_barrier(barrier(stage), lap);
       return;
     }
-    switch (plan_.stages) {
-      case 2: return wait_copies<0>();
-      case 3: return wait_copies<1>();
-      default: return wait_copies<2>();
+    wait_copies<L::kUsualStages - 2>();
+    if constexpr (L::kUsualStages > 2) {
+      if (plan_.stages != L::kUsualStages) wait_copies<0>();  // planned for another chip
     }
   }
 
-  // The elements of a tile's h and dh that this thread settles, where they are given.
-  FL_DEVICE void look_ahead(int from) {
-    if constexpr (!L::kLooksAhead) return;
-    FL_UNROLL
-    for (int i = 0; i < kTurns; ++i) {
-      const int e = thread_ + kGradThreads * i;
-      const Both h = given(problem_.x, from, e), dh = given(problem_.dy, from, e);
-      given_[i] = h | dh << 8 * sizeof(T);
+  // Where this thread reads h or dh of the next tile, and how many rows are left from there on.
+  struct Given {
+    const Bits* at;
+    int64_t tile;
+    int left;
+
+    Given() = default;
+    FL_DEVICE Given(const GradSide& side, int64_t row, int rank, int rows)
+        : at(static_cast<const Bits*>(side.given) + row * side.given_row + rank),
+          tile(L::kRows * side.given_row),
+          left(side.given ? rows : 0) {}
+    FL_DEVICE void step() { at += tile, left -= L::kRows; }
+  };
+
+  // Threads of a warp settle two rows whose sums, and whose place in t, begin half the banks apart.
+  FL_DEVICE void settle_where() {
+    constexpr int kApart = 32 / L::kPiece / 2, kOfRanks = 16 * L::kRows;  // threads
+    const int pair = thread_ % kOfRanks / 32;
+    row_ = pair / kApart * 2 * kApart + pair % kApart + thread_ / 16 % 2 * kApart;
+    rank_ = thread_ / kOfRanks * 16 + thread_ % 16;
+    if constexpr (L::kLooksAhead) h_ = given_now(problem_.x), dh_ = given_now(problem_.dy);
+  }
+
+  FL_DEVICE Given given_now(const GradSide& side) const {
+    const int64_t first = static_cast<int64_t>(tile_) * L::kRows + row_;
+    const int64_t last = static_cast<int64_t>(end_) * L::kRows;
+    return {side, first, rank_,
+            static_cast<int>((last < problem_.rows ? last : problem_.rows) - first)};
+  }
+
+  // The elements of the next tile's h and dh that this thread settles, where they are given.
+  FL_DEVICE void look_ahead() {
+    if constexpr (L::kLooksAhead) {
+      FL_UNROLL
+      for (int i = 0; i < kTurns; ++i) {
+        const Both h = given(h_, i), dh = given(dh_, i);
+        given_[i] = h | dh << 8 * sizeof(T);
+      }
+      h_.step(), dh_.step();
     }
   }
 
-  FL_DEVICE Bits given(const GradSide& side, int from, int e) const {
-    const int64_t row = static_cast<int64_t>(from) * L::kRows + e / L::kRanks;
-    const int r = e % L::kRanks;
-    if (!side.given || from >= end_ || row >= problem_.rows || r >= problem_.ranks) return 0;
-    if (beyond(e)) return 0;
-    return static_cast<const Bits*>(side.given)[row * side.given_row + r];
+  FL_DEVICE Bits given(const Given& side, int turn) const {
+    const bool there = side.left > 0 && rank_ + kRankStep * turn < problem_.ranks;
+    return there ? side.at[kRankStep * turn] : Bits(0);
   }
 
   FL_DEVICE void shrink(int stage) {
@@ -280,66 +329,76 @@ class OnePass {
   // h and dh of this tile, from the warps' shares or as given. Rank `ranks` of h is one: its
   // gradient is dbias, unless that is added up beside the products.
   FL_DEVICE void settle(int parity) {
-    settle(parity, false);
-    settle(parity, true);
-  }
-
-  FL_DEVICE void settle(int parity, bool is_dh) {
-    const bool formed = is_dh ? plan_.shape.forms_dh() : plan_.shape.forms_h();
     FL_UNROLL_BY(L::kLooksAhead ? kTurns : 1)
     for (int i = 0; i < kTurns; ++i) {
-      const int e = thread_ + kGradThreads * i, m = e / L::kRanks, r = e % L::kRanks;
-      if (beyond(e)) return;
-      Bits bits;
-      if (forms && formed) {
-        const float total = clusters() ? cluster_total(shares(parity, is_dh) + e)
-                                       : block_total(is_dh, m * L::kSumPitch + r);
-        bits = nearest<T>(is_dh ? scales()[r] * total : total).bits;
-      } else if constexpr (L::kLooksAhead) {
-        bits = P::rounded(static_cast<Bits>(is_dh ? given_[i] >> 8 * sizeof(T) : given_[i]));
+      if (beyond(i)) break;
+      const int r = rank_ + kRankStep * i;
+      Bits h, dh;
+      if constexpr (L::kLooksAhead) {
+        h = P::rounded(static_cast<Bits>(given_[i]));
+        dh = P::rounded(static_cast<Bits>(given_[i] >> 8 * sizeof(T)));
       } else {
-        bits = P::rounded(given(is_dh ? problem_.dy : problem_.x, tile_, e));
+        h = P::rounded(given(given_now(problem_.x), i));
+        dh = P::rounded(given(given_now(problem_.dy), i));
       }
-      if (!is_dh && r == problem_.ranks) bits = nearest<T>(1.0f).bits;
-      t(parity, is_dh)[m * L::kTPitch + r] = bits;
+      if constexpr (forms) {
+        const Pair total = clusters() ? cluster_totals(parity, i) : block_totals(i);
+        if (plan_.shape.forms_h()) h = nearest<T>(total.h).bits;
+        if (plan_.shape.forms_dh()) dh = nearest<T>(scales()[r] * total.dh).bits;
+      }
+      if (r == problem_.ranks) h = nearest<T>(1.0f).bits;
+      t(parity, false)[row_ * L::kTPitch + r] = h;
+      t(parity, true)[row_ * L::kTPitch + r] = dh;
     }
   }
 
-  FL_DEVICE float block_total(bool is_dh, int at) const {
-    float total = 0.0f;
-    const int end = is_dh ? kGradWarps : x_warps_;
-    for (int w = is_dh ? x_warps_ : 0; w < end; ++w) total += sums(w)[at];
+  struct Pair {
+    float h, dh;
+  };
+
+  // In warp order; warps of x come first.
+  FL_DEVICE Pair block_totals(int turn) const {
+    const float* share = sums(0) + row_ * L::kSumPitch + rank_ + kRankStep * turn;
+    Pair total = {};
+    FL_UNROLL
+    for (int w = 0; w < kGradWarps; ++w) {
+      const float of_warp = share[w * (L::kWarpSumBytes / 4)];
+      (w < x_warps_ ? total.h : total.dh) += of_warp;
+    }
     return total;
   }
 
-  FL_DEVICE float cluster_total(const float* share) const {
-    float total = 0.0f;
-    for (int block = 0; block < plan_.chunks; ++block) total += load_cluster(share, block);
+  FL_DEVICE Pair cluster_totals(int parity, int turn) const {
+    const int e = thread_ + kGradThreads * turn;
+    Pair total = {};
+    for (int block = 0; block < plan_.chunks; ++block) {
+      total.h += load_cluster(shares(parity, false) + e, block);
+      total.dh += load_cluster(shares(parity, true) + e, block);
+    }
     return total;
   }
 
   // This block's part of h and dh, for the whole cluster to add up.
   FL_DEVICE void share(int parity) {
     FL_UNROLL_BY(1)
-    for (int i = 0; i < 2 * kTurns; ++i) {
-      const bool is_dh = i >= kTurns;
-      const int e = thread_ + kGradThreads * (i % kTurns), m = e / L::kRanks, r = e % L::kRanks;
-      if (beyond(e)) continue;
-      if (is_dh ? plan_.shape.forms_dh() : plan_.shape.forms_h()) {
-        shares(parity, is_dh)[e] = block_total(is_dh, m * L::kSumPitch + r);
-      }
+    for (int i = 0; i < kTurns; ++i) {
+      if (beyond(i)) break;
+      const Pair total = block_totals(i);
+      const int e = thread_ + kGradThreads * i;
+      shares(parity, false)[e] = total.h, shares(parity, true)[e] = total.dh;
     }
     sync_cluster();
   }
 
   FL_DEVICE void expand(int stage, int parity) {
     if (sums_bias()) add_bias(stage);
+    const Bits* mine = t_mine_ + parity * (L::kTBytes / sizeof(Bits) * 2);
     FL_UNROLL
     for (int first = 0; first < RB; first += L::kAtOnce) {
       uint32_t tb[L::kAtOnce][4];
       FL_UNROLL
       for (int b = 0; b < L::kAtOnce; ++b) {
-        P::load_ranks(tb[b], t(parity, !is_dy_) + 16 * (first + b), L::kTPitch, lane());
+        P::load_ranks(tb[b], mine + 16 * (first + b), L::kTPitch, lane());
       }
       FL_UNROLL
       for (int s = 0; s < S; ++s) {
@@ -396,7 +455,13 @@ class OnePass {
   const GradPlan& plan_;
   char* shared_;
   int thread_, x_warps_, strips_, first_, width_, tile_, end_;
-  bool is_dy_;
+  bool is_dy_, expands_, shrinks_;
+  const Bits* t_mine_;  // what this warp expands with
+  const Bits* from_;    // this lane's next copy
+  int64_t eight_rows_;
+  int left_, narrow_;  // rows and columns from there on
+  int row_, rank_;     // of h and dh, that this thread settles first
+  Given h_, dh_;
   float sum_[S][2 * RB][4];  // da or db of this warp's columns
   float bias_[kBiasSums];    // of this lane's columns
   Fragment kept_[L::kKeeps ? L::kFragments : 1];

@@ -13,36 +13,48 @@
 
 namespace fused_lora::sm90 {
 
-FL_DEVICE float quick_exp(float x) {
+// 2^x and 1 / x, within a few units in the last place; what is too small for either is zero.
+FL_DEVICE float quick_exp2(float x) {
 #ifdef __CUDACC__
-  return __expf(x);
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
 #else
-  return std::exp(x);
+  return std::exp2(x);
 #endif
 }
 
 FL_DEVICE float quick_inverse(float x) {
 #ifdef __CUDACC__
-  return __fdividef(1.0f, x);
+  float value;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
 #else
   return 1.0f / x;
 #endif
 }
 
+// u Phi(u) = max(u, 0) - |u| Phi(-|u|): one form for both signs. What lies beyond 1e18 is nothing,
+// and stays a number times nothing where |u| is none.
+FL_DEVICE float gelu_of(float u, float size, float beyond) {
+  return std::fma(-std::fmin(size, 1e18f), beyond, std::fmax(u, 0.0f));
+}
+
 FL_DEVICE float gelu_erf(float u) {
-  const float z = std::fabs(u) * 0.7071067811865476f, t = quick_inverse(1.0f + 0.3275911f * z);
-  // Half of 7.1.26's coefficients: p exp(-z^2) is what lies beyond |u|, on one side.
+  const float size = std::fabs(u), t = quick_inverse(std::fma(0.23164189f, size, 1.0f));
+  // Half of 7.1.26's coefficients: p exp(-u^2 / 2) is what lies beyond |u|, on one side.
   const float p =
       t * (0.127414796f +
            t * (-0.142248368f + t * (0.7107068705f + t * (-0.7265760135f + t * 0.5307027145f))));
-  const float beyond = p * quick_exp(-z * z);
-  return u * (u >= 0.0f ? 1.0f - beyond : beyond);
+  return gelu_of(u, size, p * quick_exp2(u * (-0.72134752f * u)));
 }
 
+// sigmoid(-|v|) by the exponential of -|v|, in powers of two.
 FL_DEVICE float gelu_tanh(float u) {
-  const float v = 1.5957691216057308f * (u + 0.044715f * u * u * u);
-  const float tail = quick_exp(-std::fabs(v)), large = quick_inverse(1.0f + tail);
-  return u * (v >= 0.0f ? large : tail * large);
+  const float size = std::fabs(u);
+  const float v = size * std::fma(u * u, -0.10294324f, -2.3022082f);
+  const float tail = quick_exp2(v);
+  return gelu_of(u, size, tail * quick_inverse(1.0f + tail));
 }
 
 template <Activation activation>

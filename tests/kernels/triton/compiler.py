@@ -85,8 +85,8 @@ class _Chip:
 
 
 @contextmanager
-def compiled(arch: int) -> Iterator[list[Resources]]:
-    """Every launch inside is compiled for sm_``arch`` and appended."""
+def compiled(arch: int, kept: list[object] | None = None) -> Iterator[list[Resources]]:
+    """Every launch inside is compiled for sm_``arch`` and appended; ``kept`` gets the kernels."""
     found: list[Resources] = []
     run, known = JITFunction.run, {}
 
@@ -95,6 +95,8 @@ def compiled(arch: int) -> Iterator[list[Resources]]:
         if kernel.hash not in known:
             known[kernel.hash] = _resources(kernel, kwargs.get("num_warps", 4))
         found.append(known[kernel.hash])
+        if kept is not None:
+            kept.append(kernel)
         return kernel
 
     before = driver._active

@@ -1,4 +1,4 @@
-"""Run over ``accepting_driver.c``: a block's programs with Triton's launches, and what they launch.
+"""Run over ``stub_driver.c``: a block's programs with Triton's launches, and what they launch.
 
 Prints a line for each launch of a step: the kernel, and whether the bound call hands the compiled
 kernel what ``kernel[grid]`` would. With ``--times``, microseconds of both, and of the whole step.
@@ -17,42 +17,22 @@ os.environ |= {"FUSED_LORA_VERIFY": "off", "FUSED_LORA_CALIBRATE": "0"}
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import driver as nvidia
-from triton.runtime import driver
 
 import fused_lora
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import available, launch, lora_extended, tiles
+from fused_lora.kernels.triton import launch, lora_extended, tiles
 from fused_lora.plan import cost_triton, strategies
 from fused_lora.programs import run
 from fused_lora.programs.describe import name_of
 from fused_lora.types import Span
+from tests.kernels.triton import stub
 
 ARCH = 90
 
 
-class Accepting(nvidia.CudaDriver):
-    """Triton's own driver, of which torch is not asked for a device."""
-
-    def __init__(self) -> None:
-        self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
-        self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 0
-
-    def get_current_target(self) -> GPUTarget:
-        """Hopper."""
-        return GPUTarget("cuda", ARCH, 32)
-
-    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        """Likewise."""
-        return divmod(ARCH, 10)
-
-
 def serve() -> None:
     """Triton's kernels serve CPU tensors, unchecked, and win every plan."""
-    driver.set_active(Accepting())
-    available.why_not = lambda device=None, dtype=None: None
+    stub.serve(ARCH, told="--times" not in sys.argv)
     cost_triton.EFFICIENCY, cost_triton.LAUNCH_CALLS = 1e6, 0.0
     cost_triton.MERGE_EFFICIENCY = 1e-9
     strategies.ONE_PASS_RANKS = 0

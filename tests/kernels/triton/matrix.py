@@ -9,6 +9,7 @@ Triton's own key. bf16 stands for fp16, which differs in one letter.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +34,12 @@ KINDS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 def column(kind: str, arch: int, folder: Path) -> list[Resources]:
     """What every launch takes on sm_``arch``: as kept in ``folder``, else compiled now."""
     kept = folder / f"{kind}-{arch}-{triton.__version__}.json"
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # by one process of several that ask
+        return _column(kind, arch, folder, kept)
+
+
+def _column(kind: str, arch: int, folder: Path, kept: Path) -> list[Resources]:
     if kept.exists() and (found := json.loads(kept.read_text()))["key"] == key():
         return [Resources(**kernel) for kernel in found["kernels"]]
     command = [sys.executable, "-m", __name__, kind, str(arch)]
