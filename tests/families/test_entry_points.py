@@ -24,8 +24,8 @@ DEPTHS = [
 ]  # fmt: skip
 WHOLE = [
     "coat", "crossvit", "csatv2", "edgenext", "efficientformer", "efficientformer_v2", "fastvit",
-    "gcvit", "hiera", "hieradet_sam2", "levit", "maxxvit", "metaformer", "mobilevit", "mvitv2", "nest",
-    "nextvit", "pit", "swiftformer", "twins", "visformer", "vitamin", "volo",
+    "gcvit", "hiera", "hieradet_sam2", "levit", "maxxvit", "metaformer", "mobilevit", "mvitv2",
+    "nest", "nextvit", "pit", "swiftformer", "twins", "visformer", "vitamin", "volo",
 ]  # fmt: skip
 MODULES = sorted([*DEPTH, *DEPTHS, *WHOLE])
 UNSERVED = {  # none of their models has an attention and an MLP of linears that a rule names
