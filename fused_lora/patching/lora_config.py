@@ -156,8 +156,9 @@ def _hits(target: str, name: str) -> bool:
 
 def _why_left(module: nn.Module, config: Any) -> str:
     if is_convolution(module):
-        dropped = f"lora_dropout={config.lora_dropout} would drop from the images of a convolution"
-        return why_not_kernel(module) or dropped
+        if config.lora_dropout:
+            return f"lora_dropout={config.lora_dropout} would drop from the images of a convolution"
+        return why_not_kernel(module) or "left out by exclude or layers"
     return f"no projection of a block, no linear, no convolution: a {type(module).__name__}"
 
 

@@ -19,20 +19,20 @@ DEPTH = [
     "vision_transformer_relpos", "vision_transformer_sam", "xcit",
 ]  # fmt: skip
 DEPTHS = [
-    "davit", "edgenext", "pvt_v2", "swin_transformer", "swin_transformer_v2",
+    "davit", "pvt_v2", "swin_transformer", "swin_transformer_v2",
     "swin_transformer_v2_cr", "tiny_vit",
 ]  # fmt: skip
 WHOLE = [
-    "coat", "crossvit", "csatv2", "efficientformer", "efficientformer_v2", "fastvit", "gcvit",
-    "hiera", "hieradet_sam2", "levit", "maxxvit", "metaformer", "mobilevit", "mvitv2", "nest",
-    "nextvit", "pit", "swiftformer", "twins", "visformer", "vitamin", "volo",
+    "coat", "crossvit", "csatv2", "edgenext", "efficientformer", "efficientformer_v2", "fastvit",
+    "gcvit", "hiera", "hieradet_sam2", "levit", "maxxvit", "metaformer", "mobilevit", "mvitv2",
+    "nest", "nextvit", "pit", "swiftformer", "twins", "visformer", "vitamin", "volo",
 ]  # fmt: skip
 MODULES = sorted([*DEPTH, *DEPTHS, *WHOLE])
 UNSERVED = {  # none of their models has an attention and an MLP of linears that a rule names
-    *("efficientformer_v2", "nextvit", "swiftformer", "visformer"),
+    *("efficientformer_v2", "swiftformer", "visformer"),
 }
 MIXED = {  # some have, some are of convolutions alone
-    *("maxxvit", "metaformer", "fastvit", "mobilevit", "efficientformer"),
+    *("maxxvit", "metaformer", "fastvit", "levit", "mobilevit", "efficientformer"),
 }
 
 

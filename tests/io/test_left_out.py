@@ -34,12 +34,11 @@ def without(theirs, name):
 def test_a_convolution_is_named_and_left_out_when_asked(vit, image, tmp_path):
     theirs = by_peft(vit(), tmp_path, target_modules=MIGRATING)
     model = vit()
-    report = fused_lora.patch(model, peft.LoraConfig.from_pretrained(tmp_path))
-    assert "patch_embed.proj" in report.left_alone
+    fused_lora.patch(model, rank=4, alpha=8, qkv="joint")
     before = model(image)
     message = (
         r"the file adapts patch_embed\.proj \(a Conv2d\), which the model was not patched for: "
-        r"what is no linear.*leave_out=\['patch_embed\.proj'\]"
+        r"patch the model as it was.*leave_out=\['patch_embed\.proj'\]"
     )
     with pytest.raises(AdapterFileError, match=message):
         fused_lora.load(model, tmp_path)
@@ -48,6 +47,15 @@ def test_a_convolution_is_named_and_left_out_when_asked(vit, image, tmp_path):
     torch.testing.assert_close(
         model(image), without(theirs, "patch_embed.proj")(image), rtol=1e-4, atol=1e-5
     )
+
+
+def test_patched_as_it_was_nothing_is_left_out(vit, image, tmp_path):
+    theirs = by_peft(vit(), tmp_path, target_modules=MIGRATING)
+    model = vit()
+    report = fused_lora.patch(model, peft.LoraConfig.from_pretrained(tmp_path))
+    assert not report.left_alone
+    fused_lora.load(model, tmp_path)
+    torch.testing.assert_close(model(image), theirs(image), rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_is_named_with_its_cure(vit, image, tmp_path):

@@ -7,6 +7,7 @@ checkpointing, EMA, layer decay, tracers, pruning of layers, another head.
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 
@@ -47,7 +48,6 @@ MORE = {  # entry points whose defaults differ from those of the families' small
         "vit_base_patch16_rpn_224": {},
         "vit_base_patch16_xp_224": {},
         "vit_small_patch16_18x2_224": {},
-        "vit_base_mci_224": {},
         "vit_base_patch32_plus_256": {},
         "vit_giantopt_patch16_siglip_256": {},
         "vit_intern300m_patch14_448": {},
@@ -80,19 +80,22 @@ def wide(model: nn.Module) -> nn.Module:
     return model._apply(lambda t: t.double() if t.is_floating_point() else t)
 
 
-def small(name: str, **options) -> nn.Module:
-    """The model of ``MODELS``, no parameter of it at zero."""
-    torch.manual_seed(0)
-    if name in MORE:
-        entry, sizes, _ = MORE[name]
-        model = timm.create_model(entry, num_classes=5, **sizes | options).eval()
-    else:
-        model = of_timm.build(name)
+def off_its_zeros(model: nn.Module) -> nn.Module:
+    """What starts at zero would keep gradients there, or at the kink of an activation."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def small(name: str) -> nn.Module:
+    """The model of ``MODELS``."""
+    torch.manual_seed(0)
+    if name not in MORE:
+        return off_its_zeros(of_timm.build(name))
+    entry, sizes, _ = MORE[name]
+    return off_its_zeros(timm.create_model(entry, num_classes=5, **sizes).eval())
 
 
 @functools.cache
@@ -226,11 +229,13 @@ def test_features_only(name):
     entry, sizes, side = MODELS[name]
     if "." in entry or "block_fn" in sizes:
         pytest.skip("no entry point of timm's")
-    x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+    # two images: of one, torch's BatchNorm2d in evaluation gives wrong gradients on a CPU where
+    # the gradient that comes in lies channels last (2.14.1)
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)
     try:
-        plain = timm.create_model(entry, features_only=True, **sizes).eval()
-        plain(x)
+        plain = off_its_zeros(timm.create_model(entry, features_only=True, **sizes)).eval()
+        copy.deepcopy(plain)(x)
     except Exception as error:
         pytest.skip(f"timm: {type(error).__name__}")
     model = copy.deepcopy(plain)
@@ -248,14 +253,19 @@ def test_features_only(name):
 @every
 def test_exponential_averages(name):
     _, _, model, x = twins(name)
+    if not all(b.isfinite().all() for b in model.buffers() if b.is_floating_point()):
+        pytest.skip("timm averages infinite buffers into NaN")
     ema = ModelEmaV3(model, decay=0.5, use_warmup=False)
     start = [half.detach().clone() for half in halves(model)]
     with torch.no_grad():
         for half in halves(model):
             half.add_(0.1)
     ema.update(model)
+    often = collections.Counter(  # a parameter of several names is averaged once for each
+        id(p) for _, p in model.named_parameters(remove_duplicate=False)
+    )
     for half, old, averaged in zip(halves(model), start, halves(ema.module), strict=True):
-        torch.testing.assert_close(averaged, (half + old) / 2, **CLOSE)
+        torch.testing.assert_close(averaged, half.lerp(old, 0.5 ** often[id(half)]), **CLOSE)
     truth, _ = install(_made(name)[0], _adapters(ema.module), torch.float64, by_weight=True)
     with torch.no_grad():
         torch.testing.assert_close(flat(ema.module.eval()(x)), flat(truth.eval()(x)), **CLOSE)
