@@ -301,7 +301,7 @@ class AdaptedLinear(Unscripted, WithVariants):
             written,
         )
 
-    def _choose(self, inputs: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
+    def _choose(self, inputs: Sequence[Any]) -> tuple[Any, Any]:
         """The operation that the forward is; (None, why) where it is several."""
         if reason := self._why_several():
             return None, reason

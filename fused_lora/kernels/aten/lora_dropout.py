@@ -68,7 +68,8 @@ def _kept(like: Tensor, p: float, seed: Seed, counted: bool) -> Tensor:
     if like.is_meta:
         return torch.empty_like(like)
     if counted:
-        return reference.keep(*like.shape, p, int(seed), 0, like.device).to(like.dtype)
+        rows, columns = like.shape
+        return reference.keep(rows, columns, p, int(seed), 0, like.device).to(like.dtype)
     generator = _generators.of(like.device).manual_seed(int(seed))
     return torch.empty_like(like).bernoulli_(1.0 - p, generator=generator)
 

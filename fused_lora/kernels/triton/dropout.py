@@ -37,11 +37,13 @@ def dropout(p: float, seed: int | Tensor, step: int) -> Dropout | None:
     threshold = reference.threshold(p)
     if not threshold:
         return None
-    inverse, low, high = 65536 / (65536 - threshold), disguised(step), disguised(step >> 32)
+    seeds: tuple[int | Word, int | Word]
     if isinstance(seed, Tensor) and recording():
-        return Dropout(inverse, disguised(threshold), Word(seed, 0), Word(seed, 32), low, high)
-    words = (threshold, int(seed), int(seed) >> 32)
-    return Dropout(inverse, *map(disguised, words), low, high)
+        seeds = Word(seed, 0), Word(seed, 32)
+    else:
+        seeds = disguised(int(seed)), disguised(int(seed) >> 32)
+    inverse, steps = 65536 / (65536 - threshold), (disguised(step), disguised(step >> 32))
+    return Dropout(inverse, disguised(threshold), *seeds, *steps)
 
 
 @triton.jit
