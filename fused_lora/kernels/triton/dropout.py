@@ -9,7 +9,7 @@ No mask is stored and x is never rounded again. One Philox call masks eight elem
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -37,13 +37,13 @@ def dropout(p: float, seed: int | Tensor, step: int) -> Dropout | None:
     threshold = reference.threshold(p)
     if not threshold:
         return None
-    seeds: tuple[int | Word, int | Word]
+    seeds: tuple[Any, Any]
     if isinstance(seed, Tensor) and recording():
         seeds = Word(seed, 0), Word(seed, 32)
     else:
         seeds = disguised(int(seed)), disguised(int(seed) >> 32)
     inverse, steps = 65536 / (65536 - threshold), (disguised(step), disguised(step >> 32))
-    return Dropout(inverse, disguised(threshold), *seeds, *steps)
+    return Dropout(inverse, disguised(threshold), seeds[0], seeds[1], steps[0], steps[1])
 
 
 @triton.jit
