@@ -38,7 +38,7 @@ MODES = ("measure", "model")
 FORMAT = "plans 1"
 NEAR, LIMIT = 1.5, 10  # plans that are timed: estimates up to so many times the best, so many
 WARM, ROUNDS = 3, 5  # on a GPU
-WARM_CPU, ROUNDS_CPU, SAMPLE_US = 1, 9, 3000.0  # shorter parts are repeated within a sample
+WARM_CPU, ROUNDS_CPU, SAMPLE_US = 1, 12, 3000.0  # shorter parts are repeated within a sample
 AGAIN_S = 300.0  # after which a question that memory was too short for is asked again
 SLEEP_CYCLES = 1_000_000  # half a millisecond, in which the host gets ahead of the device
 
@@ -170,6 +170,8 @@ def rehearse(question: Problem, plan: Plan, device: str) -> str:
         operands = _Operands(question, where)
         for part in parts(question, plan):
             operands.run(part, plan)
+        del operands
+    _let_go(where)
     return str(plan)
 
 
@@ -201,10 +203,18 @@ def _timed(
     except (torch.OutOfMemoryError, MemoryError):
         _later[key] = time.monotonic() + AGAIN_S
         return {}
+    finally:
+        _let_go(device)
     _count += 1
     found = {name: round(taken, 3) for name, taken in found.items()}
     disk.merge(path(), {key: {"m": question.m, "time_us": found}})
     return found
+
+
+def _let_go(device: torch.device) -> None:
+    """Give back what the allocator holds for streams that nobody will use again."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _race(question: Problem, plans: Sequence[Plan], device: torch.device) -> dict[str, float]:

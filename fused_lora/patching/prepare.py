@@ -111,6 +111,7 @@ def prepare_call(
     try:
         with _left_as_it_was(model, device):
             _check_all(call, pool, bar, done)
+            pool.close()  # whose processes hold memory of the device
             before = measured.count()
             call()
             done.timed = measured.count() - before

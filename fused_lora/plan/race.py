@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import TypeVar
 
-REACH = {1: 1.6, 2: 1.3, 4: 1.15}  # after so many rounds, those never faster than this drop out
+REACH = {2: 1.6, 4: 1.3, 8: 1.15}  # after so many rounds, those never faster than this drop out
 Part = TypeVar("Part")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_lora import cli
-from fused_lora.trust import everything, selftest, verify
+from fused_lora.trust import everything, own_process, selftest, verify
 from fused_lora.types import Backend, Needs, Span
 
 CPU = torch.device("cpu")
@@ -46,6 +46,25 @@ def few(monkeypatch):
     """One class or two of each kernel."""
     monkeypatch.setattr(everything, "WIDTHS", (192,))
     monkeypatch.setattr(everything, "RANKS", (16,))
+
+
+@pytest.mark.usefixtures("few")
+def test_several_processes_check_at_once_and_rows_come_one_by_one(kernels, monkeypatch, tmp_path):
+    path, asked, rows = tmp_path / "rows.jsonl", set(), []
+    monkeypatch.setattr(own_process, "serves", lambda checked, device: True)
+
+    def check(checked, device, worker):
+        asked.add(worker)
+        rows.append(len(path.read_text().splitlines()))
+        return checked.check(device)
+
+    monkeypatch.setattr(own_process, "check", check)
+    arguments = ["--dtype", "bfloat16", "--backend", "triton", "--processes", "3"]
+    assert cli.main(["selftest", *arguments, "--json", str(path)]) == 0
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["backend"] for row in found} == {"triton"}
+    assert {row["verdict"] for row in found} == {"passed"} and len(found) == len(rows)
+    assert len(asked) == 3 and max(rows) > 0  # the first were written before the last were found
 
 
 @pytest.mark.usefixtures("few")
@@ -101,6 +120,8 @@ def test_what_a_plan_asks_for_is_among_what_is_checked(kernels, monkeypatch):
     [
         (["--dtype", "fp8"], "dtypes must be of"),
         (["--device", "abacus"], "abacus"),
+        (["--backend", "rocm"], "backends must be of ('triton', 'cuda'), got ['rocm']"),
+        (["--processes", "0"], "processes must be 1 or more, got 0"),
         (["--json", "no/such/folder/x.json"], "no folder 'no/such/folder'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What prepare compiles in other processes is what the step would: the same kernels, by hash."""
+"""What prepare compiles in other processes is what the step would: the same, to the hash."""
 
 from __future__ import annotations
 
