@@ -17,7 +17,23 @@ CPP := $(wildcard csrc/*.* csrc/*/*.*) $(shell find tests -name "*.cpp" -o -name
 KERNELS := tests/kernels/cuda tests/kernels/triton
 
 .PHONY: venv install bench families test test-slow test-kernels test-triton test-semantics test-all
-.PHONY: kernel-report lint format wheel clean
+.PHONY: kernel-report lint format wheel clean help
+
+# The first target, so that `make` alone tells what there is.
+help:
+	@echo "make bench          race frozen, naive LoRA, PEFT and fused steps here: a table, report.html"
+	@echo "make test           what a user asks: parity, gradients, patching, files, stacks, distillation"
+	@echo "make test-slow      the same at more sizes, and whole scripts"
+	@echo "make test-kernels   every kernel without a GPU: compiled, interpreted, emulated"
+	@echo "make test-triton TRITON=3.6   Triton's kernels by another version"
+	@echo "make test-semantics each Triton kernel once by ttsem: out of bounds, races (Python 3.12)"
+	@echo "make test-all       the three of them"
+	@echo "make lint, format   what the commits are held to; what mends it"
+	@echo "make families       docs/families.md anew"
+	@echo "make kernel-report  docs/kernel_report.md anew: registers, occupancy, conflicts, cycles"
+	@echo "make install        the package with the compiled module for every architecture"
+	@echo "make wheel, clean   a wheel in dist/; everything made here gone"
+	@echo "PYTHON=python3.13 for another Python, in an environment of its own"
 
 venv: $(BIN)/python
 
