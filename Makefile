@@ -27,7 +27,7 @@ help:
 	@echo "make test-kernels   every kernel without a GPU: compiled, interpreted, emulated"
 	@echo "make test-triton TRITON=3.6   Triton's kernels by another version"
 	@echo "make test-semantics each Triton kernel once by ttsem: out of bounds, races (Python 3.12)"
-	@echo "make test-all       the three of them"
+	@echo "make test-all       test, test-slow and test-kernels"
 	@echo "make lint, format   what the commits are held to; what mends it"
 	@echo "make families       docs/families.md anew"
 	@echo "make kernel-report  docs/kernel_report.md anew: registers, occupancy, conflicts, cycles"
