@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-LABEL, PLOT, VALUE = 92, 190, 104  # columns of a panel: names, bars, numbers
+LABEL, PLOT, VALUE = 216, 230, 120  # columns of a panel: names, bars, numbers
 BAR, STRIDE, TOP = 16, 23, 26  # height of a bar, distance between bars, room for the title
 
 
@@ -14,9 +15,20 @@ BAR, STRIDE, TOP = 16, 23, 26  # height of a bar, distance between bars, room fo
 class Bar:
     """One contender's bar."""
 
-    contender: str
+    contender: str  # a CSS class
     value: float
     text: str  # the number as a reader sees it
+    name: str  # the method as a reader calls it
+
+
+@dataclass(frozen=True)
+class Point:
+    """One contender's place in a scatter."""
+
+    contender: str  # a CSS class
+    x: float
+    y: float
+    name: str
 
 
 def panel(heading: str, bars: Sequence[Bar], top: float, mark: float | None = None) -> str:
@@ -29,7 +41,7 @@ def panel(heading: str, bars: Sequence[Bar], top: float, mark: float | None = No
         mark: A value to draw a line at.
     """
     width, height = LABEL + PLOT + VALUE, TOP + STRIDE * len(bars) + 4
-    spoken = "; ".join(f"{bar.contender} {bar.text}" for bar in bars)
+    spoken = "; ".join(f"{bar.name} {bar.text}" for bar in bars)
     parts = [
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="{escape(f"{heading}: {spoken}")}">',
@@ -48,10 +60,71 @@ def _x(value: float, top: float) -> float:
 
 
 def _bar(bar: Bar, y: int, length: float) -> list[str]:
-    name, middle = escape(bar.contender), y + BAR - 4
+    kind, name, middle = escape(bar.contender), escape(bar.name), y + BAR - 4
     return [
         f'<text class="name" x="{LABEL - 8}" y="{middle}" text-anchor="end">{name}</text>',
-        f'<rect class="bar {name}" x="{LABEL}" y="{y}" width="{max(length, 1.0):.1f}" '
+        f'<rect class="bar {kind}" x="{LABEL}" y="{y}" width="{max(length, 1.0):.1f}" '
         f'height="{BAR}" rx="2"/>',
         f'<text class="value" x="{LABEL + length + 6:.1f}" y="{middle}">{escape(bar.text)}</text>',
     ]
+
+
+WIDE, HIGH, LEFT, LOW, EDGE = 900, 380, 64, 46, 24  # of a scatter
+CHAR = 6.6  # width of a letter
+
+
+def scatter(heading: str, points: Sequence[Point], x_axis: str, y_axis: str) -> str:
+    """A point for each method, both axes from nought: nearer to the corner is better.
+
+    Names stand beside their points, moved down where they would lie on one another.
+    """
+    right, top = (1.12 * max(getattr(p, axis) for p in points) or 1.0 for axis in ("x", "y"))
+    spoken = "; ".join(f"{p.name}: {p.x:.4g} {x_axis}, {p.y:.4g} {y_axis}" for p in points)
+    parts = [
+        f'<svg viewBox="0 0 {WIDE} {HIGH}" width="{WIDE}" height="{HIGH}" role="img" '
+        f'aria-label="{escape(f"{heading}: {spoken}")}">',
+        f'<line class="axis" x1="{LEFT}" x2="{WIDE}" y1="{HIGH - LOW}" y2="{HIGH - LOW}"/>',
+        f'<line class="axis" x1="{LEFT}" x2="{LEFT}" y1="8" y2="{HIGH - LOW}"/>',
+        f'<text class="name" x="{WIDE}" y="{HIGH - 6}" text-anchor="end">{escape(x_axis)}</text>',
+        f'<text class="name" x="{LEFT + 8}" y="18">{escape(y_axis)}</text>',
+    ]
+    parts += [
+        f'<text class="name" x="{_across(x, right):.1f}" y="{HIGH - LOW + 18}" '
+        f'text-anchor="middle">{x:,g}</text>'
+        for x in ticks(right)
+    ]
+    parts += [
+        f'<text class="name" x="{LEFT - 8}" y="{_down(y, top) + 4:.1f}" text-anchor="end">'
+        f"{y:,g}</text>"
+        for y in ticks(top)
+    ]
+    taken: list[tuple[float, float, float]] = []  # left, right and height of each name
+    for point in sorted(points, key=lambda p: (p.y, p.x), reverse=True):
+        x, y = _across(point.x, right), _down(point.y, top)
+        length = CHAR * len(point.name)
+        left = x + 11 if x + 11 + length < WIDE else x - 11 - length
+        height = y + 4
+        while any(a < left + length and left < b and abs(h - height) < 15 for a, b, h in taken):
+            height += 15
+        taken.append((left, left + length, height))
+        kind = escape(point.contender)
+        parts += [
+            f'<circle class="bar {kind}" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>',
+            f'<text class="value" x="{left:.1f}" y="{height:.1f}">{escape(point.name)}</text>',
+        ]
+    return "\n".join([*parts, "</svg>"])
+
+
+def ticks(end: float) -> list[float]:
+    """Four to nine round numbers above nought and below ``end``."""
+    power = 10.0 ** math.floor(math.log10(end))
+    step = next(power * part for part in (0.1, 0.2, 0.5, 1.0) if end / (power * part) < 10)
+    return [step * i for i in range(1, math.ceil(end / step))]
+
+
+def _across(x: float, right: float) -> float:
+    return LEFT + (WIDE - LEFT - EDGE) * x / right
+
+
+def _down(y: float, top: float) -> float:
+    return 8 + (HIGH - LOW - 8) * (1 - y / top)

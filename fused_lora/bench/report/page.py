@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 
 from fused_lora.bench.report import words
-from fused_lora.bench.report.plots import error_plot, memory_plot, time_plot
+from fused_lora.bench.report.plots import error_plot, memory_plot, time_over_memory, time_plot
 from fused_lora.bench.report.style import BARS, STYLE
 from fused_lora.bench.rows import Case, Refusal, Row
 from fused_lora.bench.table import HEADS, by_case, cells
@@ -24,16 +24,29 @@ def page(rows: Sequence[Row], refusals: Sequence[Refusal] = ()) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>What adapters cost</title><style>{STYLE}{BARS}</style></head><body>",
         "<h1>What adapters cost, beside the frozen network</h1>",
-        words.HOW,
+        *_answer(races),
         *_refused(refusals),
         *(_section(list(group)) for _, group in groupby(races, key=_network)),
         "<h2>Every row</h2>",
         _table(rows),
+        words.HOW,
         "<h2>Where this was measured</h2>",
         *_provenance(rows),
         "</body></html>",
     ]
     return "\n".join(parts)
+
+
+def _answer(races: Sequence[Sequence[Row]]) -> list[str]:
+    """One sentence and one picture, of the race with the most methods, images and fewest ranks."""
+    if not races:
+        return []
+    race = max(races, key=lambda rows: (len(rows), rows[0].case.batch, -rows[0].case.rank))
+    return [
+        f'<p class="answer">{escape(words.answer(race))}</p>',
+        time_over_memory(race),
+        '<p class="soft">Each point is a method; nearer to the lower left is better.</p>',
+    ]
 
 
 def _network(race: Sequence[Row]) -> tuple[str, str, int, str]:
@@ -68,7 +81,8 @@ def _table(rows: Iterable[Row]) -> str:
     heads = "".join(f"<th>{escape(head)}</th>" for head in HEADS)
     body = [line for case, group in by_case(rows) for line in _lines(case, group)]
     return (
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Every row">'
+        f"<table><thead><tr>{heads}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 

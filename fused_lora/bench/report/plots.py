@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fused_lora.bench.gate import FACTOR
-from fused_lora.bench.report.chart import Bar, panel
+from fused_lora.bench.report.chart import Bar, Point, panel, scatter
 from fused_lora.bench.rows import Row
-from fused_lora.bench.table import milliseconds, times
+from fused_lora.bench.table import milliseconds, times, title
 
 Draw = Callable[[Row], Bar]
 Mark = Callable[[Sequence[Row]], float | None]  # where a race's line is drawn
@@ -16,12 +16,14 @@ Mark = Callable[[Sequence[Row]], float | None]  # where a race's line is drawn
 def time_bar(row: Row) -> Bar:
     """The median of a step."""
     over = "" if row.ratio_frozen is None else f" ({times(row.ratio_frozen)}x)"
-    return Bar(row.contender, row.median_ms, f"{milliseconds(row.median_ms)} ms{over}")
+    said = f"{milliseconds(row.median_ms)} ms{over}"
+    return Bar(row.contender, row.median_ms, said, title(row.contender))
 
 
 def memory_bar(row: Row) -> Bar:
     """What one forward pass keeps."""
-    return Bar(row.contender, row.saved_bytes / 1e6, f"{row.saved_bytes / 1e6:.1f} MB")
+    megabytes = row.saved_bytes / 1e6
+    return Bar(row.contender, megabytes, f"{megabytes:.1f} MB", title(row.contender))
 
 
 def error_bar(row: Row) -> Bar:
@@ -29,7 +31,7 @@ def error_bar(row: Row) -> Bar:
     ratios = {q: e / row.yardstick[q] for q, e in row.errors.items() if row.yardstick[q]}
     worst = max(ratios, key=ratios.__getitem__, default="y")
     ratio = ratios.get(worst, 0.0)
-    return Bar(row.contender, ratio, f"{ratio:.2f} ({worst})")
+    return Bar(row.contender, ratio, f"{ratio:.2f} ({worst})", title(row.contender))
 
 
 def panels(races: Sequence[Sequence[Row]], draw: Draw, mark: Mark) -> str:
@@ -63,3 +65,13 @@ def error_plot(races: Sequence[Sequence[Row]]) -> str:
     """Errors over naive LoRA's, the gate marked; the frozen network has none."""
     adapted = [[row for row in rows if row.errors] for rows in races]
     return panels([rows for rows in adapted if rows], error_bar, lambda rows: FACTOR)
+
+
+def time_over_memory(race: Sequence[Row]) -> str:
+    """One picture of a race: milliseconds of a step over megabytes kept."""
+    points = [
+        Point(row.contender, row.saved_bytes / 1e6, row.median_ms, title(row.contender))
+        for row in race
+    ]
+    heading = "time of a step over what is kept for backward"
+    return scatter(heading, points, "MB kept for backward", "ms a step")

@@ -3,12 +3,14 @@
 STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1d2430; --soft: #5b6573;
   --line: #d9dee5; --panel: #f6f8fa; --frozen: #98a2ae; --naive: #d9822b; --naive_joint: #e5ab72;
-  --addmm: #3d9a6c; --peft: #9a5fc0; --peft_bf16: #bd96d6; --fused: #1f6fd1;
-  --fused_joint: #6aa5ea; --full: #b94a48; --bad: #b3261e; }
+  --addmm: #3d9a6c; --peft: #9a5fc0; --peft_bf16: #bd96d6; --peft_checkpoint: #c7a4dd;
+  --fused: #6aa5ea; --fused_joint: #94bff0; --fused_block: #1254a8; --fused_block_joint: #2f73c4;
+  --fused_block_gemm: #0b8a8f; --full: #b94a48; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14181e; --ink: #e4e8ee; --soft: #9aa5b3;
   --line: #2d3641; --panel: #1b2129; --frozen: #77828f; --naive: #e0944a; --naive_joint: #b8834f;
-  --addmm: #4fae80; --peft: #b17fd4; --peft_bf16: #86629f; --fused: #4b95f0;
-  --fused_joint: #3a6ba8; --full: #d06a66; --bad: #ff8a80; } }
+  --addmm: #4fae80; --peft: #b17fd4; --peft_bf16: #86629f; --peft_checkpoint: #76568c;
+  --fused: #3a6ba8; --fused_joint: #2f5688; --fused_block: #6db0ff; --fused_block_joint: #4b95f0;
+  --fused_block_gemm: #35b9be; --full: #d06a66; --bad: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1240px; padding: 2rem 1.5rem 3rem; background: var(--ground);
   color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
@@ -23,7 +25,8 @@ svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 svg .heading { font-weight: 600; fill: var(--ink); font-size: 13px; }
 svg .name { fill: var(--soft); } svg .value { fill: var(--ink); }
 svg .mark { stroke: var(--ink); stroke-dasharray: 3 3; opacity: .55; }
-svg .bar { fill: var(--soft); }
+svg .bar { fill: var(--soft); } svg .axis { stroke: var(--line); }
+.answer { font-size: 1.15rem; max-width: 56rem; }
 .scroll { overflow-x: auto; background: var(--panel); border: 1px solid var(--line);
   border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem;
@@ -39,7 +42,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem;
 
 COLOURED = (
     *("frozen", "naive", "naive_joint", "addmm", "peft", "peft_bf16"),
-    *("fused", "fused_joint", "full"),
+    *("peft_checkpoint", "fused", "fused_joint", "full"),
+    *("fused_block", "fused_block_joint", "fused_block_gemm"),
 )
 
 BARS = "\n".join(f"svg .bar.{name} {{ fill: var(--{name}); }}" for name in COLOURED)

@@ -21,6 +21,7 @@ ERROR = (
 )
 
 HOW = """
+<h2>How this was measured</h2>
 <p>Every method begins from the same frozen weights and the same adapter values (scale 1). The
 methods take turns within one process, the order rotated each round, so that a slow moment of the
 machine is shared; times are medians over rounds, ratios are medians of the ratio within a
@@ -35,6 +36,20 @@ after the forward pass, apart from weights and the input. PEFT and the <i>joint<
 adapter on the fused qkv projection, the others three; compare like with like: fused with naive,
 fused joint with PEFT.</p>
 """
+
+
+def answer(rows: Sequence[Row]) -> str:
+    """The report in one sentence: the default form of this library beside naive LoRA."""
+    of = {row.contender: row for row in rows}
+    ours, naive = of.get("fused_block") or of.get("fused"), of.get("naive")
+    if ours is None or naive is None or ours.ratio_naive is None or not naive.saved_bytes:
+        return "No race here has both naive LoRA and fused_lora."
+    case, kept = ours.case, ours.saved_bytes / naive.saved_bytes
+    return (
+        f"A step with {title(ours.contender)} takes {times(ours.ratio_naive)} of the time of naive "
+        f"LoRA and keeps {kept:.2f} of its activations ({case.model}, {case.batch} images, "
+        f"rank {case.rank}, {case.dtype})."
+    )
 
 
 def summary(rows: Sequence[Row]) -> str:
