@@ -13,7 +13,7 @@ import fused_lora
 from tests.test_readme import python_blocks
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-RUNNING = ("variants.md", "migrating.md", "choosing.md", "numerics.md", "stacks.md")
+RUNNING = ("usage.md", "variants.md", "migrating.md", "choosing.md", "numerics.md", "stacks.md")
 
 
 def script(page: Path) -> str:
@@ -26,7 +26,7 @@ def script(page: Path) -> str:
     )
 
 
-SLOW = ("variants.md", "migrating.md", "stacks.md")  # half a minute each
+SLOW = ("usage.md", "variants.md", "migrating.md", "stacks.md")  # half a minute each
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ ALLOWED = (RuntimeError, ValueError, TypeError)  # with a sentence that names so
 LINEARS = ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2")
 NAMES = ("blocks", "merged", "patch", "adapters", "state_dict")  # one of them is in every refusal
 SELDOM = {
-    "compile": 0.3,
+    "compile": 0.05,  # a second or more each
     "call the compiled": 1.0,
 }  # how often, beside 1 of others: it takes seconds
 
