@@ -38,6 +38,7 @@ TOOLS = (
 )
 MATRIX = re.compile(r"^(H|HG|I|IG|Q|QG|O)?MMA|^UTC\w*MMA|^WARPGROUP")
 WHOSE = ["Triton", "CUDA"]
+STORES = re.compile(r"^(STG|UTMASTG|UBLKCP\.G)")  # to device memory
 SHARED = re.compile(r"^(LDS|STS|LDSM|STSM|LDGSTS|UBLKCP|UTMALDG|ATOMS)")
 
 
@@ -101,6 +102,7 @@ def native_kernels(arch: int) -> Iterator[Taken]:
     """Every compiled kernel with code for the chip."""
     from fused_lora.kernels.cuda.chip import Chip
     from fused_lora.kernels.cuda.lora_grad_shape import examples
+    from tests.kernels.cuda.conftest import CSRC, digest
     from tests.kernels.cuda.test_resources import SOURCES, ptxas_report, serves
 
     nvcc = shutil.which("nvcc")
@@ -115,7 +117,7 @@ def native_kernels(arch: int) -> Iterator[Taken]:
         if not serves(source, ARCHS[arch]) or "float16" in source.stem:
             continue
         ptxas_report(nvcc, source, ARCHS[arch], CACHE)
-        cubin = max(CACHE.glob(f"{source.stem}_{ARCHS[arch]}_*.cubin"), key=os.path.getmtime)
+        cubin = CACHE / f"{source.stem}_{ARCHS[arch]}_{digest(CSRC)}.cubin"
         for name in names(cubin):
             yield from native(name, cubin, shared)
 
@@ -191,17 +193,23 @@ def row(kernel: Taken, arch: int, tools: Any) -> Row | None:
 
 
 def main_loop(function: Any, graph: Any) -> set[str]:
-    """The blocks of the loop with most matrix instructions, the innermost of equals."""
+    """The blocks of the loop with most matrix instructions, the innermost of equals.
+
+    A loop around products that also stores a result is one over tiles, not over K.
+    """
     count: dict[str, int] = defaultdict(int)
     size: dict[str, int] = defaultdict(int)
+    stores = set()
     for each in function.instructions:
         count[each.block] += bool(MATRIX.match(each.opcode))
         size[each.block] += 1
+        if STORES.match(each.opcode):
+            stores.add(each.block)
 
-    def worth(members: set[str]) -> tuple[int, int]:
+    def worth(members: set[str]) -> tuple[bool, int, int]:
         matrix = sum(count[b] for b in members)
         length = sum(size[b] for b in members)
-        return (matrix, -length) if matrix else (0, length)
+        return (not members & stores, matrix, -length) if matrix else (False, 0, length)
 
     return max(loops(graph), key=worth, default=set()) if graph else set()
 
