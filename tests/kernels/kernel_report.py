@@ -114,7 +114,7 @@ def native_kernels(arch: int) -> Iterator[Taken]:
             bytes_ = shape.plan(1, Chip(arch, 132)).smem_bytes
             shared.setdefault((tf32, *form[:3]), bytes_)
     for source in SOURCES:
-        if not serves(source, ARCHS[arch]) or "float16" in source.stem:
+        if not serves(source, ARCHS[arch]) or source.stem.endswith("_float16"):
             continue
         ptxas_report(nvcc, source, ARCHS[arch], CACHE)
         cubin = CACHE / f"{source.stem}_{ARCHS[arch]}_{digest(CSRC)}.cubin"
@@ -138,8 +138,22 @@ def native(name: str, cubin: Path, shared: dict[Any, int]) -> Iterator[Taken]:
         words = f"{types} {strips} strips {16 * key[2]} ranks{'' if key[3] else ' given'}"
         yield Taken(stem, words, cubin, name, shared[key])
         return
-    words = re.sub(r"sm90::|\(\w*::?\w*\)|LinearTile", "", parameters)
+    words = in_words(parameters) if parameters else ""
     yield Taken(stem, words, cubin, name, 227 << 10 if "linear" in stem else 0)
+
+
+ENUMS = {
+    "Rounding": ("to nearest", "stochastically"),
+    "Right": ("w by rows", "w by columns"),
+    "Activation": ("", "erf", "tanh"),
+}
+
+
+def in_words(parameters: str) -> str:
+    """Parameters of a template, as a table shows them."""
+    parameters = re.sub(r"LinearTile<(\d+), (\d+)>", r"\1x\2", parameters.replace("sm90::", ""))
+    parameters = re.sub(r"\((\w+)\)(\d)", lambda m: ENUMS[m[1]][int(m[2])], parameters)
+    return " ".join(p for p in parameters.split(", ") if p)
 
 
 def names(cubin: Path) -> list[str]:
