@@ -18,6 +18,9 @@ FL_DEVICE void sync_block() { __syncthreads(); }
 
 FL_DEVICE void sync_warp() { __syncwarp(); }
 
+// What the first lane has, which the compiler then knows to be one number.
+FL_DEVICE int of_first_lane(int number) { return __shfl_sync(0xffffffff, number, 0); }
+
 FL_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -40,6 +43,14 @@ FL_DEVICE float load_cluster(const float* mine, int rank) {
       : "r"(shared_address(mine)), "r"(rank)
       : "memory");
   return value;
+}
+
+// True in one lane. The compiler knows that it is one.
+FL_DEVICE bool elected() {
+  uint32_t is;
+  asm volatile("{\n.reg .pred is;\nelect.sync _|is, 0xffffffff;\nselp.u32 %0, 1, 0, is;\n}"
+               : "=r"(is));
+  return is;
 }
 
 // One thread arrives at a barrier, saying how many bytes of bulk copies end with it.
@@ -85,6 +96,7 @@ FL_DEVICE void wait_barrier(uint64_t* barrier, int lap) {
 
 FL_DEVICE void sync_cluster() {}
 FL_DEVICE float load_cluster(const float*, int) { return 0.0f; }
+FL_DEVICE bool elected() { return false; }
 FL_DEVICE void init_barrier(uint64_t*) {}
 FL_DEVICE void fence_copies() {}
 FL_DEVICE void expect_bytes(uint64_t*, int) {}

@@ -40,7 +40,8 @@ class OnePass {
   FL_DEVICE OnePass(const GradProblem& problem, const GradPlan& plan, char* shared, int slice,
                     int chunk)
       : problem_(problem), plan_(plan), shared_(shared), thread_(thread_index()) {
-    const int slot = chunk * kGradWarps + warp(), x_warps = plan.x_warps - chunk * kGradWarps;
+    const int slot = chunk * kGradWarps + (bulk ? of_first_lane(warp()) : warp()),
+              x_warps = plan.x_warps - chunk * kGradWarps;
     x_warps_ = x_warps < 0 ? 0 : x_warps < kGradWarps ? x_warps : kGradWarps;
     is_dy_ = slot >= plan.x_warps;
     const int before = (is_dy_ ? slot - plan.x_warps : slot) * plan.strips_per_warp;
@@ -178,9 +179,9 @@ class OnePass {
     }
   }
 
-  // Where this lane's next copy begins, and how many rows of the slice are left from there on.
+  // Where this lane's next copy begins, or the warp's, and how many rows of the slice are left.
   FL_DEVICE void copy_whence() {
-    const int row = bulk ? lane() : row_of_lane(), column = bulk ? 0 : lane() % 4 * L::kPiece;
+    const int row = bulk ? 0 : row_of_lane(), column = bulk ? 0 : lane() % 4 * L::kPiece;
     const int64_t first = static_cast<int64_t>(tile_) * L::kRows + row;
     const int64_t last = static_cast<int64_t>(end_) * L::kRows;
     left_ = static_cast<int>((last < problem_.rows ? last : problem_.rows) - first);
@@ -217,21 +218,31 @@ class OnePass {
     }
   }
 
-  // A lane has a row. Rows past the last are zeros, which nothing is copied over later.
+  // One lane copies all rows: where the compiler sees that, and that their addresses are the
+  // warp's, each is two or three instructions, and no loop over lanes. Rows past the last are
+  // zeros, which nothing is copied over later.
   FL_DEVICE void copy_rows(int stage) {
-    const int left = left_ + lane();  // the same in every lane
-    if (left <= 0 || width_ <= 0) return;
-    const int rows = left < L::kRows ? left : L::kRows;
+    if (left_ <= 0 || width_ <= 0) return;
     const int bytes = static_cast<int>(sizeof(T)) * width_;
-    if (lane() == 0) expect_bytes(barrier(stage), rows * bytes);
-    sync_warp();
-    if (lane() >= L::kRows) return;
+    if (left_ >= L::kRows) {
+      if (elected()) copy_of_rows<true>(stage, L::kRows, bytes);
+      return;
+    }
+    if (elected()) copy_of_rows<false>(stage, left_, bytes);
+    if (lane() < left_ || lane() >= L::kRows) return;
     Bits* to = tile(stage) + lane() * L::kTilePitch;
-    if (lane() < rows) {
-      copy_bulk(to, from_, bytes, barrier(stage));
-    } else {
-      FL_UNROLL_BY(1)  // once in a slice
-      for (int c = 0; c < width_; c += L::kPiece) *reinterpret_cast<Sixteen*>(to + c) = {};
+    FL_UNROLL_BY(1)
+    for (int c = 0; c < width_; c += L::kPiece) *reinterpret_cast<Sixteen*>(to + c) = {};
+  }
+
+  template <bool whole>  // a tile; the last of x and dy may not be
+  FL_DEVICE void copy_of_rows(int stage, int rows, int bytes) {
+    expect_bytes(barrier(stage), rows * bytes);
+    const int64_t row = mine().row;
+    const Bits* from = from_;
+    FL_UNROLL_BY(whole ? L::kRows : 1)
+    for (int m = 0; m < rows; ++m, from += row) {
+      copy_bulk(tile(stage) + m * L::kTilePitch, from, bytes, barrier(stage));
     }
   }
 

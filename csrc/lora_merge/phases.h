@@ -44,7 +44,8 @@ FL_DEVICE void stage_as(int thread, MergeTile tile, int rank, MergeShared& share
     const int depth = thread % kDepth, row = thread / kDepth + i * (kThreads / kDepth);
     const int64_t r = rank + depth, n = tile.row + row;
     const bool inside = r < item.r && n < item.n;
-    shared.b[depth][row] = inside ? widen(b[n * item.b_n + r * item.b_r]) : 0.0f;
+    shared.b[depth][row_place_of(row, depth)] =
+        inside ? widen(b[n * item.b_n + r * item.b_r]) : 0.0f;
   }
 }
 
@@ -67,8 +68,8 @@ FL_DEVICE void accumulate(int thread, const MergeShared& shared, Accumulator& su
     for (int i = 0; i < kThreadRows; ++i) {
       FL_UNROLL
       for (int j = 0; j < 4; ++j) {
-        sum.at[i][j] = fmaf(b.at[i], first.at[j], sum.at[i][j]);
-        sum.at[i][j + 4] = fmaf(b.at[i], second.at[j], sum.at[i][j + 4]);
+        sum.at[i][j] = fmaf(b.at[row_place_of(i, r)], first.at[j], sum.at[i][j]);
+        sum.at[i][j + 4] = fmaf(b.at[row_place_of(i, r)], second.at[j], sum.at[i][j + 4]);
       }
     }
   }

@@ -15,7 +15,7 @@ constexpr int kThreadColumns = 8;
 
 struct alignas(16) MergeShared {
   float a[kDepth][144];        // a's chunk; columns lie as place_of says
-  float b[kDepth][kRows + 4];  // b's chunk transposed; + 4 keeps rows 16-byte aligned, off one bank
+  float b[kDepth][kRows + 4];  // b's chunk transposed, rows as row_place_of says
 };
 
 struct Accumulator {
@@ -33,6 +33,10 @@ struct MergeTile {
 FL_DEVICE int place_of(int column) {
   return (column / 8) * 4 + column % 4 + ((column & 4) ? 80 : 0);
 }
+
+// Depths lie four banks apart, so that the ninth meets the first: two neighbouring rows of the
+// second eight change places with the next two. Four rows that are read at once stay together.
+FL_DEVICE int row_place_of(int row, int depth) { return row ^ (depth & 8) / 4; }
 
 FL_DEVICE int tiles_across(int k) { return (k - 1) / kColumns + 1; }
 

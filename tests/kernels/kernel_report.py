@@ -38,6 +38,7 @@ TOOLS = (
 )
 MATRIX = re.compile(r"^(H|HG|I|IG|Q|QG|O)?MMA|^UTC\w*MMA|^WARPGROUP")
 WHOSE = ["Triton", "CUDA"]
+STORES = re.compile(r"^(STG|UTMASTG|UBLKCP\.G)")  # to device memory
 SHARED = re.compile(r"^(LDS|STS|LDSM|STSM|LDGSTS|UBLKCP|UTMALDG|ATOMS)")
 
 
@@ -101,6 +102,7 @@ def native_kernels(arch: int) -> Iterator[Taken]:
     """Every compiled kernel with code for the chip."""
     from fused_lora.kernels.cuda.chip import Chip
     from fused_lora.kernels.cuda.lora_grad_shape import examples
+    from tests.kernels.cuda.conftest import CSRC, digest
     from tests.kernels.cuda.test_resources import SOURCES, ptxas_report, serves
 
     nvcc = shutil.which("nvcc")
@@ -112,10 +114,10 @@ def native_kernels(arch: int) -> Iterator[Taken]:
             bytes_ = shape.plan(1, Chip(arch, 132)).smem_bytes
             shared.setdefault((tf32, *form[:3]), bytes_)
     for source in SOURCES:
-        if not serves(source, ARCHS[arch]) or "float16" in source.stem:
+        if not serves(source, ARCHS[arch]) or source.stem.endswith("_float16"):
             continue
         ptxas_report(nvcc, source, ARCHS[arch], CACHE)
-        cubin = max(CACHE.glob(f"{source.stem}_{ARCHS[arch]}_*.cubin"), key=os.path.getmtime)
+        cubin = CACHE / f"{source.stem}_{ARCHS[arch]}_{digest(CSRC)}.cubin"
         for name in names(cubin):
             yield from native(name, cubin, shared)
 
@@ -136,8 +138,22 @@ def native(name: str, cubin: Path, shared: dict[Any, int]) -> Iterator[Taken]:
         words = f"{types} {strips} strips {16 * key[2]} ranks{'' if key[3] else ' given'}"
         yield Taken(stem, words, cubin, name, shared[key])
         return
-    words = re.sub(r"sm90::|\(\w*::?\w*\)|LinearTile", "", parameters)
+    words = in_words(parameters) if parameters else ""
     yield Taken(stem, words, cubin, name, 227 << 10 if "linear" in stem else 0)
+
+
+ENUMS = {
+    "Rounding": ("to nearest", "stochastically"),
+    "Right": ("w by rows", "w by columns"),
+    "Activation": ("", "erf", "tanh"),
+}
+
+
+def in_words(parameters: str) -> str:
+    """Parameters of a template, as a table shows them."""
+    parameters = re.sub(r"LinearTile<(\d+), (\d+)>", r"\1x\2", parameters.replace("sm90::", ""))
+    parameters = re.sub(r"\((\w+)\)(\d)", lambda m: ENUMS[m[1]][int(m[2])], parameters)
+    return " ".join(p for p in parameters.split(", ") if p)
 
 
 def names(cubin: Path) -> list[str]:
@@ -191,17 +207,23 @@ def row(kernel: Taken, arch: int, tools: Any) -> Row | None:
 
 
 def main_loop(function: Any, graph: Any) -> set[str]:
-    """The blocks of the loop with most matrix instructions, the innermost of equals."""
+    """The blocks of the loop with most matrix instructions, the innermost of equals.
+
+    A loop around products that also stores a result is one over tiles, not over K.
+    """
     count: dict[str, int] = defaultdict(int)
     size: dict[str, int] = defaultdict(int)
+    stores = set()
     for each in function.instructions:
         count[each.block] += bool(MATRIX.match(each.opcode))
         size[each.block] += 1
+        if STORES.match(each.opcode):
+            stores.add(each.block)
 
-    def worth(members: set[str]) -> tuple[int, int]:
+    def worth(members: set[str]) -> tuple[bool, int, int]:
         matrix = sum(count[b] for b in members)
         length = sum(size[b] for b in members)
-        return (matrix, -length) if matrix else (0, length)
+        return (not members & stores, matrix, -length) if matrix else (False, 0, length)
 
     return max(loops(graph), key=worth, default=set()) if graph else set()
 

@@ -12,7 +12,8 @@ The extension comes first, so that its scale is one fp32 product per column and 
 rounded; the K loop continues in the same accumulator. y is rounded once, and where an activation
 follows so is the pre-activation u, stored beside it if asked for. Where x is act(u) of the layer
 before, dx goes on to du = act'(u) dx in its epilogue: dx itself is never written. The border is
-cast to x's dtype on load.
+cast to x's dtype on load, and each step of ranks waits for it and for its product; along K the
+copies of later steps fly, and on sm_90 one product runs on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """EXTENDED for chips with a bulk copy engine: the equations of lora_extended.py, persistent.
 
 One program per multiprocessor walks the tiles of y in an order that keeps both operands in L2, and
-x and w arrive by tensor descriptors made on the host. The loops over tiles, ranks and K are one
-loop to the compiler, so the copies of a tile's first steps fly while the tile before is stored.
+x and w arrive by tensor descriptors made on the host. The compiler leaves the loops over ranks and
+K inside the one over tiles, though asked to flatten them: within a tile the copies of later steps
+and one step's products run on, but a tile begins only once the one before is stored.
 
 A tile may be 128 + 64 columns wide, as two accumulators that share x: 192 divides 384, 768, 1152
 and 2304, and with 128 rows fills 132 multiprocessors where 128 x 128 and 128 x 256 leave many idle.

@@ -10,7 +10,8 @@
                 x [M, K]   w [N, K]   shrink [sum R, K]   expand [sum R, N]   y [M, N]
 
 x is read by nobody else, and nothing of size M lies between the two thin products. The price: every
-column tile forms h again, so this is for few columns and sum R <= 64. The scale joins t in fp32
+column tile forms h again, so this is for few columns and sum R <= 64; and shrink is cast in each
+step, so that on sm_90 each step waits for its products. The scale joins t in fp32
 before its one rounding, so t is the operand that h itself would be; y is rounded once. The programs
 of the first column tile write h, which backward reads.
 """

@@ -30,7 +30,7 @@ class Tile:
     block_m: int  # rows of y per program
     block_n: int  # columns of y per program
     block_k: int  # columns of x per step
-    stages: int  # steps in flight
+    stages: int  # steps that shared memory holds at once
     warps: int
     group_m: int = 8  # rows of tiles walked together, for L2
 
@@ -74,7 +74,7 @@ class ThinTile:
     block_m: int  # rows of x per program
     block_r: int  # ranks per program
     block_c: int  # columns of x per step
-    stages: int  # steps in flight
+    stages: int  # steps that shared memory holds at once
     warps: int
     registers: int = 0  # per thread at most, where ptxas would rather spill; 0 leaves it to choose
 
@@ -90,7 +90,7 @@ class GradTile:
     block_r: int  # ranks per program
     block_c: int  # columns per program
     block_m: int  # rows per step
-    stages: int  # steps in flight
+    stages: int  # steps that shared memory holds at once
     warps: int
 
     def arguments(self) -> dict[str, int | bool]:
@@ -105,7 +105,7 @@ class MergeTile:
     block_n: int = 64  # rows of w per program
     block_k: int = 64  # columns of w per program
     block_r: int = 16  # ranks per step
-    stages: int = 2  # steps in flight
+    stages: int = 2  # steps that shared memory holds at once
     warps: int = 8
 
     def arguments(self) -> dict[str, int | bool]:

@@ -107,6 +107,8 @@ extern EmulatedCluster* emulated;  // the one that runs
 #define FL_CLUSTERS true
 
 inline int thread_index() { return emulated->thread(); }
+inline bool elected() { return emulated->thread() % 32 == 0; }
+inline int of_first_lane(int number) { return number; }  // asked for what all lanes have
 inline void sync_warp() { emulated->sync("sync_warp", EmulatedCluster::Scope::kWarp); }
 inline void sync_block() { emulated->sync("sync_block", EmulatedCluster::Scope::kBlock); }
 inline void sync_cluster() { emulated->sync("sync_cluster", EmulatedCluster::Scope::kCluster); }
