@@ -41,6 +41,10 @@ VARIABLES: dict[str, str] = {
     "FUSED_LORA_FUZZ_SEQUENCES": (
         "tests: how many random orders of patch, merge, save, prune, ... are walked; default 500"
     ),
+    "FUSED_LORA_EVERY_ENTRY_POINT": (
+        "tests: 1 patches every vision transformer that timm can build (most of an hour), not one "
+        "of each module"
+    ),
 }
 
 
