@@ -61,10 +61,11 @@ def test_without_a_fault_it_launches(said):
 @pytest.mark.parametrize("kind, arch", ON)
 def test_every_launch_that_ships_is_accepted(kind, arch, request, tmp_path):
     cache = request.config.cache.mkdir("triton")
-    kernels = len(column(kind, arch, cache))  # compiled there, once
+    kernels = column(kind, arch, cache)  # compiled there, once
     done = stub.run(tmp_path, "launched", kind, str(arch), cache=cache)
     *refused, last = done.stdout.splitlines()
     assert not refused, "\n".join(refused)
     _, launches, _, maps = last.split()
-    assert int(launches) >= kernels
-    assert (int(maps) > 0) == (arch >= 90)
+    assert int(launches) >= len(kernels)
+    assert (int(maps) > 0) == any(kernel.name == "_extended_bulk" for kernel in kernels)
+    assert int(maps) > 0 or arch < 90 or kind != "bf16"
