@@ -274,11 +274,12 @@ class AdaptedLinear(Unscripted, WithVariants):
         """weight, bias, every a and every b that the forward computes with, None for a seed, and
         whether all are parameters of its own, whole: not made of others by a hook, a
         parametrisation or a loan."""
-        drops = (None,) if self.config.dropout and self.training else ()
+        drops: list[Any] = [None] if self.config.dropout and self.training else []
         if self._names is not None and not (self._lent or self._narrowed):
             own = self._parameters
             try:
-                return [*(own[name] for name in self._names), *drops], True
+                held: list[Any] = [own[name] for name in self._names]
+                return held + drops, True
             except KeyError:
                 pass
         a, b = self._operands()

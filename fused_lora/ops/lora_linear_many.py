@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fused_lora.kernels.aten import lora_linear_many as aten
 from fused_lora.ops.chain.stage import consecutive
+from fused_lora.ops.dropped import FORMS_H
 from fused_lora.ops.lora_linear import Frame, as_leading, as_rows, forward, lora_linear
 from fused_lora.ops.operand import Adapted, compute_dtype
 from fused_lora.ops.planning import halves_of, plan_for
@@ -25,9 +26,7 @@ from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
 from fused_lora.trust.moment import untouchable
-from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan
-
-FORMS_H = (Forward.SEPARATE, Forward.BORDERED, Forward.EXTENDED)  # apart from the base product
+from fused_lora.types import Backend, Gradient, Impl, Keep, Needs, Plan
 
 
 def lora_linear_many(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
