@@ -14,6 +14,7 @@ from fused_lora.ops.lora_merge import lora_merge
 from fused_lora.ops.lora_merge_many import Job, lora_merge_many
 from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.lora_shrink import shrink
+from fused_lora.programs import run as programs
 from fused_lora.testing.yardstick import error, in_every_order, judge_all
 from fused_lora.trust import verify
 from fused_lora.types import Backend, Impl, Needs, Span
@@ -165,6 +166,24 @@ def test_dropout_draws_one_mask_for_both_passes():
     (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
     torch.testing.assert_close(dx.sum(1, keepdim=True), h.detach())
     assert abs(float((dx > 0).float().mean()) - 0.5) < 0.01
+
+
+def test_a_linear_with_dropout_by_its_program_and_as_written(monkeypatch):
+    """The launches that are bound take the words of a new seed each time, and the same bits."""
+    x, w, bias, a, b = operands(torch.bfloat16)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        y = lora_linear(x, w, bias, a, b, (1.0, 0.5, 2.0), QKV, dropout=0.3)
+        return [y, *torch.autograd.grad(y.float().square().sum(), (*a, *b))]
+
+    recorded = [run(seed) for seed in (3, 3, 4)]
+    monkeypatch.setenv("FUSED_LORA_PROGRAMS", "0")
+    programs.forget()
+    written = [run(seed) for seed in (3, 3, 4)]
+    for ours, theirs in zip(recorded, written, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    assert not torch.equal(recorded[1][0], recorded[2][0])
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])
