@@ -9,6 +9,9 @@ TRITON ?= 3.6
 PYTHON_SEMANTICS ?= python3.12
 
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+# Bytecode is kept, whatever the shell says: a process that a test starts imports torch in half the time.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OTHER_TRITON := build/triton-$(patsubst %.*,%,$(TRITON))

@@ -20,6 +20,7 @@ from tests.trust.fake_checks import RIGHT, make
 from tests.trust.test_verify import plan
 
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow  # a process or more, each of which imports torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -66,7 +67,7 @@ def test_a_right_and_a_wrong_kernel_from_one_process(worker):
     assert worker._process.pid == first != os.getpid()
 
 
-@pytest.mark.parametrize("how", ["hangs", "holds_the_interpreter"])
+@pytest.mark.parametrize("how", ["hangs", pytest.param("holds_the_interpreter", marks=SLOW)])
 def test_one_that_hangs_costs_the_limit_and_one_sentence(monkeypatch, worker, how):
     verify.verdict(make("passes"), CPU)  # it is started
     monkeypatch.setenv("FUSED_LORA_CHECK_SECONDS", "1")
@@ -80,8 +81,8 @@ def test_one_that_hangs_costs_the_limit_and_one_sentence(monkeypatch, worker, ho
     ("how", "argument", "said"),
     [
         ("aborts", "", "its check ended its process by SIGABRT (device-side assert triggered)"),
-        ("faults", "", "its check ended its process by SIGSEGV"),
-        ("exits", "3", "its check ended its process with status 3"),
+        pytest.param("faults", "", "its check ended its process by SIGSEGV", marks=SLOW),
+        pytest.param("exits", "3", "its check ended its process with status 3", marks=SLOW),
         ("exits", "0", "its check ended its process with status 0"),
     ],
 )
@@ -90,6 +91,7 @@ def test_one_that_ends_its_process(how, argument, said):
     assert verify.verdict(make("passes"), CPU) == RIGHT  # another process serves
 
 
+@SLOW
 def test_one_that_spoils_its_device_leaves_its_process(worker):
     verify.verdict(make("passes"), CPU)
     first = worker._process
@@ -133,6 +135,7 @@ def test_a_process_that_does_not_start_is_no_verdict(monkeypatch):
         verify.verdict(make("passes"), CPU)
 
 
+@SLOW
 def test_an_idle_process_ends_and_another_is_started():
     short = Worker(idle_s=0.2)
     first = short.call("os", "getpid", (), 30.0)
@@ -179,6 +182,7 @@ def caller(how: str, path: Path, **variables: str) -> subprocess.Popen:
     )
 
 
+@SLOW
 def test_of_several_processes_one_checks(tmp_path):
     path = tmp_path / "runs"
     started = [caller("counts", path) for _ in range(3)]
@@ -186,6 +190,7 @@ def test_of_several_processes_one_checks(tmp_path):
     assert len(path.read_text().splitlines()) == 1
 
 
+@SLOW
 def test_who_waits_too_long_does_without(tmp_path):
     checked = make("passes")
     key = verify._key(checked.subject, CPU)
@@ -197,6 +202,7 @@ def test_who_waits_too_long_does_without(tmp_path):
     assert caller("passes", "").communicate()[0].strip() == "True"
 
 
+@SLOW
 def test_a_session_without_a_main_module_runs_it_elsewhere(tmp_path):
     path = tmp_path / "pid"
     one = caller("tells_its_process", path)
