@@ -8,18 +8,18 @@ import pytest
 from shapes import BATCH, RANKS, WIDTHS
 
 from fused_lora.bench.clock import Step
-from fused_lora.bench.shapes import Shape
+from fused_lora.bench.shapes import ModelShape
 
-CONTENDERS = ["frozen", "naive", "naive_joint", "peft", "addmm", "fused", "fused_joint"]
+METHODS = ["frozen", "naive", "naive_joint", "peft", "addmm", "fused", "fused_joint"]
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("shape", WIDTHS, ids=lambda shape: f"d{shape.width}")
 def bench_six_projections(
-    benchmark: Callable, step: Callable[..., Step], shape: Shape, rank: int, contender: str
+    benchmark: Callable, step: Callable[..., Step], shape: ModelShape, rank: int, method: str
 ) -> None:
     """One pass through the four layers and back."""
     benchmark.group = f"six projections, d={shape.width}, rank {rank}"
-    run = step("six_projections", shape, BATCH, rank, contender)
+    run = step("six_projections", shape, BATCH, rank, method)
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)

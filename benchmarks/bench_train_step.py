@@ -8,19 +8,19 @@ import pytest
 from shapes import STEP_BATCH, STEP_RANKS, WIDTHS
 
 from fused_lora.bench.clock import Step
-from fused_lora.bench.shapes import Shape
+from fused_lora.bench.shapes import ModelShape
 
-CONTENDERS = ["frozen", "naive", "peft", "addmm", "fused", "fused_joint", "full"]
+METHODS = ["frozen", "naive", "peft", "addmm", "fused", "fused_joint", "full"]
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", STEP_RANKS)
 @pytest.mark.parametrize("shape", WIDTHS, ids=lambda shape: shape.name)
 def bench_train_step(
-    benchmark: Callable, step: Callable[..., Step], shape: Shape, rank: int, contender: str
+    benchmark: Callable, step: Callable[..., Step], shape: ModelShape, rank: int, method: str
 ) -> None:
     """One step on two images."""
     pytest.importorskip("timm")
     benchmark.group = f"{shape.name}, rank {rank}"
-    run = step("train_step", shape, STEP_BATCH, rank, contender)
+    run = step("train_step", shape, STEP_BATCH, rank, method)
     benchmark.pedantic(run, rounds=3, warmup_rounds=1)

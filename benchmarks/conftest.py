@@ -1,4 +1,4 @@
-"""Steps ready to be timed: judged against float64 first, as everywhere."""
+"""Steps ready to be timed: compared with float64 first, as everywhere."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import fused_lora.bench.contenders
-import fused_lora.bench.suites  # noqa: F401  both register what can be raced
-from fused_lora.bench import gate
+import fused_lora.bench.methods
+import fused_lora.bench.suites  # noqa: F401  both register what can be timed
+from fused_lora.bench import correctness_gate
 from fused_lora.bench.clock import CpuClock, Step
-from fused_lora.bench.judge import Judge
-from fused_lora.bench.phases import Phases
-from fused_lora.bench.race import enter
-from fused_lora.bench.registry import CONTENDERS, SUITES
-from fused_lora.bench.shapes import Shape
+from fused_lora.bench.correctness_gate import Gate
+from fused_lora.bench.registry import METHODS, SUITES
+from fused_lora.bench.runner import Phases, enter
+from fused_lora.bench.shapes import ModelShape
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,19 +25,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def step(request: pytest.FixtureRequest) -> Callable[[str, Shape, int, int, str], Step]:
-    """Makes the step of a contender; skips it where it cannot run, fails it where it is wrong."""
+def step(request: pytest.FixtureRequest) -> Callable[[str, ModelShape, int, int, str], Step]:
+    """Makes the step of a method; skips it where it cannot run, fails it where it is wrong."""
     device, dtype = (request.config.getoption(name) for name in ("--device", "--dtype"))
 
-    def make(suite: str, shape: Shape, batch: int, rank: int, name: str) -> Step:
-        contender = CONTENDERS[name]
-        if reason := contender.why_not(dtype):
+    def make(suite: str, shape: ModelShape, batch: int, rank: int, name: str) -> Step:
+        method = METHODS[name]
+        if reason := method.why_not(dtype):
             pytest.skip(reason)
         workload = SUITES[suite](shape, batch, dtype, device)
-        entrant = enter(contender, workload, Judge(workload, rank), Phases(CpuClock()))
-        if wrong := gate.complaints(entrant.errors, entrant.yardstick, dtype):
+        method_run = enter(method, workload, Gate(workload, rank), Phases(CpuClock()))
+        if wrong := correctness_gate.complaints(method_run.errors, method_run.yardstick, dtype):
             pytest.fail("; ".join(wrong))
-        return _finished(entrant.step) if device.startswith("cuda") else entrant.step
+        return _finished(method_run.step) if device.startswith("cuda") else method_run.step
 
     return make
 

@@ -102,8 +102,8 @@ sys.exit(reason)"'
 if [ $dry = 1 ]; then
   export FUSED_LORA_PLAN=measure
   tiny="--device cpu --models $small --batch 1 --ranks 4 --dtype fp32 --budget-seconds 1"
-  six="$tiny --suite six_projections --contenders frozen,naive,fused"
-  train="$tiny --suite train_step --contenders frozen,naive,peft,fused,fused_block"
+  six="$tiny --suite six_projections --methods frozen,naive,fused"
+  train="$tiny --suite train_step --methods frozen,naive,peft,fused,fused_block"
   build=true environment='"$PYTHON" -m fused_lora.cli env'
   graph="$six" eager="$six" tests=tests/ops/test_triton_on_device.py
   grid="${DRY_STEP:-true}" choice=true tune=true
@@ -113,8 +113,8 @@ else
 print(".".join(map(str, torch.cuda.get_device_capability())))')
   export TORCH_CUDA_ARCH_LIST
   usual="--models $base --ranks 16 --batch 128"
-  six="$usual --suite six_projections --contenders frozen,naive,naive_joint,peft,peft_bf16,addmm,fused,fused_joint"
-  train="$usual --suite train_step --dtype amp --contenders frozen,naive,peft,fused,fused_block --budget-seconds 40"
+  six="$usual --suite six_projections --methods frozen,naive,naive_joint,peft,peft_bf16,addmm,fused,fused_joint"
+  train="$usual --suite train_step --dtype amp --methods frozen,naive,peft,fused,fused_block --budget-seconds 40"
   build='FUSED_LORA_NATIVE=1 "$PYTHON" -m pip install --no-build-isolation --no-deps -e . && '$serves
   environment='nvidia-smi; "$PYTHON" -m fused_lora.cli env'
   graph="$six --dtype bf16 --mode graph --budget-seconds 15"
@@ -124,7 +124,7 @@ print(".".join(map(str, torch.cuda.get_device_capability())))')
     tests/ops/test_parity.py tests/ops/test_lora_merge.py tests/ops/test_triton_on_device.py
     tests/kernels/aten/test_attention.py tests/nn/test_borrow.py tests/stacks/test_cuda_graphs.py
     tests/bench/test_roofline.py'
-  grid="$bench --suite six_projections --models $base,$small,$large --batch 128,32,100,256 --ranks 16,64,256,512 --contenders frozen,naive,peft,fused --dtype bf16 --budget-seconds 60 --out \$OUT/report-grid.html"
+  grid="$bench --suite six_projections --models $base,$small,$large --batch 128,32,100,256 --ranks 16,64,256,512 --methods frozen,naive,peft,fused --dtype bf16 --budget-seconds 60 --out \$OUT/report-grid.html"
   choice="$bench --suite plan_choice --models $base --batch 128 --ranks 16,64,256,512 --dtype bf16 --budget-seconds 60"
   tune='"$PYTHON" -m fused_lora.cli tune --model vit_base_patch16_224 --batch 128 --rank 16'
   sanitize='DTYPES=bfloat16 benchmarks/sanitize.sh "$OUT/sanitize"'

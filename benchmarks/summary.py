@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from fused_lora.bench.compact import comparisons, markdown
 from fused_lora.bench.rows import Row, newest, read
-from fused_lora.bench.table import milliseconds, times
+from fused_lora.bench.table import comparisons, markdown, milliseconds, times
 
 
 def page(folder: Path) -> str:
     """The whole summary."""
-    return "\n".join([*steps(folder), *selftests(folder), *races(folder)])
+    return "\n".join([*steps(folder), *selftests(folder), *timed(folder)])
 
 
 def steps(folder: Path) -> Iterator[str]:
@@ -39,30 +38,30 @@ def selftests(folder: Path) -> Iterator[str]:
                 yield f"- {row['backend']} {row['kernel']} ({row['configuration']}): {row['said']}"
 
 
-def races(folder: Path) -> Iterator[str]:
+def timed(folder: Path) -> Iterator[str]:
     """The comparisons, and every row that a GPU alone can give."""
     rows = newest(read(folder / "rows"))
     if lines := comparisons(rows):
         yield "\n" + markdown(lines)
     if trained := [row for row in rows if row.case.suite == "train_step"]:
-        yield "\n" + _table([["training step", "contender", "ms", "the host's ms", "x frozen"]])
+        yield "\n" + _table([["training step", "method", "ms", "the host's ms", "x frozen"]])
         yield "\n".join(map(_train_line, trained))
     special = [row for row in rows if (row.case.mode, row.case.cache) != ("eager", "warm")]
     if special:
-        yield "\n" + _table([["case", "contender", "ms", "x frozen", "x roofline"]])
+        yield "\n" + _table([["case", "method", "ms", "x frozen", "x roofline"]])
         yield "\n".join(map(_line, special))
 
 
 def _train_line(row: Row) -> str:
     host = "-" if row.host_ms is None else milliseconds(row.host_ms)
     cells = (milliseconds(row.median_ms), host, times(row.ratio_frozen))
-    return f"| {row.case} | {row.contender} | {' | '.join(cells)} |"
+    return f"| {row.case} | {row.method} | {' | '.join(cells)} |"
 
 
 def _line(row: Row) -> str:
     over = row.median_ms / row.roofline_ms if row.roofline_ms else None
     cells = (milliseconds(row.median_ms), times(row.ratio_frozen), times(over))
-    return f"| {row.case} | {row.contender} | {' | '.join(cells)} |"
+    return f"| {row.case} | {row.method} | {' | '.join(cells)} |"
 
 
 def _table(lines: list[list[str]]) -> str:

@@ -13,13 +13,11 @@ from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
 from fused_lora.ops.lora_expand import expand_add
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.lora_shrink import shrink
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.example import enable_input_grads
 from fused_lora.patching.explain import explain, explain_program
-from fused_lora.patching.inputs import enable_input_grads
-from fused_lora.patching.patch import patch, unpatch
+from fused_lora.patching.patch import disable, merge, patch, unmerge, unpatch
 from fused_lora.patching.prepare import Prepared, prepare
-from fused_lora.patching.report import PatchReport
-from fused_lora.patching.state import disable, merge, unmerge
+from fused_lora.patching.report import PatchError, PatchReport
 from fused_lora.version import __version__
 
 __all__ = [

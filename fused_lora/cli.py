@@ -229,9 +229,9 @@ def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _run_tune(args: argparse.Namespace) -> int:
-    from fused_lora.bench.tune import command
+    from fused_lora.bench import tune
 
-    return command.run(args.rest)
+    return tune.run(args.rest)
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,4 +1,4 @@
-"""``fused-lora bench``: races over a grid, a table, a report, rows."""
+"""``fused-lora bench``: methods timed over a grid, a table, a report, rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import fused_lora.bench.contenders
-import fused_lora.bench.suites  # noqa: F401  both register what can be raced
+import fused_lora.bench.methods
+import fused_lora.bench.suites  # noqa: F401  both register what can be timed
 from fused_lora.bench import options as command_line
 from fused_lora.bench import readme, table
 from fused_lora.bench.measure import measure, prepare
@@ -23,7 +23,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser = command_line.parser()
     options = parser.parse_args(argv)
     if options.prepare and options.suite in JOBS:
-        parser.error(f"argument --prepare: of races, not of {options.suite}")
+        parser.error(f"argument --prepare: only where methods are timed, not of {options.suite}")
     if options.readme:
         return _rewrite(parser, options.readme, options.rows or RESULTS)
     if not options.out.absolute().parent.is_dir():
@@ -43,7 +43,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     if memory := table.kept(rows):
         print(memory)
     for refusal in refusals:
-        print(f"refused: {refusal.contender} ({refusal.case}): {refusal.reason}", file=sys.stderr)
+        print(f"refused: {refusal.method} ({refusal.case}): {refusal.reason}", file=sys.stderr)
     options.out.write_text(page(rows, refusals), encoding="utf-8")
     print(f"report: {options.out}")
     if options.rows:

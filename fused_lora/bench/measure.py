@@ -1,4 +1,4 @@
-"""Races over a grid: every case with its network, its contenders and its share of the time."""
+"""Every case of a grid, row by row, within its budget of seconds."""
 
 from __future__ import annotations
 
@@ -12,30 +12,27 @@ import torch
 from torch import nn
 
 from fused_lora.bench.clock import Clock, clock_for
-from fused_lora.bench.depth import shallow
-from fused_lora.bench.judge import DEPTH, Judge, install
-from fused_lora.bench.phases import Phases, Shares
-from fused_lora.bench.progress import Progress
+from fused_lora.bench.correctness_gate import DEPTH, Gate, install
 from fused_lora.bench.provenance import provenance
-from fused_lora.bench.race import race, step_of
-from fused_lora.bench.registry import CONTENDERS, SUITES, Contender
+from fused_lora.bench.registry import METHODS, SUITES, Method
 from fused_lora.bench.roofline import Roof, measured
 from fused_lora.bench.rows import Case, Refusal, Row, append
+from fused_lora.bench.runner import Phases, Progress, Shares, step_of, time_methods
 from fused_lora.bench.shapes import SHAPES, Grid
-from fused_lora.bench.workload import Workload, share
+from fused_lora.bench.workload import Workload, shallow, share
 from fused_lora.patching.prepare import prepare_call
 
 
 def measure(
     suite: str, grid: Grid, device: str, folder: Path | None = None, verbose: bool = False
 ) -> tuple[list[Row], list[Refusal]]:
-    """Run every race of ``grid``; the budget left is shared out by size over those still to come.
+    """Time every case of ``grid``; the budget left is shared out by size over those still to come.
 
     Args:
         suite: Which suite.
         grid: What to cover.
         device: Where.
-        folder: Rows are appended below it race by race, so that a broken run keeps its first ones.
+        folder: Rows are appended below it case by case, so that a broken run keeps its first ones.
         verbose: Say where the time of each case went, on a terminal as well.
     """
     cases = list(_cases(suite, grid))
@@ -49,8 +46,8 @@ def measure(
         if workload.linears(case.rank) and workload.compute not in roofs:
             with phases.of("roofline"):
                 roofs[workload.compute] = measured(device, workload.compute, clock)
-        entered = able(grid.contenders, case.dtype)
-        found, refused = race(
+        entered = able(grid.methods, case.dtype)
+        found, refused = time_methods(
             workload,
             case,
             entered,
@@ -71,29 +68,29 @@ def measure(
 
 
 def prepare(suite: str, grid: Grid, device: str) -> Iterator[str]:
-    """Compile, check and time what the races of ``grid`` would; a line for each contender."""
+    """Compile, check and time what the cases of ``grid`` would; a line for each method."""
     clock = clock_for(device)
     seen = set()
     for workload, case, _ in _workloads(list(_cases(suite, grid)), device, clock):
-        for contender in able(grid.contenders, case.dtype):
-            same = (case.model, case.batch, case.rank, case.dtype, contender.name)
-            if not contender.ours or same in seen:  # a graph is recorded of the same step
+        for method in able(grid.methods, case.dtype):
+            same = (case.model, case.batch, case.rank, case.dtype, method.name)
+            if not method.ours or same in seen:  # a graph is recorded of the same step
                 continue
             seen.add(same)
-            found = prepare_call(*entered(contender, workload, case.rank), torch.device(device))
-            yield f"{case}, {contender.name}: {found}"
+            found = prepare_call(*entered(method, workload, case.rank), torch.device(device))
+            yield f"{case}, {method.name}: {found}"
 
 
 def entered(
-    contender: Contender, workload: Workload, rank: int
+    method: Method, workload: Workload, rank: int
 ) -> tuple[nn.Module, Callable[[], object]]:
-    """A contender's model, and what a race asks of it: to be judged, and to step."""
-    model = install(contender, share(workload.base), rank)
-    step, judge = step_of(workload, model), Judge(workload, rank)
+    """A method's model, and what a case asks of it: to be compared, and to step."""
+    model = install(method, share(workload.base), rank)
+    step, gate = step_of(workload, model), Gate(workload, rank)
 
     def call() -> None:
-        with shallow(model, DEPTH) as judged:
-            workload.outcome(judged, judge.inputs())
+        with shallow(model, DEPTH) as first:
+            workload.outcome(first, gate.inputs())
         step()
 
     return model, call
@@ -128,12 +125,12 @@ def _workloads(
         yield workload, case, phases
 
 
-def able(names: Sequence[str], dtype: str) -> list[Contender]:
+def able(names: Sequence[str], dtype: str) -> list[Method]:
     """Those of ``names`` that run in ``dtype`` here; the others are told on stderr."""
     found = []
-    for contender in CONTENDERS.pick(names):
-        if reason := contender.why_not(dtype):
-            print(f"not raced: {contender.name}: {reason}", file=sys.stderr)
+    for method in METHODS.pick(names):
+        if reason := method.why_not(dtype):
+            print(f"not timed: {method.name}: {reason}", file=sys.stderr)
         else:
-            found.append(contender)
+            found.append(method)
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fused_lora.bench.registry import CONTENDERS, JOBS, SUITES
+from fused_lora.bench.registry import JOBS, METHODS, SUITES
 from fused_lora.bench.shapes import CACHES, DTYPES, MODES, SHAPES, Grid, grid
 
 EPILOG = "Lists are separated by commas. Without options the grid suits the device."
@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", type=_listed("dtype", DTYPES), metavar="NAMES", help="fp32, bf16, amp")
     add("--mode", type=_listed("mode", MODES), metavar="NAMES", help="eager, graph")
     add("--cache", type=_listed("cache", CACHES), metavar="NAMES", help="warm, cold: a GPU's L2")
-    add("--contenders", type=_listed("contender", list(CONTENDERS)), metavar="NAMES")
+    names = _listed("method", list(METHODS))
+    add("--methods", type=names, metavar="NAMES")
+    add("--contenders", type=names, dest="methods", help=argparse.SUPPRESS)  # as 0.1 called them
     add("--budget-seconds", type=seconds_of, metavar="S", help="in all; rounds are at least 3")
     add("--ledger", action="store_true", help="saved_bytes: also which operation keeps what")
     add("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -103,7 +105,7 @@ def chosen(options: argparse.Namespace) -> Grid:
         "one_image": () if options.batch else None,
         "one_rank": () if options.ranks else None,
         "dtypes": options.dtype,
-        "contenders": options.contenders,
+        "methods": options.methods,
         "modes": options.mode,
         "caches": options.cache,
         "budget_s": options.budget_seconds,

@@ -1,4 +1,4 @@
-"""What can be raced: contenders, and the suites they are raced in."""
+"""What can be timed: methods, and the suites they are timed in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 Form = str  # "separate": three adapters on a fused qkv; "joint": one; "none": no adapters
 
 
-class Contender:
+class Method:
     """One way to put a trainable low-rank path beside frozen projections.
 
     Attributes:
@@ -32,7 +32,7 @@ class Contender:
     def why_not(self, dtype: str) -> str | None:
         """Why it cannot run in ``dtype`` here, in one sentence; None when it can."""
         if self.dtypes and dtype not in self.dtypes:
-            return f"{self.title} is raced in {' and '.join(self.dtypes)}, not in {dtype}"
+            return f"{self.title} is timed in {' and '.join(self.dtypes)}, not in {dtype}"
         return None
 
     def install(self, model: nn.Module, rank: int) -> nn.Module:
@@ -60,18 +60,18 @@ class Registry(dict):
         return [self[name] for name in names]
 
 
-CONTENDERS: Registry = Registry("contender")
+METHODS: Registry = Registry("method")
 SUITES: Registry = Registry("suite")
-JOBS: Registry = Registry("job")  # suites that are no races and run by themselves
+JOBS: Registry = Registry("job")  # suites that time no methods and run by themselves
 
-_C = TypeVar("_C", bound=type[Contender])
+_C = TypeVar("_C", bound=type[Method])
 _S = TypeVar("_S", bound=Callable)
 
 
-def register(contender: _C) -> _C:
-    """Class decorator: make one instance of ``contender`` known under its name."""
-    CONTENDERS[contender.name] = contender()
-    return contender
+def register(method: _C) -> _C:
+    """Class decorator: make one instance of ``method`` known under its name."""
+    METHODS[method.name] = method()
+    return method
 
 
 def job(name: str) -> Callable[[_S], _S]:

@@ -1,4 +1,4 @@
-"""Rows: one contender in one case, as a line of JSON with its provenance."""
+"""Rows of JSON lines, a file a suite and device."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from fused_lora.bench.gate import Errors
+from fused_lora.bench.correctness_gate import Errors
 from fused_lora.bench.provenance import Provenance, slug
 
-RACES = ("host", "six_projections", "train_step", "wecolora_step")  # rows are those of contenders
+TIMED = ("host", "six_projections", "train_step", "wecolora_step")  # rows are those of methods
 _R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a row is about, all but the contender."""
+    """What a row is about, all but the method."""
 
     suite: str
     model: str  # timm's name; six_projections takes its widths
@@ -36,10 +36,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one case, measured."""
+    """One method in one case, measured."""
 
     case: Case
-    contender: str
+    method: str
     form: str  # adapters on a fused qkv: separate (three), joint (one), none
     rounds: int
     median_ms: float  # one step: forward and backward, and the optimizer of a whole step
@@ -74,10 +74,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A contender that was not timed, or whose time was not recorded, and why."""
+    """A method that was not timed, or whose time was not recorded, and why."""
 
     case: Case
-    contender: str
+    method: str
     reason: str
 
 
@@ -117,8 +117,8 @@ def append(rows: Iterable[Record], folder: Path) -> list[Path]:
 
 
 def read(folder: Path) -> Iterator[Row]:
-    """Every row of a race below ``folder``, oldest first within a file."""
-    return read_as(folder, RACES, Row.from_json)
+    """Every row of timed methods below ``folder``, oldest first within a file."""
+    return read_as(folder, TIMED, Row.from_json)
 
 
 def read_as(folder: Path, suites: Iterable[str], parse: Callable[[str], _R]) -> Iterator[_R]:
@@ -131,10 +131,10 @@ def read_as(folder: Path, suites: Iterable[str], parse: Callable[[str], _R]) -> 
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The latest row of each device, case and contender, in the order first met."""
+    """The latest row of each device, case and method, in the order first met."""
     latest: dict[tuple, Row] = {}
     for row in rows:
-        key = (row.provenance.device, row.case, row.contender)
+        key = (row.provenance.device, row.case, row.method)
         if key not in latest or row.provenance.time_utc >= latest[key].provenance.time_utc:
             latest[key] = row
     return list(latest.values())

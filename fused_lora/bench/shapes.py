@@ -1,4 +1,4 @@
-"""The shapes that are raced, each from a named model, and the grids of each kind of device."""
+"""The shapes that are timed, each from a named model, and the grids of each kind of device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CACHES = ("warm", "cold")  # what a GPU's L2 holds when a step begins
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A vision transformer as its projections see it."""
 
     name: str  # timm's name
@@ -27,7 +27,7 @@ class Grid:
     ranks: tuple[int, ...]
     batches: tuple[int, ...]
     dtypes: tuple[str, ...]
-    contenders: tuple[str, ...]
+    methods: tuple[str, ...]
     one_image: tuple[str, ...]  # models given a single image instead of ``batches``
     budget_s: float  # for all cases together; the minimum of rounds is run whatever it says
     modes: tuple[str, ...] = MODES[:1]
@@ -38,12 +38,12 @@ class Grid:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("vit_small_patch16_224", 384, 197),
-        Shape("vit_base_patch16_224", 768, 197),
-        Shape("vit_large_patch16_224", 1024, 197),
-        Shape("vit_host", 48, 5),  # of suites/host.py: nothing but what the host does
-        Shape("vit_small_patch14_dinov2", 384, 1370),
-        Shape("vit_base_patch14_dinov2", 768, 1370),
+        ModelShape("vit_small_patch16_224", 384, 197),
+        ModelShape("vit_base_patch16_224", 768, 197),
+        ModelShape("vit_large_patch16_224", 1024, 197),
+        ModelShape("vit_host", 48, 5),  # of suites/host.py: nothing but what the host does
+        ModelShape("vit_small_patch14_dinov2", 384, 1370),
+        ModelShape("vit_base_patch14_dinov2", 768, 1370),
     )
 }
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fused_lora.patching.errors import PatchError
-from fused_lora.patching.rule import Found, find
+from fused_lora.patching.report import PatchError
+from fused_lora.patching.rules import FoundProjection, find
 from fused_lora.types import Role
 
 MLP = {Role.FC1, Role.FC2}
@@ -35,7 +35,7 @@ class Block:
 
 def blocks_of(model: nn.Module) -> list[Block]:
     """Every block, in order; raises PatchError where the model has none."""
-    grouped: dict[str, list[Found]] = {}
+    grouped: dict[str, list[FoundProjection]] = {}
     found = find(model)
     homes = {_home(each.name, found) for each in found if not MLP & set(each.roles)} - {None}
     for each in found:
@@ -47,7 +47,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
     return [Block(name, _parts(projections)) for name, projections in grouped.items()]
 
 
-def _home(attention: str, found: list[Found]) -> str | None:
+def _home(attention: str, found: list[FoundProjection]) -> str | None:
     mlps = [each.name for each in found if MLP & set(each.roles)]
     ups = _ancestors(attention)
     return next((up for up in ups if any(m.startswith(up + "." * bool(up)) for m in mlps)), None)
@@ -59,7 +59,7 @@ def _ancestors(name: str) -> Iterator[str]:
         yield name
 
 
-def _parts(projections: list[Found]) -> dict[str, Part]:
+def _parts(projections: list[FoundProjection]) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for each in projections:
         if each.tensor != "weight":
@@ -72,7 +72,7 @@ def _parts(projections: list[Found]) -> dict[str, Part]:
     return parts
 
 
-def _halves(each: Found, projections: list[Found]) -> int:
+def _halves(each: FoundProjection, projections: list[FoundProjection]) -> int:
     """2 for the packed input of a gated MLP, twice as wide as its output layer takes."""
     parent = each.name.rpartition(".")[0]
     takes = {

@@ -16,7 +16,7 @@ from fused_lora.distill.stack import stacks_of
 from fused_lora.distill.taps import pairs_of
 from fused_lora.nn import AdaptedLinear
 from fused_lora.patching.patch import patch, unpatch
-from fused_lora.patching.rule import find
+from fused_lora.patching.rules import find
 
 
 @dataclass(frozen=True)

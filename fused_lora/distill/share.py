@@ -15,13 +15,12 @@ from fused_lora.distill.blocks import blocks_of
 from fused_lora.distill.deal import Deal, deals
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.shared import SharedLoRALinear
-from fused_lora.patching.asked import patterns_of
-from fused_lora.patching.errors import PatchError
 from fused_lora.patching.explain import check_batch_size, plan_words
+from fused_lora.patching.observe import observe
+from fused_lora.patching.options import patterns_of
 from fused_lora.patching.patch import RECORD, adapted, check_trainable, freeze
-from fused_lora.patching.report import PatchReport, Row
-from fused_lora.patching.rule import find
-from fused_lora.patching.trace import observe
+from fused_lora.patching.report import PatchError, PatchReport, ProjectionRow
+from fused_lora.patching.rules import find
 
 MAPPINGS: Mapping[str, Callable[[int, int, int], int]] = {
     "first": lambda i, students, teachers: i,
@@ -142,14 +141,14 @@ def _chooser(
 
 def _rows_per_image(student: nn.Module, names: set[str], example: Any) -> dict[str, int]:
     watched = [each for each in find(student) if each.name in names]
-    sights = observe(student, watched, example)
-    for name, sight in sights.items():
-        if sight.read or not sight.called:
+    observations = observe(student, watched, example)
+    for name, observed in observations.items():
+        if observed.read or not observed.called:
             raise PatchError(
                 f"{name} is never called by the student's forward, or its weight is read beside "
                 "it: sharing would do nothing there"
             )
-    return {name: sight.rows for name, sight in sights.items()}
+    return {name: observed.rows for name, observed in observations.items()}
 
 
 def _adopt(found: list[Deal]) -> None:
@@ -177,6 +176,8 @@ def _report(
         ranks = tuple(loan.span.rank for loan in deal.loans.values())
         plan = plan_words(module, rows_per_image[deal.name] * batch_size)
         keys = "|".join(deal.keys)
-        rows.append(Row(deal.name, keys, module.in_features, module.out_features, ranks, 0, plan))
+        rows.append(
+            ProjectionRow(deal.name, keys, module.in_features, module.out_features, ranks, 0, plan)
+        )
     more = {"froze": froze, "rows_per_image": rows_per_image}
     return PatchReport.of(student, rows, batch_size, **more)

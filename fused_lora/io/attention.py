@@ -18,8 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fused_lora.io.errors import AdapterFileError
-from fused_lora.io.keys import a_key, b_key
+from fused_lora.io.keys import AdapterFileError, a_key, b_key
 from fused_lora.io.peft import Settings
 from fused_lora.nn import AdaptedLinear
 

@@ -12,26 +12,23 @@ from torch import Tensor, nn
 
 from fused_lora.io import convolutions
 from fused_lora.io.attention import from_peft, to_peft
-from fused_lora.io.blocks import LAYOUTS, dense, in_blocks
-from fused_lora.io.describe import config_for
-from fused_lora.io.errors import AdapterFileError
+from fused_lora.io.files import CONFIG, TENSORS, Content, pack, read_pair, unpack, write_pair
 from fused_lora.io.fuse import Group, groups_of, outer_scale, total_rank
-from fused_lora.io.header import Content, pack, unpack
 from fused_lora.io.keys import (
     ASIDE,
     PREFIX,
+    AdapterFileError,
     a_key,
     adapted,
     b_key,
     bare,
     check_keys,
     module_names,
+    old_names,
+    renamed,
     some,
 )
-from fused_lora.io.left_out import LeftOut, check_adapted
-from fused_lora.io.names import old_names, renamed
-from fused_lora.io.pair import CONFIG, TENSORS, read_pair, write_pair
-from fused_lora.io.peft import BLOCKS, Settings, settings_of
+from fused_lora.io.peft import BLOCKS, LAYOUTS, Settings, config_for, dense, in_blocks, settings_of
 from fused_lora.io.state_dict import (
     Changes,
     adapter_changes,
@@ -40,7 +37,7 @@ from fused_lora.io.state_dict import (
     values_of,
     writable,
 )
-from fused_lora.io.trained import trained_modules, whole_state
+from fused_lora.io.trained import LeftOut, check_adapted, trained_modules, whole_state
 from fused_lora.nn import AdaptedLinear
 from fused_lora.ops.sharded import gathered, writes
 

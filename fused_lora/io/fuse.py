@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_lora.io.errors import AdapterFileError
+from fused_lora.io.keys import AdapterFileError
 from fused_lora.nn import AdaptedLinear
 from fused_lora.types import Span
 

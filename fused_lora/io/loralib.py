@@ -10,8 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fused_lora.io.errors import AdapterFileError
-from fused_lora.io.keys import adapted, bare, plain
+from fused_lora.io.keys import AdapterFileError, adapted, bare, plain
 from fused_lora.nn.variants import key_of
 
 

@@ -213,7 +213,7 @@ def _of_blocks(
     model: nn.Module, rows_per_image: dict[nn.Module, int], batch_size: int
 ) -> list[str]:
     """What fused blocks keep for backward, and what they would in the other modes."""
-    from fused_lora.patching.budget import need_of
+    from fused_lora.patching.blocks import need_of
 
     said: dict[str, list[str]] = {}
     for name, block in model.named_modules():

@@ -11,11 +11,9 @@ from torch import nn
 from fused_lora.nn.peft_linear import classes, why_not
 from fused_lora.nn.stand_in import rebind
 from fused_lora.ops.planning import expected, halves_of, problem
-from fused_lora.patching.errors import PatchError
-from fused_lora.patching.report import PatchReport, Row
-from fused_lora.patching.rule import Found, find
-from fused_lora.patching.trace import observe
-from fused_lora.patching.watch import Sight
+from fused_lora.patching.observe import ObservedWeight, observe
+from fused_lora.patching.report import PatchError, PatchReport, ProjectionRow
+from fused_lora.patching.rules import FoundProjection, find
 from fused_lora.types import Needs, Span
 
 READ = "in the weight, at every read"
@@ -54,19 +52,19 @@ def patch_live(
         raise PatchError(f"already patched: {next(iter(fused))} computes fused passes; unpatch it")
     layers = layers_of(model)
     left = {name: reason for name, layer in layers.items() if (reason := why_not(layer))}
-    found = [Found(n, m.base_layer, ()) for n, m in layers.items() if n not in left]
+    found = [FoundProjection(n, m.base_layer, ()) for n, m in layers.items() if n not in left]
     if not found:
         raise PatchError(f"no layer of PEFT's can be fused: {_listed(left)}")
-    sights = observe(model, found, example)
-    for name, sight in sights.items():
-        if not (sight.called or sight.read):
+    observations = observe(model, found, example)
+    for name, observed in observations.items():
+        if not (observed.called or observed.read):
             left[name] = "neither called nor read by the model's forward: PEFT trains nothing there"
     served = {n: m for n, m in layers.items() if n not in left}
-    report = _report(model, served, sights, left, batch_size)
+    report = _report(model, served, observations, left, batch_size)
     called, read = classes()
     for name, layer in served.items():
         was = type(layer)
-        layer.__class__ = read if sights[name].read else called
+        layer.__class__ = read if observations[name].read else called
         rebind(layer, was)
     return report
 
@@ -88,26 +86,28 @@ def release_live(model: nn.Module) -> bool:
 def _report(
     model: nn.Module,
     served: Mapping[str, Any],
-    sights: Mapping[str, Sight],
+    observations: Mapping[str, ObservedWeight],
     left: dict[str, str],
     batch_size: int,
 ) -> PatchReport:
     roles = {each.name: "|".join(role.value for role in each.roles) for each in find(model)}
     rows = [
-        _row(name, layer, roles.get(name, "-"), sights[name], batch_size)
+        _row(name, layer, roles.get(name, "-"), observations[name], batch_size)
         for name, layer in served.items()
     ]
-    rows_per_image = {name: sights[name].rows for name in served}
+    rows_per_image = {name: observations[name].rows for name in served}
     more = {"left_alone": left, "rows_per_image": rows_per_image}
     return PatchReport.of(model, rows, batch_size, **more)
 
 
-def _row(name: str, layer: Any, role: str, sight: Sight, batch_size: int) -> Row:
+def _row(
+    name: str, layer: Any, role: str, observed: ObservedWeight, batch_size: int
+) -> ProjectionRow:
     n, k = layer.base_layer.weight.shape
     ranks = tuple(layer.r[each] for each in layer.lora_A)
     halves = [half[each].weight for half in (layer.lora_A, layer.lora_B) for each in layer.lora_A]
-    plan = READ if sight.read else _plan(layer, sight.rows * batch_size)
-    return Row(name, role, k, n, ranks, sum(p.numel() for p in halves), plan)
+    plan = READ if observed.read else _plan(layer, observed.rows * batch_size)
+    return ProjectionRow(name, role, k, n, ranks, sum(p.numel() for p in halves), plan)
 
 
 def _plan(layer: Any, rows: int) -> str:

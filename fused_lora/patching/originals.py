@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_lora.nn import AdaptedLinear
 from fused_lora.ops.sharded import is_sharded
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.report import PatchError
 
 KEPT = "_fused_lora_original"  # attribute of the owner: {name: tensor}
 

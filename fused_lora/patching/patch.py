@@ -1,9 +1,10 @@
-"""patch and unpatch: adapters on, adapters off, nothing lost in between."""
+"""patch and unpatch, merge and unmerge, disable."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,18 +22,17 @@ from fused_lora.nn.adapted import merge_together
 from fused_lora.nn.around import standing_in
 from fused_lora.nn.fp8 import weight_error
 from fused_lora.nn.kernel import FusedLoRAKernel, is_convolution
+from fused_lora.nn.stand_in import offloaded
 from fused_lora.ops.sharded import is_sharded
-from fused_lora.patching.asked import choice_of, options_given
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.example import enable_input_grads, reentrant
 from fused_lora.patching.explain import check_batch_size, plan_words
-from fused_lora.patching.inputs import enable_input_grads, reentrant
+from fused_lora.patching.grouped_projections import gather
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
-from fused_lora.patching.lora_config import Named
-from fused_lora.patching.options import Selection, block_numbers
-from fused_lora.patching.originals import first_row, forget, keep
-from fused_lora.patching.report import PatchReport, Row
-from fused_lora.patching.siblings import gather
+from fused_lora.patching.observe import observe
+from fused_lora.patching.options import Named, Selection, block_numbers, choice_of, options_given
+from fused_lora.patching.originals import check_kept, first_row, forget, keep, shown
+from fused_lora.patching.report import PatchError, PatchReport, ProjectionRow
 from fused_lora.patching.targets import (
     Target,
     choose_targets,
@@ -41,11 +41,11 @@ from fused_lora.patching.targets import (
     missing_roles,
     unused_beside,
 )
-from fused_lora.patching.trace import observe
 from fused_lora.types import Role
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
 
 READ = "in the weight, at every read"  # the plan of a weight that is read, not called
 AROUND = "added to its own forward"  # the plan of a linear that computes its base itself
@@ -141,11 +141,11 @@ def patch(
     check_trainable(model, trained)
     around = (each.module for each in found if keep_forward and keeps_its_forward(each.module))
     with standing_in(around):
-        sights = observe(model, found, example_input)
-    unused = unused_beside(found, sights)
+        observations = observe(model, found, example_input)
+    unused = unused_beside(found, observations)
     found = [each for each in found if each.name not in unused]
-    chosen = choose_targets(model, found, sights, choice)
-    rows = {each.name: sights[each.name].rows for each in found}
+    chosen = choose_targets(model, found, observations, choice)
+    rows = {each.name: observations[each.name].rows for each in found}
     left = missing_roles(found, choice) | unused
     if choice.only is not None:
         left |= Named.by(choice.only, model).passed_over(rows)
@@ -155,7 +155,7 @@ def patch(
     try:
         report = _report(model, chosen, rows, froze, batch_size, left)
         report.blocks = fuse(model, blocks, rows, batch_size)
-        report.shares = gather(model, chosen, sights) if blocks.level == "block" else []
+        report.shares = gather(model, chosen, observations) if blocks.level == "block" else []
     except BaseException:
         unfuse(model)
         for _, module in adapted(model):
@@ -350,7 +350,7 @@ def _report(
         assert isinstance(module, AdaptedLinear)
         m = rows_per_image[target.found.name] * batch_size
         rows.append(
-            Row(
+            ProjectionRow(
                 target.found.name,
                 "|".join(role.value for role in target.found.roles) or "-",
                 module.in_features,
@@ -363,3 +363,70 @@ def _report(
         )
     more = {"froze": froze, "rows_per_image": rows_per_image, "left_alone": left}
     return PatchReport.of(model, rows, batch_size, **more)
+
+
+TRAINED = ("original", "current")  # what ``disable`` shows of what trains beside the adapters
+
+
+def merge(model: nn.Module, rounding: str = "nearest", seed: int = 0, impl: str = "auto") -> None:
+    """Fold every adapter into its weight: w' = w + s b a. The frozen weights are kept aside.
+
+    Args:
+        model: a patched model.
+        rounding: "nearest", or "stochastic" for 16-bit weights, by ``seed``.
+        seed: of the counter-based generator; each layer draws its own numbers.
+        impl: as in ``fused_lora.ops.lora_merge``.
+
+    Raises:
+        PatchError: no adapters, or some already merged; nothing is changed.
+    """
+    modules = adapted(model)
+    for name, module in modules:
+        if module.merged:
+            raise PatchError(f"{name} is already merged; unmerge the model first")
+    check_mergeable(modules)
+    merge_all((module for _, module in modules), rounding, seed, impl)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put every frozen weight back, the same bits; raises PatchError where one is not merged."""
+    modules = adapted(model)
+    for name, module in modules:
+        if not module.merged:
+            raise PatchError(f"{name} is not merged")
+        if why := offloaded(module):
+            raise PatchError(f"unmerge: {name}: {why}")
+    for _, module in modules:
+        module.unmerge()
+
+
+@contextmanager
+def disable(model: nn.Module, trained: str = "original") -> Iterator[None]:
+    """Within the ``with`` block the model computes what it did before ``patch``.
+
+    Args:
+        model: a patched model, or a part of one.
+        trained: what stands for the parameters that train beside the adapters (``trainable=``, a
+            LoraConfig's ``modules_to_save``): "original", as ``patch`` found them, or "current",
+            as they are now, so that the adapters alone are left off.
+
+    Raises:
+        PatchError: something trains of which no original is known, as where it was named after
+            ``patch``, or another base was loaded since.
+    """
+    if trained not in TRAINED:
+        raise PatchError(f"trained must be one of {TRAINED}, got {trained!r}")
+    modules = [module for _, module in adapted(model)]
+    original = trained == TRAINED[0]
+    for report in (m.__dict__[RECORD] for m in model.modules() if RECORD in m.__dict__):
+        if original:
+            check_kept(model, report.base_row)
+    before = [module.adapter_enabled for module in modules]
+    with shown(model) if original else nullcontext():
+        for module in modules:
+            module.adapter_enabled = False
+        try:
+            yield
+        finally:
+            for module, enabled in zip(modules, before, strict=True):
+                module.adapter_enabled = enabled

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fused_lora.kernels.triton.launch import requests
 from fused_lora.nn import AdaptedLinear
 from fused_lora.ops import measured
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.report import PatchError
 from fused_lora.programs import run as programs
 from fused_lora.trust import own_process, verify
 from fused_lora.trust.check import NotNow

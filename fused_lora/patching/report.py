@@ -1,4 +1,4 @@
-"""What ``patch`` did, as a table; and what ``unpatch`` needs to undo it."""
+"""What a patch did, row by row, and the error that says why it did nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 
+class PatchError(ValueError):
+    """The model cannot be patched as asked; it was left as it was."""
+
+
 @dataclass(frozen=True)
-class Row:
+class ProjectionRow:
     """One adapted linear."""
 
     module: str  # dotted name
@@ -64,7 +68,7 @@ class PatchReport:
     """The adapted linears of one model; prints as a table."""
 
     model: str  # class name
-    rows: list[Row]
+    rows: list[ProjectionRow]
     batch_size: int  # what the plans were made for
     device: str
     trainable: int  # parameters that train now, adapters and others
@@ -78,7 +82,9 @@ class PatchReport:
     base_row: Tensor | None = field(default=None, repr=False, compare=False)  # of a weight, then
 
     @classmethod
-    def of(cls, model: nn.Module, rows: list[Row], batch_size: int, **more: Any) -> PatchReport:
+    def of(
+        cls, model: nn.Module, rows: list[ProjectionRow], batch_size: int, **more: Any
+    ) -> PatchReport:
         """The report on ``model`` as it is now; ``more`` are the fields with a default."""
         counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
         trainable, total = sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
@@ -115,7 +121,7 @@ class PatchReport:
         )
 
 
-def _error(row: Row) -> str:
+def _error(row: ProjectionRow) -> str:
     return "" if row.base_error is None else f"{row.base_error:.2e}"
 
 

@@ -18,19 +18,18 @@ from fused_lora.nn.kernel import is_convolution, why_not_kernel
 from fused_lora.nn.read import READABLE
 from fused_lora.nn.stand_in import made_weight, offloaded, why_not_stood_in
 from fused_lora.ops.lora_linear_checks import DTYPES
-from fused_lora.patching.errors import PatchError
-from fused_lora.patching.lora_config import Named
+from fused_lora.patching.observe import Columns, ObservedWeight, alike
 from fused_lora.patching.options import (
     QKV_MODES,
     Choice,
+    Named,
     check_patterns,
     layer_of,
     selected,
     value_for,
 )
-from fused_lora.patching.rule import Found, find
-from fused_lora.patching.trace import alike
-from fused_lora.patching.watch import Columns, Sight
+from fused_lora.patching.report import PatchError
+from fused_lora.patching.rules import FoundProjection, find
 from fused_lora.types import ALL_ROLES, Role
 
 BARE = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of an attention
@@ -40,7 +39,7 @@ BARE = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # 
 class Target:
     """One weight to adapt."""
 
-    found: Found
+    found: FoundProjection
     spans: dict[str, tuple[int, int]]  # group name to columns; {"": (0, N)} for all of y
     ranks: dict[str, int]
     config: AdapterConfig
@@ -53,7 +52,7 @@ class Target:
         return _weight(self.found)
 
 
-def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
+def find_wanted(model: nn.Module, choice: Choice) -> list[FoundProjection]:
     """The projections that ``choice`` asks for; raises PatchError where one cannot be adapted."""
     if choice.qkv not in QKV_MODES:
         raise PatchError(f"qkv must be one of {QKV_MODES}, got {choice.qkv!r}")
@@ -75,7 +74,9 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
     names = [each.name for each in found]
     check_patterns(choice.rank_pattern, "rank_pattern", names)
     check_patterns(choice.alpha_pattern, "alpha_pattern", names)
-    once: dict[tuple[nn.Module, str], Found] = {}  # a linear of two attentions is adapted once
+    once: dict[
+        tuple[nn.Module, str], FoundProjection
+    ] = {}  # a linear of two attentions is adapted once
     for each in found:
         once.setdefault((each.module, each.tensor), each)
         if not (choice.selection.keep_forward and keeps_its_forward(each.module)):
@@ -85,7 +86,7 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[Found]:
     return list(once.values())
 
 
-def _named(model: nn.Module, found: list[Found], choice: Choice) -> list[Found]:
+def _named(model: nn.Module, found: list[FoundProjection], choice: Choice) -> list[FoundProjection]:
     """Those that the LoraConfig names, and the linears beside them that it names too."""
     named, names = Named.by(choice.only, model), [each.name for each in found]
     mine = set(named.among(names))
@@ -97,16 +98,18 @@ def _named(model: nn.Module, found: list[Found], choice: Choice) -> list[Found]:
     if choice.selection.layers is not None:
         beside = [name for name in beside if layer_of(name) in choice.selection.layers]
     named.check(names, [*mine, *beside])
-    others = [Found(name, model.get_submodule(name), ()) for name in beside]
+    others = [FoundProjection(name, model.get_submodule(name), ()) for name in beside]
     return [each for each in found if each.name in mine] + others
 
 
-def unused_beside(found: Sequence[Found], sights: Mapping[str, Sight]) -> dict[str, str]:
+def unused_beside(
+    found: Sequence[FoundProjection], observations: Mapping[str, ObservedWeight]
+) -> dict[str, str]:
     """Linears beside the blocks that the model's forward does without: they stay as they are."""
     return {
         each.name: "neither called nor read by the model's forward"
         for each in found
-        if not each.roles and not (sights[each.name].called or sights[each.name].read)
+        if not each.roles and not (observations[each.name].called or observations[each.name].read)
     }
 
 
@@ -119,18 +122,21 @@ def _refuse_made_weights(model: nn.Module) -> None:
                     raise PatchError(f"{name}: {why}")
 
 
-def missing_roles(found: Sequence[Found], choice: Choice) -> dict[str, str]:
+def missing_roles(found: Sequence[FoundProjection], choice: Choice) -> dict[str, str]:
     """The roles asked for that no projection has."""
     there = {role for each in found for role in each.roles}
     return {r.value: "no projection has this role" for r in choice.roles if r not in there}
 
 
 def choose_targets(
-    model: nn.Module, found: Sequence[Found], sights: Mapping[str, Sight], choice: Choice
+    model: nn.Module,
+    found: Sequence[FoundProjection],
+    observations: Mapping[str, ObservedWeight],
+    choice: Choice,
 ) -> list[Target]:
     """What becomes of each projection; raises PatchError where it cannot be served."""
-    apart = {alike(f): columns for f in found if (columns := sights[f.name].columns)}
-    return [_target(model, f, sights[f.name], apart.get(alike(f), ()), choice) for f in found]
+    apart = {alike(f): columns for f in found if (columns := observations[f.name].columns)}
+    return [_target(model, f, observations[f.name], apart.get(alike(f), ()), choice) for f in found]
 
 
 def _nothing_found(model: nn.Module, choice: Choice) -> str:
@@ -141,20 +147,24 @@ def _nothing_found(model: nn.Module, choice: Choice) -> str:
     return (
         f"no projection with a role in {[role.value for role in choice.roles]} found in "
         f"{type(model).__name__}: no block has an attention and an MLP of linears that a rule of "
-        "fused_lora/patching/vocabulary.py knows; the model has linears of "
+        "fused_lora/patching/rules.py knows; the model has linears of "
         f"type {kinds or 'none'}" + (f" and {inside}" if inside else "")
     )
 
 
 def _target(
-    model: nn.Module, found: Found, sight: Sight, columns: Columns, choice: Choice
+    model: nn.Module,
+    found: FoundProjection,
+    observed: ObservedWeight,
+    columns: Columns,
+    choice: Choice,
 ) -> Target:
-    if not (sight.called or sight.read):
+    if not (observed.called or observed.read):
         raise PatchError(
             f"{found.name} is neither called nor read by the model's forward: an adapter there "
             "would silently do nothing"
         )
-    read = sight.read or _reads_at_will(model, found) or is_convolution(found.module)
+    read = observed.read or _reads_at_will(model, found) or is_convolution(found.module)
     n, k = _shape(found)
     spans = _spans(found, n, columns, choice)
     first = found.roles[0] if found.roles else None  # a linear beside the blocks
@@ -209,13 +219,13 @@ def _check_rank(name: str, rank: int, k: int, columns: int, allow_large: bool) -
         )
 
 
-def _weight(found: Found) -> Tensor:
+def _weight(found: FoundProjection) -> Tensor:
     weight = found.module._parameters.get(found.tensor)
     assert weight is not None
     return weight
 
 
-def _shape(found: Found) -> tuple[int, int]:
+def _shape(found: FoundProjection) -> tuple[int, int]:
     """[N, K]; a quantised weight may lie there in another shape."""
     module = found.module
     if found.tensor == "weight" and isinstance(module, nn.Linear):
@@ -229,7 +239,7 @@ def keeps_its_forward(module: nn.Module) -> bool:
     return opaque(module) and type(module) not in READABLE
 
 
-def _check_adoptable(model: nn.Module, found: Found) -> None:
+def _check_adoptable(model: nn.Module, found: FoundProjection) -> None:
     try:
         if is_convolution(found.module):
             assert why_not_kernel(found.module) is None
@@ -250,7 +260,7 @@ def _check_adoptable(model: nn.Module, found: Found) -> None:
         raise PatchError(f"{where} holds {bad} non-finite values")
 
 
-def _reads_at_will(model: nn.Module, found: Found) -> bool:
+def _reads_at_will(model: nn.Module, found: FoundProjection) -> bool:
     """Whether torch's own layers read this weight in some of their ways, whatever one forward did.
 
     An ``nn.TransformerEncoderLayer`` calls its linears in training and reads them in evaluation.
@@ -266,7 +276,9 @@ def _with_alpha(config: AdapterConfig, alpha: float) -> AdapterConfig:
     return config if math.isnan(alpha) else replace(config, alpha=alpha, scale=None)
 
 
-def _spans(found: Found, n: int, columns: Columns, choice: Choice) -> dict[str, tuple[int, int]]:
+def _spans(
+    found: FoundProjection, n: int, columns: Columns, choice: Choice
+) -> dict[str, tuple[int, int]]:
     wanted = [role for role in found.roles if role in choice.roles]
     if len(found.roles) <= 1:
         return {"": (0, n)}

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Comparison:
     """One comparison: two errors and the budget they make."""
 
     name: str
@@ -86,7 +86,7 @@ def judge(
     dtype: torch.dtype,
     band: float | None = None,
     floor: float = 0.0,
-) -> Verdict:
+) -> Comparison:
     """The verdict on ``ours``, computed in ``dtype``, beside ``plain``, computed likewise.
 
     Of the norm and of the worst element, the one that takes more of its budget.
@@ -104,14 +104,14 @@ def judge(
     own = torch.finfo(dtype).eps
     bands = (own, own) if band is None else (band, ROUNDED * band)
     theirs = max(error(run, truth, floor) for run in runs)
-    whole = Verdict(name, error(ours, truth, floor), theirs, FACTOR * theirs + bands[0])
+    whole = Comparison(name, error(ours, truth, floor), theirs, FACTOR * theirs + bands[0])
     if dtype is torch.float64:  # where the truth is no truer than a run, whose elements are luck
         return whole
     theirs = max(worst_element(run, truth, floor) for run in runs)
     sums = torch.finfo(dtype if dtype.itemsize >= 4 else torch.float32).eps
     budget = FACTOR * theirs + bands[1] + ACCUMULATED * sums
     mine = worst_element(ours, truth, floor)
-    return worst([whole, Verdict(f"the worst element of {name}", mine, theirs, budget)])
+    return worst([whole, Comparison(f"the worst element of {name}", mine, theirs, budget)])
 
 
 def judge_all(
@@ -120,7 +120,7 @@ def judge_all(
     truth: Mapping[str, Tensor] | Sequence[Tensor],
     dtype: torch.dtype,
     band: float | None = None,
-) -> Verdict:
+) -> Comparison:
     """The worst verdict on several quantities, by name or in order; ``plain`` is several runs."""
     mine, right, runs = _named(ours), _named(truth), [_named(run) for run in plain]
     assert all(mine.keys() <= other.keys() for other in (right, *runs)), (mine.keys(), right.keys())
@@ -136,7 +136,7 @@ def _named(values: Mapping[str, Tensor] | Sequence[Tensor]) -> Mapping[str, Tens
     return {f"quantity {i}": value for i, value in enumerate(values)}
 
 
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
+def worst(verdicts: Iterable[Comparison]) -> Comparison:
     """The one that takes most of its budget."""
     return max(verdicts, key=lambda verdict: verdict.share)
 

@@ -16,8 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fused_lora.testing.yardstick import Verdict as Comparison
-from fused_lora.testing.yardstick import judge
+from fused_lora.testing.yardstick import Comparison, judge
 from fused_lora.trust.verdict import Verdict, broken, worst
 
 

@@ -15,8 +15,7 @@ from fused_lora.kernels.cuda.lora_extended import Tile
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.launches import Launch, stand_in
-from fused_lora.testing.yardstick import Verdict as Comparison
-from fused_lora.testing.yardstick import in_every_order
+from fused_lora.testing.yardstick import Comparison, in_every_order
 from fused_lora.trust import cuda_checks, triton_checks, triton_partners
 from fused_lora.trust.check import check, compare, compare_exact
 from fused_lora.trust.equations import Named, equations, gradients

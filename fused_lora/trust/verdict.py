@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fused_lora.testing.yardstick import Verdict as Comparison
+from fused_lora.testing.yardstick import Comparison
 from fused_lora.testing.yardstick import worst as most_taken
 
 

@@ -23,11 +23,11 @@ ORIGIN = Provenance(
 CASE = Case("train_step", "vit_small_patch16_224", 2, 197, 16, "fp32")
 
 
-def row(contender: str = "fused", median_ms: float = 123.25, **changes: object) -> Row:
-    """A row of ``contender`` with ``changes``."""
+def row(method: str = "fused", median_ms: float = 123.25, **changes: object) -> Row:
+    """A row of ``method`` with ``changes``."""
     made = Row(
         case=CASE,
-        contender=contender,
+        method=method,
         form="separate",
         rounds=3,
         median_ms=median_ms,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fused_lora.bench import main
-from fused_lora.bench.measure import CONTENDERS, able
+from fused_lora.bench.measure import METHODS, able
 from fused_lora.bench.rows import read
-from fused_lora.bench.shapes import SHAPES, Shape
+from fused_lora.bench.shapes import SHAPES, ModelShape
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from fused_lora.bench.shapes import SHAPES, Shape
         (["--ranks", "16,0"], "'0'"),
         (["--ranks", "x"], "'x'"),
         (["--dtype", "fp8"], "'fp8'"),
-        (["--contenders", "frozen,magic"], "'magic'"),
+        (["--methods", "frozen,magic"], "'magic'"),
         (["--budget-seconds", "-1"], "'-1'"),
         (["--device", "abacus"], "'abacus'"),
         (["--suite", "none"], "'none'"),
@@ -37,12 +37,12 @@ def test_wrong_values_are_named(
 
 
 def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float) -> int:
-    monkeypatch.setitem(SHAPES, "vit_small_patch16_224", Shape("tiny", 24, 5))
-    monkeypatch.setattr("fused_lora.bench.gate.limit", lambda naive, dtype: limit)
+    monkeypatch.setitem(SHAPES, "vit_small_patch16_224", ModelShape("tiny", 24, 5))
+    monkeypatch.setattr("fused_lora.bench.correctness_gate.limit", lambda naive, dtype: limit)
     return main(
         [
             *("--suite", "six_projections", "--models", "vit_small_patch16_224", "--ranks", "2,4"),
-            *("--batch", "2", "--contenders", "frozen,naive,addmm", "--budget-seconds", "0.1"),
+            *("--batch", "2", "--methods", "frozen,naive,addmm", "--budget-seconds", "0.1"),
             *("--device", "cpu", "--out", str(tmp_path / "r.html"), "--rows", str(tmp_path)),
         ]
     )
@@ -53,7 +53,7 @@ def test_a_small_run(
 ) -> None:
     assert small_run(tmp_path, monkeypatch, limit=1.0) == 0
     rows = list(read(tmp_path))
-    assert [(row.case.rank, row.contender) for row in rows] == [
+    assert [(row.case.rank, row.method) for row in rows] == [
         (rank, name) for rank in (2, 4) for name in ("frozen", "naive", "addmm")
     ]
     said = capsys.readouterr()
@@ -63,9 +63,9 @@ def test_a_small_run(
 
 def test_a_refused_row_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert small_run(tmp_path, monkeypatch, limit=-1.0) == 1
-    assert {row.contender for row in read(tmp_path)} == {"frozen"}
+    assert {row.method for row in read(tmp_path)} == {"frozen"}
 
 
 def test_contenders_that_cannot_run_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert able(["frozen", "peft_bf16"], "fp32") == [CONTENDERS["frozen"]]
+    assert able(["frozen", "peft_bf16"], "fp32") == [METHODS["frozen"]]
     assert "peft_bf16" in capsys.readouterr().err

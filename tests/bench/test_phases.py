@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora.bench.depth import blocks, shallow
-from fused_lora.bench.moments import Moments
-from fused_lora.bench.phases import Phases, Shares
+from fused_lora.bench.runner import Phases, Shares
+from fused_lora.bench.suites.train_step import Moments
+from fused_lora.bench.workload import blocks, shallow
 from tests.bench.test_timing import FakeClock
 
 

@@ -10,12 +10,17 @@ import pytest
 
 from fused_lora.bench import main
 from fused_lora.bench.clock import Step
-from fused_lora.bench.plan_choice import rows
-from fused_lora.bench.plan_choice.command import cases
-from fused_lora.bench.plan_choice.contest import MIN_ROUNDS, contest
-from fused_lora.bench.plan_choice.entrants import LIMIT, NEAR, entrants, may_win
-from fused_lora.bench.plan_choice.table import summary
-from fused_lora.bench.shapes import SHAPES, Shape, grid
+from fused_lora.bench.shapes import SHAPES, ModelShape, grid
+from fused_lora.bench.suites import plan_choice_trial
+from fused_lora.bench.suites.plan_choice import cases, summary
+from fused_lora.bench.suites.plan_choice_trial import (
+    LIMIT,
+    MIN_ROUNDS,
+    NEAR,
+    candidates,
+    may_win,
+    sweep,
+)
 from fused_lora.plan.choose import ranked
 from fused_lora.plan.device import known, unmeasured
 from fused_lora.plan.problem import Problem
@@ -64,7 +69,7 @@ def test_the_grid_is_that_of_vit_s_and_vit_b() -> None:
 @pytest.mark.parametrize(("m", "rank"), list(product((197, 1576), (4, 128, 512))))
 def test_every_strategy_is_measured(m: int, rank: int) -> None:
     plans = [row.plan for row in ranked(question(m, rank), unmeasured("cpu", "float32"))]
-    found = entrants(plans)
+    found = candidates(plans)
     assert found[0] is plans[0] and len(set(found)) == len(found) <= LIMIT + 5
     every = set(STRATEGIES[Backend.ATEN])
     assert {plan.forward for plan in found} == {plan.dx for plan in found} == every
@@ -88,14 +93,14 @@ def test_precision_goes_before_speed_in_16_bits() -> None:
 def test_a_tie_is_no_win() -> None:
     """Ten equal plans in noise: the luckiest must not look faster than the chosen one."""
     clock = NoisyClock({f"plan {i}": 10.0 for i in range(10)})
-    held = contest(clock.steps(), "plan 0", list(clock.costs_ms), clock, budget_s=8.0)
+    held = sweep(clock.steps(), "plan 0", list(clock.costs_ms), clock, budget_s=8.0)
     assert 0.95 < held.over_best(list(clock.costs_ms)) < 1.05
 
 
 def test_a_faster_plan_is_found_and_slow_ones_drop_out() -> None:
     clock = NoisyClock({"chosen": 12.0, "best": 10.0, "slow": 40.0, "floor": 5.0})
     eligible = ["chosen", "best", "slow"]
-    held = contest(clock.steps(), "chosen", eligible, clock, budget_s=4.0)
+    held = sweep(clock.steps(), "chosen", eligible, clock, budget_s=4.0)
     assert held.best(eligible) == "best"
     assert held.over_best(eligible) == pytest.approx(1.2, rel=0.06)
     assert held.ratio("floor") == pytest.approx(5 / 12, rel=0.06)
@@ -107,11 +112,11 @@ def test_a_small_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
-    monkeypatch.setitem(SHAPES, "vit_small_patch16_224", Shape("tiny", 24, 5))
+    monkeypatch.setitem(SHAPES, "vit_small_patch16_224", ModelShape("tiny", 24, 5))
     argv = ["--suite", "plan_choice", "--models", "vit_small_patch16_224", "--ranks", "2,8"]
     argv += ["--batch", "2", "--budget-seconds", "0.1", "--device", "cpu"]
     assert main([*argv, "--rows", str(tmp_path)]) == 0
-    found = list(rows.read(tmp_path))
-    assert len(found) == 8 and rows.newest(found + found) == found
+    found = list(plan_choice_trial.read(tmp_path))
+    assert len(found) == 8 and plan_choice_trial.newest(found + found) == found
     assert all(0 < each.margin <= 1 for row in found for each in row.candidates)
     assert summary(found) in capsys.readouterr().out

@@ -49,9 +49,9 @@ elif "--rows" in words:
         keep("anew")
     path = Path(value("--rows")) / "a device" / (value("--suite") + ".jsonl")
     path.parent.mkdir(exist_ok=True)
-    for contender in value("--contenders").split(","):
+    for method in value("--methods").split(","):
         with path.open("a") as file:
-            file.write(json.dumps({{"contender": contender, "of": said}}) + "\\n")
+            file.write(json.dumps({{"method": method, "of": said}}) + "\\n")
         time.sleep(float(os.environ.get("PACE", 0)))
 elif os.environ.get("FAILS", "no such words") in said:
     sys.exit(3)

@@ -13,7 +13,7 @@ from fused_lora.bench.rows import Refusal
 from fused_lora.bench.table import cells, text
 from tests.bench.samples import CASE, row
 
-RACES = [
+CASES = [
     row(name, median_ms=ms, case=replace(CASE, rank=rank))
     for rank in (16, 512)
     for name, ms in (("frozen", 100.5), ("naive", 151.5), ("fused", 111.5 + rank))
@@ -43,31 +43,31 @@ class Tags(HTMLParser):
 
 
 def test_nothing_comes_from_outside() -> None:
-    html = page(RACES)
+    html = page(CASES)
     for outside in ("http:", "https:", "src=", "<link", "<script", "url(", "@import"):
         assert outside not in html
 
 
 def test_every_row_is_there() -> None:
-    html = page(RACES)
-    for each in RACES:
+    html = page(CASES)
+    for each in CASES:
         assert "".join(f"<td>{cell}</td>" for cell in cells(each)) in html
 
 
 def test_plots_are_inline_and_tags_close() -> None:
     tags = Tags()
-    tags.feed(page(RACES))
+    tags.feed(page(CASES))
     assert tags.open == []
     assert tags.seen.count("svg") == 7  # the answer; time, memory, error at two ranks
 
 
 def test_it_opens_with_the_answer() -> None:
-    block = [replace(each, contender="fused_block") for each in RACES if each.contender == "fused"]
-    html = page([*RACES, *block])
+    block = [replace(each, method="fused_block") for each in CASES if each.method == "fused"]
+    html = page([*CASES, *block])
     said = "takes 0.75 of the time of naive LoRA and keeps 1.00 of its activations"
     assert html.index("<h1") < html.index(said) < html.index("<svg") < html.index("<h2")
     assert html.index("<h2") < html.index("How this was measured")
-    assert "No race here" in page([each for each in RACES if each.contender != "naive"])
+    assert "No case here" in page([each for each in CASES if each.method != "naive"])
 
 
 def test_names_are_whole_and_lie_within_their_panels() -> None:
@@ -95,14 +95,14 @@ def test_names_are_whole_and_lie_within_their_panels() -> None:
 
 
 def test_provenance_is_at_the_foot_and_escaped() -> None:
-    html = page(RACES)
-    assert escape(RACES[0].provenance.device) in html and "<Fast>" not in html
-    assert html.rindex(RACES[0].provenance.commit) > html.rindex("<table")
+    html = page(CASES)
+    assert escape(CASES[0].provenance.device) in html and "<Fast>" not in html
+    assert html.rindex(CASES[0].provenance.commit) > html.rindex("<table")
 
 
 def test_refusals_are_told() -> None:
     assert "error of y is 1, limit 0" in page(
-        RACES, [Refusal(CASE, "peft", "error of y is 1, limit 0")]
+        CASES, [Refusal(CASE, "peft", "error of y is 1, limit 0")]
     )
 
 
@@ -113,7 +113,7 @@ def test_a_report_of_nothing_still_opens() -> None:
 
 
 def test_text_table_aligns() -> None:
-    lines = [line for line in text(RACES).splitlines() if line.startswith("  ")]
+    lines = [line for line in text(CASES).splitlines() if line.startswith("  ")]
     assert len({len(line) for line in lines[:4]}) == 1
 
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from fused_lora.bench import main
-from fused_lora.bench.clock import FLOOD_BYTES, CpuClock, CudaClock, clock_for
-from fused_lora.bench.compact import comparisons
-from fused_lora.bench.graph import recorded
+from fused_lora.bench.clock import FLOOD_BYTES, CpuClock, CudaClock, clock_for, recorded
 from fused_lora.bench.options import chosen, parser
 from fused_lora.bench.roofline import Linear, Roof, measured
 from fused_lora.bench.rows import Row, read
-from fused_lora.bench.shapes import SHAPES, Shape
+from fused_lora.bench.shapes import SHAPES, ModelShape
 from fused_lora.bench.suites.six_projections import SixProjections
+from fused_lora.bench.table import ratio_rows
 from tests.bench.samples import row
 
 
@@ -27,7 +26,7 @@ def test_the_roof_is_the_higher_of_products_and_bytes():
 
 
 def test_each_adapter_of_a_fused_qkv_expands_into_its_own_third():
-    found = SixProjections(Shape("tiny", 24, 5), 2, "fp32", "cpu").linears(4)
+    found = SixProjections(ModelShape("tiny", 24, 5), 2, "fp32", "cpu").linears(4)
     assert found[0] == Linear(10, 24, 72, 12, 3)
     assert found[0].flops == 4 * 10 * 24 * 72 + 6 * 10 * 12 * (24 + 24)
     assert [(each.k, each.n, each.rank) for each in found[1:]] == [
@@ -43,10 +42,10 @@ def test_a_measured_roof_is_plausible(monkeypatch):
 
 
 def test_rows_carry_their_roof(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setitem(SHAPES, "vit_small_patch16_224", Shape("tiny", 24, 5))
-    monkeypatch.setattr("fused_lora.bench.gate.limit", lambda naive, dtype: 1.0)
+    monkeypatch.setitem(SHAPES, "vit_small_patch16_224", ModelShape("tiny", 24, 5))
+    monkeypatch.setattr("fused_lora.bench.correctness_gate.limit", lambda naive, dtype: 1.0)
     argv = ["--suite", "six_projections", "--models", "vit_small_patch16_224", "--ranks", "2"]
-    argv += ["--batch", "2", "--contenders", "frozen,naive", "--budget-seconds", "0.1"]
+    argv += ["--batch", "2", "--methods", "frozen,naive", "--budget-seconds", "0.1"]
     argv += ["--device", "cpu", "--out", str(tmp_path / "r.html"), "--rows", str(tmp_path)]
     assert main(argv) == 0
     found = list(read(tmp_path))
@@ -67,7 +66,7 @@ def test_the_readme_compares_eager_runs_on_a_warm_cache_alone():
     from dataclasses import replace
 
     cold = row(case=replace(row().case, cache="cold"))
-    assert len(comparisons([row(), cold])) == 1
+    assert len(ratio_rows([row(), cold])) == 1
 
 
 @pytest.mark.parametrize("argv", [["--mode", "graph"], ["--cache", "cold"]])

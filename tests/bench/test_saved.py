@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fused_lora.bench.contenders.naive import NaiveLinear
-from fused_lora.bench.saved import SavedBytes, WideCopies
+from fused_lora.bench.methods import NaiveLinear
+from fused_lora.bench.saved_tensors import SavedBytes, WideCopies
 
 M, K, N, R = 6, 8, 4, 2
 FLOAT = 4  # bytes

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fused_lora.bench import main, readme
-from fused_lora.bench.sharing import rows, ways
-from fused_lora.bench.suites import train_step
+from fused_lora.bench.suites import sharing, train_step
 
 pytest.importorskip("timm")
 ARGV = ["--suite", "sharing", "--models", "vit_small_patch16_224", "--device", "cpu"]
@@ -37,7 +36,7 @@ def test_sharing_launches_one_kernel_an_operand(
     tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path, "--ranks", "16") == 0
-    found = {row.way: row for row in rows.read(tmp_path)}
+    found = {row.variant: row for row in sharing.read(tmp_path)}
     assert list(found) == ["apart", "slices", "shared"]
     assert found["shared"].launches - found["apart"].launches == OPERANDS
     assert found["slices"].launches - found["apart"].launches >= 2 * OPERANDS
@@ -55,15 +54,17 @@ def test_sharing_launches_one_kernel_an_operand(
 def test_ways_that_disagree_are_refused(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = ways.Way.gradients
+    right = sharing.Variant.gradients
     monkeypatch.setattr(
-        ways.Way,
+        sharing.Variant,
         "gradients",
-        lambda way: {k: g + (way.inside is ways.slices) for k, g in right(way).items()},
+        lambda variant: {
+            k: g + (variant.inside is sharing.slices) for k, g in right(variant).items()
+        },
     )
     assert run(tmp_path) == 1
     assert "refused: shared and slices disagree" in capsys.readouterr().err
-    assert not list(rows.read(tmp_path))
+    assert not list(sharing.read(tmp_path))
 
 
 def test_models_without_a_student_are_passed_over(

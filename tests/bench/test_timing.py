@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fused_lora.bench.timing import Times, interleave
+from fused_lora.bench.clock import Times, interleave
 
 
 class FakeClock:

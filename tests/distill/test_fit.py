@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import fused_lora
-from fused_lora.bench.adapters import adapters
-from fused_lora.bench.contenders.naive import Naive
+from fused_lora.bench.methods import Naive
+from fused_lora.bench.workload import adapters
 from fused_lora.distill import copy_layers
 from fused_lora.distill.train import checkpoint
 from fused_lora.distill.train.fit import LAST, Diverged, Fit

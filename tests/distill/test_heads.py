@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fused_lora.distill import tokens
 from fused_lora.distill.heads import ClassificationHead, SegmentationHead, grid_of
 from fused_lora.distill.tokens import Tokens, tokens_of
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.report import PatchError
 from tests.patching.models import build, images
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import fused_lora
 from fused_lora.io import AdapterFileError
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.report import PatchError
 from tests.distill.pairs import images, student, teacher
 from tests.patching.models import GluMlp, SwiGLU, build
 

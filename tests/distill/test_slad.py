@@ -20,7 +20,7 @@ from fused_lora.distill.slad_loss import (
     slad_losses,
 )
 from fused_lora.nn import AdaptedLinear
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.report import PatchError
 from fused_lora.testing.yardstick import in_every_order, judge
 from tests.patching.models import build
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fused_lora
-from fused_lora.io.errors import AdapterFileError
+from fused_lora.io.keys import AdapterFileError
 
 peft = pytest.importorskip("peft")
 torchvision = pytest.importorskip("torchvision")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fused_lora
-from fused_lora.io.names import translation
+from fused_lora.io.keys import translation
 from fused_lora.testing.families import of_timm, of_torchvision, of_transformers
 from tests.patching.models import wake
 

@@ -10,13 +10,11 @@ import safetensors
 import torch
 
 import fused_lora
-from fused_lora.io import pair
-from fused_lora.io.describe import alpha_for, pattern_for, targets_for
+from fused_lora.io import files
+from fused_lora.io.files import read_pair, unpack
 from fused_lora.io.fuse import fuse, groups_of, split
-from fused_lora.io.header import unpack
-from fused_lora.io.pair import read_pair
-from fused_lora.io.peft import lookup
-from fused_lora.io.written import written
+from fused_lora.io.peft import alpha_for, lookup, pattern_for, targets_for
+from fused_lora.io.state_dict import written
 
 ODD = {"q": 3, "k": 5, "blocks.1.mlp.fc1": 7}  # scales 16/3, 16/5, 16/4: no ratio is a power of 2
 
@@ -132,8 +130,8 @@ def test_overwriting_leaves_two_files_and_what_else_was_there(patched, tmp_path)
     (tmp_path / "README.md").write_text("mine")
     fused_lora.save(patched(), tmp_path)
     fused_lora.save(patched(rank=6), tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["README.md", pair.CONFIG, pair.TENSORS]
-    assert json.loads((tmp_path / pair.CONFIG).read_text())["r"] == 6
+    assert sorted(os.listdir(tmp_path)) == ["README.md", files.CONFIG, files.TENSORS]
+    assert json.loads((tmp_path / files.CONFIG).read_text())["r"] == 6
 
 
 def _failing_from(call, monkeypatch, once):
@@ -158,7 +156,7 @@ def test_error_in_the_middle_puts_the_old_pair_back(
         _failing_from(call, patch, once=True)
         with pytest.raises(OSError, match=f"replace {call}"):
             fused_lora.save(bigger, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [pair.CONFIG, pair.TENSORS]
+    assert sorted(os.listdir(tmp_path)) == [files.CONFIG, files.TENSORS]
     other = patched(noise=0)
     fused_lora.load(other, tmp_path)
     assert same(other, snapshot(model))
@@ -173,9 +171,9 @@ def test_crash_in_the_middle_leaves_no_pair_rather_than_a_mixed_one(
         _failing_from(call, patch, once=False)  # nothing can be put back either
         with pytest.raises(OSError, match="stopped"):
             fused_lora.save(patched(rank=6), tmp_path)
-    assert not (tmp_path / pair.CONFIG).exists()
-    (staging,) = tmp_path.glob(pair.STAGING + "*")
-    assert (staging / f"old-{pair.CONFIG}").exists()
+    assert not (tmp_path / files.CONFIG).exists()
+    (staging,) = tmp_path.glob(files.STAGING + "*")
+    assert (staging / f"old-{files.CONFIG}").exists()
     with pytest.raises(fused_lora.AdapterFileError, match="an interrupted save left"):
         fused_lora.load(patched(), tmp_path)
     fused_lora.save(patched(), tmp_path)
@@ -187,7 +185,7 @@ def test_same_config_is_one_replace(patched, tmp_path, monkeypatch):
     moved, real = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(b.name), real(a, b)))
     fused_lora.save(patched(noise=0.2), tmp_path)
-    assert moved == [pair.TENSORS]
+    assert moved == [files.TENSORS]
 
 
 def test_equal_scales_fold_nothing(patched):

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fused_lora
-from fused_lora.bench.saved import SavedBytes
+from fused_lora.bench.saved_tensors import SavedBytes
 from fused_lora.nn import FusedLoRABlock, FusedLoRAMlp
 from fused_lora.nn.block_parts import BLOCKS
 from fused_lora.nn.block_swap import Fused, kind

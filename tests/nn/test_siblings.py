@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_lora
-from fused_lora.bench.saved import SavedBytes
+from fused_lora.bench.saved_tensors import SavedBytes
 from fused_lora.nn import FusedLoRALinear, FusedLoRASiblings
 from fused_lora.nn.scope import running
 from fused_lora.ops.lora_linear_many import LoRALinearMany

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fused_lora.bench.saved import SavedBytes
+from fused_lora.bench.saved_tensors import SavedBytes
 from fused_lora.ops.chain import chain, linear
 from fused_lora.ops.chain.attention import packed, split
 from fused_lora.ops.chain.chain import composed

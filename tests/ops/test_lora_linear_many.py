@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import lora_linear
-from fused_lora.bench.saved import SavedBytes
+from fused_lora.bench.saved_tensors import SavedBytes
 from fused_lora.ops.lora_linear_many import LoRALinearMany, lora_linear_many
 from fused_lora.ops.operand import Adapted
 from fused_lora.testing.yardstick import in_every_order, judge_all

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import fused_lora
-from fused_lora.bench.contenders.naive import Naive
+from fused_lora.bench.methods import Naive
 from fused_lora.ops.operand import RECOMPUTE
-from fused_lora.testing.yardstick import Verdict, in_every_order, judge
+from fused_lora.testing.yardstick import Comparison, in_every_order, judge
 from tests.patching.models import build, images
 
 SIZE = {"img_size": 224, "patch_size": 16}  # 197 tokens
@@ -24,7 +24,7 @@ SHAPES = {
 
 def verdicts(
     shape: str, dtype: torch.dtype, seed: int, rank: int, depth: int = 2
-) -> Iterator[Verdict]:
+) -> Iterator[Comparison]:
     """Of every trained parameter in every mode; the truth is naive LoRA in float64."""
     torch.manual_seed(seed)
     base = build(**SIZE, **SHAPES[shape], depth=depth).to(dtype).train().requires_grad_(False)

@@ -8,14 +8,12 @@ import pytest
 import torch
 
 import fused_lora
-from fused_lora.bench.contenders.frozen import Frozen
-from fused_lora.bench.saved import SavedBytes
-from fused_lora.bench.saved_ledger import ledger, text
+from fused_lora.bench.methods import Frozen
+from fused_lora.bench.saved_tensors import SavedBytes, ledger, text
 from fused_lora.nn import FusedLoRABlock, FusedLoRAMlp
 from fused_lora.nn.block_swap import Fused
 from fused_lora.ops.operand import RECOMPUTE
-from fused_lora.patching.blocks import rows_of
-from fused_lora.patching.budget import need_of
+from fused_lora.patching.blocks import need_of, rows_of
 from tests.patching.models import VARIANTS, build, images, wake
 
 BASE = {"embed_dim": 768, "num_heads": 12, "depth": 3, "img_size": 64}  # ViT-B's blocks, 65 tokens

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import fused_lora
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.report import PatchError
 from fused_lora.testing.yardstick import error
 from tests.patching.models import build, images, wake
 

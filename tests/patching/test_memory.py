@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fused_lora
-from fused_lora.bench.contenders.naive import Naive
-from fused_lora.bench.saved import SavedBytes, WideCopies
+from fused_lora.bench.methods import Naive
+from fused_lora.bench.saved_tensors import SavedBytes, WideCopies
 from tests.patching.models import build, images, wake
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fused_lora
 from fused_lora.nn import AdaptedLinear
 from fused_lora.patching.patch import RECORD
-from fused_lora.patching.rule import find
+from fused_lora.patching.rules import find
 from fused_lora.testing.families import of_others, of_timm
 from tests.patching.models import VARIANTS, build, images, wake
 

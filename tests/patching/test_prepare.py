@@ -11,7 +11,7 @@ from fused_lora import cli
 from fused_lora.kernels.triton import launch
 from fused_lora.ops import backends, measured, planning
 from fused_lora.patching import prepare as module
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.report import PatchError
 from fused_lora.programs import run
 from fused_lora.trust import own_process, verify
 from fused_lora.worker import Worker

@@ -6,7 +6,7 @@ import pytest
 import torchvision
 
 import fused_lora
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.report import PatchError
 from tests.patching.models import build
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora.testing.yardstick import Verdict, error, in_every_order, judge, worst
+from fused_lora.testing.yardstick import Comparison, error, in_every_order, judge, worst
 from fused_lora.trust.check import compare_exact
 from fused_lora.trust.equations import Named, equations
 from fused_lora.trust.problems import ALIGNED, SHAPES, Operands, Shape, problems
@@ -31,7 +31,7 @@ def yardstick(p: Operands) -> tuple[list[Named], Named]:
     return in_every_order(lambda: right(p)), equations(p.to(torch.float64))
 
 
-def verdict(name: str, ours: Named, plain: list[Named], truth: Named) -> Verdict:
+def verdict(name: str, ours: Named, plain: list[Named], truth: Named) -> Comparison:
     dtype = plain[0][name].dtype
     return judge(name, ours[name], [run[name] for run in plain], truth[name], dtype)
 
@@ -106,9 +106,9 @@ def test_the_worst_run_of_plain_torch_makes_the_budget():
 
 
 def test_the_worst_of_several_is_the_one_that_takes_most_of_its_budget():
-    small, large = Verdict("y", 3.0, 1.0, 2.0), Verdict("y", 4.0, 7.0, 14.0)
+    small, large = Comparison("y", 3.0, 1.0, 2.0), Comparison("y", 4.0, 7.0, 14.0)
     assert worst([small, large]) is small
-    nan = Verdict("y", torch.nan, 1.0, 3.0)
+    nan = Comparison("y", torch.nan, 1.0, 3.0)
     assert worst([small, nan, large]) is nan
 
 

@@ -1,11 +1,15 @@
-"""Bars as inline SVG; every colour is a CSS class, so that light and dark share one drawing."""
+"""The page's pictures as SVG: bars and points, drawn from rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+
+from fused_lora.bench.correctness_gate import FACTOR
+from fused_lora.bench.rows import Row
+from fused_lora.bench.table import milliseconds, times, title
 
 LABEL, PLOT, VALUE = 216, 230, 120  # columns of a panel: names, bars, numbers
 BAR, STRIDE, TOP = 16, 23, 26  # height of a bar, distance between bars, room for the title
@@ -13,9 +17,9 @@ BAR, STRIDE, TOP = 16, 23, 26  # height of a bar, distance between bars, room fo
 
 @dataclass(frozen=True)
 class Bar:
-    """One contender's bar."""
+    """One method's bar."""
 
-    contender: str  # a CSS class
+    method: str  # a CSS class
     value: float
     text: str  # the number as a reader sees it
     name: str  # the method as a reader calls it
@@ -23,9 +27,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class Point:
-    """One contender's place in a scatter."""
+    """One method's place in a scatter."""
 
-    contender: str  # a CSS class
+    method: str  # a CSS class
     x: float
     y: float
     name: str
@@ -60,7 +64,7 @@ def _x(value: float, top: float) -> float:
 
 
 def _bar(bar: Bar, y: int, length: float) -> list[str]:
-    kind, name, middle = escape(bar.contender), escape(bar.name), y + BAR - 4
+    kind, name, middle = escape(bar.method), escape(bar.name), y + BAR - 4
     return [
         f'<text class="name" x="{LABEL - 8}" y="{middle}" text-anchor="end">{name}</text>',
         f'<rect class="bar {kind}" x="{LABEL}" y="{y}" width="{max(length, 1.0):.1f}" '
@@ -107,7 +111,7 @@ def scatter(heading: str, points: Sequence[Point], x_axis: str, y_axis: str) -> 
         while any(a < left + length and left < b and abs(h - height) < 15 for a, b, h in taken):
             height += 15
         taken.append((left, left + length, height))
-        kind = escape(point.contender)
+        kind = escape(point.method)
         parts += [
             f'<circle class="bar {kind}" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>',
             f'<text class="value" x="{left:.1f}" y="{height:.1f}">{escape(point.name)}</text>',
@@ -128,3 +132,71 @@ def _across(x: float, right: float) -> float:
 
 def _down(y: float, top: float) -> float:
     return 8 + (HIGH - LOW - 8) * (1 - y / top)
+
+
+Draw = Callable[[Row], Bar]
+Mark = Callable[[Sequence[Row]], float | None]  # where a case's line is drawn
+
+
+def time_bar(row: Row) -> Bar:
+    """The median of a step."""
+    over = "" if row.ratio_frozen is None else f" ({times(row.ratio_frozen)}x)"
+    said = f"{milliseconds(row.median_ms)} ms{over}"
+    return Bar(row.method, row.median_ms, said, title(row.method))
+
+
+def memory_bar(row: Row) -> Bar:
+    """What one forward pass keeps."""
+    megabytes = row.saved_bytes / 1e6
+    return Bar(row.method, megabytes, f"{megabytes:.1f} MB", title(row.method))
+
+
+def error_bar(row: Row) -> Bar:
+    """The largest error of an output or a gradient, over naive LoRA's of the same quantity."""
+    ratios = {q: e / row.yardstick[q] for q, e in row.errors.items() if row.yardstick[q]}
+    worst = max(ratios, key=ratios.__getitem__, default="y")
+    ratio = ratios.get(worst, 0.0)
+    return Bar(row.method, ratio, f"{ratio:.2f} ({worst})", title(row.method))
+
+
+def panels(cases: Sequence[Sequence[Row]], draw: Draw, mark: Mark) -> str:
+    """One panel for each case, all on one scale."""
+    drawn = [[draw(row) for row in rows] for rows in cases]
+    marks = [mark(rows) for rows in cases]
+    top = max([bar.value for bars in drawn for bar in bars] + [m for m in marks if m], default=1.0)
+    svgs = [
+        panel(f"rank {rows[0].case.rank}", bars, top, at)
+        for rows, bars, at in zip(cases, drawn, marks, strict=True)
+        if bars
+    ]
+    return f'<div class="panels">{"".join(svgs)}</div>'
+
+
+def _frozen(value: Draw) -> Mark:
+    return lambda rows: next((value(r).value for r in rows if r.method == "frozen"), None)
+
+
+def time_plot(cases: Sequence[Sequence[Row]]) -> str:
+    """Milliseconds of a step, the frozen network's marked."""
+    return panels(cases, time_bar, _frozen(time_bar))
+
+
+def memory_plot(cases: Sequence[Sequence[Row]]) -> str:
+    """Megabytes kept for backward, the frozen network's marked."""
+    return panels(cases, memory_bar, _frozen(memory_bar))
+
+
+def error_plot(cases: Sequence[Sequence[Row]]) -> str:
+    """Errors over naive LoRA's, the gate marked; the frozen network has none."""
+    adapted = [[row for row in rows if row.errors] for rows in cases]
+    return panels([rows for rows in adapted if rows], error_bar, lambda rows: FACTOR)
+
+
+def time_over_memory(case_rows: Sequence[Row]) -> str:
+    """One picture of a case: milliseconds of a step over megabytes kept."""
+    points = [
+        Point(row.method, row.saved_bytes / 1e6, row.median_ms, title(row.method))
+        for row in case_rows
+    ]
+    heading = "time of a step over what is kept for backward"
+    return scatter(heading, points, "MB kept for backward", "ms a step")

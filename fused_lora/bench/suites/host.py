@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora.bench.clock import Step
 from fused_lora.bench.registry import suite
-from fused_lora.bench.shapes import Shape
+from fused_lora.bench.shapes import ModelShape
 from fused_lora.bench.suites.train_step import TrainStep
 
 NAME = "vit_host"
@@ -27,7 +27,7 @@ class HostStep(TrainStep):
 
     counts_host = True
 
-    def __init__(self, shape: Shape, batch: int, dtype: str, device: str) -> None:
+    def __init__(self, shape: ModelShape, batch: int, dtype: str, device: str) -> None:
         super().__init__(shape, batch, dtype, device)
         self.inputs = [image.requires_grad_() for image in self.inputs]
 

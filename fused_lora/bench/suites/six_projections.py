@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fused_lora.bench.registry import suite
 from fused_lora.bench.roofline import Linear
-from fused_lora.bench.shapes import Shape
+from fused_lora.bench.shapes import ModelShape
 from fused_lora.bench.workload import Workload
 
 
@@ -40,7 +40,7 @@ class SixProjections(Workload):
     bf16 ones, as attention and GELU do.
     """
 
-    def __init__(self, shape: Shape, batch: int, dtype: str, device: str) -> None:
+    def __init__(self, shape: ModelShape, batch: int, dtype: str, device: str) -> None:
         super().__init__(shape, batch, dtype, device)
         generator = torch.Generator().manual_seed(0)
         base = Projections(shape.width, shape.expansion).to(device, self.stored)

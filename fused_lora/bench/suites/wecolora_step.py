@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fused_lora.bench.depth import blocks
 from fused_lora.bench.registry import suite
-from fused_lora.bench.shapes import Shape
+from fused_lora.bench.shapes import ModelShape
 from fused_lora.bench.suites.train_step import TrainStep
+from fused_lora.bench.workload import blocks
 from fused_lora.distill import copy_layers
 from fused_lora.distill.stack import tokens_in
 from fused_lora.distill.taps import pairs_of, tokens_of
@@ -19,9 +19,9 @@ REDUCTION = 2
 
 @suite("wecolora_step")
 class WeCoLoRAStep(TrainStep):
-    """Every other block of the teacher, adapted by the contender; AdamW on the adapters."""
+    """Every other block of the teacher, adapted by the method; AdamW on the adapters."""
 
-    def __init__(self, shape: Shape, batch: int, dtype: str, device: str) -> None:
+    def __init__(self, shape: ModelShape, batch: int, dtype: str, device: str) -> None:
         super().__init__(shape, batch, dtype, device)
         self.teacher = self.base.eval()
         (self.pair,) = pairs_of(self.teacher, REDUCTION)

@@ -68,7 +68,7 @@ class PerHead(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class TinyBlock(nn.Module):
     """Norm, attention, norm, MLP."""
 
     def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
@@ -111,7 +111,7 @@ def _encoder() -> nn.Module:
 
 
 def _blocks(attention: type[nn.Module]) -> nn.Module:
-    return nn.Sequential(*(Block(attention(), _named_mlp()) for _ in range(2)))
+    return nn.Sequential(*(TinyBlock(attention(), _named_mlp()) for _ in range(2)))
 
 
 MODELS = {
@@ -120,7 +120,9 @@ MODELS = {
     "torch, encoder layers": _encoder,
     "torch, keys of another width": lambda: _blocks(_other_widths),  # type: ignore[arg-type]
     "transformers 4 names": lambda: _blocks(Deep),
-    "DINOv2's own SwiGLU": lambda: nn.Sequential(Block(Deep(), SwiGLU()), Block(Deep(), SwiGLU())),
+    "DINOv2's own SwiGLU": lambda: nn.Sequential(
+        TinyBlock(Deep(), SwiGLU()), TinyBlock(Deep(), SwiGLU())
+    ),
     "heads first": lambda: _blocks(PerHead),
 }
 

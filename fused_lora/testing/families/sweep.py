@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fused_lora.nn import FusedLoRAChild, FusedLoRARead
-from fused_lora.patching.errors import PatchError
 from fused_lora.patching.example import examples_for
 from fused_lora.patching.patch import adapted, patch
+from fused_lora.patching.report import PatchError
 from fused_lora.testing.families import of_others, of_timm, of_torchvision, of_transformers
 from fused_lora.testing.families.truth import Adapter, install
-from fused_lora.testing.yardstick import Verdict, in_every_order, judge
+from fused_lora.testing.yardstick import Comparison, in_every_order, judge
 
 LIBRARIES: dict[str, ModuleType] = {
     "timm": of_timm,
@@ -44,7 +44,7 @@ class Outcome:
     linears: int = 0
     read: int = 0  # of them, weights that are read without a call
     refusal: str = ""
-    verdicts: tuple[Verdict, ...] = ()  # fp32: of y, and of all adapter gradients together
+    verdicts: tuple[Comparison, ...] = ()  # fp32: of y, and of all adapter gradients together
     worst: float = 0.0  # float64: relative error of the worst adapter gradient
     unreached: int = 0  # adapter parameters whose gradient is zero, where naive LoRA's is not
 
@@ -119,7 +119,7 @@ def _inputs(model: nn.Module, example: Any) -> Any:
 
 def _compare(
     model: nn.Module, patched: nn.Module, inputs: Any
-) -> tuple[tuple[Verdict, ...], float, int]:
+) -> tuple[tuple[Comparison, ...], float, int]:
     adapters = list(_adapters(patched))
     truth = _gradients(*install(model, adapters, torch.float64, by_weight=True), inputs)
     naive = install(model, adapters, torch.float32, by_weight=False)

@@ -1,1 +1,0 @@
-"""What a transformer block keeps for backward under each method: counted, not timed."""

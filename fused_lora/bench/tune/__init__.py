@@ -1,1 +1,0 @@
-"""Which tiles are fastest on this device, measured and kept (``fused-lora tune``)."""
