@@ -15,7 +15,9 @@ PAGES = {  # of the site, from the repository
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
-PICTURES = {path.name: f"recipes/results/{path.name}" for path in ROOT.glob("recipes/results/*.svg")}
+PICTURES = {
+    path.name: f"recipes/results/{path.name}" for path in ROOT.glob("recipes/results/*.svg")
+}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 

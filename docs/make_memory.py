@@ -1,6 +1,6 @@
 """Write the table of docs/memory.md: gigabytes that the blocks of known models keep, by method.
 
-    python docs/make_memory.py docs/memory.md
+python docs/make_memory.py docs/memory.md
 """
 
 from __future__ import annotations

@@ -13,9 +13,6 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-import torch
-from matplotlib.colors import ListedColormap
-from matplotlib.patches import Patch
 
 from fused_lora.bench import rows
 from fused_lora.bench.suites import saved_bytes
@@ -67,9 +64,9 @@ def step_time() -> None:
     at: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows.newest(rows.read(RESULTS)):
         case = row.case
-        if (case.suite, case.model) == ("train_step", "vit_small_patch16_224"):
-            if (case.batch, case.dtype) == (2, "fp32"):
-                at[row.method][case.rank] = row.ratio_frozen
+        wanted = ("train_step", "vit_small_patch16_224", 2, "fp32")
+        if (case.suite, case.model, case.batch, case.dtype) == wanted:
+            at[row.method][case.rank] = row.ratio_frozen
     figure, axes = plt.subplots(figsize=(8, 4))
     for name in ("naive", "peft", "fused", "fused_block"):
         points = sorted(at[name].items())

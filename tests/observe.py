@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fused_lora.nn import adapted, half
+from fused_lora.nn import adapted, block_modules
 from fused_lora.programs import run as programs
 
 
@@ -18,6 +18,6 @@ def operations(monkeypatch: Any, *kinds: type) -> list[Any]:
             seen.append(operation)
         return real(program, operation, inputs)
 
-    for module in (programs, adapted, half):
+    for module in (programs, adapted, block_modules):
         monkeypatch.setattr(module, "run", run)
     return seen

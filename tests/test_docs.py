@@ -13,7 +13,16 @@ import fused_lora
 from tests.test_readme import python_blocks
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-RUNNING = ("index.md", "tutorial.md", "usage.md", "variants.md", "migrating.md", "choosing.md", "numerics.md", "stacks.md")
+RUNNING = (
+    "index.md",
+    "tutorial.md",
+    "usage.md",
+    "variants.md",
+    "migrating.md",
+    "choosing.md",
+    "numerics.md",
+    "stacks.md",
+)
 
 
 def script(page: Path) -> str:
@@ -26,7 +35,14 @@ def script(page: Path) -> str:
     )
 
 
-SLOW = ("index.md", "tutorial.md", "usage.md", "variants.md", "migrating.md", "stacks.md")  # half a minute each
+SLOW = (
+    "index.md",
+    "tutorial.md",
+    "usage.md",
+    "variants.md",
+    "migrating.md",
+    "stacks.md",
+)  # half a minute each
 
 
 @pytest.mark.parametrize(

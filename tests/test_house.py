@@ -63,4 +63,3 @@ def test_a_room_has_few_files(room: str) -> None:
 
 def test_the_readme_is_one_screen() -> None:
     assert len((PACKAGE.parent / "README.md").read_text().splitlines()) <= README_LINES
-

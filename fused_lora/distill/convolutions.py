@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fused_lora.distill.statistics import hold_statistics, release_statistics
-from fused_lora.nn.conv import FusedLoRAConv2d
+from fused_lora.nn.child_adapters import FusedLoRAConv2d
 
 
 def adapt_convolutions(

@@ -10,7 +10,7 @@ from torch import nn
 from fused_lora.distill.blocks import Block, Part
 from fused_lora.nn import AdaptedLinear, AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
-from fused_lora.nn.loan import Loan
+from fused_lora.nn.shared_parameters import Loan
 from fused_lora.patching.report import PatchError
 from fused_lora.types import Span
 

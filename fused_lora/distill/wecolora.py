@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fused_lora.distill.stack import kept_of, stacks_of
 from fused_lora.nn import AdaptedLinear
-from fused_lora.nn.conv import FusedLoRAConv2d
+from fused_lora.nn.child_adapters import FusedLoRAConv2d
 
 
 def copy_layers(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_lora.io.keys import a_key, b_key
 from fused_lora.io.peft import Settings
-from fused_lora.nn.kernel import FusedLoRAKernel
+from fused_lora.nn.child_adapters import FusedLoRAKernel
 
 Numbers = dict[str, float]
 

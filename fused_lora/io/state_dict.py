@@ -22,8 +22,7 @@ from fused_lora.io.keys import (
     unmerged,
 )
 from fused_lora.nn import AdaptedLinear
-from fused_lora.nn.config import CHANGES_BASE
-from fused_lora.nn.inits import draw
+from fused_lora.nn.config import CHANGES_BASE, draw
 from fused_lora.nn.variants import folded, key_of
 from fused_lora.ops.sharded import gathered, is_sharded, like
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_lora.io.keys import ASIDE, PREFIX, AdapterFileError, adapted, module_names, plain, some
 from fused_lora.nn import AdaptedLinear
-from fused_lora.nn.kernel import why_not_kernel
+from fused_lora.nn.child_adapters import why_not_kernel
 
 # What trains besides the adapters, a head say: kept as PEFT keeps ``modules_to_save``.
 #

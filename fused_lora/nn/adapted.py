@@ -13,16 +13,13 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
-from fused_lora.nn.aside import let_go
-from fused_lora.nn.borrow import borrow
-from fused_lora.nn.box import Box
-from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
-from fused_lora.nn.fp8 import BaseCodes
-from fused_lora.nn.graph_tools import Unscripted, as_one_node
-from fused_lora.nn.inits import OF_WEIGHT, check_start, draw
-from fused_lora.nn.loan import borrowers_of
+from fused_lora.nn.config import CHANGES_BASE, OF_WEIGHT, AdapterConfig, check_start, draw
+from fused_lora.nn.linear_state import BaseCodes, settle
 from fused_lora.nn.scope import taken
+from fused_lora.nn.shared_parameters import Box, borrow, borrowers_of, let_go
 from fused_lora.nn.stand_in import (
+    Unscripted,
+    as_one_node,
     bound_forward,
     made_weight,
     offloaded,
@@ -30,7 +27,6 @@ from fused_lora.nn.stand_in import (
     rebind,
     why_not_stood_in,
 )
-from fused_lora.nn.vanilla import settle
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.dropped import seeded
 from fused_lora.ops.lora_linear import asked, lora_linear
@@ -91,7 +87,9 @@ class AdaptedLinear(Unscripted, WithVariants):
     around = False  # whether the base is computed by a forward of its own
     _codes: BaseCodes | None = None  # of the frozen weight, where the base is in FP8
     _names: tuple[str, ...] | None = None  # of weight, bias, every a and b, where all are its own
-    _sibling = False  # whether others may have computed its y with theirs (``nn/siblings.py``)
+    _sibling = (
+        False  # whether others may have computed its y with theirs (``nn/grouped_projections.py``)
+    )
 
     def _attach(
         self,

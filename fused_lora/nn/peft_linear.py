@@ -18,10 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from fused_lora.nn.graph_tools import Unscripted, as_one_node, refuse_constant
-from fused_lora.nn.read import read_weight
-from fused_lora.nn.stand_in import bound_forward, made_weight, odd_weight, why_not_stood_in
-from fused_lora.nn.watch import why_watched
+from fused_lora.nn.stand_in import (
+    Unscripted,
+    as_one_node,
+    bound_forward,
+    made_weight,
+    odd_weight,
+    refuse_constant,
+    why_not_stood_in,
+    why_watched,
+)
+from fused_lora.nn.weight_adapter import read_weight
 from fused_lora.ops.lora_linear import autocasts, lora_linear
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.types import Span

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.nn.adapted import AdaptedLinear, check_adoptable, check_rank, key_of
-from fused_lora.nn.borrow import borrow
-from fused_lora.nn.box import Box
 from fused_lora.nn.config import CHANGES_BASE, AdapterConfig
 from fused_lora.nn.linear import FusedLoRAGroupedLinear, FusedLoRALinear
-from fused_lora.nn.loan import Loan, forget, note
+from fused_lora.nn.shared_parameters import Box, Loan, borrow, forget, note
 from fused_lora.nn.stand_in import rebind
 
 

@@ -1,21 +1,26 @@
-"""May another forward stand in for this module's? One place that answers, one sentence for each no.
-
-A class that is swapped in computes what the *class* computed. It loses to a forward bound to the
-instance, does not know of a forward put into the class later, and reads a parameter that a
-parametrisation or a pruning hook may have taken away. Every function here returns the sentence, or
-None where nothing is in the way; none of them looks at a tensor's values.
-"""
+"""May another forward stand in for this module's? One sentence for each no; and is it as it was?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Proxy, _symbolic_trace
+from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+# May another forward stand in for this module's? One place that answers, one sentence for each no.
+#
+# A class that is swapped in computes what the *class* computed. It loses to a forward bound to the
+# instance, does not know of a forward put into the class later, and reads a parameter that a
+# parametrisation or a pruning hook may have taken away. Every function here returns the sentence,
+# or None where nothing is in the way; none of them looks at a tensor's values.
+
 
 OF_TORCH = "torch.nn.utils."  # its pre-hooks make the weight: pruning, weight and spectral norm
 
@@ -171,3 +176,106 @@ def _each(hook: Any) -> Iterator[Any]:
 def _name_of(forward: Any) -> str:
     inner = getattr(forward, "func", forward)
     return f"{getattr(inner, '__module__', '?')}.{getattr(inner, '__qualname__', inner)}"
+
+
+# Watching modules that a program stands in for: whether each is still what it was.
+#
+# A program computes what the forwards of several modules would. Whatever makes calling one of them
+# do more or other than its class says (hooks, a forward of its own, another class or another
+# forward of its class, a child put in its place) is seen here, at every call, in a few comparisons.
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
+
+
+class Watch:
+    """Some modules as they are now, all of them without hooks."""
+
+    __slots__ = ("children", "forwards", "hooks", "kinds")
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.kinds = [(module, module.__dict__, type(module)) for module in modules]
+        self.forwards = [(kind, kind.forward) for kind in {type(module) for module in modules}]
+        self.hooks = [*(m.__dict__[name] for m in modules for name in HOOKS), *GLOBAL_HOOKS]
+        below = [module._modules for module in modules if module._modules]
+        self.children = [(own, [*own.values()]) for own in below]
+
+    def intact(self) -> bool:
+        """Whether nothing has changed."""
+        if any(self.hooks):
+            return False
+        for module, own, kind in self.kinds:
+            if module.__class__ is not kind or "forward" in own:
+                return False
+        for kind, forward in self.forwards:
+            if kind.forward is not forward:
+                return False
+        for own, before in self.children:  # noqa: SIM110, a call less
+            if [*own.values()] != before:
+                return False
+        return True
+
+
+def why_watched(*modules: nn.Module) -> str | None:
+    """Why calling one of these does more than its class says; None where none does."""
+    for module in modules:
+        own, kind = module.__dict__, type(module)
+        if any(own[name] for name in HOOKS):
+            return f"hooks on a {kind.__name__}"
+        if "forward" in own:
+            return device_hook(module) or f"a {kind.__name__} has a forward of its own"
+        if why := replaced_forward(kind):
+            return why
+    return "hooks on all modules" if any(GLOBAL_HOOKS) else None
+
+
+# Tools that read a model's Python, not its calls: torch.fx's tracers and TorchScript.
+#
+# A tracer of torch.fx calls forwards with proxies in place of tensors. An adapted linear is then
+# one node, the module itself, as torch.nn.Linear is: the traced model goes on with the same
+# parameters, and what decides at each call goes on deciding. TorchScript compiles source, and is
+# refused.
+
+
+def as_one_node(module: nn.Module, proxy: Any, *args: Any, **kwargs: Any) -> Any:
+    """The call of ``module`` in the graph that ``proxy`` belongs to, as of any leaf."""
+    tracer = proxy.tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        raise RuntimeError(
+            f"torch.fx: a {type(module).__name__} is one node of the model that holds it: trace "
+            "that, or unpatch first"
+        )
+    return tracer.create_proxy("call_module", path, args, kwargs)
+
+
+def proxy_in(*args: Any, **kwargs: Any) -> Proxy | None:
+    """The first proxy among the arguments of a call."""
+    return next((each for each in (*args, *kwargs.values()) if isinstance(each, Proxy)), None)
+
+
+def refuse_constant(what: str) -> None:
+    """Raises RuntimeError where ``what``, made of parameters, would be a constant of a graph."""
+    if torch.compiler.is_compiling() or not _symbolic_trace.is_fx_symbolic_tracing():
+        return
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is None:  # make_fx follows the weight's making
+        raise RuntimeError(
+            f"torch.fx: {what} is read while a graph is traced, in which it would stay what it is "
+            "now: unpatch first: fused_lora.unpatch(model, merge=True) keeps what it computes"
+        )
+
+
+class Unscripted:
+    """What a patched model's modules say to ``torch.jit.script``, which asks each of them."""
+
+    unscripted_cure = "unpatch first: fused_lora.unpatch(model, merge=True) keeps what it computes"
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Raises RuntimeError, before anything of the model is read or changed."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile a {type(self).__name__}: {self.unscripted_cure}; "
+            "torch.jit.trace and torch.export take the model as it is"
+        )

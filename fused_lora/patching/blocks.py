@@ -13,15 +13,16 @@ from torch import nn
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.block import (
     FusedLoRABlock,
+    FusedLoRAMlp,
+    linears,
     why_not_attention_half,
     why_not_block,
     why_not_halves,
     why_not_lean,
+    why_not_mlp,
     why_not_mlp_half,
 )
-from fused_lora.nn.block_mlp import FusedLoRAMlp, linears, why_not_mlp
-from fused_lora.nn.block_parts import ATTENTIONS, MLPS
-from fused_lora.nn.block_swap import Fused, kind
+from fused_lora.nn.block_modules import ATTENTIONS, MLPS, Fused, kind
 from fused_lora.nn.stand_in import device_hook, replaced_forward, why_not_called
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.patching.explain import plan_of

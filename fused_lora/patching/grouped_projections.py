@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from fused_lora.nn.block_swap import Fused
-from fused_lora.nn.siblings import FusedLoRASiblings, why_alone
+from fused_lora.nn.block_modules import Fused
+from fused_lora.nn.grouped_projections import FusedLoRASiblings, why_alone
 from fused_lora.nn.stand_in import bound_forward, device_hook
 from fused_lora.patching.observe import ObservedWeight
 from fused_lora.patching.report import ShareRow

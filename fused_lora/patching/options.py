@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fused_lora.nn import AdapterConfig
-from fused_lora.nn.kernel import is_convolution, why_not_kernel
+from fused_lora.nn.child_adapters import is_convolution, why_not_kernel
 from fused_lora.patching.report import PatchError
 from fused_lora.types import ALL_ROLES, Role
 

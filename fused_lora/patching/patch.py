@@ -19,9 +19,9 @@ from fused_lora.nn import (
     adopt_around,
 )
 from fused_lora.nn.adapted import merge_together
-from fused_lora.nn.around import standing_in
-from fused_lora.nn.fp8 import weight_error
-from fused_lora.nn.kernel import FusedLoRAKernel, is_convolution
+from fused_lora.nn.additive import standing_in
+from fused_lora.nn.child_adapters import FusedLoRAKernel, is_convolution
+from fused_lora.nn.linear_state import weight_error
 from fused_lora.nn.stand_in import offloaded
 from fused_lora.ops.sharded import is_sharded
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse

@@ -8,8 +8,7 @@ from itertools import product, takewhile
 
 from torch import nn
 
-from fused_lora.nn.bare import child_name
-from fused_lora.nn.kernel import is_convolution
+from fused_lora.nn.child_adapters import child_name, is_convolution
 from fused_lora.types import Role
 
 # The table of rules: how models of timm, transformers, torchvision and open_clip are built.

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
-from fused_lora.nn.around import opaque, why_not_around
-from fused_lora.nn.inits import OF_WEIGHT
-from fused_lora.nn.kernel import is_convolution, why_not_kernel
-from fused_lora.nn.read import READABLE
+from fused_lora.nn.additive import opaque, why_not_around
+from fused_lora.nn.child_adapters import is_convolution, why_not_kernel
+from fused_lora.nn.config import OF_WEIGHT
 from fused_lora.nn.stand_in import made_weight, offloaded, why_not_stood_in
+from fused_lora.nn.weight_adapter import READABLE
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.observe import Columns, ObservedWeight, alike
 from fused_lora.patching.options import (

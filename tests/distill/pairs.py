@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_lora
-from fused_lora.nn.aside import _passes
+from fused_lora.nn.shared_parameters import _passes
 from tests.patching.models import build, wake
 
 

@@ -13,7 +13,7 @@ from fused_lora.distill import copy_layers
 from fused_lora.distill.convolutions import adapt_convolutions
 from fused_lora.distill.stack import stacks_of
 from fused_lora.distill.statistics import hold_statistics
-from fused_lora.nn.conv import FusedLoRAConv2d
+from fused_lora.nn.child_adapters import FusedLoRAConv2d
 from fused_lora.testing.yardstick import in_every_order, judge
 from tests.distill.runs import fit_of
 from tests.distill.unets import unet

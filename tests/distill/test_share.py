@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_lora
-from fused_lora.nn import aside, borrow
+from fused_lora.nn import shared_parameters
 from fused_lora.nn.shared import SharedLoRALinear
 from tests.distill.pairs import adapters, grads, images, same, student, teacher
 from tests.patching.models import GluMlp, SwiGLU
@@ -28,7 +28,7 @@ def pair(mapping="even", rank=4, options=None, share=None, **model):
 
 def plain_slicing(monkeypatch):
     """From here on parts are autograd's own slices."""
-    monkeypatch.setattr(borrow, "lends", lambda owner: False)
+    monkeypatch.setattr(shared_parameters, "lends", lambda owner: False)
 
 
 def loss(*models, x):
@@ -497,7 +497,7 @@ def test_nothing_is_left_of_a_step_that_failed():
     big.zero_grad()
     loss(big, small, x=x).backward()
     mine = grads(big)
-    assert not aside._passes
+    assert not shared_parameters._passes
     loss(big, small, x=x).backward()
     assert same(mine, grads(big))
 

@@ -17,7 +17,7 @@ from fused_lora.distill.statistics import hold_statistics, release_statistics
 from fused_lora.distill.taps import pairs_of, tokens_of
 from fused_lora.distill.unet import UNet
 from fused_lora.distill.weights import WeightsError, build
-from fused_lora.nn.conv import FusedLoRAConv2d
+from fused_lora.nn.child_adapters import FusedLoRAConv2d
 from tests.distill.unets import unet
 
 DEPTHS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}

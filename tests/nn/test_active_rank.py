@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fused_lora import FusedLoRAGroupedLinear, FusedLoRALinear
-from fused_lora.nn import borrow
+from fused_lora.nn import shared_parameters
 
 THIRDS = {"q": (0, 8), "k": (8, 16), "v": (16, 24)}
 
@@ -73,7 +73,7 @@ def test_autograds_slicing_to_the_bit(monkeypatch):
         return found
 
     mine = steps()
-    monkeypatch.setattr(borrow, "lends", lambda owner: False)
+    monkeypatch.setattr(shared_parameters, "lends", lambda owner: False)
     assert all(map(torch.equal, mine, steps()))
 
 

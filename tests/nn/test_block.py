@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_lora
 from fused_lora.bench.saved_tensors import SavedBytes
 from fused_lora.nn import FusedLoRABlock, FusedLoRAMlp
-from fused_lora.nn.block_parts import BLOCKS
-from fused_lora.nn.block_swap import Fused, kind
+from fused_lora.nn.block_modules import BLOCKS, Fused, kind
 from fused_lora.ops.chain.chain import Chain
 from fused_lora.ops.operand import RECOMPUTE
 from tests.observe import operations

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora.nn import aside
-from fused_lora.nn.borrow import borrow
-from fused_lora.nn.box import Box
+from fused_lora.nn import shared_parameters
+from fused_lora.nn.shared_parameters import Box, borrow
 
 WHOLE, SMALL, SMALLER, LOW = Box(0, 6, 9), Box(0, 4, 5), Box(0, 2, 3), Box(4, 6, 7)
 
@@ -18,7 +17,7 @@ WHOLE, SMALL, SMALLER, LOW = Box(0, 6, 9), Box(0, 4, 5), Box(0, 2, 3), Box(4, 6,
 def owner():
     yield nn.Parameter(torch.randn(6, 9, dtype=torch.float64))
     gc.collect()
-    assert not aside._passes, "a backward pass left something behind"
+    assert not shared_parameters._passes, "a backward pass left something behind"
 
 
 def sliced(owners, boxes):

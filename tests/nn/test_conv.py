@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused_lora.nn.conv import FusedLoRAConv2d
+from fused_lora.nn.child_adapters import FusedLoRAConv2d
 from fused_lora.testing.yardstick import in_every_order, judge
 
 SHAPES = [

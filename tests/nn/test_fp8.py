@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fused_lora.nn import FusedLoRAGroupedLinear, FusedLoRALinear, FusedLoRARead, adopt_around
-from fused_lora.nn.block_parts import why_not_linear
-from fused_lora.nn.fp8 import weight_error
-from fused_lora.nn.siblings import why_alone
+from fused_lora.nn.block_modules import why_not_linear
+from fused_lora.nn.grouped_projections import why_alone
+from fused_lora.nn.linear_state import weight_error
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
 from fused_lora.reference.lora_linear_fp8 import quantise
 

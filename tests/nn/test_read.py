@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fused_lora.nn import FusedLoRAChild, FusedLoRARead
-from fused_lora.nn.read import read_weight
+from fused_lora.nn.weight_adapter import read_weight
 from fused_lora.testing.yardstick import in_every_order, judge
 from fused_lora.types import Span
 

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 import fused_lora
-from fused_lora.nn.conv import FusedLoRAConv2d
+from fused_lora.nn.child_adapters import FusedLoRAConv2d
 from tests.patching.models import build, wake
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fused_lora
 from fused_lora.nn import FusedLoRAGroupedLinear, FusedLoRALinear
-from fused_lora.nn.dora import row_norms
+from fused_lora.nn.variants import row_norms
 from fused_lora.testing.yardstick import in_every_order, judge
 from tests.patching.models import build, images, wake
 

@@ -11,7 +11,7 @@ import fused_lora
 from fused_lora.bench.methods import Frozen
 from fused_lora.bench.saved_tensors import SavedBytes, ledger, text
 from fused_lora.nn import FusedLoRABlock, FusedLoRAMlp
-from fused_lora.nn.block_swap import Fused
+from fused_lora.nn.block_modules import Fused
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.patching.blocks import need_of, rows_of
 from tests.patching.models import VARIANTS, build, images, wake

@@ -10,7 +10,7 @@ from torch import nn
 
 import fused_lora
 from fused_lora.io import AdapterFileError
-from fused_lora.nn.kernel import FusedLoRAKernel, why_not_kernel
+from fused_lora.nn.child_adapters import FusedLoRAKernel, why_not_kernel
 from tests.patching.models import build
 from tests.peft_live.test_live import CLOSE, grads, hf, out, stir
 

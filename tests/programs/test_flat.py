@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fused_lora import env
-from fused_lora.nn import block, block_mlp, block_parts, watch
+from fused_lora.nn import block, block_modules, stand_in
 from fused_lora.ops import backends, epilogues, layer_norm, measured, partners, planning
 from fused_lora.ops import lora_linear as op
 from fused_lora.plan import choose, cost, race, strategies
@@ -34,7 +34,7 @@ def forbid(monkeypatch):
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 forbidden.append(function)
-    for module in (block, block_mlp, block_parts, watch, op, run):
+    for module in (block, block_modules, stand_in, op, run):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if name.startswith("why_") or name in ("find", "call_plan", "compute", "asked"):
                 forbidden.append(function)

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import fused_lora
-from fused_lora.nn.conv import FusedLoRAConv2d
+from fused_lora.nn.child_adapters import FusedLoRAConv2d
 from tests.patching.models import build, wake
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -27,7 +27,7 @@ from fused_lora.bench.shapes import SHAPES, Grid, ModelShape
 from fused_lora.bench.table import aligned, milliseconds
 from fused_lora.bench.workload import STORED
 from fused_lora.distill.slad_loss import Logits, slad_losses
-from fused_lora.nn import AdaptedLinear, borrow
+from fused_lora.nn import AdaptedLinear, shared_parameters
 from fused_lora.testing.yardstick import error
 
 SUITE = "sharing"
@@ -129,7 +129,7 @@ STUDENTS = {
 @contextmanager
 def slices() -> Iterator[None]:
     """Inside, parts of parameters are autograd's own slices."""
-    with substituted.object(borrow, "lends", lambda owner: False):
+    with substituted.object(shared_parameters, "lends", lambda owner: False):
         yield
 
 

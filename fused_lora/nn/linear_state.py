@@ -1,11 +1,9 @@
-"""The FP8 codes of a frozen weight, beside the weight, and formed anew when it changes.
-
-They are no buffers: ``.to(torch.bfloat16)`` would cast them, DDP would send them at every step, and
-state dicts hold the weight they come from. Copies and pickles leave them out.
-"""
+"""What an adapted linear has beside parameters: codes of its weight in FP8, how a file loads."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +11,11 @@ from torch import Tensor
 
 from fused_lora.ops.sharded import is_sharded
 from fused_lora.reference.lora_linear_fp8 import Quantised, quantise
+
+# The FP8 codes of a frozen weight, beside the weight, and formed anew when it changes.
+#
+# They are no buffers: ``.to(torch.bfloat16)`` would cast them, DDP would send them at every step,
+# and state dicts hold the weight they come from. Copies and pickles leave them out.
 
 
 class Formed(NamedTuple):
@@ -73,3 +76,48 @@ def weight_error(weight: Tensor) -> float:
     norm = torch.linalg.vector_norm(wide)
     moved = torch.linalg.vector_norm(quantise(weight).widened(torch.float32) - wide)
     return float(moved / norm) if norm > 0 else 0.0
+
+
+# Whether a checkpoint that is being loaded has adapters anywhere: if none, it loads strictly.
+#
+# While a state dict is loaded a module sees its own keys alone, and the list of missing keys, which
+# is one for the whole of a load. So modules that find none of their adapters' keys are forgiven
+# until one is found somewhere; then they are missing after all.
+
+
+class _Load(threading.local):
+    """The load that is going on in this thread, told by its list."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.forgiven: list[str] = []
+        self.found = False  # an adapter's key, anywhere
+
+
+_load = _Load()
+
+
+def settle(
+    missing_keys: list[str],  # of the whole load
+    unexpected_keys: Iterable[str],  # likewise
+    own: Iterable[str],  # one module's adapters
+    missing: Iterable[str],  # the module's keys that were not there
+) -> bool:
+    """Add what of ``own`` is missing to the load's list; whether the module is forgiven so far."""
+    if _load.missing is not missing_keys:
+        _load.missing, _load.forgiven, _load.found = missing_keys, [], False
+    own, missing = list(own), set(missing)
+    lacking = [key for key in own if key in missing]
+    if len(lacking) < len(own) or any(_of_adapter(key) for key in unexpected_keys):
+        _load.found = True
+        missing_keys += _load.forgiven
+        _load.forgiven = []
+    if _load.found:
+        missing_keys += lacking
+        return False
+    _load.forgiven += lacking
+    return True
+
+
+def _of_adapter(key: str) -> bool:
+    return key.rpartition(".")[2].startswith("lora_") or ".lora_" in key

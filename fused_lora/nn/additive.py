@@ -1,8 +1,4 @@
-"""Adapters around a linear that computes y in a way of its own: y = its forward(x) + s h bT.
-
-For bases that hold no matrix one could read (8 or 4 bits, fp8): their class stays, as the parent of
-a class made here, and so do their forward, their state and their keys.
-"""
+"""Adapters around a linear that computes y in a way of its own: y = its forward(x) + s h bT."""
 
 from __future__ import annotations
 
@@ -19,12 +15,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
-from fused_lora.nn.graph_tools import as_one_node
 from fused_lora.nn.linear import become, ranks_of
-from fused_lora.nn.stand_in import bound_forward, made_weight, offloaded
+from fused_lora.nn.stand_in import as_one_node, bound_forward, made_weight, offloaded
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.sharded import is_sharded
+
+# Adapters around a linear that computes y in a way of its own: y = its forward(x) + s h bT.
+#
+# For bases that hold no matrix one could read (8 or 4 bits, fp8): their class stays, as the parent
+# of a class made here, and so do their forward, their state and their keys.
 
 
 class AroundLinear(AdaptedLinear):

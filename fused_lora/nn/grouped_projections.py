@@ -1,12 +1,4 @@
-"""Linears of one module that are given the same x: the first one called computes for all.
-
-    q = q_proj(x); k = k_proj(x); v = v_proj(x)        one lora_linear_many, three results
-
-The module's own forward stays as it is. Around it a scope is open, of this call and this thread;
-in it, a sibling that is called with the very tensor that the first one was given, unchanged since,
-takes its own result. Whatever is otherwise, it computes by itself. What nobody took goes with the
-scope, at the latest when the forward ends.
-"""
+"""Linears of one module that are given the same x: the first one called computes for all."""
 
 from __future__ import annotations
 
@@ -18,13 +10,22 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fused_lora.nn.adapted import AdaptedLinear
-from fused_lora.nn.block_parts import operands
-from fused_lora.nn.block_swap import Fused, fused_class
-from fused_lora.nn.read import FusedLoRARead
+from fused_lora.nn.block_modules import Fused, fused_class, operands
 from fused_lora.nn.scope import Scope, running
+from fused_lora.nn.weight_adapter import FusedLoRARead
 from fused_lora.ops.lora_linear import autocasts
 from fused_lora.ops.lora_linear_many import lora_linear_many
 from fused_lora.programs.run import transformed
+
+# Linears of one module that are given the same x: the first one called computes for all.
+#
+#     q = q_proj(x); k = k_proj(x); v = v_proj(x)        one lora_linear_many, three results
+#
+# The module's own forward stays as it is. Around it a scope is open, of this call and this thread;
+# in it, a sibling that is called with the very tensor that the first one was given, unchanged
+# since, takes its own result. Whatever is otherwise, it computes by itself. What nobody took goes
+# with the scope, at the latest when the forward ends.
+
 
 PLAIN = (Tensor, nn.Parameter)  # no subclass: nothing sharded, quantised or recorded
 
