@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fused_lora.bench.rows import Row, newest, read
-from fused_lora.bench.table import comparisons, markdown, milliseconds, times
+from fused_lora.bench.table import ratio_rows, markdown, milliseconds, times
 
 
 def page(folder: Path) -> str:
@@ -41,7 +41,7 @@ def selftests(folder: Path) -> Iterator[str]:
 def timed(folder: Path) -> Iterator[str]:
     """The comparisons, and every row that a GPU alone can give."""
     rows = newest(read(folder / "rows"))
-    if lines := comparisons(rows):
+    if lines := ratio_rows(rows):
         yield "\n" + markdown(lines)
     if trained := [row for row in rows if row.case.suite == "train_step"]:
         yield "\n" + _table([["training step", "method", "ms", "the host's ms", "x frozen"]])
