@@ -60,7 +60,7 @@ def case_of(*kernels: str) -> Callable[..., Callable[[pytest.MonkeyPatch], objec
     return add
 
 
-@case_of("_shrink", "_extended", "_one_pass", "_partial_sums", "_add_slices")
+@case_of("_pack", "_shrink", "_extended", "_one_pass", "_partial_sums", "_add_slices")
 def _(monkeypatch):
     check(build(TAILS, torch.bfloat16, torch.float32), torch.bfloat16)
 
