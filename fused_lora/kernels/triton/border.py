@@ -8,9 +8,9 @@ Every kernel of this room is a product with this matrix: shrink x aT and dy (s b
 and dh a, merge (s b) a, and the gradients are border-shaped outputs.
 
 A block may stay where it is, in its own dtype and strides. Products read the border in steps beside
-x and w, in their dtype and by their wide copies: where it does not lie so, by dtype or because its
-blocks are several or have odd rows, a and b are packed before, each as one matrix with rows of whole
-16 elements and without scales, both in one launch (``packed``).
+x and w, in their dtype and by wide copies: where it does not lie so, by dtype or because its blocks
+are several or have odd rows, a and b are packed before, each as one matrix with rows of whole 16
+elements and without scales, both in one launch (``packed``).
 """
 
 from __future__ import annotations
