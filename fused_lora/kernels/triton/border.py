@@ -101,7 +101,8 @@ def _border(
         assert block.dtype is blocks[0].dtype, (block.dtype, blocks[0].dtype)
     strides = zip(*(block.stride() for block in blocks), strict=True)
     ranks = [block.shape[0] for block in blocks]
-    whole = columns[0][1] if len(blocks) == 1 and columns[0][0] == 0 else None
+    narrow = len(blocks) == 1 and columns[0][0] == 0 and blocks[0].element_size() == 2
+    whole = columns[0][1] if narrow else None  # wider elements are copied one by one, if need be
     return Border(tuple(blocks), *map(tuple, strides), *_extents(ranks, columns, scales), whole)
 
 
