@@ -66,6 +66,7 @@ class Packed(NamedTuple):
 
     a: Tensor  # [sum R, K or more], zeros behind K
     b: Tensor  # [sum R, N or more], transposed; zeros where a column is not of the rank's group
+    k: int
     scales: Sequence[float]  # G
     spans: Sequence[Span]  # G
 
@@ -79,7 +80,7 @@ def of_a(adapters: Adapters | Packed, blocks: Sequence[Tensor] | None = None) ->
     """The a, or tensors shaped like them, over all K columns of x, unscaled."""
     ones = [1.0] * len(adapters.spans)
     if isinstance(adapters, Packed):
-        return _of_one(adapters.a, adapters, [(0, adapters.a.shape[1])] * len(ones), ones)
+        return _of_one(adapters.a, adapters, [(0, adapters.k)] * len(ones), ones)
     blocks = adapters.a if blocks is None else blocks
     return _border(blocks, [(0, block.shape[1]) for block in blocks], ones)
 
@@ -162,7 +163,7 @@ def packed(adapters: Adapters | Packed, dtype: torch.dtype) -> Adapters | Packed
         grid = (blocks, triton.cdiv(rank, PACK.block_m))
         args = (border_a, border_b, a, rows[0], b, rows[1])
         launch(_pack, grid, like.device, args, PACK.arguments(), [a, b])
-    return Packed(a, b, adapters.scales, adapters.spans)
+    return Packed(a, b, like.shape[1], adapters.scales, adapters.spans)
 
 
 def _lies_so(adapters: Adapters, dtype: torch.dtype) -> bool:

@@ -74,7 +74,7 @@ def borders(x: Tensor, *ranks: int) -> list[Any]:
     if x.dtype is torch.float32:
         return [own]
     matrices = x.new_zeros(own.rank, K), x.new_zeros(own.rank, N)
-    both = Packed(*matrices, own.scales, own.spans)
+    both = Packed(*matrices, K, own.scales, own.spans)
     return [both, own.to(x.dtype)] if len(ranks) == 1 else [both]
 
 
