@@ -13,8 +13,7 @@ from fused_lora.plan.step import Step
 from fused_lora.types import Forward, Gradient, Keep, Plan
 
 EFFICIENCY = 0.8  # of Triton's GEMM beside the library's; unmeasured
-ONE_PASS_SHARE = 0.75  # of that: each K step waits for its products, as the border is converted
-GELU_SHARE = 0.9  # of that: its epilogue is exposed, about 22 instructions an element
+GELU_SHARE = 0.93  # of that: its epilogue is exposed, about 15 instructions an element
 LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
 MERGE_EFFICIENCY = 1 / 16  # of fp32 products beside 16-bit ones; unmeasured
 RANK_BLOCK = 64  # ranks whose thin product reads x once
@@ -24,12 +23,16 @@ PARTIAL_SUMS = 16  # slices of rows whose fp32 sums a gradient writes and reads;
 
 def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the forward pass."""
+    if plan.forward is not Forward.MERGE:
+        yield from _pack(p)
     yield from _product(p, plan.forward, "", p.k, p.n, False, p.activated)
 
 
 def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the backward pass, none where nothing is asked for."""
     rank_gradient = plan.gradient is Gradient.RANK and plan.grads_by is None
+    if rank_gradient or (p.needs.x and plan.dx is not Forward.MERGE):
+        yield from _pack(p)
     if p.needs.x:
         yield from _product(p, plan.dx, "dx ", p.n, p.k, plan.keep is Keep.MERGED, p.sloped)
     if rank_gradient and p.needs.b:
@@ -67,13 +70,19 @@ def _product(
     else:
         shrunk, expanded = p.rank * depth * -(-columns // TILE_COLUMNS), ranks * columns
         flops, hidden = 2 * p.m * (shrunk + expanded), p.m * p.rank
-        yield _launch(f"{name}one_pass", p.m, columns, depth, flops, hidden, ONE_PASS_SHARE)
+        yield _launch(f"{name}one_pass", p.m, columns, depth, flops, hidden)
 
 
 def _launch(
     name: str, m: int, n: int, k: int, flops: int = 0, elements: int = 0, share: float = 1.0
 ) -> Step:
     return Step(name, m, n, k, False, flops, elements, share * EFFICIENCY, LAUNCH_CALLS)
+
+
+def _pack(p: Problem) -> Iterator[Step]:
+    """a and b as products read them, both in one launch, where they do not lie so."""
+    if p.casts() or (p.low_precision and len(p.spans) > 1):
+        yield Step("pack", p.rank, p.k + p.n, calls=LAUNCH_CALLS)
 
 
 def _thin(p: Problem, name: str, depth: int) -> Step:

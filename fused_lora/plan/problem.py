@@ -49,7 +49,8 @@ class Problem:
 
     def casts(self, dtype: str = "") -> bool:
         """Whether a and b are of another dtype than ``dtype``, or than the products."""
-        return (self.halves.dtype or self.dtype) != (dtype or self.dtype)
+        one, other = self.halves.dtype or self.dtype, dtype or self.dtype
+        return one.replace("tf32", "float32") != other.replace("tf32", "float32")
 
     def scaled(self, g: int) -> bool:
         """Whether adapter g's s is not 1."""

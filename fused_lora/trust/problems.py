@@ -21,7 +21,7 @@ class Shape:
     n: int
     spans: tuple[Span, ...]
     bias: bool
-    wide: bool  # fp32 adapters, cast on load; else in the compute dtype
+    wide: bool  # fp32 adapters, packed beforehand; else in the compute dtype
     inside: int  # columns of the tensor that x and dy lie in beyond their own
     frozen: bool = True  # a w, which gradients of adapters do without
 

@@ -19,7 +19,7 @@ from fused_lora.plan.strategies import (
     why_not_backend,
     why_not_strategy,
 )
-from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan, Span
+from fused_lora.types import Backend, Forward, Gradient, Halves, Keep, Needs, Plan, Span
 
 H200 = {  # rates as they may be measured, not the table's
     "bfloat16": Ceilings("an H200", "bfloat16", 790_000, 32.0, 4_300, 4.0, True),
@@ -43,7 +43,7 @@ def chosen(question, backends=BOTH, keep=None):
 @pytest.mark.parametrize(
     ("rank", "dtype", "expected"),
     [
-        (16, "bfloat16", "triton:extended/extended/rank/hidden"),
+        (16, "bfloat16", "triton:one_pass/one_pass/rank/hidden"),
         (64, "bfloat16", "triton:extended/extended/rank/hidden"),
         (256, "bfloat16", "separate/separate/rank/hidden"),
         (512, "bfloat16", "triton:merge/merge/full/merged"),
@@ -120,7 +120,7 @@ def test_extended_saves_the_passes_that_separate_makes():
     ]
     names = [[step.name for step in steps(question, plan)] for plan in both]
     assert names[1] == [
-        *("shrink", "extended", "dx shrink", "dx extended"),
+        *("pack", "shrink", "extended", "pack", "dx shrink", "dx extended"),
         *("db", "db sums", "da", "da sums"),
     ]
     moved = [sum(step.elements() for step in steps(question, plan)) for plan in both]
@@ -143,6 +143,24 @@ def test_one_pass_reads_x_once_and_shrinks_it_again_for_every_tile():
     base = Step("base", 25216, 768, 768)
     assert step.flops == base.flops + 2 * 25216 * 16 * (768 * 6 + 768)
     assert step.elements() == base.elements() + 25216 * 16
+
+
+@pytest.mark.parametrize(
+    "groups, dtype, held, packs",
+    [
+        *((1, "bfloat16", "float32", 2), (1, "bfloat16", "bfloat16", 0)),
+        *((3, "bfloat16", "bfloat16", 2), (3, "float32", "float32", 0), (3, "tf32", "float32", 0)),
+    ],
+)
+def test_adapters_are_packed_once_a_pass_where_products_cannot_read_them(
+    groups, dtype, held, packs
+):
+    question = problem(groups=groups, n=2304, dtype=dtype, halves=Halves(held))
+    for plan in candidates(question, TRITON):
+        names = [step.name for step in steps(question, plan)]
+        passes = [plan.forward is not Forward.MERGE]
+        passes += [plan.gradient is Gradient.RANK or plan.dx is not Forward.MERGE]
+        assert names.count("pack") == (sum(passes) if packs else 0)
 
 
 def test_a_kept_merge_is_not_made_again():

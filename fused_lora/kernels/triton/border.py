@@ -4,9 +4,13 @@
     ranks of 0  [     block 0      |    0    ]     of a: every block spans all K columns of x
     ranks of 1  [        0         | block 1 ]     of b, transposed: block g lies in g's span of y
 
-Nothing is stacked in memory: a block stays where it is, in its own dtype and strides. Every kernel
-of this room is a product with this matrix: shrink x aT and dy (s b), expand h (s b)T and dh a,
-merge (s b) a, and the gradients are border-shaped outputs.
+Every kernel of this room is a product with this matrix: shrink x aT and dy (s b), expand h (s b)T
+and dh a, merge (s b) a, and the gradients are border-shaped outputs.
+
+A block may stay where it is, in its own dtype and strides. Products read the border in steps beside
+x and w, in their dtype and by wide copies: where it does not lie so, by dtype or because its blocks
+are several or have odd rows, a and b are packed before, each as one matrix with rows of whole 16
+elements and without scales, both in one launch (``packed``).
 """
 
 from __future__ import annotations
@@ -15,22 +19,30 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton.tiles import power_of_two
+from fused_lora.kernels.triton.launch import launch
+from fused_lora.kernels.triton.primitives import load_border
+from fused_lora.kernels.triton.tiles import PACK, power_of_two
+from fused_lora.programs.record import begins_at
+from fused_lora.types import Span
 
 
 class Border(NamedTuple):
-    """One entry per group in every field; Triton takes it apart as a kernel argument."""
+    """One entry per group in most fields; Triton takes it apart as a kernel argument."""
 
-    blocks: tuple[Tensor, ...]  # G of [R_g, C_g], one dtype
+    blocks: tuple[Tensor, ...]  # G of [R_g, C_g], one dtype; or all of it, [sum R, columns]
     rank_strides: tuple[int, ...]
     column_strides: tuple[int, ...]
     firsts: tuple[int, ...]  # G + 1: stacked rank where each begins; the last is sum R
     starts: tuple[int, ...]  # first column of each
     stops: tuple[int, ...]  # one past the last
     scales: tuple[float, ...]  # s_g, or 1 where the product carries none
+    columns: int | None = None  # where the first block is all of it; else None
 
     @property
     def rank(self) -> int:
@@ -40,7 +52,7 @@ class Border(NamedTuple):
     @property
     def word(self) -> str:
         """What is said behind the name of a product with it, where several have odd ranks."""
-        odd = len(self.blocks) > 1 and any(first % 16 for first in self.firsts)
+        odd = len(self.scales) > 1 and any(first % 16 for first in self.firsts)
         return " ragged" if odd else ""
 
     def rank_block(self, most: int) -> int:
@@ -49,17 +61,36 @@ class Border(NamedTuple):
         return 16 if ragged else power_of_two(self.rank, 16, most)
 
 
-def of_a(adapters: Adapters, blocks: Sequence[Tensor] | None = None) -> Border:
+class Packed(NamedTuple):
+    """Adapters in the compute dtype, each half one matrix with rows of whole 16 elements."""
+
+    a: Tensor  # [sum R, K or more], zeros behind K
+    b: Tensor  # [sum R, N or more], transposed; zeros where a column is not of the rank's group
+    k: int
+    scales: Sequence[float]  # G
+    spans: Sequence[Span]  # G
+
+    @property
+    def rank(self) -> int:
+        """sum R."""
+        return sum(span.rank for span in self.spans)
+
+
+def of_a(adapters: Adapters | Packed, blocks: Sequence[Tensor] | None = None) -> Border:
     """The a, or tensors shaped like them, over all K columns of x, unscaled."""
+    ones = [1.0] * len(adapters.spans)
+    if isinstance(adapters, Packed):
+        return _of_one(adapters.a, adapters, [(0, adapters.k)] * len(ones), ones)
     blocks = adapters.a if blocks is None else blocks
-    columns = [(0, block.shape[1]) for block in blocks]
-    return _border(blocks, columns, [1.0] * len(blocks))
+    return _border(blocks, [(0, block.shape[1]) for block in blocks], ones)
 
 
-def of_b(adapters: Adapters, blocks: Sequence[Tensor] | None = None) -> Border:
+def of_b(adapters: Adapters | Packed, blocks: Sequence[Tensor] | None = None) -> Border:
     """The b, or tensors shaped like them, transposed, each over its span of y."""
-    blocks = adapters.b if blocks is None else blocks
     columns = [(span.start, span.stop) for span in adapters.spans]
+    if isinstance(adapters, Packed):
+        return _of_one(adapters.b, adapters, columns, adapters.scales)
+    blocks = adapters.b if blocks is None else blocks
     return _border([block.t() for block in blocks], columns, adapters.scales)
 
 
@@ -69,13 +100,83 @@ def _border(
     for block, (start, stop) in zip(blocks, columns, strict=True):
         assert block.shape[1] == stop - start, (tuple(block.shape), start, stop)
         assert block.dtype is blocks[0].dtype, (block.dtype, blocks[0].dtype)
+    strides = zip(*(block.stride() for block in blocks), strict=True)
+    ranks = [block.shape[0] for block in blocks]
+    narrow = len(blocks) == 1 and columns[0][0] == 0 and blocks[0].element_size() == 2
+    whole = columns[0][1] if narrow else None  # wider elements are copied one by one, if need be
+    return Border(tuple(blocks), *map(tuple, strides), *_extents(ranks, columns, scales), whole)
+
+
+def _of_one(
+    matrix: Tensor, both: Packed, columns: Sequence[tuple[int, int]], scales: Sequence[float]
+) -> Border:
+    ranks = [span.rank for span in both.spans]
+    extents = _extents(ranks, columns, scales)
+    return Border((matrix,), (matrix.stride(0),), (1,), *extents, matrix.shape[1])
+
+
+def _extents(
+    ranks: Sequence[int], columns: Sequence[tuple[int, int]], scales: Sequence[float]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
     starts, stops = zip(*columns, strict=True)
-    return Border(
-        tuple(blocks),
-        tuple(block.stride(0) for block in blocks),
-        tuple(block.stride(1) for block in blocks),
-        tuple(accumulate((block.shape[0] for block in blocks), initial=0)),
-        starts,
-        stops,
-        tuple(float(scale) for scale in scales),
+    return tuple(accumulate(ranks, initial=0)), starts, stops, tuple(map(float, scales))
+
+
+@triton.jit
+def _pack_block(border, out, out_row, block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Block ``block`` of columns of the border; what no group owns is zero."""
+    r = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = load_border(border, r[:, None], c[None, :], out.dtype.element_ty)
+    inside = (r < border.firsts[len(border.scales)])[:, None] & (c < out_row)[None, :]
+    tl.store(out + r[:, None] * out_row + c[None, :], tile, mask=inside)
+
+
+@triton.jit
+def _pack(
+    a,  # [R, K]
+    b,  # [R, N]
+    a_out,  # [R, a_row]
+    a_row,
+    b_out,  # [R, b_row]
+    b_row,
+    BLOCK_M: tl.constexpr,  # ranks
+    BLOCK_N: tl.constexpr,
+):
+    block, blocks_a = tl.program_id(0), tl.cdiv(a_row, BLOCK_N)
+    if block < blocks_a:
+        _pack_block(a, a_out, a_row, block, BLOCK_M, BLOCK_N)
+    else:
+        _pack_block(b, b_out, b_row, block - blocks_a, BLOCK_M, BLOCK_N)
+
+
+def packed(adapters: Adapters | Packed, dtype: torch.dtype) -> Adapters | Packed:
+    """``adapters`` as products of ``dtype`` read them: as they are, or packed in one launch."""
+    if isinstance(adapters, Packed) or _lies_so(adapters, dtype):
+        return adapters
+    border_a, border_b = of_a(adapters), of_b(adapters)
+    rank, like = adapters.rank, adapters.a[0]
+    rows = [(max(border.stops) + 15) // 16 * 16 for border in (border_a, border_b)]
+    a, b = (like.new_empty((rank, row), dtype=dtype) for row in rows)
+    if rank:
+        blocks = sum(triton.cdiv(row, PACK.block_n) for row in rows)
+        grid = (blocks, triton.cdiv(rank, PACK.block_m))
+        args = (border_a, border_b, a, rows[0], b, rows[1])
+        launch(_pack, grid, like.device, args, PACK.arguments(), [a, b])
+    return Packed(a, b, like.shape[1], adapters.scales, adapters.spans)
+
+
+def _lies_so(adapters: Adapters, dtype: torch.dtype) -> bool:
+    """Whether steps of it can be copied as they are: elements of 4 bytes always, of 2 in eights."""
+    if any(t.dtype is not dtype for t in (*adapters.a, *adapters.b)):
+        return False
+    if dtype.itemsize >= 4:
+        return True
+    return (
+        len(adapters.a) == 1
+        and adapters.spans[0].start == 0
+        and all(
+            min(t.stride()) == 1 and max(t.stride()) % 8 == 0 and begins_at(t) % 16 == 0
+            for t in (*adapters.a, *adapters.b)
+        )
     )

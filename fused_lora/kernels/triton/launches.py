@@ -18,6 +18,8 @@ merge_many        any                    every matrix of a table
 quantise          M     K                codes and scales of x
 layer_norm        M     D                forward, rebuilding and dx
 gelu              M     N                both kinds, and their slopes
+
+The packing of a and b (border.py) has one tile, and is checked with each product that needs it.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ The extension comes first, so that its scale is one fp32 product per column and 
 rounded; the K loop continues in the same accumulator. y is rounded once, and where an activation
 follows so is the pre-activation u, stored beside it if asked for. Where x is act(u) of the layer
 before, dx goes on to du = act'(u) dx in its epilogue: dx itself is never written. The border is
-cast to x's dtype on load, and each step of ranks waits for it and for its product; along K the
-copies of later steps fly, and on sm_90 one product runs on.
+in x's dtype, packed before where it was not; along K the copies of later steps fly, and on sm_90
+one product runs on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import lora_extended_bulk, spills
-from fused_lora.kernels.triton.border import Border, of_a, of_b
+from fused_lora.kernels.triton.border import Border, Packed, of_a, of_b, packed
 from fused_lora.kernels.triton.dropout import Dropout
 from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, launch
@@ -100,7 +100,7 @@ def forward(
     x: Tensor,  # [M, K], rows contiguous
     w: Tensor,  # [N, K], x's dtype, any strides
     bias: Tensor | None,  # [N], contiguous
-    adapters: Adapters,
+    adapters: Adapters | Packed,
     activation: str = "none",  # or gelu: erf, tanh
     h: Tensor | None = None,  # [M, sum R] where the shrink is done already
     tile: Tile | None = None,
@@ -112,6 +112,7 @@ def forward(
     stores_u: bool = True,  # where there is an activation
 ) -> Output:
     """y = residual + factor act(x wT + bias + s h bT), and what a backward pass may keep."""
+    adapters = packed(adapters, x.dtype)
     h = shrink(x, adapters, dropout=dropout) if h is None else h
     y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
     u = x.new_empty(x.shape[0], w.shape[0]) if stores_u and activation != "none" else None
@@ -123,7 +124,7 @@ def forward(
 def input_grad(
     dy: Tensor,  # [M, N], rows contiguous
     w: Tensor,  # [N, K], dy's dtype, any strides
-    adapters: Adapters,
+    adapters: Adapters | Packed,
     dh: Tensor | None = None,  # [M, sum R] where it is formed already
     tile: Tile | None = None,
     *,
@@ -135,6 +136,7 @@ def input_grad(
 ) -> tuple[Tensor, Tensor]:
     """dx = dy w + D (dh a) [M, K], and dh; with an activation du = act'(u) dx in its place."""
     assert (u is None) == (activation == "none"), activation
+    adapters = packed(adapters, dy.dtype)
     dh = shrink_grad(dy, adapters) if dh is None else dh
     dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out
     ending = epilogue(residual=residual, u=u)

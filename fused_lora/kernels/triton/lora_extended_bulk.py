@@ -1,9 +1,12 @@
 """EXTENDED for chips with a bulk copy engine: the equations of lora_extended.py, persistent.
 
 One program per multiprocessor walks the tiles of y in an order that keeps both operands in L2, and
-x and w arrive by tensor descriptors made on the host. The compiler leaves the loops over ranks and
-K inside the one over tiles, though asked to flatten them: within a tile the copies of later steps
-and one step's products run on, but a tile begins only once the one before is stored.
+x and w arrive by tensor descriptors made on the host: a step takes half the instructions that it
+takes by pointers. The loops over ranks and over K stay within the one over tiles, for no compiler
+flattens two into it: within a tile the copies of later steps and one step's products run on, but a
+tile begins only once the one before is stored. So it ships in two tiles that leave room for one
+block a multiprocessor by pointers too; where two fit, one's ending hides behind the other's
+products, and pointers serve (tiles.py).
 
 A tile may be 128 + 64 columns wide, as two accumulators that share x: 192 divides 384, 768, 1152
 and 2304, and with 128 rows fills 132 multiprocessors where 128 x 128 and 128 x 256 leave many idle.
@@ -59,7 +62,7 @@ def _extended_bulk(
 ):
     WIDTH: tl.constexpr = BLOCK_N + REST_N
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, WIDTH)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         m0, n0 = tile_m * BLOCK_M, tile_n * WIDTH
         m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)

@@ -19,6 +19,7 @@ from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.interface import Adapters, Grads, Slope
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.available import DTYPES
+from fused_lora.kernels.triton.border import Packed, packed
 from fused_lora.kernels.triton.launches import tile_of
 from fused_lora.kernels.triton.lora_extended_bulk import describable
 from fused_lora.kernels.triton.lora_merge import lora_merge
@@ -39,7 +40,7 @@ def forward(
     if plan.forward is Forward.MERGE:
         new = merged(w, adapters)
         return F.linear(x, new, bias), new if plan.keep is Keep.MERGED else None
-    adapters = uniform(adapters)
+    adapters = packed(uniform(adapters), x.dtype)
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if plan.forward is Forward.ONE_PASS:
         tile = _product_tile("one_pass", x, w.shape[0], adapters)
@@ -65,7 +66,9 @@ def backward(
 ) -> Grads:
     """The gradients named by ``needs``."""
     dy, x, own = rows(dy), None if x is None else rows(x), uniform(adapters)
-    dx, dh = input_grad(dy, kept, w, own, plan, slope) if needs.x else (None, None)
+    thin = plan.gradient is Gradient.RANK or (needs.x and plan.dx is not Forward.MERGE)
+    low = packed(own, dy.dtype) if thin else own
+    dx, dh = input_grad(dy, kept, w, own, plan, slope, low) if needs.x else (None, None)
     dw = None
     if needs.w:
         assert x is not None
@@ -74,8 +77,8 @@ def backward(
         a, b = full_grads(dy, x, dw, adapters, adapters.to(dy.dtype), needs)
     else:
         h = kept if plan.keep is Keep.HIDDEN else None
-        a = _a_grads(dy, dh, x, own, adapters) if needs.a else _none(adapters)
-        b = _b_grads(dy, h, x, own, adapters) if needs.b else _none(adapters)
+        a = _a_grads(dy, dh, x, own, low, adapters) if needs.a else _none(adapters)
+        b = _b_grads(dy, h, x, own, low, adapters) if needs.b else _none(adapters)
     return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b)
 
 
@@ -86,6 +89,7 @@ def input_grad(
     adapters: Adapters,
     plan: Plan,
     slope: Slope | None = None,  # of EXTENDED
+    low: Adapters | Packed | None = None,  # the adapters in dy's dtype, where they are there
 ) -> tuple[Tensor, Tensor | None]:
     """dx = dy w + dh a [M, K], or du in its place, and dh where it was formed on the way."""
     if plan.keep is Keep.MERGED:
@@ -94,15 +98,15 @@ def input_grad(
     assert w is not None
     if plan.dx is Forward.MERGE:
         return dy @ merged(w, adapters), None
-    dy, adapters = rows(dy), uniform(adapters)
+    dy, low = rows(dy), low or packed(uniform(adapters), dy.dtype)
     kernel = "extended_gelu" if slope else plan.dx.value
     tile = _product_tile(kernel, dy, w.shape[1], adapters)
     if plan.dx is Forward.ONE_PASS:
-        return lora_one_pass.input_grad(dy, w, adapters, tile=tile)
+        return lora_one_pass.input_grad(dy, w, low, tile=tile)
     dy, w = (readable(t, tile) for t in (dy, w))
-    dh = shrink_grad(dy, adapters)
+    dh = shrink_grad(dy, low)
     how = slope._asdict() if slope else {}
-    return lora_extended.input_grad(dy, w, adapters, dh=dh, tile=tile, **how)
+    return lora_extended.input_grad(dy, w, low, dh=dh, tile=tile, **how)
 
 
 def rows(t: Tensor) -> Tensor:
@@ -126,19 +130,19 @@ def uniform(adapters: Adapters) -> Adapters:
     return adapters
 
 
-def shrink(x: Tensor, adapters: Adapters, out: Tensor | None = None) -> Tensor:
+def shrink(x: Tensor, adapters: Adapters | Packed, out: Tensor | None = None) -> Tensor:
     """h = x aT, [M, sum R]."""
     tile = _tile("shrink", x, adapters.rank, x.shape[1])
     return lora_shrink.shrink(x, adapters, out, tile=tile)
 
 
-def shrink_grad(dy: Tensor, adapters: Adapters) -> Tensor:
+def shrink_grad(dy: Tensor, adapters: Adapters | Packed) -> Tensor:
     """dh = s dy b, [M, sum R]."""
     tile = _tile("shrink", dy, adapters.rank, dy.shape[1])
     return lora_shrink.shrink_grad(dy, adapters, tile=tile)
 
 
-def _product_tile(kernel: str, x: Tensor, columns: int, adapters: Adapters):
+def _product_tile(kernel: str, x: Tensor, columns: int, adapters: Adapters | Packed):
     rows, depth = x.shape
     return tile_of(kernel, rows, columns, depth, x.dtype, x.device, ragged(adapters.spans))
 
@@ -155,23 +159,33 @@ def merged(w: Tensor, adapters: Adapters, noise: tuple[int, int] | None = None) 
 
 
 def _a_grads(
-    dy: Tensor, dh: Tensor | None, x: Tensor | None, own: Adapters, asked: Adapters
+    dy: Tensor,
+    dh: Tensor | None,
+    x: Tensor | None,
+    own: Adapters,
+    low: Adapters | Packed,
+    asked: Adapters,
 ) -> list[Tensor | None]:
     """da = dhT x, each in its own dtype."""
     assert x is not None
-    dh = shrink_grad(dy, own) if dh is None else dh
+    dh = shrink_grad(dy, low) if dh is None else dh
     tile = tile_of("grad", own.rank, x.shape[1], x.shape[0], x.dtype, x.device)
     grads = lora_grad.a_grads(dh, x, own, tile=tile)
     return [grad.to(a.dtype) for grad, a in zip(grads, asked.a, strict=True)]
 
 
 def _b_grads(
-    dy: Tensor, h: Tensor | None, x: Tensor | None, own: Adapters, asked: Adapters
+    dy: Tensor,
+    h: Tensor | None,
+    x: Tensor | None,
+    own: Adapters,
+    low: Adapters | Packed,
+    asked: Adapters,
 ) -> list[Tensor | None]:
     """db = s dyT h, each in its own dtype."""
     if h is None:
         assert x is not None
-        h = shrink(x, own)
+        h = shrink(x, low)
     tile = tile_of("grad", own.rank, dy.shape[1], dy.shape[0], dy.dtype, dy.device)
     grads = lora_grad.b_grads(h, dy, own, tile=tile)
     return [grad.to(b.dtype) for grad, b in zip(grads, asked.b, strict=True)]

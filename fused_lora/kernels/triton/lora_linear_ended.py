@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters, Ending
 from fused_lora.kernels.triton import lora_extended
+from fused_lora.kernels.triton.border import packed
 from fused_lora.kernels.triton.launches import tile_of
 from fused_lora.kernels.triton.lora_linear import readable, rows, shrink, uniform
 from fused_lora.types import Keep, Plan, ragged
@@ -22,20 +23,21 @@ def forward(
     out: Tensor | None = None,  # [M, N] for y, rows contiguous
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the ending stores it."""
-    adapters, (active, factor, residual, stores_u) = uniform(adapters), ending
+    active, factor, residual, stores_u = ending
+    low = packed(uniform(adapters), x.dtype)
     x, bias = rows(x), None if bias is None else bias.contiguous()
     n, k = w.shape
     kernel, uneven = ending.kernel(x.dtype), ragged(adapters.spans)
     tile = tile_of(kernel, x.shape[0], n, k, x.dtype, x.device, uneven)
     x, w = (readable(t, tile) for t in (x, w))
-    h = shrink(x, adapters)
+    h = shrink(x, low)
     dtype = x.dtype
     for t in (factor, residual):
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
     if out is None:
         out = x.new_empty((x.shape[0], n), dtype=dtype)
     y, _, u = lora_extended.forward(
-        *(x, w, bias, adapters, active, h, tile),
+        *(x, w, bias, low, active, h, tile),
         factor=factor,
         residual=residual,
         out=out,

@@ -10,10 +10,11 @@
                 x [M, K]   w [N, K]   shrink [sum R, K]   expand [sum R, N]   y [M, N]
 
 x is read by nobody else, and nothing of size M lies between the two thin products. The price: every
-column tile forms h again, so this is for few columns and sum R <= 64; and shrink is cast in each
-step, so that on sm_90 each step waits for its products. The scale joins t in fp32
-before its one rounding, so t is the operand that h itself would be; y is rounded once. The programs
-of the first column tile write h, which backward reads.
+column tile forms h again, so this is for few columns and sum R <= 64. Both borders are in the dtype
+of x, packed before where they were not, so that shrink is copied as w is and on sm_90 the products
+of a step run on behind it. The scale joins t in fp32 before its one rounding, so t is the operand
+that h itself would be; y is rounded once. The programs of the first column tile write h, which
+backward reads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
-from fused_lora.kernels.triton.border import Border, of_a, of_b
+from fused_lora.kernels.triton.border import Border, Packed, of_a, of_b, packed
 from fused_lora.kernels.triton.epilogue import epilogue, finish
 from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.lora_extended import Output
@@ -97,10 +98,11 @@ def forward(
     x: Tensor,  # [M, K], rows contiguous
     w: Tensor,  # [N, K], x's dtype, any strides
     bias: Tensor | None,  # [N], contiguous
-    adapters: Adapters,  # sum R <= 64
+    adapters: Adapters | Packed,  # sum R <= 64
     tile: Tile | None = None,
 ) -> Output:
     """y = x wT + bias + s h bT, and h."""
+    adapters = packed(adapters, x.dtype)
     y, h = _launch(x, w, bias, of_a(adapters), of_b(adapters), tile)
     return Output(y, h, None)
 
@@ -108,10 +110,11 @@ def forward(
 def input_grad(
     dy: Tensor,  # [M, N], rows contiguous
     w: Tensor,  # [N, K], dy's dtype, any strides
-    adapters: Adapters,  # sum R <= 64
+    adapters: Adapters | Packed,  # sum R <= 64
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx = dy w + dh a [M, K], and dh [M, sum R]."""
+    adapters = packed(adapters, dy.dtype)
     return _launch(dy, w.t(), None, of_b(adapters), of_a(adapters), tile)
 
 

@@ -2,9 +2,9 @@
 
     out[m, r] = s_r sum_c D x[m, c] border[r, c]     x [M, C]   border [sum R, C]   out [M, sum R]
 
-All groups in one launch, x read once while sum R <= 64. The border is cast to x's dtype on load,
-sums and the scale are fp32, and each output is rounded once. D is dropout, see dropout.py; without
-it D x is x.
+All groups in one launch, x read once while sum R <= 64. The border is in x's dtype, packed before
+where it was not; sums and the scale are fp32, and each output is rounded once. D is dropout, see
+dropout.py; without it D x is x.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
-from fused_lora.kernels.triton.border import Border, of_a, of_b
+from fused_lora.kernels.triton.border import Border, Packed, of_a, of_b, packed
 from fused_lora.kernels.triton.dropout import Dropout, kept
 from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.primitives import column_range, load_border, rank_scales
@@ -63,24 +63,24 @@ def _shrink(
 
 def shrink(
     x: Tensor,  # [M, K], rows contiguous
-    adapters: Adapters,
+    adapters: Adapters | Packed,
     out: Tensor | None = None,  # [M, sum R], rows contiguous: the right end of [x | h]
     tile: ThinTile | None = None,
     *,
     dropout: Dropout | None = None,  # on x
 ) -> Tensor:
     """h = (D x) aT, [M, sum R], in x's dtype."""
-    return _launch(x, of_a(adapters), out, dropout, tile)
+    return _launch(x, of_a(packed(adapters, x.dtype)), out, dropout, tile)
 
 
 def shrink_grad(
     dy: Tensor,  # [M, N], rows contiguous
-    adapters: Adapters,
+    adapters: Adapters | Packed,
     out: Tensor | None = None,  # [M, sum R], rows contiguous: the right end of [dy | dh]
     tile: ThinTile | None = None,
 ) -> Tensor:
     """dh = s dy b, [M, sum R], in dy's dtype."""
-    return _launch(dy, of_b(adapters), out, None, tile)
+    return _launch(dy, of_b(packed(adapters, dy.dtype)), out, None, tile)
 
 
 def _launch(

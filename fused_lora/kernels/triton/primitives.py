@@ -37,6 +37,10 @@ def load_border(border, r, c, dtype: tl.constexpr):
     One load for all groups: each would otherwise keep its own stages in shared memory. A rank
     belongs to one group, so that groups are told apart by rank alone, before anything is 2-D.
     """
+    if border.columns is not None:
+        at = border.blocks[0] + r * border.rank_strides[0] + c * border.column_strides[0]
+        inside = (r < border.firsts[len(border.scales)]) & (c < border.columns)
+        return tl.load(at, mask=inside, other=0.0).to(dtype)
     at, step = _rank_address(border, 0, r), border.column_strides[0]
     start, stop = border.starts[0], tl.where(r < border.firsts[1], border.stops[0], 0)
     for g in tl.static_range(1, len(border.blocks)):
@@ -62,9 +66,9 @@ def store_border(border, r, c, tile, ADD: tl.constexpr):
 @triton.jit
 def rank_range(border, first, last):
     """Ranks [low, high) of the groups that own any of columns [first, last), low mod 16 = 0."""
-    low = border.firsts[len(border.blocks)] + 0
+    low = border.firsts[len(border.scales)] + 0
     high = 0
-    for g in tl.static_range(len(border.blocks)):
+    for g in tl.static_range(len(border.scales)):
         touches = (border.starts[g] < last) & (border.stops[g] > first)
         low = tl.where(touches, tl.minimum(low, border.firsts[g]), low)
         high = tl.where(touches, tl.maximum(high, border.firsts[g + 1]), high)
@@ -76,7 +80,7 @@ def column_range(border, first, last):
     """Columns [low, high) of the groups that own any of ranks [first, last), low mod 16 = 0."""
     low = border.starts[0] + 0
     high = 0
-    for g in tl.static_range(len(border.blocks)):
+    for g in tl.static_range(len(border.scales)):
         touches = (border.firsts[g] < last) & (border.firsts[g + 1] > first)
         empty = high == 0
         start = tl.where(empty, border.starts[g], tl.minimum(low, border.starts[g]))
@@ -89,7 +93,7 @@ def column_range(border, first, last):
 def rank_scales(border, r):
     """s of the group of each rank."""
     scales = tl.zeros_like(r).to(tl.float32)
-    for g in tl.static_range(len(border.blocks)):
+    for g in tl.static_range(len(border.scales)):
         inside = (r >= border.firsts[g]) & (r < border.firsts[g + 1])
         scales = tl.where(inside, border.scales[g], scales)
     return scales
@@ -99,7 +103,7 @@ def rank_scales(border, r):
 def column_scales(border, c):
     """s of the group of each column; where groups share columns they share s."""
     scales = tl.zeros_like(c).to(tl.float32)
-    for g in tl.static_range(len(border.blocks)):
+    for g in tl.static_range(len(border.scales)):
         inside = (c >= border.starts[g]) & (c < border.stops[g])
         scales = tl.where(inside, border.scales[g], scales)
     return scales

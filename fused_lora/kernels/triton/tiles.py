@@ -151,6 +151,7 @@ def smaller(tile: ThinTile | GradTile | MergeTile) -> ThinTile | GradTile | Merg
 
 
 ELEMENTS = ElementTile()
+PACK = ElementTile(16, 128)  # of a border
 MOST_WIDTH = 16384  # of a row that registers hold
 
 
@@ -172,12 +173,8 @@ def _arguments(
 
 SAFE = Tile(128, 128, 64, 3, 8)  # compiles without spills on every architecture
 
+_DEEP = Tile(128, 128, 64, 4, 8)  # where one block fills a multiprocessor anyhow
 _NARROW = (Tile(128, 64, 64, 3, 8), Tile(64, 64, 64, 3, 4))
-_LARGE = (
-    BulkTile(128, 256, 64, 3, 8),
-    BulkTile(128, 128, 64, 3, 8, rest_n=64),
-    BulkTile(128, 128, 64, 4, 8),
-)
 _SMALL = Tile(32, 32, 32, 3, 4)
 # fp32 operands: in four warps ragged ranks spill 8 bytes on sm_80, and on sm_120 with Triton 3.6
 # (in eight, 32 columns of x deep, 16 with 3.9); dx does on sm_100 without TF32.
@@ -189,8 +186,8 @@ _SINGLE: dict[int, tuple[Tile, ...]] = {
 }
 _HALF: dict[int, tuple[Tile, ...]] = {
     80: (SAFE, *_NARROW),
-    90: (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 8), *_NARROW),
-    100: (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 8), *_NARROW),
+    90: (Tile(128, 256, 64, 3, 8), SAFE, _DEEP, *_NARROW),
+    100: (Tile(128, 256, 64, 3, 8), _DEEP, *_NARROW),
     120: (SAFE, *_NARROW),
 }
 
@@ -200,22 +197,23 @@ def _family(arch: int) -> int:
     return max((known for known in _HALF if known <= arch), default=80)
 
 
-_BULK: dict[int, tuple[BulkTile, ...]] = {
-    80: (),
-    90: _LARGE,
-    100: _LARGE,
-    120: (BulkTile(128, 128, 64, 3, 8),),
-}
-# After the pointers' tile of this size where there is one, which is chosen while neither is timed.
-_SINGLE_BULK = {90: (BulkTile(64, 64, 32, 4, 8),), 100: (BulkTile(64, 64, 32, 4, 8),)}
+# The persistent form where the kernel report has it before pointers: half the instructions a step
+# at 128 x 256, and at 192 columns, which pointers do not have. At 128 x 128 two blocks of pointers
+# share a multiprocessor on sm_90, and on sm_120 as many as of the persistent form.
+_LARGE = (BulkTile(128, 256, 64, 3, 8), BulkTile(128, 128, 64, 3, 8, rest_n=64))
+_BULK: dict[int, tuple[BulkTile, ...]] = {80: (), 90: _LARGE, 100: _LARGE, 120: ()}
+_SINGLE_BULK = {100: (BulkTile(64, 64, 32, 4, 8),)}  # where pointers have 32 x 32 alone
 # GELU or its slope is seen to spill here in spite of the rule, 8 to 136 bytes.
 _SPILLS: dict[int, tuple[Tile, ...]] = {
     90: (_LARGE[1], *_SINGLE[90][:1]),
-    100: (_NARROW[0], *_LARGE[1:]),
-    120: (SAFE, *_BULK[120]),
+    100: (_NARROW[0], _LARGE[1]),
+    120: (SAFE,),
 }
 # Several adapters of ranks that 16 does not divide are seen to spill here, 8 and 32 bytes.
 _SPILLS_RAGGED: dict[int, tuple[Tile, ...]] = {90: (_LARGE[0], _HALF[90][0])}
+# At 128 x 128 on sm_90 two blocks share a multiprocessor in three stages, in 128 registers; behind
+# LayerScale and a residual, which take more, one block has it, and a fourth stage costs nothing.
+_NOT_ON_90 = {True: SAFE, False: _DEEP}  # by whether there is more than a bias, without GELU
 
 
 def candidates(
@@ -242,6 +240,7 @@ def candidates(
     else:
         tiles = (*_SINGLE[family], *(_SINGLE_BULK.get(family, ()) if bulk else ()))
     spills = _SPILLS.get(family, ()) if activation else ()
+    spills += (_NOT_ON_90[heavy and not activation],) if family == 90 else ()
     spills += _SPILLS_RAGGED.get(family, ()) if ragged else ()
     fits = (t for t in tiles if t.fits(arch, itemsize, heavy or activation))
     return tuple(t for t in fits if t not in spills)

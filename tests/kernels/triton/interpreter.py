@@ -1,4 +1,4 @@
-"""Triton's interpreter, put right for bf16, tf32 and e4m3.
+"""Triton's interpreter, put right for bf16, tf32 and e4m3, and told what inline assembly means.
 
 As it comes, ``tl.dot`` multiplies the bit patterns of bf16 operands as integers, casts from fp32 to
 bf16 truncate, and tf32 products are exact. Here operands become fp32 first, casts round to nearest
@@ -16,6 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _cast = InterpreterBuilder.cast_impl
 _convert = InterpreterBuilder.create_fp_to_fp
+ASSEMBLY = {"rcp.approx.ftz.f32 $0, $1;": np.reciprocal}
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 
 
@@ -91,8 +92,29 @@ def dot(
     )
 
 
+class Results(list):
+    """Of an operation that may have several."""
+
+    get_result = list.__getitem__
+
+
+def inline_assembly(
+    builder: InterpreterBuilder,
+    text: str,
+    constraints: str,
+    values: list[TensorHandle],
+    types: list[tl.dtype],
+    pure: bool,
+    pack: int,
+) -> Results:
+    """One of ``ASSEMBLY``, of fp32."""
+    data = ASSEMBLY[text](*(value.data for value in values))
+    return Results([TensorHandle(data, tl.float32)])
+
+
 def install() -> None:
     """Put it in force in this process."""
+    InterpreterBuilder.create_inline_asm = inline_assembly
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.create_fp_to_fp = convert

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from fused_lora.kernels.triton import (
     lora_shrink,
     quantise,
 )
+from fused_lora.kernels.triton.border import Packed, packed
 from fused_lora.kernels.triton.dropout import dropout
 from fused_lora.kernels.triton.launch import multiprocessors
 from fused_lora.kernels.triton.launches import Launch as Chosen
@@ -28,6 +29,7 @@ from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
     FP8,
+    PACK,
     MergeTile,
     candidates,
     grad_tile,
@@ -66,10 +68,22 @@ def group(*ranks: int) -> Adapters:
     return Adapters(a, b, (1.0,) * len(ranks), spans)
 
 
+def borders(x: Tensor, *ranks: int) -> list[Any]:
+    """What products of x read of fp32 adapters, and of one that is in x's dtype."""
+    own = group(*ranks)
+    if x.dtype is torch.float32:
+        return [own]
+    matrices = x.new_zeros(own.rank, K), x.new_zeros(own.rank, N)
+    both = Packed(*matrices, K, own.scales, own.spans)
+    return [both, own.to(x.dtype)] if len(ranks) == 1 else [both]
+
+
 def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """Every kernel, x [M, K]; those that form no product once per width of x's elements."""
-    for adapters in (group(16), group(64, 64, 64), group(12, 12, 12)):
-        yield from thin_launches(x, adapters)
+    for ranks in ((16,), (64, 64, 64), (12, 12, 12)):
+        yield from thin_launches(x, *ranks)
+    if x.element_size() == 2:
+        yield from pack_launches(x.dtype)
     yield from merge_launches(x)
     yield from dropout_launches(x, arch)
     yield from gemm_launches(x, arch)
@@ -81,16 +95,23 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         yield from row_launches(x)
 
 
+def pack_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    """Adapters in another dtype, and several in the same, of ranks that 16 divides and not."""
+    three = group(64, 64, 64)
+    for adapters in (group(16), three, group(12, 12, 12), three.to(dtype)):
+        yield Launch("pack", PACK, lambda adapters=adapters: packed(adapters, dtype))
+
+
 def ragged_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """Products with groups of ranks that 16 does not divide, nor their sum, in every tile."""
     w, bias, size = x.new_zeros(N, K), x.new_zeros(N), x.element_size()
-    two, three = group(5, 20), group(12, 12, 12)
-    h = x.new_zeros(M, three.rank)
-    for t in candidates(arch, size, bulk=True, ragged=True):
-        run = lambda t=t: lora_extended.forward(x, w, bias, three, h=h, tile=t)  # noqa: E731
+    two, three = borders(x, 5, 20), borders(x, 12, 12, 12)
+    h = x.new_zeros(M, 36)
+    for t, a in product(candidates(arch, size, bulk=True, ragged=True), three):
+        run = lambda t=t, a=a: lora_extended.forward(x, w, bias, a, h=h, tile=t)  # noqa: E731
         yield Launch("extended" + RAGGED, t, run)
     one_pass = lora_one_pass
-    for t, a in product(one_pass_candidates(arch, size, ragged=True), (two, three)):
+    for t, a in product(one_pass_candidates(arch, size, ragged=True), (*two, *three)):
         yield Launch("one_pass" + RAGGED, t, lambda t=t, a=a: one_pass.forward(x, w, bias, a, t))
         yield Launch("one_pass" + RAGGED, t, lambda t=t, a=a: one_pass.input_grad(x, w, a, t))
 
@@ -107,17 +128,17 @@ def fp8_launches(x: Tensor, arch: int, adapters: Adapters) -> Iterator[Launch]:
         yield Launch("extended_fp8", t, run)
 
 
-def thin_launches(x: Tensor, adapters: Adapters) -> Iterator[Launch]:
+def thin_launches(x: Tensor, *ranks: int) -> Iterator[Launch]:
     """Shrink, of few rows and of many, and the gradients."""
+    adapters, shrink = group(*ranks), lora_shrink
     tall, h = x.new_zeros(128 * multiprocessors(x.device), K), x.new_zeros(M, adapters.rank)
-    ranks, size = adapters.rank, x.element_size()
-    name = "shrink" + RAGGED * (ranks % 16 > 0)  # whose rows of h are not wide
-    for rows in (tall, x):
-        for t in and_smaller(thin_tile(rows.shape[0], ranks, size, x.device)):
-            run = lambda t=t, rows=rows: lora_shrink.shrink(rows, adapters, tile=t)  # noqa: E731
-            yield Launch(name, t, run)
-            yield Launch(name, t, lambda t=t: lora_shrink.shrink_grad(x, adapters, tile=t))
-    for t in and_smaller(grad_tile(ranks, size)):
+    size = x.element_size()
+    name = "shrink" + RAGGED * (adapters.rank % 16 > 0)  # whose rows of h are not wide
+    for rows, a in product((tall, x), borders(x, *ranks)):
+        for t in and_smaller(thin_tile(rows.shape[0], adapters.rank, size, x.device)):
+            yield Launch(name, t, lambda t=t, a=a, rows=rows: shrink.shrink(rows, a, tile=t))
+            yield Launch(name, t, lambda t=t, a=a: shrink.shrink_grad(x, a, tile=t))
+    for t in and_smaller(grad_tile(adapters.rank, size)):
         yield Launch("grad", t, lambda t=t: lora_grad.a_grads(h, x, adapters, tile=t))
         yield Launch("grad", t, lambda t=t: lora_grad.b_grads(h, x, adapters, tile=t))
 
@@ -135,13 +156,14 @@ def merge_launches(x: Tensor) -> Iterator[Launch]:
 
 def dropout_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """Every kernel that draws a mask."""
-    mask, wide, h = dropout(0.1, 1, 2), group(64, 64, 64), x.new_zeros(M, 192)
+    mask, wide, h = dropout(0.1, 1, 2), borders(x, 64, 64, 64)[0], x.new_zeros(M, 192)
     size, w, none = x.element_size(), x.new_zeros(N, K), x.new_zeros(0, K)
     for t in and_smaller(thin_tile(M, 192, size, x.device, dropout=True)):
         run = lambda t=t: lora_shrink.shrink(x, wide, tile=t, dropout=mask)  # noqa: E731
         yield Launch("shrink_dropout", t, run)
     for t in and_smaller(grad_tile(192, size, dropout=True)):
-        run = lambda t=t: lora_grad.a_grads(h, x, wide, tile=t, dropout=mask)  # noqa: E731
+        given = (h, x, group(64, 64, 64))
+        run = lambda t=t, g=given: lora_grad.a_grads(*g, tile=t, dropout=mask)  # noqa: E731
         yield Launch("grad_dropout", t, run)
     grad = lora_extended.input_grad
     for t in candidates(arch, size, heavy=True):
@@ -153,11 +175,13 @@ def dropout_launches(x: Tensor, arch: int) -> Iterator[Launch]:
 def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """The extended GEMM in every tile: forward, dx, and each of a block's heavy endings."""
     w, bias, size = x.new_zeros(N, K), x.new_zeros(N), x.element_size()
-    one, three = group(16), group(64, 64, 64)
+    (one, *_), threes = borders(x, 16), borders(x, 64, 64, 64)
     h, h3 = x.new_zeros(M, 16), x.new_zeros(M, 192)
     forward, input_grad = lora_extended.forward, lora_extended.input_grad
     for t in candidates(arch, size, bulk=True):
-        yield Launch("extended", t, lambda t=t: forward(x, w, bias, three, h=h3, tile=t))
+        for three in threes:
+            run = lambda t=t, a=three: forward(x, w, bias, a, h=h3, tile=t)  # noqa: E731
+            yield Launch("extended", t, run)
         yield Launch("extended", t, lambda t=t: input_grad(x, w, one, dh=h, tile=t))
     for t in candidates(arch, size, heavy=True, bulk=True):
         run = lambda t=t: forward(x, w, bias, one, h=h, tile=t, factor=bias, residual=x)  # noqa: E731
@@ -179,10 +203,13 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
 
 def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """The one-pass GEMM in every tile: forward of three groups, and dx at the largest rank."""
-    w, bias, three, largest = x.new_zeros(N, K), x.new_zeros(N), group(16, 16, 16), group(64)
+    w, bias, one_pass = x.new_zeros(N, K), x.new_zeros(N), lora_one_pass
+    threes, largest = borders(x, 16, 16, 16), borders(x, 64)
     for t in one_pass_candidates(arch, x.element_size()):
-        yield Launch("one_pass", t, lambda t=t: lora_one_pass.forward(x, w, bias, three, t))
-        yield Launch("one_pass", t, lambda t=t: lora_one_pass.input_grad(x, w, largest, t))
+        for a in threes:
+            yield Launch("one_pass", t, lambda t=t, a=a: one_pass.forward(x, w, bias, a, t))
+        for a in largest:
+            yield Launch("one_pass", t, lambda t=t, a=a: one_pass.input_grad(x, w, a, t))
 
 
 def row_launches(x: Tensor) -> Iterator[Launch]:

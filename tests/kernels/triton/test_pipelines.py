@@ -1,23 +1,28 @@
 """What overlaps in a kernel, as the compiler's own IR says it and docstrings may claim it.
 
 Of each loop: how many copies may still fly where a step waits for its operands, and on sm_90 how
-many products run on behind a step's wait for products.
+many products run on behind a step's wait for products. What ptxas makes of them it says itself.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from fused_lora.kernels.triton import lora_extended, lora_one_pass
-from fused_lora.kernels.triton.tiles import BulkTile, candidates, one_pass_candidates
+from triton.backends import nvidia
+
+from fused_lora.kernels.triton import lora_extended, lora_one_pass, lora_shrink
+from fused_lora.kernels.triton.tiles import BulkTile, ThinTile, candidates, one_pass_candidates
 from tests.kernels.triton.compiler import compiled
-from tests.kernels.triton.shipped import K, M, N, group, words
+from tests.kernels.triton.shipped import K, M, N, borders, words
 
 OPERATIONS = {
     "product": r"(?:ttng\.warp_group_dot|tt\.dot) ",
@@ -52,27 +57,49 @@ def of(found: Body, kind: str) -> list:
 
 
 @pytest.fixture
-def compiled_body(request, monkeypatch) -> Callable[[int, Callable[[], object]], Body]:
+def compiled_kernel(request, monkeypatch) -> Callable[[int, Callable[[], object]], Any]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(request.config.cache.mkdir("triton")))
 
-    def compile_one(arch: int, run: Callable[[], object]) -> Body:
+    def compile_one(arch: int, run: Callable[[], object]) -> Any:
         with compiled(arch, kept := []):
             run()
         (kernel,) = kept
-        return body(kernel.asm["ttgir"].splitlines())
+        return kernel
 
     return compile_one
 
 
+@pytest.fixture
+def compiled_body(compiled_kernel) -> Callable[[int, Callable[[], object]], Body]:
+    return lambda *what: body(compiled_kernel(*what).asm["ttgir"].splitlines())
+
+
+def operands() -> list[torch.Tensor]:
+    """x, w and a bias."""
+    return [torch.zeros(*size).bfloat16() for size in ((M, K), (N, K), (N,))]
+
+
 def extended(tile: object) -> Callable[[], object]:
-    x, w, bias = torch.zeros(M, K).bfloat16(), torch.zeros(N, K).bfloat16(), torch.zeros(N)
-    h = x.new_zeros(M, 192)
-    return lambda: lora_extended.forward(x, w, bias, group(64, 64, 64), h=h, tile=tile)
+    x, w, bias = operands()
+    (border,), h = borders(x, 64, 64, 64), x.new_zeros(M, 192)
+    return lambda: lora_extended.forward(x, w, bias, border, h=h, tile=tile)
 
 
-def one_pass(tile: object) -> Callable[[], object]:
-    x, w, bias = torch.zeros(M, K).bfloat16(), torch.zeros(N, K).bfloat16(), torch.zeros(N)
-    return lambda: lora_one_pass.forward(x, w, bias, group(16, 16, 16), tile)
+def one_pass(tile: object, back: bool, own: bool) -> Callable[[], object]:
+    """With adapters packed, or as they are; dx, which shrinks by b, or y."""
+    x, w, bias = operands()
+    border = borders(x, 16)[own]
+    if back:
+        return lambda: lora_one_pass.input_grad(x, w, border, tile)
+    return lambda: lora_one_pass.forward(x, w, bias, border, tile)
+
+
+def shrink(tile: object, back: bool, own: bool) -> Callable[[], object]:
+    """Likewise."""
+    x, *_ = operands()
+    border = borders(x, 16)[own]
+    run = lora_shrink.shrink_grad if back else lora_shrink.shrink
+    return lambda: run(x, border, tile=tile)
 
 
 def tiles(arch: int, find: Callable[..., tuple], **how: bool) -> list:
@@ -82,16 +109,18 @@ def tiles(arch: int, find: Callable[..., tuple], **how: bool) -> list:
 BY_POINTERS = tiles(80, candidates) + tiles(90, candidates)
 BULK = [p for p in tiles(90, candidates, bulk=True) if isinstance(p.values[1], BulkTile)]
 ONE_PASS = tiles(80, one_pass_candidates) + tiles(90, one_pass_candidates)
+WHICH = pytest.mark.parametrize("own", [False, True], ids=["packed", "as it is"])
+BACK = pytest.mark.parametrize("back", [False, True], ids=["forward", "dx"])
 
 
 @pytest.mark.parametrize("arch, tile", BY_POINTERS)
 def test_extended_keeps_all_stages_but_one_in_flight(arch, tile, compiled_body):
-    """x and w of later steps, and on sm_90 one product; ranks, cast on load, wait in each step."""
+    """x and w of later steps, and on sm_90 one product; of ranks the next step's, two stages."""
     ranks, depth = of(compiled_body(arch, extended(tile)), "loop")
     assert not of(ranks, "loop") and not of(depth, "loop")
     assert set(of(ranks, "copies may fly")) == {0}
     assert set(of(depth, "copies may fly")) == {2 * (tile.stages - 2)}
-    assert of(ranks, "products may run") == ([0] if arch == 90 else [])
+    assert of(ranks, "products may run") == ([1] if arch == 90 else [])
     assert of(depth, "products may run") == ([1] if arch == 90 else [])
 
 
@@ -101,7 +130,7 @@ def test_persistent_extended_is_no_single_loop(arch, tile, compiled_body):
     (over_tiles,) = of(compiled_body(arch, extended(tile)), "loop")
     *ranks, depth = of(over_tiles, "loop")
     accumulators = 2 if tile.rest_n else 1
-    assert len(ranks) == accumulators and all(of(r, "products may run") == [0] for r in ranks)
+    assert len(ranks) == accumulators and all(of(r, "products may run") == [1] for r in ranks)
     assert of(depth, "product") == [1] * accumulators
     assert of(depth, "products may run") == [accumulators]  # those of the step itself
     kinds = [kind for kind, _ in over_tiles]
@@ -109,12 +138,56 @@ def test_persistent_extended_is_no_single_loop(arch, tile, compiled_body):
     assert "store" in after and "copy" not in after and "store" not in kinds[: -len(after)]
 
 
+@WHICH
+@BACK
 @pytest.mark.parametrize("arch, tile", ONE_PASS)
-def test_one_pass_waits_for_its_products_in_each_step(arch, tile, compiled_body):
-    """Copies of later steps fly; on sm_90 no product runs beyond its step: a border is cast."""
-    (depth,) = of(compiled_body(arch, one_pass(tile)), "loop")
+def test_one_pass_keeps_copies_and_both_products_in_flight(arch, tile, back, own, compiled_body):
+    """x, w and the border of later steps, and on sm_90 the products of a step behind it."""
+    (depth,) = of(compiled_body(arch, one_pass(tile, back, own)), "loop")
     assert set(of(depth, "copies may fly")) == {3 * (tile.stages - 2)}
-    assert of(depth, "products may run") == ([0] if arch == 90 else [])
+    assert of(depth, "products may run") == ([2] if arch == 90 else [])
+
+
+@WHICH
+@BACK
+@pytest.mark.parametrize("arch", [80, 90])
+def test_shrink_keeps_copies_and_its_product_in_flight(arch, back, own, compiled_body):
+    """x and the border of later steps, and on sm_90 one product."""
+    tile = ThinTile(128, 16, 64, 4, 4)
+    (columns,) = of(compiled_body(arch, shrink(tile, back, own)), "loop")
+    assert set(of(columns, "copies may fly")) == {2 * (tile.stages - 2)}
+    assert of(columns, "products may run") == ([1] if arch == 90 else [])
+
+
+SERIAL = [p for p in BY_POINTERS + BULK if p.values[0] == 90]
+SERIAL = [(extended, p.values[1]) for p in SERIAL]
+SERIAL += [(lambda t: one_pass(t, True, False), p.values[1]) for p in ONE_PASS if p.values[0] == 90]
+SERIAL += [(lambda t: shrink(t, True, False), ThinTile(128, 16, 64, 4, 4))]
+
+
+@pytest.mark.parametrize("run, tile", SERIAL, ids=[words(tile) for _, tile in SERIAL])
+def test_ptxas_serialises_no_products(run, tile, compiled_kernel, tmp_path):
+    """Its remarks C7510 to C7519 say where products of sm_90 wait for each other."""
+    assert not remarks(compiled_kernel(90, run(tile)).asm["ptx"], tmp_path)
+
+
+def test_products_that_ptxas_serialises_would_be_seen(compiled_kernel, tmp_path):
+    """An accumulator that is read between two products."""
+    ptx = compiled_kernel(90, extended(BY_POINTERS[-1].values[1])).asm["ptx"]
+    *_, last = re.findall(r"wgmma\.mma_async\S+ \{(%\w+),", ptx)
+    before, commit, after = ptx.rpartition("wgmma.commit_group")
+    changed = f"add.f32 {last}, {last}, 0f3F800000;\n\t"
+    assert remarks(before + changed + commit + after, tmp_path)
+
+
+def remarks(ptx: str, folder: Path) -> list[str]:
+    """What ptxas says of asynchronous products that do not run on."""
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    ptxas = Path(nvidia.__path__[0]) / "bin" / "ptxas"
+    command = [str(ptxas), "-v", "--gpu-name=sm_90a", str(source), "-o", str(folder / "kernel")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return re.findall(r"C75\d\d", done.stderr + done.stdout)
 
 
 def test_an_overlap_that_is_not_there_would_be_seen():

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from fused_lora.types import Span
 from tests.kernels.triton.cases import BULK_TILE, THIN_TILE, TILE, Case, adapters, build
 from tests.kernels.triton.interpreted import test_dropout as dropout
 from tests.kernels.triton.interpreted import test_lora_extended_fp8 as fp8
+from tests.kernels.triton.interpreter import ASSEMBLY
 from tests.kernels.triton.parity import check
 
 TAILS = Case("tails everywhere, two adapters", 37, 43, 50, (Span(0, 21, 5), Span(21, 50, 3)))
@@ -60,7 +62,7 @@ def case_of(*kernels: str) -> Callable[..., Callable[[pytest.MonkeyPatch], objec
     return add
 
 
-@case_of("_shrink", "_extended", "_one_pass", "_partial_sums", "_add_slices")
+@case_of("_pack", "_shrink", "_extended", "_one_pass", "_partial_sums", "_add_slices")
 def _(monkeypatch):
     check(build(TAILS, torch.bfloat16, torch.float32), torch.bfloat16)
 
@@ -161,6 +163,16 @@ def tell_of(monkeypatch: pytest.MonkeyPatch, tensors: list[Tensor]) -> None:
     monkeypatch.setattr(memory.Memory, "__init__", init)
 
 
+def tell_of_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show ttsem what the assembly in these kernels means, within a unit in the last place."""
+    operations = sys.modules.get("ttsem.ops")
+    if operations is None:
+        return
+    for text, meaning in ASSEMBLY.items():
+        run = lambda *values, f=meaning: [f(*(np.asarray(v, np.float32) for v in values))]  # noqa: E731
+        monkeypatch.setitem(operations.PTX_FRAGMENTS, text, (run, "div"))
+
+
 def kernels() -> set[str]:
     """Every kernel that is launched: Triton functions that no other one calls."""
     functions = {}
@@ -189,6 +201,7 @@ def test_it_stays_in_its_tensors(names, monkeypatch):
         return right(self, *args, **kwargs)
 
     monkeypatch.setattr(JITFunction, "run", run)
+    tell_of_assembly(monkeypatch)
     with torch.device("cuda"):
         CASES[names](monkeypatch)
     assert launched >= set(names.split())

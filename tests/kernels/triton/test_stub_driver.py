@@ -68,4 +68,4 @@ def test_every_launch_that_ships_is_accepted(kind, arch, request, tmp_path):
     _, launches, _, maps = last.split()
     assert int(launches) >= len(kernels)
     assert (int(maps) > 0) == any(kernel.name == "_extended_bulk" for kernel in kernels)
-    assert int(maps) > 0 or arch < 90 or kind != "bf16"
+    assert int(maps) > 0 or arch not in (90, 100) or kind != "bf16"

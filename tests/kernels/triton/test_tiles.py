@@ -34,10 +34,27 @@ def test_an_activation_has_no_tile_that_would_spill():
     assert widest == [256, 192, 128]
 
 
-def test_fp32_reads_by_pointers_until_a_descriptor_is_seen_to_win(monkeypatch):
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
-    assert any(isinstance(tile, tiles.BulkTile) for tile in tiles.candidates(90, 4, bulk=True))
-    assert not isinstance(tiles.gemm_tile(25216, 768, 4, False, CPU, bulk=True), tiles.BulkTile)
+@pytest.mark.parametrize(
+    "arch, itemsize, widths",
+    [
+        *((80, 2, []), (90, 2, [256, 192]), (100, 2, [256, 192]), (120, 2, [])),
+        *((90, 4, []), (100, 4, [64])),
+    ],
+)
+def test_the_persistent_form_ships_where_pointers_have_nothing_as_good(arch, itemsize, widths):
+    found = tiles.candidates(arch, itemsize, bulk=True)
+    assert [t.width for t in found if isinstance(t, tiles.BulkTile)] == widths
+
+
+def test_on_sm_90_two_blocks_of_128_x_128_or_a_fourth_stage():
+    """As many stages as leave room for two blocks, where an ending leaves them the registers."""
+    square = lambda **ending: [  # noqa: E731
+        t.stages for t in tiles.candidates(90, 2, **ending) if t.block_m == t.block_n == 128
+    ]
+    assert square() == square(activation=True) == square(heavy=True, activation=True) == [3]
+    assert square(heavy=True) == [4]
+    two_blocks = 2 * (3 * (128 + 128) * 64 * 2 + 1024)
+    assert two_blocks <= tiles.shared_bytes(90) + 1024
 
 
 def test_384_and_768_columns_fill_a_large_chip(monkeypatch):

@@ -6,6 +6,17 @@ from fused_lora.kernels.triton import lora_shrink
 from tests.kernels.triton.cases import CASES, THIN_TILE, adapters, build
 
 
+def test_nothing_beside_x_is_read_where_packed_rows_are_longer():
+    p = build(CASES[1], torch.bfloat16, torch.float32)  # 71 and 93 columns
+    for source, run in ((p.x, lora_shrink.shrink), (p.dy, lora_shrink.shrink_grad)):
+        m, width = source.shape
+        wide = torch.full((m, width + 16), torch.nan, dtype=source.dtype)
+        wide[:, :width] = source
+        expected = run(source, adapters(p), tile=THIN_TILE)
+        assert expected.isfinite().all()
+        assert torch.equal(run(wide[:, :width], adapters(p), tile=THIN_TILE), expected)
+
+
 def test_the_right_end_of_a_bordered_buffer():
     p = build(CASES[3], torch.bfloat16, torch.float32)
     m, k = p.x.shape

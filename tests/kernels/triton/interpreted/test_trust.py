@@ -33,7 +33,6 @@ LAUNCHES = [
     Launch("grad", GradTile(16, 128, 64, 4, 4)),
     Launch("merge", MergeTile()),
     *(Launch(f"extended_{ending}", SAFE) for ending in ("gelu", "scale", "dropout")),
-    Launch("extended_gelu", BulkTile(128, 128, 64, 4, 8)),
     Launch("extended_scale", BulkTile(128, 128, 64, 3, 8, rest_n=64)),
     Launch("shrink_dropout", ThinTile(64, 16, 64, 4, 8)),
     Launch("grad_dropout", GradTile(16, 128, 64, 4, 8)),

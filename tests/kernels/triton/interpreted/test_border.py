@@ -1,0 +1,74 @@
+"""Packed borders: what they hold, and that a pass packs once at most."""
+
+import pytest
+import torch
+
+from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.triton import border
+from fused_lora.kernels.triton import lora_linear as triton
+from fused_lora.types import Backend, Needs, Span
+from tests.kernels.triton.cases import CASES, IDS, adapters, build
+from tests.kernels.triton.guards import fenced
+from tests.kernels.triton.interpreted.serving import small_tiles  # noqa: F401
+from tests.kernels.triton.interpreted.test_lora_linear import SMALL, plans
+
+PASSES = Needs(bias=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_each_half_is_one_matrix_with_zeros_beside_its_blocks(case, dtype, monkeypatch):
+    held = torch.bfloat16 if dtype is torch.float32 else torch.float32
+    p = build(case, dtype, held)
+    with fenced(monkeypatch):
+        both = border.packed(adapters(p), dtype)
+    rank = sum(span.rank for span in p.spans)
+    a = torch.cat([block.to(dtype) for block in p.a])
+    b, first = torch.zeros(rank, case.n, dtype=dtype), 0
+    for block, span in zip(p.b, p.spans, strict=True):
+        b[first : first + span.rank, span.start : span.stop] = block.t().to(dtype)
+        first += span.rank
+    for found, expected in ((both.a, a), (both.b, b)):
+        assert found.dtype is dtype and found.shape[1] % 16 == 0 and found.is_contiguous()
+        wide = torch.zeros(rank, max(found.shape[1], expected.shape[1]), dtype=dtype)
+        wide[:, : expected.shape[1]] = expected
+        assert torch.equal(found, wide[:, : found.shape[1]])
+        assert not wide[:, found.shape[1] :].any()
+
+
+def test_what_products_can_read_stays_where_it_is():
+    p = build(CASES[3], torch.float32, torch.float32)
+    given = adapters(p)
+    assert border.packed(given, torch.float32) is given
+    both = border.packed(given, torch.float16)
+    assert border.packed(both, torch.float16) is both
+    a, b = torch.zeros(16, 40).half(), torch.zeros(56, 16).half()
+    whole = Adapters([a], [b], (1.0,), (Span(0, 56, 16),))
+    assert border.packed(whole, torch.float16) is whole
+    for other in (
+        whole._replace(spans=(Span(8, 64, 16),)),
+        whole._replace(a=[torch.zeros(16, 41).half()]),
+        whole._replace(b=[torch.zeros(56, 24).half()[:, 1:17]]),
+        Adapters([a, a], [b, b], (1.0, 1.0), (Span(0, 56, 16), Span(56, 112, 16))),
+    ):
+        assert isinstance(border.packed(other, torch.float16), border.Packed)
+
+
+@pytest.mark.parametrize("dtype, packs", [(torch.bfloat16, 1), (torch.float32, 0)], ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_a_pass_packs_once_at_most(dtype, packs, monkeypatch):
+    made = []
+    monkeypatch.setattr(border, "launch", lambda *args: (made.append(1), launch(*args))[1])
+    p = build(SMALL, dtype, torch.float32)
+    for plan in plans(p, PASSES)[::3]:
+        assert plan.backend is Backend.TRITON
+        made.clear()
+        _, kept = triton.forward(p.x, p.w, p.bias, adapters(p), plan)
+        forward, _ = len(made), made.clear()
+        triton.backward(p.dy, p.x, kept, p.w, adapters(p), PASSES, plan)
+        assert max(forward, len(made)) <= packs, str(plan)
+        if "merge" not in str(plan):
+            assert forward == len(made) == packs, str(plan)
+
+
+launch = border.launch
