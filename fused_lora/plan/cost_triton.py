@@ -24,14 +24,15 @@ PARTIAL_SUMS = 16  # slices of rows whose fp32 sums a gradient writes and reads;
 
 def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the forward pass."""
-    yield from _product(p, plan.forward, "", p.k, p.n, False, p.activated)
+    yield from _product(p, plan.forward, "", p.k, p.n, False, p.activated, p.shrunk)
 
 
 def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the backward pass, none where nothing is asked for."""
     rank_gradient = plan.gradient is Gradient.RANK and plan.grads_by is None
     if p.needs.x:
-        yield from _product(p, plan.dx, "dx ", p.n, p.k, plan.keep is Keep.MERGED, p.sloped)
+        how = (plan.keep is Keep.MERGED, p.sloped, plan.hands_dh)
+        yield from _product(p, plan.dx, "dx ", p.n, p.k, *how)
     if rank_gradient and p.needs.b:
         if plan.keep is not Keep.HIDDEN:
             yield _thin(p, "shrink", p.k)
@@ -46,12 +47,16 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 
 
 def _product(
-    p: Problem, strategy: Forward, name: str, depth: int, columns: int, reuse: bool, u: bool
+    p: Problem,
+    strategy: Forward,
+    name: str,
+    depth: int,
+    columns: int,
+    reuse: bool,  # w' is there already
+    u: bool,  # EXTENDED writes or reads that too
+    given: bool,  # so is h, or dh
 ) -> Iterator[Step]:
-    """y [M, columns] of x [M, depth], or likewise dx; ``reuse`` finds w' merged already.
-
-    ``u``: EXTENDED writes or reads that too.
-    """
+    """y [M, columns] of x [M, depth], or likewise dx."""
     if strategy is Forward.MERGE:
         if not reuse:
             yield _merge(p)
@@ -60,7 +65,8 @@ def _product(
     width = sum(span.rank * span.width for span in p.spans) // p.n  # ranks of a column of y
     ranks = width if columns == p.n else p.rank
     if strategy is Forward.EXTENDED:
-        yield _thin(p, f"{name}shrink", depth)
+        if not given:
+            yield _thin(p, f"{name}shrink", depth)
         beside = p.m * columns if u else 0
         share = GELU_SHARE if u else 1.0
         yield _launch(f"{name}extended", p.m, columns, depth + ranks, elements=beside, share=share)

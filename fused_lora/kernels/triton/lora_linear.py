@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.full_grads import full_grads
-from fused_lora.kernels.interface import Adapters, Grads, Slope
+from fused_lora.kernels.interface import Adapters, Grads, HiddenGrad, Slope
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.launches import tile_of
@@ -86,6 +86,7 @@ def input_grad(
     adapters: Adapters,
     plan: Plan,
     slope: Slope | None = None,  # of EXTENDED
+    given: HiddenGrad | None = None,  # dh where it is there already, likewise
 ) -> tuple[Tensor, Tensor | None]:
     """dx = dy w + dh a [M, K], or du in its place, and dh where it was formed on the way."""
     if plan.keep is Keep.MERGED:
@@ -100,7 +101,7 @@ def input_grad(
     if plan.dx is Forward.ONE_PASS:
         return lora_one_pass.input_grad(dy, w, adapters, tile=tile)
     dy, w = (readable(t, tile) for t in (dy, w))
-    dh = shrink_grad(dy, adapters)
+    dh = given.dh if given else shrink_grad(dy, adapters)
     how = slope._asdict() if slope else {}
     return lora_extended.input_grad(dy, w, adapters, dh=dh, tile=tile, **how)
 

@@ -152,6 +152,7 @@ def smaller(tile: ThinTile | GradTile | MergeTile) -> ThinTile | GradTile | Merg
 
 ELEMENTS = ElementTile()
 MOST_WIDTH = 16384  # of a row that registers hold
+MOST_ROW_RANKS = 64  # sum R whose h is formed where x is made
 
 
 def row_tile(columns: int) -> RowTile:
@@ -319,15 +320,18 @@ def _busiest(tile: Tile, rows: int, columns: int, processors: int) -> float:
 
 @lru_cache(maxsize=4096)
 def thin_tile(
-    rows: int, ranks: int, itemsize: int, device: torch.device, dropout: bool = False
+    rows: int, ranks: int, itemsize: int, device: torch.device, busy: bool = False
 ) -> ThinTile:
-    """Short in rows where there are few, so that every multiprocessor has some."""
+    """Short in rows where there are few, so that every multiprocessor has some.
+
+    ``busy``: more is done to x than to read it, in registers.
+    """
     if itemsize == 4:
         capped = 0 if _family(architecture(device)) == 80 else 128
         return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4, capped)
     ranks = power_of_two(ranks, 16, 64)
-    if dropout or rows < 128 * multiprocessors(device):
-        return ThinTile(64, ranks, 64, 4, 8 if dropout or ranks == 64 else 4)
+    if busy or rows < 128 * multiprocessors(device):
+        return ThinTile(64, ranks, 64, 4, 8 if busy or ranks == 64 else 4)
     roomy = shared_bytes(architecture(device)) > LEAST_SHARED_KIB << 10
     if not roomy:
         return ThinTile(128, ranks, 64, 3, 8)

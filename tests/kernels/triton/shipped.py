@@ -20,6 +20,7 @@ from fused_lora.kernels.triton import (
     lora_one_pass,
     lora_shrink,
     quantise,
+    row_shrink,
 )
 from fused_lora.kernels.triton.dropout import dropout
 from fused_lora.kernels.triton.launch import multiprocessors
@@ -71,6 +72,7 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     for adapters in (group(16), group(64, 64, 64), group(12, 12, 12)):
         yield from thin_launches(x, adapters)
     yield from merge_launches(x)
+    yield from row_shrink_launches(x)
     yield from dropout_launches(x, arch)
     yield from gemm_launches(x, arch)
     yield from one_pass_launches(x, arch)
@@ -133,11 +135,27 @@ def merge_launches(x: Tensor) -> Iterator[Launch]:
     yield Launch("merge_many", table.tile, lambda: lora_merge_many.launch(table, noise))
 
 
+def row_shrink_launches(x: Tensor) -> Iterator[Launch]:
+    """What makes x of 16 bits and forms h of it."""
+    if x.element_size() != 2:
+        return
+    v, out = torch.zeros(K), torch.empty_like(x)
+    norm, gelu_too = row_shrink.layer_norm, row_shrink.gelu
+    for a in (group(16), group(16, 16, 16), group(64)):
+        for t in and_smaller(thin_tile(M, a.rank, 2, x.device, busy=True)):
+            for z in (x, x.float()):
+                run = lambda t=t, z=z, a=a: norm(z, v, v, 1e-6, a, out, tile=t)  # noqa: E731
+                yield Launch("shrink_norm", t, run)
+            for kind in ("erf", "tanh"):
+                run = lambda t=t, k=kind, a=a: gelu_too(x, k, a, out, tile=t)  # noqa: E731
+                yield Launch("shrink_gelu", t, run)
+
+
 def dropout_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """Every kernel that draws a mask."""
     mask, wide, h = dropout(0.1, 1, 2), group(64, 64, 64), x.new_zeros(M, 192)
     size, w, none = x.element_size(), x.new_zeros(N, K), x.new_zeros(0, K)
-    for t in and_smaller(thin_tile(M, 192, size, x.device, dropout=True)):
+    for t in and_smaller(thin_tile(M, 192, size, x.device, busy=True)):
         run = lambda t=t: lora_shrink.shrink(x, wide, tile=t, dropout=mask)  # noqa: E731
         yield Launch("shrink_dropout", t, run)
     for t in and_smaller(grad_tile(192, size, dropout=True)):
