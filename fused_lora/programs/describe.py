@@ -15,6 +15,7 @@ from fused_lora.programs.record import Call, Value
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm_", "linear"}
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided"}
+FILLS = {"new_zeros", "zeros_like", "new_ones", "ones_like", "new_full", "full_like"}
 OVERWRITES = {"copy_", "zero_", "fill_"}  # in place, without reading what was there
 Estimate = Callable[[int, int], float]  # microseconds of so many FLOPs and bytes
 
@@ -36,7 +37,8 @@ def work(call: Call) -> Work:
         return Work(0, 0)
     written = {id(value): value.nbytes for value in call.writes}
     read = {id(value): value.nbytes for value in call.reads if id(value) not in written}
-    moved = sum(read.values()) + (1 + _accumulates(call)) * sum(written.values())
+    moved = 0 if name in FILLS else sum(read.values())
+    moved += (1 + _accumulates(call)) * sum(written.values())
     moved += sum(out.nbytes for out in call.outs if out is not None)
     moved += getattr(call.target, "scratch_bytes", 0)
     if name not in PRODUCTS:

@@ -160,7 +160,9 @@ def _least_cost(
     if name == "one":
         return tiles.one_pass_tile(rows, columns, size, device, ragged)
     if name == "shrink":
-        return tiles.thin_tile(rows, columns, size, device, bool(ending))
+        if ending in ("norm", "gelu"):
+            return tiles.row_shrink_tile(columns, ending == "norm")
+        return tiles.thin_tile(rows, columns, size, device, dropout)
     if name == "grad":
         return tiles.grad_tile(rows, size, dropout)
     if name in ("layer", "quantise"):

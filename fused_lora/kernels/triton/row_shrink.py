@@ -29,7 +29,7 @@ from fused_lora.kernels.triton.gelu import gelu as gelu_of
 from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.layer_norm import column_of
 from fused_lora.kernels.triton.primitives import load_border
-from fused_lora.kernels.triton.tiles import MOST_ROW_RANKS, ThinTile, thin_tile
+from fused_lora.kernels.triton.tiles import MOST_ROW_RANKS, ThinTile, row_shrink_tile
 
 
 class Shrunk(NamedTuple):
@@ -159,7 +159,7 @@ def _launch(
         assert vector is None or (vector.shape == z.shape[1:] and vector.is_contiguous())
     if z.numel() == 0:
         return h
-    tile = tile or thin_tile(rows, border.rank, x.element_size(), x.device, True)
+    tile = tile or row_shrink_tile(border.rank, kind == "norm")
     assert tile.block_r >= border.rank, (tile, border.rank)
     args = (
         *(z, z.stride(0), *vectors, x, x.stride(0), *statistics, border, h, h.stride(0)),

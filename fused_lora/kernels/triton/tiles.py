@@ -320,22 +320,30 @@ def _busiest(tile: Tile, rows: int, columns: int, processors: int) -> float:
 
 @lru_cache(maxsize=4096)
 def thin_tile(
-    rows: int, ranks: int, itemsize: int, device: torch.device, busy: bool = False
+    rows: int, ranks: int, itemsize: int, device: torch.device, dropout: bool = False
 ) -> ThinTile:
-    """Short in rows where there are few, so that every multiprocessor has some.
-
-    ``busy``: more is done to x than to read it, in registers.
-    """
+    """Short in rows where there are few, so that every multiprocessor has some."""
     if itemsize == 4:
         capped = 0 if _family(architecture(device)) == 80 else 128
         return ThinTile(64, power_of_two(ranks, 16, 32), 16, 4, 4, capped)
     ranks = power_of_two(ranks, 16, 64)
-    if busy or rows < 128 * multiprocessors(device):
-        return ThinTile(64, ranks, 64, 4, 8 if busy or ranks == 64 else 4)
+    if dropout or rows < 128 * multiprocessors(device):
+        return ThinTile(64, ranks, 64, 4, 8 if dropout or ranks == 64 else 4)
     roomy = shared_bytes(architecture(device)) > LEAST_SHARED_KIB << 10
     if not roomy:
         return ThinTile(128, ranks, 64, 3, 8)
     return ThinTile(128, ranks, 64, 4, 8 if ranks == 64 else 4)
+
+
+def row_shrink_tile(ranks: int, norm: bool) -> ThinTile:
+    """Of what makes x of 16 bits and h of it: as many stages as 99 KB hold of an fp32 z.
+
+    On sm_120 ptxas spills 8 and 24 bytes of GELU where nothing caps registers, and 16 of 64 ranks
+    of LayerNorm where 160 do.
+    """
+    ranks = power_of_two(ranks, 16, MOST_ROW_RANKS)
+    wide = ranks == MOST_ROW_RANKS
+    return ThinTile(64, ranks, 64, 3, 8, 128 if not wide else 0 if norm else 160)
 
 
 def grad_tile(ranks: int, itemsize: int, dropout: bool = False) -> GradTile:

@@ -33,6 +33,7 @@ from fused_lora.kernels.triton.tiles import (
     candidates,
     grad_tile,
     one_pass_candidates,
+    row_shrink_tile,
     row_tile,
     smaller,
     thin_tile,
@@ -141,21 +142,20 @@ def row_shrink_launches(x: Tensor) -> Iterator[Launch]:
         return
     v, out = torch.zeros(K), torch.empty_like(x)
     norm, gelu_too = row_shrink.layer_norm, row_shrink.gelu
-    for a in (group(16), group(16, 16, 16), group(64)):
-        for t in and_smaller(thin_tile(M, a.rank, 2, x.device, busy=True)):
-            for z in (x, x.float()):
-                run = lambda t=t, z=z, a=a: norm(z, v, v, 1e-6, a, out, tile=t)  # noqa: E731
-                yield Launch("shrink_norm", t, run)
-            for kind in ("erf", "tanh"):
-                run = lambda t=t, k=kind, a=a: gelu_too(x, k, a, out, tile=t)  # noqa: E731
-                yield Launch("shrink_gelu", t, run)
+    for a in (group(16), group(32), group(16, 16, 16), group(64)):
+        for t, z in product(and_smaller(row_shrink_tile(a.rank, norm=True)), (x, x.float())):
+            run = lambda t=t, z=z, a=a: norm(z, v, v, 1e-6, a, out, tile=t)  # noqa: E731
+            yield Launch("shrink_norm", t, run)
+        for t, kind in product(and_smaller(row_shrink_tile(a.rank, norm=False)), ("erf", "tanh")):
+            run = lambda t=t, k=kind, a=a: gelu_too(x, k, a, out, tile=t)  # noqa: E731
+            yield Launch("shrink_gelu", t, run)
 
 
 def dropout_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """Every kernel that draws a mask."""
     mask, wide, h = dropout(0.1, 1, 2), group(64, 64, 64), x.new_zeros(M, 192)
     size, w, none = x.element_size(), x.new_zeros(N, K), x.new_zeros(0, K)
-    for t in and_smaller(thin_tile(M, 192, size, x.device, busy=True)):
+    for t in and_smaller(thin_tile(M, 192, size, x.device, dropout=True)):
         run = lambda t=t: lora_shrink.shrink(x, wide, tile=t, dropout=mask)  # noqa: E731
         yield Launch("shrink_dropout", t, run)
     for t in and_smaller(grad_tile(192, size, dropout=True)):
