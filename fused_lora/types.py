@@ -86,6 +86,7 @@ class Beside(NamedTuple):
     bordered: bool = False  # x is written into the left of [x | h] by whoever makes it
     activated: bool = False  # y goes on through GELU, and both are written
     sloped: bool = False  # x is a GELU's, so that dx goes on through its slope
+    shrunk: bool = False  # h is formed by whoever makes x
 
 
 ALONE = Beside()
@@ -144,6 +145,7 @@ class Plan:
     grads_by: Backend | None = None  # who computes RANK gradients; None: ``backend``
     dropped_by: Backend | None = None  # who masks the x of a; None: nobody
     slices: int = 0  # of rows, whose sums ``grads_by`` adds up; 0 where nobody said
+    hands_dh: bool = False  # whether ``grads_by`` comes before dx, and writes the dh that dx reads
 
     @property
     def gradient_backend(self) -> Backend:

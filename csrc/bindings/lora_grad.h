@@ -27,8 +27,8 @@ inline GradGroup grad_group(uintptr_t a, uintptr_t b, uintptr_t da, uintptr_t db
 inline GradProblem grad_problem(const GradPlan& plan, uintptr_t x, uintptr_t dy, uintptr_t h,
                                 uintptr_t dh, int64_t x_row, int64_t dy_row, int64_t h_row,
                                 int64_t dh_row, const std::vector<GradGroup>& groups,
-                                uintptr_t dbias, int64_t rows, DType type, DType adapter,
-                                DType grad, DType dbias_type, bool add) {
+                                uintptr_t dbias, uintptr_t dh_out, int64_t dh_out_row, int64_t rows,
+                                DType type, DType adapter, DType grad, DType dbias_type, bool add) {
   GradProblem problem = {};
   problem.x = {pointer<void>(x), pointer<void>(h), x_row, h_row, plan.shape.k, 0};
   problem.dy = {pointer<void>(dy), pointer<void>(dh), dy_row, dh_row, plan.shape.n, 0};
@@ -39,6 +39,7 @@ inline GradProblem grad_problem(const GradPlan& plan, uintptr_t x, uintptr_t dy,
   std::copy(groups.begin(), groups.end(), problem.group);
   problem.groups = static_cast<int32_t>(groups.size()), problem.ranks = plan.shape.ranks;
   problem.dbias = pointer<void>(dbias), problem.rows = rows;
+  problem.dh = pointer<void>(dh_out), problem.dh_row = dh_out_row;
   problem.type = type, problem.adapter = adapter;
   problem.grad = grad, problem.dbias_type = dbias_type;
   problem.add = add;
@@ -84,8 +85,9 @@ inline void bind_lora_grad(py::module_& m) {
   py::class_<GradProblem>(m, "GradProblem", py::module_local())
       .def(py::init(&grad_problem), py::kw_only(), py::arg("plan"), py::arg("x"), py::arg("dy"),
            py::arg("h"), py::arg("dh"), py::arg("x_row"), py::arg("dy_row"), py::arg("h_row"),
-           py::arg("dh_row"), py::arg("groups"), py::arg("dbias"), py::arg("rows"), py::arg("type"),
-           py::arg("adapter"), py::arg("grad"), py::arg("dbias_type"), py::arg("add"));
+           py::arg("dh_row"), py::arg("groups"), py::arg("dbias"), py::arg("dh_out") = 0,
+           py::arg("dh_out_row") = 0, py::arg("rows"), py::arg("type"), py::arg("adapter"),
+           py::arg("grad"), py::arg("dbias_type"), py::arg("add"));
 
   m.def(
       "lora_grad",

@@ -42,6 +42,8 @@ struct GradProblem {
   GradSide x, dy;
   GradGroup group[kMostGroups];
   void* dbias;  // [N], contiguous; null where nobody asks
+  void* dh;     // [M, R], rows contiguous: where dh goes as it is formed; null where nobody asks
+  int64_t dh_row;
   int64_t rows;
   int32_t groups, ranks;
   DType type;     // of x, dy, h and dh; products of fp32 are of TF32

@@ -54,6 +54,7 @@ class OnePass {
     tile_ = static_cast<int>(tiles * slice / plan.slices);
     end_ = static_cast<int>(tiles * (slice + 1) / plan.slices);
     expands_ = expands(), shrinks_ = forms && shrinks(), t_mine_ = t(0, !is_dy_);
+    hands_on_ = forms && problem.dh && chunk == 0;
     settle_where();
     copy_whence();
   }
@@ -360,12 +361,20 @@ class OnePass {
       if (r == problem_.ranks) h = nearest<T>(1.0f).bits;
       t(parity, false)[row_ * L::kTPitch + r] = h;
       t(parity, true)[row_ * L::kTPitch + r] = dh;
+      if (forms && hands_on_) hand_on(r, dh);
     }
   }
 
   struct Pair {
     float h, dh;
   };
+
+  FL_DEVICE void hand_on(int r, Bits dh) const {
+    const int64_t row = static_cast<int64_t>(tile_) * L::kRows + row_;
+    if (row < problem_.rows && r < problem_.ranks) {
+      static_cast<Bits*>(problem_.dh)[row * problem_.dh_row + r] = dh;
+    }
+  }
 
   // In warp order; warps of x come first.
   FL_DEVICE Pair block_totals(int turn) const {
@@ -467,6 +476,7 @@ class OnePass {
   char* shared_;
   int thread_, x_warps_, strips_, first_, width_, tile_, end_;
   bool is_dy_, expands_, shrinks_;
+  bool hands_on_;       // dh, to whoever forms dx; the blocks of a cluster have it alike
   const Bits* t_mine_;  // what this warp expands with
   const Bits* from_;    // this lane's next copy
   int64_t eight_rows_;

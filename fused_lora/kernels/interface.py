@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_lora.reference.lora_linear import Grads
 from fused_lora.types import Span
 
-__all__ = ["Adapters", "Ending", "Grads", "Slope"]
+__all__ = ["Adapters", "Ending", "Grads", "HiddenGrad", "Slope"]
 
 
 class Ending(NamedTuple):
@@ -36,6 +36,13 @@ class Slope(NamedTuple):
 
     activation: str  # GELU: erf, tanh
     u: Tensor  # [M, K], rows contiguous
+
+
+class HiddenGrad(NamedTuple):
+    """dh that is there before dx is formed."""
+
+    dh: Tensor  # [M, sum R], rows contiguous
+    bordered: Tensor | None = None  # [M, N + sum R], where it is the right of [dy | dh]
 
 
 class Adapters(NamedTuple):

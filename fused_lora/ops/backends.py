@@ -16,6 +16,7 @@ from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.launches import NO_PRODUCTS, Launch, launches, tile_of
 from fused_lora.ops import lora_grad_backends
 from fused_lora.ops.ceilings import conditions
+from fused_lora.plan.cost_cuda import may_hand_dh
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.strategies import (
     INT32,
@@ -87,7 +88,7 @@ def plans(problem: Problem, impl: Impl, dtype: torch.dtype, device: torch.device
     """Every plan of the backends that serve; under ``cuda``, those with most of its kernels."""
     compiled = impl is Impl.CUDA and _product(device) is None
     found = [
-        plan if plan.grads_by is None else replace(plan, slices=_slices(problem, plan, device))
+        plan if plan.grads_by is None else _by_planner(problem, plan, dtype, device)
         for plan in candidates(problem, serving(problem, impl, dtype, device), compiled)
         if plan.grads_by is None or _of_gradients(problem, plan, dtype, device)
     ]
@@ -122,11 +123,13 @@ def _of_gradients(
     return lora_grad_backends.checked(shape_of(problem, plan), dtype, device)
 
 
-def _slices(problem: Problem, plan: Plan, device: torch.device) -> int:
-    """What the compiled gradients' own planner makes of the rows."""
-    chip = Chip.of(device)
+def _by_planner(problem: Problem, plan: Plan, dtype: torch.dtype, device: torch.device) -> Plan:
+    """``plan`` as the compiled gradients' own planner has it: dh handed on if formed, slices."""
+    chip, first = Chip.of(device), replace(plan, hands_dh=True)
+    if may_hand_dh(problem, plan) and fitting(shape_of(problem, first), chip).forms_dh:
+        plan = first if _of_gradients(problem, first, dtype, device) else plan
     launched = fitting(shape_of(problem, plan), chip).plan(problem.m, chip)
-    return launched.slices if launched else 0
+    return replace(plan, slices=launched.slices if launched else 0)
 
 
 def failures(

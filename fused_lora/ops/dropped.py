@@ -102,6 +102,7 @@ def plan_of(plan: Plan, needs: Needs, by: Backend) -> Plan:
         gradient=Gradient.RANK if needs.a or needs.b else Gradient.NONE,
         keep=Keep.HIDDEN if needs.b else Keep.NOTHING,
         grads_by=None,
+        hands_dh=False,
         dropped_by=by,
     )
 

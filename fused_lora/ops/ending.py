@@ -30,12 +30,13 @@ def ended(
     ending: Ending,
     bordered: Tensor | None = None,  # as for ``lora_linear.forward``
     out: Tensor | None = None,  # [M, N], rows contiguous: for y behind an activation
+    h: Tensor | None = None,  # [M, sum R], likewise
 ) -> Ended:
     """y [M, N], what the plan keeps, and u [M, N] where an activation follows."""
     question = (rows, w, tuple(adapters.spans), plan, ending, rows.dtype)
     if impl is not Impl.REFERENCE and why_not_fused(*question) is None:
-        return _epilogue(plan).forward(rows, w, bias, adapters, plan, ending, out)
-    y, kept = forward(rows, w, bias, adapters, plan, impl, bordered)
+        return _epilogue(plan).forward(rows, w, bias, adapters, plan, ending, out, h)
+    y, kept = forward(rows, w, bias, adapters, plan, impl, bordered, h)
     return composed(y, kept, ending, out)
 
 

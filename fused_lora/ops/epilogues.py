@@ -47,7 +47,7 @@ def plan_beside(
         reason = why_not_fused(x, w, spans, plan, Ending("erf"), dtype)
     if reason is None and beside.sloped and needs.x and slopes(plan):
         reason = why_not_sloped(x, w, spans, plan, dtype)
-    return ask(Beside(beside.bordered)) if reason else plan
+    return ask(Beside(beside.bordered, shrunk=beside.shrunk)) if reason else plan
 
 
 def why_nobody(like: Tensor, dtype: torch.dtype, impl: Impl) -> str | None:

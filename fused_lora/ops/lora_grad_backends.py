@@ -1,5 +1,6 @@
 """Adapter gradients by the compiled kernels, beside whichever room computes dx.
 
+Where the plan says so they come first, and dx reads the dh that they form: dy is read twice in all.
 h and dh are handed over where the rest of the plan has them, formed on chip where a block or
 cluster can, and by the library where none can. A form of the kernel that this device has not
 checked, or found wrong, is left to the library.
@@ -57,14 +58,19 @@ def backward(
     slope: tuple[Slope, ...] = (),  # one where dx goes on to du, for a room that takes it
 ) -> Grads:
     """The gradients named by ``needs``."""
-    dx, dh = room.input_grad(dy, kept, w, adapters, plan, *slope) if needs.x else (None, None)
     dw = None
     if needs.w:
         assert x is not None
         dw = dy.t() @ x
     h = kept if plan.keep is Keep.HIDDEN else None
-    needs = replace(needs, x=False, w=False)
-    return adapter_grads(dy, x, h, dh, adapters, needs)._replace(x=dx, w=dw)
+    own = replace(needs, x=False, w=False)
+    if needs.x and plan.hands_dh:
+        place = aten.place_of_dh(dy, adapters.rank, plan)
+        grads = adapter_grads(dy, x, h, None, adapters, own, place.dh)
+        dx, _ = room.input_grad(dy, kept, w, adapters, plan, *slope, given=place)
+        return grads._replace(x=dx, w=dw)
+    dx, dh = room.input_grad(dy, kept, w, adapters, plan, *slope) if needs.x else (None, None)
+    return adapter_grads(dy, x, h, dh, adapters, own)._replace(x=dx, w=dw)
 
 
 def adapter_grads(
@@ -74,17 +80,21 @@ def adapter_grads(
     dh: Tensor | None,  # [M, sum R], likewise
     adapters: Adapters,
     needs: Needs,
+    dh_out: Tensor | None = None,  # [M, sum R], rows contiguous: a dh that is formed goes here
 ) -> Grads:
     """da, db and dbias, each in its own operand's dtype."""
     call = GradCall(x, dy, adapters, needs, h, dh)
     if why_not_dtype(dy.dtype) or not _trusted(call.shape, dy):
-        a, b = aten.rank_grads(dy, x, h, dh, adapters, adapters.to(dy.dtype), needs)
+        low = adapters.to(dy.dtype)
+        dh = dh if dh_out is None else aten.shrink_grad(dy, low, dh_out)
+        a, b = aten.rank_grads(dy, x, h, dh, adapters, low, needs)
         return Grads(None, None, dy.sum(0) if needs.bias else None, a, b)
     shape = fitting(call.shape, Chip.of(dy.device))
-    h, dh = _given(shape, dy, x, h, dh, adapters)
+    h, dh = _given(shape, dy, x, h, dh, adapters, dh_out)
+    dh_out = dh_out if dh is None else None
     x, rows = (None if x is None else aligned(x)), aligned(dy)
     asked = replace(needs, bias=shape.needs_bias)
-    found = lora_grads(x, rows, adapters.uniform(ADAPTERS), asked, h, dh)
+    found = lora_grads(x, rows, adapters.uniform(ADAPTERS), asked, h, dh, dh_out=dh_out)
     if needs.bias and not shape.needs_bias:
         found = found._replace(bias=dy.sum(0))
     return found._replace(a=_as(found.a, adapters.a), b=_as(found.b, adapters.b))
@@ -105,13 +115,14 @@ def _given(
     h: Tensor | None,
     dh: Tensor | None,
     adapters: Adapters,
+    dh_out: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """h and dh as the kernel for ``shape`` is given them, formed by the library where missing."""
     if shape.h_given and shape.needs_b and h is None:
         assert x is not None
         h = aten.shrink(x, adapters.to(dy.dtype))
     if shape.dh_given and shape.needs_a and dh is None:
-        dh = aten.shrink_grad(dy, adapters.to(dy.dtype))
+        dh = aten.shrink_grad(dy, adapters.to(dy.dtype), dh_out)
     return h, dh
 
 

@@ -227,6 +227,7 @@ def compute(
     plan: Plan | None = None,  # the one that asked for ``bordered``
     ending: Ending | None = None,
     out: Tensor | None = None,  # [M, N], rows contiguous: for y behind an activation
+    h: Tensor | None = None,  # [M, sum R], the right of ``bordered`` where there is one
 ) -> Computed:
     """One forward pass. Its y is no view: it may be written in place, as any linear's.
 
@@ -239,7 +240,6 @@ def compute(
     if plan is None:
         question = (rows, w, bias is not None, frame.spans, needs, halves_of(ab, frame.scales))
         plan = call_plan(*question, impl=impl)
-    h = None
     if frame.dropout:
         impl = Impl.ATEN if impl is Impl.REFERENCE else impl
         by = dropped.server(rows, adapters.rank, frame.dropout)
@@ -250,7 +250,7 @@ def compute(
     else:
         from fused_lora.ops.ending import ended
 
-        y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending, bordered, out)
+        y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending, bordered, out, h)
     return Computed(as_leading(y, x), rows, w, kept, plan, u)
 
 
@@ -319,7 +319,8 @@ def forward(
     plan: Plan,
     impl: Impl,
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are ``rows``
-    h: Tensor | None = None,  # [M, sum R] where it is there already, and the plan forms it apart
+    h: Tensor | None = None,  # [M, sum R] where it is there already, and the plan forms it apart;
+    # in the right of ``bordered`` where that is given
 ) -> tuple[Tensor, Tensor | None]:
     """y and what the plan keeps; the reference keeps nothing."""
     if impl is Impl.REFERENCE:

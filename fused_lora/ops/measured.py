@@ -277,6 +277,11 @@ class _Operands:
         a = [draw(span.rank, k, to=low) for span in question.spans]
         b = [draw(span.width, span.rank, to=low) for span in question.spans]
         self.adapters = Adapters(a, b, scales, question.spans)
+        self.given = (self.w, self.bias, self.adapters)
+        self.h = None
+        if question.shrunk:
+            alone = self.bordered is None
+            self.h = draw(m, question.rank) if alone else self.bordered[:, k:]
         self._kept: dict[Any, Tensor | None] = {}
 
     def run(self, part: Part, plan: Plan) -> object:
@@ -286,10 +291,10 @@ class _Operands:
         x, needs = self.x, self.question.needs
         impl = Impl.CUDA if plan.backend is Backend.CUDA else Impl.AUTO
         if part.name == "forward":
-            return forward(x, self.w, self.bias, self.adapters, plan, impl, self.bordered)
+            return forward(x, *self.given, plan, impl, self.bordered, self.h)
         how = (plan.backend, plan.forward, plan.keep)
         if how not in self._kept:
-            _, kept = forward(x, self.w, self.bias, self.adapters, plan, impl, self.bordered)
+            _, kept = forward(x, *self.given, plan, impl, self.bordered, self.h)
             self._kept[how] = kept
         w = None if plan.keep is Keep.MERGED else self.w
         return backward(self.dy, x, self._kept[how], w, self.adapters, needs, plan, impl)

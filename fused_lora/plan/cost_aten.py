@@ -57,6 +57,12 @@ def shrink_steps(p: Problem) -> Iterator[Step]:
         yield Step("shrink", p.m, rank, p.k)
 
 
+def _hidden_steps(p: Problem) -> Iterator[Step]:
+    """h of the forward pass, where it does not come with x."""
+    if not p.shrunk:
+        yield from shrink_steps(p)
+
+
 def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The calls of the forward pass."""
     if plan.forward is Forward.MERGE:
@@ -64,12 +70,12 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         yield Step("base", p.m, p.n, p.k)
         return
     if plan.forward is Forward.EXTENDED:
-        yield from shrink_steps(p)
+        yield from _hidden_steps(p)
         yield cost_cuda.product_step("extended", p, p.n, p.k, p.activated)
         return
     yield from cast_steps(p)
     if plan.forward is Forward.SEPARATE:
-        yield from shrink_steps(p)
+        yield from _hidden_steps(p)
         yield Step("base", p.m, p.n, p.k)
         if batched(p):
             yield Step("stack b", p.n, p.spans[0].rank)
@@ -85,7 +91,7 @@ def _bordered_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """y of [x | h] and [w | s b]."""
     if not p.bordered:
         yield Step("copy x", p.m, p.k)
-    yield from shrink_steps(p)
+    yield from _hidden_steps(p)
     yield Step("copy w", p.n, p.k)
     if any(span.width < p.n for span in p.spans):
         yield Step("clear border", p.n, p.rank)
@@ -117,7 +123,7 @@ def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 
 def needs_dh(p: Problem, plan: Plan) -> bool:
     """Whether backward forms dh = s dy b."""
-    from_dx = p.needs.x and plan.dx is not Forward.MERGE
+    from_dx = p.needs.x and plan.dx is not Forward.MERGE and not plan.hands_dh
     own = plan.gradient is Gradient.RANK and plan.grads_by is None
     return from_dx or (own and p.needs.a)
 

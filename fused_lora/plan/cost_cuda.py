@@ -1,7 +1,8 @@
 """What the compiled kernels cost: the gradients db and da from one pass over x and dy, then a sum
 of slices; and the Hopper product, which reads h beside x.
 
-    h, dh   formed from the tiles that the gradients read, or read where they are kept
+    h, dh   formed from the tiles that the gradients read, or read where they are kept; a dh that
+            is formed here is written for dx, which then comes second
 
 Slices are those of the kernels' own planner where the module is there. The efficiencies and calls
 below are guesses: no time has been measured on a GPU yet.
@@ -14,7 +15,7 @@ from dataclasses import replace
 
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.step import Step
-from fused_lora.types import Forward, Keep, Plan
+from fused_lora.types import Backend, Forward, Keep, Plan
 
 EFFICIENCY = 0.8  # of its products beside the library's; unmeasured
 PRODUCT_EFFICIENCY = 0.9  # of the Hopper product beside the library's; unmeasured
@@ -35,7 +36,8 @@ def gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     slices = plan.slices or min(SLICES, -(-p.m * p.itemsize // TILE_ROW_BYTES))
     sums = slices * ranks * (k + n) * (4 // p.itemsize)
     shrinks = 2 * p.m * ranks * (forms_h * p.k + forms_dh * p.n)
-    how = (False, shrinks, sums, EFFICIENCY, LAUNCH_CALLS, PACKING_CALLS)
+    handed = p.m * p.rank * plan.hands_dh
+    how = (False, shrinks, sums + handed, EFFICIENCY, LAUNCH_CALLS, PACKING_CALLS)
     yield Step("one pass db da", ranks, k + n, p.m, *how)
     again = Step("sums db da", ranks, k + n, extra_elements=sums, calls=LAUNCH_CALLS)
     yield replace(again, host_calls=0.0)  # one call of the host's launches both
@@ -54,5 +56,11 @@ def product_step(name: str, p: Problem, columns: int, depth: int, u: bool = Fals
 
 
 def dh_given(p: Problem, plan: Plan) -> bool:
-    """Whether dx forms dh on its way."""
-    return p.needs.x and plan.dx is not Forward.MERGE
+    """Whether dx forms dh, before the gradients or on its way."""
+    return p.needs.x and plan.dx is not Forward.MERGE and not plan.hands_dh
+
+
+def may_hand_dh(p: Problem, plan: Plan) -> bool:
+    """Whether the gradients may come first and write the dh that dx reads."""
+    reads = plan.dx in (Forward.SEPARATE, Forward.BORDERED, Forward.EXTENDED)
+    return plan.grads_by is Backend.CUDA and p.needs.x and p.needs.a and reads

@@ -25,7 +25,7 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the forward pass."""
     if plan.forward is not Forward.MERGE:
         yield from _pack(p)
-    yield from _product(p, plan.forward, "", p.k, p.n, False, p.activated)
+    yield from _product(p, plan.forward, "", p.k, p.n, False, p.activated, p.shrunk)
 
 
 def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
@@ -34,7 +34,8 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     if rank_gradient or (p.needs.x and plan.dx is not Forward.MERGE):
         yield from _pack(p)
     if p.needs.x:
-        yield from _product(p, plan.dx, "dx ", p.n, p.k, plan.keep is Keep.MERGED, p.sloped)
+        how = (plan.keep is Keep.MERGED, p.sloped, plan.hands_dh)
+        yield from _product(p, plan.dx, "dx ", p.n, p.k, *how)
     if rank_gradient and p.needs.b:
         if plan.keep is not Keep.HIDDEN:
             yield _thin(p, "shrink", p.k)
@@ -49,12 +50,16 @@ def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 
 
 def _product(
-    p: Problem, strategy: Forward, name: str, depth: int, columns: int, reuse: bool, u: bool
+    p: Problem,
+    strategy: Forward,
+    name: str,
+    depth: int,
+    columns: int,
+    reuse: bool,  # w' is there already
+    u: bool,  # EXTENDED writes or reads that too
+    given: bool,  # so is h, or dh
 ) -> Iterator[Step]:
-    """y [M, columns] of x [M, depth], or likewise dx; ``reuse`` finds w' merged already.
-
-    ``u``: EXTENDED writes or reads that too.
-    """
+    """y [M, columns] of x [M, depth], or likewise dx."""
     if strategy is Forward.MERGE:
         if not reuse:
             yield _merge(p)
@@ -63,7 +68,8 @@ def _product(
     width = sum(span.rank * span.width for span in p.spans) // p.n  # ranks of a column of y
     ranks = width if columns == p.n else p.rank
     if strategy is Forward.EXTENDED:
-        yield _thin(p, f"{name}shrink", depth)
+        if not given:
+            yield _thin(p, f"{name}shrink", depth)
         beside = p.m * columns if u else 0
         share = GELU_SHARE if u else 1.0
         yield _launch(f"{name}extended", p.m, columns, depth + ranks, elements=beside, share=share)

@@ -21,9 +21,10 @@ class Problem:
     dtype: str = "float32"  # what the GEMMs compute in: a key of ITEMSIZE
     bias: bool = True
     needs: Needs = Needs()
-    bordered: bool = False  # this and the next two: see ``fused_lora.types.Beside``
+    bordered: bool = False  # this and the next three: see ``fused_lora.types.Beside``
     activated: bool = False
     sloped: bool = False
+    shrunk: bool = False
     halves: Halves = ALIKE
     device: str = "cpu"  # its kind
 

@@ -179,7 +179,8 @@ def by_library(plan: Plan) -> Plan:
     """``plan`` where no kernel of its backend may run: as precise, and it keeps the same."""
     here = STRATEGIES[Backend.ATEN]
     forward, dx = (p if p in here else Forward.BORDERED for p in (plan.forward, plan.dx))
-    return replace(plan, forward=forward, dx=dx, backend=Backend.ATEN, grads_by=None, slices=0)
+    plain = replace(plan, grads_by=None, slices=0, hands_dh=False)
+    return replace(plain, forward=forward, dx=dx, backend=Backend.ATEN)
 
 
 def keeps_x(needs: Needs, plan: Plan) -> bool:

@@ -14,6 +14,9 @@ from fused_lora.programs.program import Program
 from fused_lora.programs.record import Call, Value
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm_", "linear"}
+ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided"}
+FILLS = {"new_zeros", "zeros_like", "new_ones", "ones_like", "new_full", "full_like"}
+OVERWRITES = {"copy_", "zero_", "fill_"}  # in place, without reading what was there
 Estimate = Callable[[int, int], float]  # microseconds of so many FLOPs and bytes
 
 
@@ -25,21 +28,48 @@ class Work(NamedTuple):
 
 
 def work(call: Call) -> Work:
-    """Of one call, from the sizes of what it reads and gives."""
-    if is_view(call):
-        return Work(0, 0)
-    given = {id(value): value for value in (*call.reads, *call.writes)}
-    moved = sum(value.nbytes for value in given.values())
-    moved += sum(out.nbytes for out in call.outs if out is not None)
+    """Of one call, from the sizes of what it reads and gives; what it adds to, it reads and writes.
+
+    A kernel's own workspace, written and read, is what its launch calls ``scratch_bytes``.
+    """
     name = name_of(call)
-    if name in ("empty", "new_empty", "empty_like", "empty_strided"):
+    if is_view(call) or name in ALLOCATIONS:
         return Work(0, 0)
+    written = {id(value): value.nbytes for value in call.writes}
+    read = {id(value): value.nbytes for value in call.reads if id(value) not in written}
+    moved = 0 if name in FILLS else sum(read.values())
+    moved += (1 + _accumulates(call)) * sum(written.values())
+    moved += sum(out.nbytes for out in call.outs if out is not None)
+    moved += getattr(call.target, "scratch_bytes", 0)
     if name not in PRODUCTS:
         return Work(0, moved)
     result = call.outs[0] or call.writes[0]
     left = [v for v in call.args if isinstance(v, Value) and len(v.shape) > 1][-2]
     depth = left.shape[-1]
     return Work(2 * depth * _count(result), moved)
+
+
+def _accumulates(call: Call) -> bool:
+    """Whether what it writes in place it reads as well."""
+    name = name_of(call)
+    in_place = name.endswith("_") and name not in OVERWRITES
+    return in_place and call.kwargs.get("beta", 1) != 0
+
+
+def launches(calls: Sequence[Call]) -> int:
+    """How many kernels ``calls`` ask a device for; each of the library's is taken for one."""
+    return sum(
+        getattr(call.target, "launches", 1)
+        for call in calls
+        if not (is_view(call) or name_of(call) in ALLOCATIONS)
+    )
+
+
+def passes(program: Program) -> tuple[float, float]:
+    """What forward and backward move, in units of one pass over the first input: x of a chain."""
+    unit = max(1, program.inputs[0].nbytes)
+    ahead, back = totals(program)
+    return ahead.nbytes / unit, back.nbytes / unit
 
 
 def is_view(call: Call) -> bool:
@@ -79,14 +109,15 @@ def described(program: Program, estimate: Estimate, measure: bool = False) -> st
         measure: time every call on random numbers, beside the estimate.
     """
     measured = measured_us(program) if measure else {}
-    rows = [*_rows("forward", program.calls, estimate, measured)]
+    ahead, back = passes(program)
+    rows = [*_rows("forward", program.calls, estimate, measured, ahead)]
     if program.trains:
         kept = [f"{value.name} {value}" for value in program.saved]
         own = {id(value) for value in program.inputs}
         fresh = sum({v.storage: v.nbytes for v in program.saved if id(v) not in own}.values())
         rows.append(f"saved      {', '.join(kept)}")
         rows.append(f"           {fresh / 1e6:,.2f} MB beside what was given")
-        rows += _rows("backward", program.calls_back, estimate, measured)
+        rows += _rows("backward", program.calls_back, estimate, measured, back)
     return "\n".join(rows)
 
 
@@ -95,10 +126,12 @@ def _rows(
     calls: Sequence[Call],
     estimate: Estimate,
     measured: dict[int, float],
+    over_x: float,  # passes over x
 ) -> list[str]:
     total, calls_made = _sum(calls), [call for call in calls if not is_view(call)]
     guess = sum(estimate(*work(call)) for call in calls_made)
-    head = f"{len(calls_made)} calls, {total.flops / 1e9:,.3f} GFLOP, {total.nbytes / 1e6:,.1f} MB"
+    head = f"{len(calls_made)} calls, {launches(calls)} launches, {total.flops / 1e9:,.3f} GFLOP"
+    head += f", {total.nbytes / 1e6:,.1f} MB, {over_x:,.1f} passes over x"
     found = [f"{title:<10} {head}, {guess:,.0f} us estimated" + ", measured" * bool(measured)]
     for call in calls_made:
         flops, nbytes = work(call)

@@ -35,7 +35,7 @@ def shape_of(example: GradShape) -> Shape:
 
 
 def grads(p: Operands, example: GradShape) -> Named:
-    """Every gradient by name; after a comma, by which way it was found."""
+    """Every gradient, and dh where it is formed, by name; after a comma, by which way."""
     h, dh = thin(p)
     none, given = (None, None), (h, dh)
     ways = {"": none, EVERY: none, ", h given": (h, None), ", dh given": (None, dh)}
@@ -51,8 +51,10 @@ def _named(p: Operands, way: str, h: Tensor | None, dh: Tensor | None) -> dict[s
     chip, needs = Chip.of(p.x.device), Needs(bias=True)
     if way != EVERY:
         chip = chip._replace(processors=min(FEW, chip.processors))
-    found = lora_grads(p.x, p.dy, p.adapters, needs, h, dh, chip=chip)
+    formed = p.dy.new_empty(p.dy.shape[0], p.adapters.rank) if dh is None else None
+    found = lora_grads(p.x, p.dy, p.adapters, needs, h, dh, chip=chip, dh_out=formed)
     named = {f"{name}{way}": t for name, t in _flat(found).items()}
+    named |= {} if formed is None else {f"dh{way}": formed}
     if not way:
         into = (_copies(found.a), _copies(found.b))
         twice = _flat(lora_grads(p.x, p.dy, p.adapters, needs, h, dh, into, chip))

@@ -36,12 +36,12 @@ def products(p: Operands) -> Named:
 
 
 def gradients(p: Operands) -> Named:
-    """What ``equations`` has of adapters' gradients, and that of the bias, without w."""
+    """What ``equations`` has of adapters' gradients, that of the bias, and dh; without w."""
     h, dh = thin(p)
     low = p.adapters.to(p.x.dtype)
     da = dh.T @ p.x
     db = [low.scales[g] * p.dy[:, cols].T @ h[:, ranks] for g, cols, ranks in low.ranks()]
-    return {"da": da.flatten(), "db": flat(db), "dbias": p.dy.sum(0)}
+    return {"da": da.flatten(), "db": flat(db), "dbias": p.dy.sum(0), "dh": dh}
 
 
 def thin(p: Operands) -> tuple[Tensor, Tensor]:

@@ -79,15 +79,17 @@ def compiled_products(dtype: str, device: torch.device) -> Iterator[Checked]:
 
 def endings(dtype: torch.dtype, device: torch.device) -> list[Launch]:
     """Products with something before or behind them, in the tiles of common widths."""
+    low = dtype.itemsize == 2
     found = [
         Launch(kernel, by_rule(kernel, m, n, WIDTHS[0], dtype, device))
-        for kernel in (OF_HALVES if dtype.itemsize == 2 else ENDINGS)
+        for kernel in (OF_HALVES if low else ENDINGS)
         for m in ROWS
         for n in WIDTHS
     ]
     for rank in RANKS:
-        tall = by_rule("shrink_dropout", ROWS[1], rank, WIDTHS[0], dtype, device)
-        found.append(Launch("shrink_dropout", tall))
+        for kernel in ("shrink_dropout", *(("shrink_norm", "shrink_gelu") if low else ())):
+            tall = by_rule(kernel, ROWS[1], rank, WIDTHS[0], dtype, device)
+            found.append(Launch(kernel, tall))
         wide = by_rule("grad_dropout", rank, WIDTHS[0], ROWS[1], dtype, device)
         found.append(Launch("grad_dropout", wide))
     return list(dict.fromkeys(found))

@@ -73,7 +73,23 @@ def _extended_scale(p: Operands) -> Named:
 
 
 def _shrink_dropout(p: Operands) -> Named:
-    return {"h": dropout(p.x, *DROPOUT) @ torch.cat(tuple(p.adapters.to(p.x.dtype).a)).T}
+    return {"h": _shrunk(p, dropout(p.x, *DROPOUT))}
+
+
+def _shrink_norm(p: Operands) -> Named:
+    """n, and h of it."""
+    n = _layer_norm(p)["n"]
+    return {"n": n, "h": _shrunk(p, n)}
+
+
+def _shrink_gelu(p: Operands) -> Named:
+    """g of both kinds, and h of each."""
+    made = {kind: F.gelu(p.x, approximate=approximate) for kind, approximate in KINDS.items()}
+    return {**made, **{f"h of {kind}": _shrunk(p, g) for kind, g in made.items()}}
+
+
+def _shrunk(p: Operands, x: Tensor) -> Tensor:
+    return x @ torch.cat(tuple(p.adapters.to(x.dtype).a)).T
 
 
 def _grad_dropout(p: Operands) -> Named:
@@ -108,6 +124,8 @@ PARTNERS: dict[str, Callable[[Operands], Named]] = {
     "extended_wide": _extended_scale,
     "extended_dropout": _extended_dropout,
     "shrink_dropout": _shrink_dropout,
+    "shrink_norm": _shrink_norm,
+    "shrink_gelu": _shrink_gelu,
     "grad_dropout": _grad_dropout,
     "quantise": _quantise,
     "extended_fp8": _extended_fp8,

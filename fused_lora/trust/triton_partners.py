@@ -86,6 +86,33 @@ def _shrink_dropout(p: Operands, tile: Any) -> Named:
     return {"h": shrink(p.x, p.adapters, tile=tile, dropout=_dropout())}
 
 
+def _halves(p: Operands) -> tuple[Tensor, Tensor]:
+    """The left and the right of an uninitialised bordered buffer."""
+    (m, k), rank = p.x.shape, p.adapters.rank
+    return p.x.new_empty(m, k + rank).split([k, rank], 1)  # type: ignore[return-value]
+
+
+def _shrink_norm(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.layer_norm import rebuild
+    from fused_lora.kernels.triton.row_shrink import layer_norm
+
+    named: dict[str, Tensor] = {}
+    for way, z in {"": p.x, ", of float32": p.x.float()}.items():  # as autocast has it
+        n, *statistics, h = layer_norm(z, p.gamma, p.beta, EPS, p.adapters, *_halves(p), tile)
+        again = rebuild(z, p.gamma, p.beta, *statistics, _left(p.x))
+        named |= {f"n{way}": n, f"h{way}": h, f"n, again{way}": again}
+    return named
+
+
+def _shrink_gelu(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.row_shrink import gelu
+
+    named: dict[str, Tensor] = {}
+    for kind in KINDS:
+        named[kind], named[f"h of {kind}"] = gelu(p.x, kind, p.adapters, *_halves(p), tile)
+    return named
+
+
 def _grad_dropout(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_grad import a_grads
 
@@ -132,6 +159,8 @@ RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "extended_wide": _extended_scale,
     "extended_dropout": _extended_dropout,
     "shrink_dropout": _shrink_dropout,
+    "shrink_norm": _shrink_norm,
+    "shrink_gelu": _shrink_gelu,
     "grad_dropout": _grad_dropout,
     "merge_many": _merge_many,
     "quantise": _quantise,

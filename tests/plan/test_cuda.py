@@ -13,6 +13,7 @@ from fused_lora.plan.problem import Problem
 from fused_lora.plan.strategies import (
     GRADIENT_GROUPS,
     GRADIENT_RANKS,
+    STRATEGIES,
     by_library,
     candidates,
     why_not,
@@ -91,6 +92,46 @@ def test_x_and_dy_are_read_once_and_what_is_not_given_is_formed():
     assert "db" not in names and "da" not in names and "dy shrink" in names  # for dx
     names = [step.name for step in steps(question, compiled(Keep.NOTHING, Forward.MERGE))]
     assert "dy shrink" not in names and "shrink" not in names
+
+
+@pytest.mark.parametrize(
+    ("backend", "dx"),
+    [
+        (Backend.ATEN, Forward.SEPARATE),
+        (Backend.ATEN, Forward.BORDERED),
+        (Backend.TRITON, Forward.EXTENDED),
+    ],
+)
+def test_a_dh_that_the_gradients_form_is_not_formed_for_dx(backend, dx):
+    question = problem(n=3072)
+    alone = compiled(dx=dx, backend=backend)
+    first = dataclasses.replace(alone, hands_dh=True)
+    assert cost_cuda.may_hand_dh(question, alone) and str(first) == str(alone)
+    formed, given = ({step.name: step for step in steps(question, plan)} for plan in (alone, first))
+    assert formed.keys() - given.keys() == {"dx shrink" if dx is EXTENDED else "dy shrink"}
+    before, after = (sum(s.elements() for s in each.values()) for each in (formed, given))
+    assert before - after > question.m * question.n  # dy is read once less
+    assert given["one pass db da"].flops > formed["one pass db da"].flops
+    assert not by_library(first).hands_dh
+
+
+def test_who_hands_no_dh_on():
+    plan = compiled()
+    assert not cost_cuda.may_hand_dh(problem(needs=Needs(x=False)), plan)
+    assert not cost_cuda.may_hand_dh(problem(needs=Needs(a=False)), plan)
+    assert not cost_cuda.may_hand_dh(problem(), dataclasses.replace(plan, grads_by=None))
+    for dx in (Forward.MERGE, Forward.ONE_PASS):  # which form none, or theirs on the way
+        assert not cost_cuda.may_hand_dh(problem(), dataclasses.replace(plan, dx=dx))
+
+
+@pytest.mark.parametrize("backend", Backend)
+def test_h_that_comes_with_x_costs_no_pass(backend):
+    beside = problem(), problem(shrunk=True)
+    for forward in {Forward.SEPARATE, Forward.BORDERED, EXTENDED} & {*STRATEGIES[backend]}:
+        plan = Plan(forward, forward, Gradient.RANK, Keep.HIDDEN, backend=backend)
+        apart, along = ([s.name for s in steps(question, plan)] for question in beside)
+        assert [name for name in apart if name != "shrink"] == along
+        assert apart.count("shrink") == 1
 
 
 @pytest.mark.parametrize(("dtype", "slices"), [("bfloat16", 4), ("float32", 8)])

@@ -7,7 +7,7 @@ import torch
 
 import fused_lora
 from fused_lora.programs import run
-from fused_lora.programs.describe import described, measured_us, totals, work
+from fused_lora.programs.describe import described, launches, measured_us, passes, totals, work
 from fused_lora.programs.program import Given, build
 from tests.patching.models import build as vit
 from tests.programs.test_record import Op
@@ -27,6 +27,27 @@ def test_bytes_and_flops_of_calls():
     assert totals(program)[0].flops == 2 * 6 * 4 * 5
     text = described(program, lambda flops, nbytes: nbytes / 1e3)
     assert "2 calls" in text and "float32[6, 4]" in text and "backward" not in text
+
+
+def test_what_is_added_to_is_read_and_written_and_passes_are_over_x():
+    def ahead(x, w):
+        y = x.new_zeros(6, 5)
+        y.addmm_(x, w.t())  # reads y
+        z = torch.empty_like(y)
+        z.copy_(y)
+        z.addmm_(x, w.t(), beta=0)  # does not
+        return z.mul_(2), ((), None)
+
+    tensors = torch.randn(6, 4), torch.randn(5, 4)
+    program = build(Op(ahead), [Given.of(t, False) for t in tensors])
+    moved = [work(call).nbytes // 4 for call in program.calls if not call.view]
+    x, w, y = 24, 20, 30
+    assert [n for n in moved if n] == [y, x + w + 2 * y, 2 * y, x + w + y, 2 * y]
+    assert passes(program) == (sum(moved) / x, 0)
+    assert launches(program.calls) == 5  # the allocation is none
+    assert f"5 launches, 0.000 GFLOP, 0.0 MB, {sum(moved) / x:.1f} passes over x" in described(
+        program, lambda flops, nbytes: 0.0
+    )
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from fused_lora.kernels.gemm import (
     product,
     thin_rows,
 )
-from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.kernels.interface import Adapters, Grads, HiddenGrad
 from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, even
 
 FEW = 64  # stacked ranks that are copied sooner than another product is launched
@@ -42,7 +42,7 @@ def forward(
     adapters: Adapters,
     plan: Plan,
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x
-    h: Tensor | None = None,  # [M, sum R] where it is there already
+    h: Tensor | None = None,  # [M, sum R] where it is there already: the others of ``bordered``
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and what ``plan.keep`` names: h [M, sum R], w' [N, K] or None."""
     if plan.forward is Forward.MERGE:
@@ -53,12 +53,15 @@ def forward(
         h = shrink(x, adapters) if h is None else h
         y = expand(F.linear(x, w, bias), h, adapters)
     else:
-        k = x.shape[1]
+        k, there = x.shape[1], bordered is not None and h is not None
         if bordered is None:
             bordered = x.new_empty(x.shape[0], k + adapters.rank)
             bordered[:, :k].copy_(x)
         border = bordered[:, k:]
-        h = shrink(x, adapters, out=border) if h is None else border.copy_(h)
+        if h is None:
+            h = shrink(x, adapters, out=border)
+        elif not there:
+            h = border.copy_(h)
         y = F.linear(bordered, bordered_weight(w, adapters), bias)
         h = h.contiguous() if plan.keep is Keep.HIDDEN else h
     return y, h if plan.keep is Keep.HIDDEN else None
@@ -169,11 +172,22 @@ def input_grad(
     w: Tensor | None,  # [N, K]; None where dx reads a kept w'
     adapters: Adapters,
     plan: Plan,
+    given: HiddenGrad | None = None,  # dh where it is there already
 ) -> tuple[Tensor, Tensor | None]:
     """dx [M, K], and dh [M, sum R], rows contiguous, where it was formed on the way."""
     low = adapters.to(dy.dtype)
-    g = _Backward(dy, None, kept, w, adapters, low, Needs(), plan)
+    g = _Backward(dy, None, kept, w, adapters, low, Needs(), plan, given)
     return g.dx(), None if plan.dx is Forward.MERGE else g.dh
+
+
+def place_of_dh(dy: Tensor, rank: int, plan: Plan) -> HiddenGrad:
+    """Where dh is to be written for ``input_grad``: uninitialised, beside a copy of dy or alone."""
+    m, n = dy.shape
+    if plan.dx is not Forward.BORDERED:
+        return HiddenGrad(dy.new_empty(m, rank))
+    bordered = dy.new_empty(m, n + rank)
+    bordered[:, :n].copy_(dy)
+    return HiddenGrad(bordered[:, n:], bordered)
 
 
 class _Backward:
@@ -189,7 +203,9 @@ class _Backward:
         low: Adapters,  # the adapters in the compute dtype
         needs: Needs,
         plan: Plan,
+        given: HiddenGrad | None = None,
     ) -> None:
+        self.given = given
         self.dy, self._x, self.kept, self._w = dy, x, kept, w
         self.adapters, self.low, self.needs, self.plan = adapters, low, needs, plan
 
@@ -206,6 +222,8 @@ class _Backward:
     @cached_property
     def dh(self) -> Tensor:
         """s dy b, [M, sum R]; the right end of [dy | dh] where dx wants that."""
+        if self.given:
+            return self.given.dh
         if self.needs.x and self.plan.dx is Forward.BORDERED:
             return self.bordered[:, self.dy.shape[1] :]
         return shrink_grad(self.dy, self.low)
@@ -213,11 +231,12 @@ class _Backward:
     @cached_property
     def bordered(self) -> Tensor:
         """[dy | dh], [M, N + sum R]."""
-        m, n = self.dy.shape
-        buffer = self.dy.new_empty(m, n + self.low.rank)
-        buffer[:, :n].copy_(self.dy)
-        shrink_grad(self.dy, self.low, buffer[:, n:])
-        return buffer
+        made = self.given
+        if made is None:
+            made = place_of_dh(self.dy, self.low.rank, self.plan)
+            shrink_grad(self.dy, self.low, made.dh)
+        assert made.bordered is not None
+        return made.bordered
 
     def dx(self) -> Tensor:
         """dy w + dh a, [M, K]."""

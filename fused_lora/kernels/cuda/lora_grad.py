@@ -63,11 +63,15 @@ def lora_grads(
     into: Into | None = None,  # da and db go here
     chip: Chip | None = None,
     beta: int = 1,  # times what ``into`` holds; 0 never reads it
+    dh_out: Tensor | None = None,  # [M, sum R], dy's dtype, rows contiguous: dh goes here too
 ) -> Grads:
-    """da, db and dbias as ``needs`` names them, in their operands' dtypes or ``into`` others."""
+    """da, db and dbias as ``needs`` names them, in their operands' dtypes or ``into`` others.
+
+    ``dh_out`` is for a dh that is formed here: where ``needs.a``, and ``dh`` is not given.
+    """
     call = GradCall(x, dy, adapters, needs, h, dh)
     chip = chip or Chip.of(call.first.device)
-    reason = call.why_not_operands()
+    reason = call.why_not_operands() or call.why_not_written(dh_out)
     assert reason is None, reason
     plan = call.plan(chip)
     assert plan is not None, call.too_large(chip)
@@ -79,8 +83,9 @@ def lora_grads(
         )
         halves = (tuple(adapters.a), tuple(adapters.b))
         results = (tuple(grads.a), tuple(grads.b), grads.bias)
-        written = [t for t in (*grads.a, *grads.b, grads.bias) if t is not None]
-        opaque(launch, lambda *_: None, x, dy, *halves, h, dh, *results, writes=written)
+        written = [t for t in (*grads.a, *grads.b, grads.bias, dh_out) if t is not None]
+        given = (x, dy, *halves, h, dh, *results, dh_out)
+        opaque(launch, lambda *_: None, *given, writes=written)
     return grads
 
 
@@ -95,6 +100,12 @@ class _Launch:
     add: bool
 
     __name__: ClassVar[str] = "lora_grad"
+    launches: ClassVar[int] = 2  # the pass, and the sum of its slices
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The slices' sums, written and read."""
+        return 2 * 4 * int(self.plan.partial_floats)
 
     def __call__(
         self,
@@ -107,10 +118,12 @@ class _Launch:
         da: Sequence[Tensor | None],
         db: Sequence[Tensor | None],
         dbias: Tensor | None,
+        dh_out: Tensor | None,
     ) -> None:
         """On the current stream."""
         call = GradCall(x, dy, Adapters(a, b, self.scales, self.spans), self.needs, h, dh)
-        _launch(call, self.plan, Grads(None, None, dbias, list(da), list(db)), self.add)
+        grads = Grads(None, None, dbias, list(da), list(db))
+        _launch(call, self.plan, grads, self.add, dh_out)
 
 
 def a_grads(
@@ -148,7 +161,9 @@ def _outputs(call: GradCall, into: Into | None) -> Grads:
     )
 
 
-def _launch(call: GradCall, plan: Any, grads: Grads, add: bool) -> None:
+def _launch(
+    call: GradCall, plan: Any, grads: Grads, add: bool, dh_out: Tensor | None = None
+) -> None:
     module, first = native.load(), call.first
     assert first.is_cuda or module.archs == "none", first.device
     written = [grad for grad in (*grads.a, *grads.b) if grad is not None]
@@ -165,6 +180,8 @@ def _launch(call: GradCall, plan: Any, grads: Grads, add: bool) -> None:
         **{f"{name}_row": _row(getattr(call, name)) for name in ("x", "dy", "h", "dh")},
         groups=_groups(call.adapters, grads),
         dbias=_address(grads.bias),
+        dh_out=_address(dh_out),
+        dh_out_row=_row(dh_out),
         rows=first.shape[0],
         **dtypes,
         add=add,

@@ -74,6 +74,18 @@ class GradCall(NamedTuple):
         """The part of ``why_not`` that no chip enters."""
         return self._why_not_missing() or self._why_not_types() or self._why_not_rows()
 
+    def why_not_written(self, dh_out: Tensor | None) -> str | None:
+        """One sentence why dh cannot be written to ``dh_out`` as it is formed."""
+        if dh_out is None:
+            return None
+        if not self.shape.forms_dh:
+            return "dh is not formed here: it is given, or no a needs a gradient"
+        wanted = (self.first.shape[0], self.adapters.rank)
+        if dh_out.shape != wanted or dh_out.dtype is not self.first.dtype or dh_out.stride(1) != 1:
+            seen = f"{tuple(dh_out.shape)} {dh_out.dtype} {dh_out.stride()}"
+            return f"dh is written as {wanted} {self.first.dtype}, rows contiguous, got {seen}"
+        return None
+
     def too_large(self, chip: Chip) -> str:
         """What to say where there is no plan."""
         sizes = ", ".join(f"{name} {tuple(z.shape)}" for name, z in self.large.items())

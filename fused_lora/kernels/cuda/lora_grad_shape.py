@@ -49,9 +49,14 @@ class GradShape(NamedTuple):
     tf32: bool = False  # x, dy, h and dh are fp32, multiplied as TF32; else of 16 bits
 
     @property
+    def forms_dh(self) -> bool:
+        """Whether dh is formed on chip."""
+        return self.needs_a and not self.dh_given
+
+    @property
     def forms(self) -> bool:
         """Whether h or dh is formed on chip."""
-        return (self.needs_b and not self.h_given) or (self.needs_a and not self.dh_given)
+        return (self.needs_b and not self.h_given) or self.forms_dh
 
     def plan(self, rows: int, chip: Chip) -> Any:
         """fused_lora._native.GradPlan; None where no block or cluster holds the problem."""

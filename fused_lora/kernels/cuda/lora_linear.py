@@ -19,7 +19,7 @@ from fused_lora.kernels.cuda.lora_extended import Tile
 from fused_lora.kernels.cuda.lora_extended_operands import packed, readable
 from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.gemm import columns, outer, product
-from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.kernels.interface import Adapters, Grads, HiddenGrad
 from fused_lora.plan.problem import Problem
 from fused_lora.programs.record import begins_at
 from fused_lora.types import Gradient, Keep, Needs, Plan
@@ -79,10 +79,12 @@ def input_grad(
     w: Tensor | None,  # [N, K]
     adapters: Adapters,
     plan: Plan,
+    given: HiddenGrad | None = None,  # dh where it is there already
 ) -> tuple[Tensor, Tensor | None]:
     """dx [M, K], and dh [M, sum R], rows contiguous."""
     assert w is not None
-    dx, dh = lora_extended.input_grad(readable(dy), readable(w), adapters)
+    there = given.dh if given else None
+    dx, dh = lora_extended.input_grad(readable(dy), readable(w), adapters, there)
     return dx, packed(dh, adapters)
 
 

@@ -35,11 +35,12 @@ def forward(
     plan: Plan,
     ending: Ending,
     out: Tensor | None = None,  # [M, N] for y, rows contiguous
+    h: Tensor | None = None,  # [M, sum R] where it is there already
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] of an activation."""
     direct = out if out is not None and aligned(out) else None
     y, h, u = lora_extended.forward(
-        *(readable(x), readable(w), vector(bias), adapters, ending.activation),
+        *(readable(x), readable(w), vector(bias), adapters, ending.activation, h),
         factor=vector(ending.factor),
         residual=ending.residual,
         out=direct,

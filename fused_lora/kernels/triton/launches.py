@@ -14,6 +14,8 @@ extended_fp8      M     N        K       of codes; forward alone
 extended_dropout  M     K        N       dx of a dropped x; N = 0 of the adapters alone
 shrink_dropout    M     sum R    K       of a dropped x
 grad_dropout      sum R K        M       likewise
+shrink_norm       M     sum R    K       LayerNorm, which makes x, and h of it
+shrink_gelu       M     sum R    K       GELU of both kinds, likewise
 merge_many        any                    every matrix of a table
 quantise          M     K                codes and scales of x
 layer_norm        M     D                forward, rebuilding and dx
@@ -160,6 +162,8 @@ def _least_cost(
     if name == "one":
         return tiles.one_pass_tile(rows, columns, size, device, ragged)
     if name == "shrink":
+        if ending in ("norm", "gelu"):
+            return tiles.row_shrink_tile(columns, ending == "norm")
         return tiles.thin_tile(rows, columns, size, device, dropout)
     if name == "grad":
         return tiles.grad_tile(rows, size, dropout)
@@ -182,9 +186,9 @@ def launches(
 
 
 def _shapes(p: Problem, plan: Plan) -> Iterator[tuple[str, int, int, int]]:
-    yield from _product(p, plan.forward, p.k, p.n)
+    yield from _product(p, plan.forward, p.k, p.n, p.shrunk)
     if p.needs.x and plan.keep is not Keep.MERGED:
-        yield from _product(p, plan.dx, p.n, p.k)
+        yield from _product(p, plan.dx, p.n, p.k, plan.hands_dh)
     if plan.gradient is not Gradient.RANK or plan.grads_by:
         return
     if p.needs.b:
@@ -198,11 +202,11 @@ def _shapes(p: Problem, plan: Plan) -> Iterator[tuple[str, int, int, int]]:
 
 
 def _product(
-    p: Problem, strategy: Forward, depth: int, columns: int
+    p: Problem, strategy: Forward, depth: int, columns: int, given: bool
 ) -> Iterator[tuple[str, int, int, int]]:
     if strategy is Forward.MERGE:
         yield "merge", p.n, p.k, p.rank
         return
-    if strategy is Forward.EXTENDED:
+    if strategy is Forward.EXTENDED and not given:
         yield "shrink", p.m, p.rank, depth
     yield strategy.value, p.m, columns, depth

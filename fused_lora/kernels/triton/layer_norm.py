@@ -41,7 +41,7 @@ def _row_tile(rows, columns, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _column(vector, d, columns, default):
+def column_of(vector, d, columns, default):
     """[1, D] of it in fp32; a vector that is absent is its neutral element."""
     if vector is not None:
         return tl.load(vector + d, mask=d < columns, other=0.0).to(tl.float32)[None, :]
@@ -78,7 +78,9 @@ def _layer_norm(
         inverse = 1.0 / tl.sqrt_rn(tl.sum(z * z, axis=1) / columns + eps)
         tl.store(mean + m, average, mask=m < rows)
         tl.store(rstd + m, inverse, mask=m < rows)
-    out = z * inverse[:, None] * _column(weight, d, columns, 1.0) + _column(bias, d, columns, 0.0)
+    out = z * inverse[:, None] * column_of(weight, d, columns, 1.0) + column_of(
+        bias, d, columns, 0.0
+    )
     tl.store(y + m64 * y_row + d[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 
@@ -106,7 +108,7 @@ def _layer_norm_grad(
     z = tl.load(x + m64 * x_row + d[None, :], mask=inside, other=0.0).to(tl.float32)
     g = tl.load(dy + m64 * dy_row + d[None, :], mask=inside, other=0.0).to(tl.float32)
     z = tl.where(inside, (z - average) * inverse, 0.0)
-    g = g * _column(weight, d, columns, 1.0)
+    g = g * column_of(weight, d, columns, 1.0)
     along = tl.sum(g * z, axis=1)[:, None] / columns
     out = inverse * (g - tl.sum(g, axis=1)[:, None] / columns - z * along)
     if residual is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.full_grads import full_grads
-from fused_lora.kernels.interface import Adapters, Grads, Slope
+from fused_lora.kernels.interface import Adapters, Grads, HiddenGrad, Slope
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.border import Packed, packed
@@ -90,6 +90,7 @@ def input_grad(
     plan: Plan,
     slope: Slope | None = None,  # of EXTENDED
     low: Adapters | Packed | None = None,  # the adapters in dy's dtype, where they are there
+    given: HiddenGrad | None = None,  # dh where it is there already, likewise
 ) -> tuple[Tensor, Tensor | None]:
     """dx = dy w + dh a [M, K], or du in its place, and dh where it was formed on the way."""
     if plan.keep is Keep.MERGED:
@@ -104,7 +105,7 @@ def input_grad(
     if plan.dx is Forward.ONE_PASS:
         return lora_one_pass.input_grad(dy, w, low, tile=tile)
     dy, w = (readable(t, tile) for t in (dy, w))
-    dh = shrink_grad(dy, low)
+    dh = given.dh if given else shrink_grad(dy, low)
     how = slope._asdict() if slope else {}
     return lora_extended.input_grad(dy, w, low, dh=dh, tile=tile, **how)
 

@@ -21,6 +21,7 @@ def forward(
     plan: Plan,
     ending: Ending,
     out: Tensor | None = None,  # [M, N] for y, rows contiguous
+    h: Tensor | None = None,  # [M, sum R] where it is there already
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the ending stores it."""
     active, factor, residual, stores_u = ending
@@ -30,7 +31,7 @@ def forward(
     kernel, uneven = ending.kernel(x.dtype), ragged(adapters.spans)
     tile = tile_of(kernel, x.shape[0], n, k, x.dtype, x.device, uneven)
     x, w = (readable(t, tile) for t in (x, w))
-    h = shrink(x, low)
+    h = shrink(x, low) if h is None else readable(h, tile)
     dtype = x.dtype
     for t in (factor, residual):
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)

@@ -153,6 +153,7 @@ def smaller(tile: ThinTile | GradTile | MergeTile) -> ThinTile | GradTile | Merg
 ELEMENTS = ElementTile()
 PACK = ElementTile(16, 128)  # of a border
 MOST_WIDTH = 16384  # of a row that registers hold
+MOST_ROW_RANKS = 64  # sum R whose h is formed where x is made
 
 
 def row_tile(columns: int) -> RowTile:
@@ -331,6 +332,17 @@ def thin_tile(
     if not roomy:
         return ThinTile(128, ranks, 64, 3, 8)
     return ThinTile(128, ranks, 64, 4, 8 if ranks == 64 else 4)
+
+
+def row_shrink_tile(ranks: int, norm: bool) -> ThinTile:
+    """Of what makes x of 16 bits and h of it: as many stages as 99 KB hold of an fp32 z.
+
+    On sm_120 ptxas spills 8 and 24 bytes of GELU where nothing caps registers, and 16 of 64 ranks
+    of LayerNorm where 160 do.
+    """
+    ranks = power_of_two(ranks, 16, MOST_ROW_RANKS)
+    wide = ranks == MOST_ROW_RANKS
+    return ThinTile(64, ranks, 64, 3, 8, 128 if not wide else 0 if norm else 160)
 
 
 def grad_tile(ranks: int, itemsize: int, dropout: bool = False) -> GradTile:

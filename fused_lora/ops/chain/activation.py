@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.ops import gelu
+from fused_lora.kernels.interface import Adapters
+from fused_lora.ops import gelu, row_shrink
 from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Run, Stage, Tensors
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # of what goes in, and where to write
@@ -54,6 +55,12 @@ class Activation(Stage):
 
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
         """g of u."""
+        if place.makes and place.makes.adapters:
+            assert self.gelu is not None
+            out = torch.empty_like(x[0]) if place.out is None else place.out
+            given = (x[0], self.gelu, place.makes.adapters, out, place.makes.right)
+            made = row_shrink.gelu(*given)
+            return Run((made.x,), h=made.h)
         return Run((ACTIVATIONS[self.name][0](x[0], place.out),))
 
     def backward(
@@ -70,6 +77,11 @@ class Activation(Stage):
     def places(self, x: Tensors) -> bool:
         """As the kernel does; silu's and sigmoid's do."""
         return self.gelu is None or gelu.places(x[0], self.gelu)
+
+    def shrinks(self, x: Tensors, own: Optional, adapters: Adapters) -> bool:
+        """As GELU's kernel does."""
+        asked = ("shrink_gelu", x[0], x[0].dtype, adapters.rank)
+        return self.gelu is not None and row_shrink.why_not(*asked) is None
 
     @property
     def gelu(self) -> str | None:  # type: ignore[override]

@@ -123,9 +123,13 @@ class Chain:
         (dy,) = grads
         walk, factor = _load(self.recipe, tensors, note)
         dz = dy if factor is None else dy * factor
-        dx, down = walk.through(dz.reshape(-1, dz.shape[-1]))
+        around = self.recipe.around and walk.asked[0].x
+        joins = around and self.recipe.stages[0].joins(walk.asked[0])
+        passed = dy.reshape(-1, dy.shape[-1]) if joins else None
+        dx, down = walk.through(dz.reshape(-1, dz.shape[-1]), passed)
         dx = dx if dx is None else dx.view(shape).to(dtype)
-        if self.recipe.around and dx is not None:
+        if around and not joins:
+            assert dx is not None
             dx = dx.add_(dy)
         return dx, dy.to(beside) if needs[1] else None, None, None, *down
 

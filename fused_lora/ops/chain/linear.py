@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Ending, Slope
+from fused_lora.kernels.interface import Adapters, Ending, Slope
 from fused_lora.ops.chain.stage import (
     FREE,
     Asked,
@@ -19,6 +20,7 @@ from fused_lora.ops.chain.stage import (
     Tensors,
     consecutive,
 )
+from fused_lora.ops.dropped import FORMS_H
 from fused_lora.ops.epilogues import plan_beside, why_nobody, why_not_fused, why_not_sloped
 from fused_lora.ops.lora_linear import (
     Frame,
@@ -68,7 +70,7 @@ class LoRALinear(Stage):
         ys, extra, plans = [], [], []
         room = place.room
         plan = room.plan if room else place.plan or self._plan(x[0], own, asked)
-        placed = (room and room.buffer, plan, place.ending, place.out)
+        placed = (room and room.buffer, plan, place.ending, place.out, room and room.h)
         for (frame, part), needs in zip(self.parts, asked.note, strict=True):
             w, bias, *ab = own[part]
             assert w is not None
@@ -102,15 +104,20 @@ class LoRALinear(Stage):
         self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
     ) -> Plan | None:
         """One product does, where an epilogue of its plan's serves."""
-        plan = None if room else self._plan(x[0], own, asked)
-        if plan is None or not ends(plan):  # of a room, the plan is the library's
+        plan = room.plan if room else self._plan(x[0], own, asked)
+        if plan is None or not ends(plan):
             return None
         assert own[0] is not None
         given = (self.frames[0].spans, plan, ending, self.dtype)
         return None if why_not_fused(x[0], own[0], *given) else plan
 
     def _plan(
-        self, like: Tensor, own: Optional, asked: Asked, bordered: bool = False
+        self,
+        like: Tensor,
+        own: Optional,
+        asked: Asked,
+        bordered: bool = False,
+        shrunk: bool = False,
     ) -> Plan | None:
         """The plan that counts on what may be part of its passes; None where nothing may."""
         frame, w = self.frames[0], own[0]
@@ -119,7 +126,9 @@ class LoRALinear(Stage):
         assert w is not None
         halves = halves_of(own[2:], frame.scales)  # type: ignore[arg-type]
         question = (like, w, own[1] is not None, frame.spans, asked.note[0], halves, frame.impl)
-        return plan_beside(*question, self.dtype, self.beside._replace(bordered=bordered))
+        return plan_beside(
+            *question, self.dtype, self.beside._replace(bordered=bordered, shrunk=shrunk)
+        )
 
     def slopes(self, dy: Tensors, run: Run, own: Optional) -> bool:
         """Likewise in the plan of its backward."""
@@ -164,21 +173,45 @@ class LoRALinear(Stage):
             out.append(lora_linear(*given, impl=frame.impl, dropout=frame.dropout))
         return tuple(out)
 
-    def room(self, like: Tensor, own: Optional, asked: Asked) -> Room | None:
-        """A bordered buffer, where one GEMM on it wins once x lies there at no cost."""
+    def room(
+        self,
+        like: Tensor,
+        own: Optional,
+        asked: Asked,
+        writes: bool,
+        shrinks: Callable[[Adapters], bool],
+    ) -> Room | None:
+        """A bordered buffer, where one GEMM on it wins once x lies there at no cost; and h, where
+        the plan reads one apart from x."""
         if len(self.frames) > 1 or self.frames[0].impl is Impl.REFERENCE or self.drops:
             return None
-        (frame,), w, (needs,) = self.frames, own[0], asked.note
-        assert w is not None
-        plan = self._plan(like, own, asked, bordered=True)
-        if plan is None:
-            halves = halves_of(own[2:], frame.scales)  # type: ignore[arg-type]
-            question = (like, w, own[1] is not None, frame.spans, needs, halves, None, frame.impl)
-            plan = call_plan(*question, self.dtype, Beside(bordered=True))
-        if plan.forward is not Forward.BORDERED:
+        frame, w = self.frames[0], own[0]
+        adapters = frame.adapters(own[2:])  # type: ignore[arg-type]
+        shrunk = frame.impl is not Impl.ATEN and shrinks(adapters)
+        if not (writes or shrunk):
             return None
-        k, rank = w.shape[1], sum(span.rank for span in frame.spans)
-        return Room(like.new_empty(like.shape[0], k + rank, dtype=self.dtype), k, plan)
+        assert w is not None
+        for bordered in (True, False) if writes else (False,):
+            plan = self._plan_for(like, own, asked, bordered, shrunk)
+            if bordered and plan.forward is not Forward.BORDERED:
+                continue
+            made = adapters if shrunk and plan.forward in FORMS_H else None
+            k, wide = w.shape[1], (like.shape[0], w.shape[1] + adapters.rank)
+            buffer = like.new_empty(wide, dtype=self.dtype) if bordered else None
+            return Room(buffer, k, plan, made) if bordered or made else None
+        return None
+
+    def _plan_for(
+        self, like: Tensor, own: Optional, asked: Asked, bordered: bool, shrunk: bool
+    ) -> Plan:
+        """The plan of one frame, given what whoever makes x does for it."""
+        if plan := self._plan(like, own, asked, bordered, shrunk):
+            return plan
+        frame, w, (needs,) = self.frames[0], own[0], asked.note
+        assert w is not None
+        halves = halves_of(own[2:], frame.scales)  # type: ignore[arg-type]
+        question = (like, w, own[1] is not None, frame.spans, needs, halves, None, frame.impl)
+        return call_plan(*question, self.dtype, Beside(bordered=bordered, shrunk=shrunk))
 
     def reads_input(self, run: Run, asked: Asked) -> bool:
         """Whether some frame's gradients read x."""

@@ -1,8 +1,9 @@
 """LayerNorm as a stage: n = (x - mean) rstd gamma + beta over the last dimension.
 
 Triton's kernel writes n, in whatever dtype the next product reads, into the left of [n | h] where
-that is one GEMM's operand, and dx in x's dtype. The library's writes a tensor of its own: torch's
-``native_layer_norm.out`` makes that too and copies, so nothing is asked of it.
+that is one GEMM's operand, and dx, with the gradient that passed by, in x's dtype. Another of its
+kernels forms h as well, where the product reads one. The library's writes a tensor of its own:
+torch's ``native_layer_norm.out`` makes that too and copies, so nothing is asked of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.ops import layer_norm
+from fused_lora.kernels.interface import Adapters
+from fused_lora.ops import layer_norm, row_shrink
 from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Run, Stage, Tensors
 
 
@@ -28,6 +30,11 @@ class LayerNorm(Stage):
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
         """n [M, K] of x [M, K]."""
         gamma, beta = own
+        if place.makes and place.makes.adapters:
+            out = torch.empty_like(x[0], dtype=self.dtype) if place.out is None else place.out
+            given = (x[0], gamma, beta, self.eps, place.makes.adapters, out, place.makes.right)
+            made = row_shrink.layer_norm(*given)
+            return Run((made.x,), made.statistics, h=made.h)
         out = self._as(x[0], self.dtype) if place.out is None else place.out
         n, mean, rstd = layer_norm.forward(x[0], gamma, beta, self.eps, out)
         return Run((n.to(self.dtype),), (mean, rstd))
@@ -36,6 +43,22 @@ class LayerNorm(Stage):
         self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
     ) -> tuple[Tensors | None, Optional]:
         """dx [M, K] in x's dtype, and those of gamma and beta."""
+        return self.joined(dy, x, run, own, asked, None)
+
+    def joins(self, asked: Asked) -> bool:
+        """The kernel of dx alone does."""
+        return not any(asked.own)
+
+    def joined(
+        self,
+        dy: Tensors,
+        x: Tensors | None,
+        run: Run,
+        own: Optional,
+        asked: Asked,
+        beside: Tensor | None,
+    ) -> tuple[Tensors | None, Optional]:
+        """The same with the gradient of the residual around added to dx, rounded once."""
         assert x is not None
         gamma, beta = own
         mean, rstd = run.extra
@@ -43,7 +66,7 @@ class LayerNorm(Stage):
         if not any(asked.own):
             out = self._as(dy[0], x[0].dtype)
             dz = dy[0].to(x[0].dtype) if out is None else dy[0]
-            dx = layer_norm.input_grad(dz, x[0], gamma, mean, rstd, out=out)
+            dx = layer_norm.input_grad(dz, x[0], gamma, mean, rstd, beside, out)
             return (dx,), (None, None)
         needs = (asked.x, *asked.own)
         wide, *down = layer_norm.grads(dy[0], x[0], gamma, beta, mean, rstd, needs)
@@ -62,3 +85,8 @@ class LayerNorm(Stage):
     def places(self, x: Tensors) -> bool:
         """As the kernel does."""
         return layer_norm.places(x[0])
+
+    def shrinks(self, x: Tensors, own: Optional, adapters: Adapters) -> bool:
+        """As a kernel does."""
+        asked = ("shrink_norm", x[0], self.dtype, adapters.rank, *own)
+        return row_shrink.why_not(*asked) is None

@@ -7,12 +7,12 @@ or made again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fused_lora.kernels.interface import Ending, Slope
+from fused_lora.kernels.interface import Adapters, Ending, Slope
 from fused_lora.types import Plan
 
 Tensors = tuple[Tensor, ...]
@@ -35,19 +35,27 @@ class Run(NamedTuple):
     extra: Optional = ()  # tensors that its backward reads beside its input and its operands
     note: Any = None  # what else its backward must know, no tensor in it
     beyond: Tensor | None = None  # act(out), where the place's ending is an activation
+    h: Tensor | None = None  # [M, sum R] of out, for the stage behind
 
 
 class Room(NamedTuple):
-    """Where a stage writes, so that the next finds its operand where its one GEMM reads it."""
+    """What a stage does for the next: writes where its one GEMM reads, and forms its h."""
 
-    buffer: Tensor  # [M, K + sum R]
+    buffer: Tensor | None  # [M, K + sum R]
     columns: int  # K
     plan: Plan  # of the stage that reads it
+    adapters: Adapters | None = None  # whose h is to be formed
+    h: Tensor | None = None  # [M, sum R], once it is; the right of the buffer where there is one
 
     @property
-    def left(self) -> Tensor:
+    def left(self) -> Tensor | None:
         """[M, K], what is written."""
-        return self.buffer[:, : self.columns]
+        return None if self.buffer is None else self.buffer[:, : self.columns]
+
+    @property
+    def right(self) -> Tensor | None:
+        """[M, sum R], where h goes."""
+        return None if self.buffer is None else self.buffer[:, self.columns :]
 
 
 class Place(NamedTuple):
@@ -57,6 +65,7 @@ class Place(NamedTuple):
     room: Room | None = None  # holds x
     ending: Ending | None = None  # computed behind its y
     plan: Plan | None = None  # by which it computes an activation as its ending
+    makes: Room | None = None  # of the stage behind, whose h it forms as well
 
 
 FREE = Place()
@@ -94,6 +103,22 @@ class Stage:
         """The plan by which it computes the activation behind it in its own pass; or None."""
         return None
 
+    def joins(self, asked: Asked) -> bool:
+        """Whether it adds a gradient that passed by to that of what went in, in its own pass."""
+        return False
+
+    def joined(
+        self,
+        dy: Tensors,
+        x: Tensors | None,
+        run: Run,
+        own: Optional,
+        asked: Asked,
+        beside: Tensor | None,
+    ) -> tuple[Tensors | None, Optional]:
+        """As ``backward``, with ``beside`` [M, K] added to dx; where it ``joins``."""
+        raise NotImplementedError(type(self).__name__)
+
     def slopes(self, dy: Tensors, run: Run, own: Optional) -> bool:
         """Whether its dx goes through the slope of the activation before it in its own pass."""
         return False
@@ -128,8 +153,19 @@ class Stage:
         """Whether forward writes the one tensor that comes out where it is told, at no cost."""
         return False
 
-    def room(self, like: Tensor, own: Optional, asked: Asked) -> Room | None:
-        """Where it wants its x, of as many rows as ``like`` and beside it, if it minds."""
+    def shrinks(self, x: Tensors, own: Optional, adapters: Adapters) -> bool:
+        """Whether forward forms h of the one tensor that comes out, in its own pass."""
+        return False
+
+    def room(
+        self,
+        like: Tensor,
+        own: Optional,
+        asked: Asked,
+        writes: bool,  # whoever makes x does so where it is told
+        shrinks: Callable[[Adapters], bool],  # and forms h
+    ) -> Room | None:
+        """What it wants of that, x being of as many rows as ``like`` and beside it."""
         return None
 
     def reads_input(self, run: Run, asked: Asked) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
-from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.interface import Adapters, Ending
 from fused_lora.ops.chain.recipe import Recipe
 from fused_lora.ops.chain.stage import Asked, Optional, Place, Room, Run, Tensors
 
@@ -22,14 +23,16 @@ class Steps(NamedTuple):
     again: bool = False  # in backward, which reads all that it makes
 
     def behind(self, i: int, x: Tensors, free: bool = False) -> Room | None:
-        """Where stage i, given x, is to write for the one behind it; what is kept lies alone.
+        """What stage i, given x, is to do for the one behind it; what is kept lies alone.
 
         ``free``: it writes wherever it is told at no cost, and x has but its rows.
         """
         j, stages = i + 1, self.recipe.stages
-        if j == len(stages) or j in self.keep or not (free or stages[i].places(x)):
+        if j == len(stages):
             return None
-        return stages[j].room(x[0], self.own[j], self.asked[j])
+        writes = j not in self.keep and (free or stages[i].places(x))
+        shrinks = _never if free else partial(stages[i].shrinks, x, self.own[i])
+        return stages[j].room(x[0], self.own[j], self.asked[j], writes, shrinks)
 
     def take(
         self,
@@ -50,5 +53,15 @@ class Steps(NamedTuple):
             assert run.beyond is not None
             return (run, Run((run.beyond,))), following
         following = self.behind(i, x) if place else None
-        at = Place(following and following.left, room, ending)
-        return (stage.forward(x, *given, at),), following
+        makes = following if following and following.adapters else None
+        run = stage.forward(
+            x, *given, Place(following and following.left, room, ending, None, makes)
+        )
+        if following and makes:
+            following = following._replace(h=run.h)
+        return (run,), following
+
+
+def _never(adapters: Adapters) -> bool:
+    """A product and its activation in one pass form no h."""
+    return False

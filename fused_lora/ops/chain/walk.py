@@ -45,7 +45,11 @@ class Walk:
         for at, run in enumerate(done, first):
             self.values[at + 1], self.runs[at] = run.out, Run((), run.extra, run.note)
 
-    def through(self, dz: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+    def through(
+        self,
+        dz: Tensor,
+        beside: Tensor | None = None,  # [M, K]: added to the gradient of the source
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
         """From the gradient of the last stage's output to those of the source and the operands."""
         grads: Tensors | None = (dz,)
         down: list[Optional] = []
@@ -54,14 +58,16 @@ class Walk:
             mine: Optional = (None,) * len(self.own[i])
             if self.asked[i].any and not sloped:
                 assert grads is not None
-                grads, mine, sloped = self._stage(i, grads)
+                grads, mine, sloped = self._stage(i, grads, None if i else beside)
             else:
                 sloped = False
             down.append(mine)
         dx = grads[0] if grads is not None and self.asked[0].x else None
         return dx, [grad for mine in reversed(down) for grad in mine]
 
-    def _stage(self, i: int, grads: Tensors) -> tuple[Tensors | None, Optional, bool]:
+    def _stage(
+        self, i: int, grads: Tensors, beside: Tensor | None
+    ) -> tuple[Tensors | None, Optional, bool]:
         if self.runs[i] is None:
             self.value(i + 1)
         run, stage, asked = self.runs[i], self.recipe.stages[i], self.asked[i]
@@ -69,6 +75,8 @@ class Walk:
         x = self.value(i) if stage.reads_input(run, asked) else None
         self.values.pop(i + 1, None)
         kind, own = self.recipe.before[i], self.own[i]
+        if beside is not None:
+            return *stage.joined(grads, x, run, own, asked, beside), False
         if not (kind and asked.x and stage.slopes(grads, run, own)):
             return *stage.backward(grads, x, run, own, asked), False
         slope = Slope(kind, self.value(i - 1)[0])

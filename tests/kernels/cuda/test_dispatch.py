@@ -78,6 +78,7 @@ def test_right_kernels_are_checked_once_and_serve(served: Served) -> None:  # no
         warnings.simplefilter("error")
         chosen = plan()
     assert chosen.grads_by is Backend.CUDA and "cuda:rank" in str(chosen)
+    assert chosen.hands_dh and not plan(needs=Needs(x=False)).hands_dh
     checks = served.checks
     assert checks > 0
     for impl in ("auto", "cuda"):
@@ -134,20 +135,36 @@ def test_every_subset_of_gradients_and_each_way_of_dx(unchecked: Served) -> None
     needs = [Needs(x, False, bias, a, b) for x, bias, a, b in bits if a or b]
     hidden = layer.x @ torch.cat(layer.a).to(BF16).T
 
-    def run(asked: Needs, dx: Forward, h: torch.Tensor | None, by: Backend | None) -> list:
+    def run(
+        asked: Needs, dx: Forward, h: torch.Tensor | None, by: Backend | None, hands: bool
+    ) -> list:
         keep = Keep.NOTHING if h is None else Keep.HIDDEN
-        way = Plan(dx, dx, Gradient.RANK, keep, grads_by=by)
+        hands = hands and by is Backend.CUDA and asked.x and asked.a
+        way = Plan(dx, dx, Gradient.RANK, keep, grads_by=by, hands_dh=hands)
         found = backward(layer.dy, layer.x, h, layer.w, adapters, asked, way, Impl.AUTO)
         return [found.x, found.bias, *found.a, *found.b]
 
     for asked in needs:
-        for dx, h in product((Forward.SEPARATE, Forward.BORDERED), (hidden, None)):
-            both = (run(asked, dx, h, by) for by in (Backend.CUDA, None))
+        ways = (Forward.SEPARATE, Forward.BORDERED)
+        for dx, h, hands in product(ways, (hidden, None), (True, False)):
+            both = (run(asked, dx, h, by, hands) for by in (Backend.CUDA, None))
             for mine, other in zip(*both, strict=True):
                 assert (mine is None) == (other is None)
                 assert mine is None or mine.dtype is other.dtype
                 assert mine is None or torch.allclose(mine, other, rtol=0.02, atol=0.05)
-    assert unchecked.runs == 4 * len(needs)
+    assert unchecked.runs == 8 * len(needs)
+
+
+def test_dy_is_read_once_for_dh_and_the_gradients(
+    unchecked: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dx takes the dh that the gradients wrote: no product of dy with b is left."""
+    shrink_grad = "fused_lora.kernels.aten.lora_linear.shrink_grad"
+    monkeypatch.setattr(shrink_grad, lambda *_: pytest.fail("dy was read for dh alone"))
+    layer = Layer()
+    ours, plain = layer.grads("cuda"), layer.grads("reference")
+    assert unchecked.runs == 1
+    assert all(torch.allclose(ours[n], plain[n], rtol=0.02, atol=0.05) for n in plain)
 
 
 def test_operands_that_need_a_little_help(unchecked: Served) -> None:

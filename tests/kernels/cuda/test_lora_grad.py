@@ -79,6 +79,35 @@ def test_emulated_kernel_equals_float64(on_host: ModuleType, case: Case) -> None
         check(run(problem, needs), problem.expected(needs))
 
 
+FORMED = [case for case in CASES if "dh" not in case.given]
+
+
+@pytest.mark.parametrize("case", FORMED, ids=[case.why for case in FORMED])
+def test_dh_is_written_as_it_is_formed(on_host: ModuleType, case: Case) -> None:
+    """Once by one block of a cluster, at the right of a bordered buffer, nothing beside it."""
+    p, needs = Problem(case), Needs(x=False)
+    m, rank = p.dh.shape
+    whole = torch.full((m, 5 + rank + 3), 7.0, dtype=case.dtype)
+    dh = whole[:, 5:-3]
+    world(on_host, False, True, case.arch >= 90)
+    ours = run(p, needs, dh_out=dh)
+    assert torch.equal(dh, p.dh)
+    assert (whole[:, :5] == 7).all() and (whole[:, -3:] == 7).all()
+    alone = flat(run(p, needs))
+    assert all(torch.equal(alone[name], value) for name, value in flat(ours).items())
+
+
+def test_what_dh_cannot_be_written_to(on_host: ModuleType) -> None:
+    p = Problem(SMALL)
+    call, out = GradCall(p.x, p.dy, p.adapters, Needs(), None, None), torch.empty_like(p.dh)
+    assert call.why_not_written(out) is None is call.why_not_written(None)
+    for wrong in (out[1:], out.float(), out.t().contiguous().t()):
+        said = call.why_not_written(wrong)
+        assert said and "dh is written as (41, 16) torch.bfloat16" in said, said
+    for given in (call._replace(dh=p.dh), call._replace(needs=Needs(a=False))):
+        assert "dh is not formed here" in (given.why_not_written(out) or "")
+
+
 @pytest.mark.parametrize("given", ["", "h", "dh", "h dh"])
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_every_subset_of_gradients(on_host: ModuleType, needs: Needs, given: str) -> None:
@@ -294,12 +323,19 @@ def test_the_module_refuses_what_would_read_out_of_place(on_host: ModuleType) ->
         "dbias": dict(dbias=p.x.data_ptr()),
         "planned for x and dy of 16 bits": dict(type=on_host.DType.float32),
         "1 to 4 groups": dict(groups=[]),
+        "rows of the written dh overlap": dict(dh_out=p.dh.data_ptr(), dh_out_row=15),
         "group 1": dict(groups=[group, group]),
     }
     for message, change in bad.items():
         problem = on_host.GradProblem(plan=plan, **(types | whole | change))
         with pytest.raises(ValueError, match=message):
             on_host.lora_grad(problem=problem, plan=plan, partial=0, device=0, stream=0)
+    given = GradCall(p.x, p.dy, p.adapters, Needs(), p.h, p.dh).plan(Chip(80, 2))
+    both = dict(h=p.h.data_ptr(), dh=p.dh.data_ptr(), h_row=16, dh_row=16)
+    both |= dict(dh_out=p.dh.data_ptr(), dh_out_row=16)
+    problem = on_host.GradProblem(plan=given, **(types | whole | both))
+    with pytest.raises(ValueError, match="written where it is formed"):
+        on_host.lora_grad(problem=problem, plan=given, partial=0, device=0, stream=0)
 
 
 @pytest.mark.gpu

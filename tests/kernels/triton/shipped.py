@@ -20,6 +20,7 @@ from fused_lora.kernels.triton import (
     lora_one_pass,
     lora_shrink,
     quantise,
+    row_shrink,
 )
 from fused_lora.kernels.triton.border import Packed, packed
 from fused_lora.kernels.triton.dropout import dropout
@@ -34,6 +35,7 @@ from fused_lora.kernels.triton.tiles import (
     candidates,
     grad_tile,
     one_pass_candidates,
+    row_shrink_tile,
     row_tile,
     smaller,
     thin_tile,
@@ -85,6 +87,7 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     if x.element_size() == 2:
         yield from pack_launches(x.dtype)
     yield from merge_launches(x)
+    yield from row_shrink_launches(x)
     yield from dropout_launches(x, arch)
     yield from gemm_launches(x, arch)
     yield from one_pass_launches(x, arch)
@@ -152,6 +155,21 @@ def merge_launches(x: Tensor) -> Iterator[Launch]:
             yield Launch("merge", t, run)
     table = lora_merge_many.pack([lora_merge_many.Merge(w, w, torch.zeros(64, K), w[:, :64])])
     yield Launch("merge_many", table.tile, lambda: lora_merge_many.launch(table, noise))
+
+
+def row_shrink_launches(x: Tensor) -> Iterator[Launch]:
+    """What makes x of 16 bits and forms h of it."""
+    if x.element_size() != 2:
+        return
+    v, out = torch.zeros(K), torch.empty_like(x)
+    norm, gelu_too = row_shrink.layer_norm, row_shrink.gelu
+    for a in (group(16), group(32), group(16, 16, 16), group(64)):
+        for t, z in product(and_smaller(row_shrink_tile(a.rank, norm=True)), (x, x.float())):
+            run = lambda t=t, z=z, a=a: norm(z, v, v, 1e-6, a, out, tile=t)  # noqa: E731
+            yield Launch("shrink_norm", t, run)
+        for t, kind in product(and_smaller(row_shrink_tile(a.rank, norm=False)), ("erf", "tanh")):
+            run = lambda t=t, k=kind, a=a: gelu_too(x, k, a, out, tile=t)  # noqa: E731
+            yield Launch("shrink_gelu", t, run)
 
 
 def dropout_launches(x: Tensor, arch: int) -> Iterator[Launch]:

@@ -32,6 +32,7 @@ from fused_lora.kernels.triton import (
     lora_merge_many,
     lora_shrink,
     quantise,
+    row_shrink,
 )
 from fused_lora.kernels.triton.available import why_not
 from fused_lora.kernels.triton.lora_merge import lora_merge
@@ -114,6 +115,23 @@ def _(monkeypatch):
         truth.backward(dy)
         torch.testing.assert_close(gelu.forward(u, kind, tile=tile), truth.detach())
         torch.testing.assert_close(gelu.input_grad(dy, u, kind, tile=tile), leaf.grad)
+
+
+@case_of("_row_shrink")
+def _(monkeypatch):
+    p = build(TAILS, torch.bfloat16, torch.float32)
+    a = torch.cat(p.a).double()
+    weight, bias = torch.randn(43), torch.randn(43)
+    whole = torch.empty(37, 43 + a.shape[0], dtype=torch.bfloat16)
+    left, right = whole[:, :43], whole[:, 43:]
+    given = (adapters(p), left, right, THIN_TILE)
+    n, *_ = row_shrink.layer_norm(p.x, weight, bias, 1e-6, *given)
+    truth = torch.nn.functional.layer_norm(p.x.float(), (43,), weight, bias, 1e-6)
+    assert error(n, truth.double()) <= torch.finfo(torch.bfloat16).eps
+    assert error(right, n.double() @ a.T) <= 2 * torch.finfo(torch.bfloat16).eps
+    g, h = row_shrink.gelu(p.x, "erf", *given)
+    assert error(g, torch.nn.functional.gelu(p.x.double())) <= torch.finfo(torch.bfloat16).eps
+    assert error(h, g.double() @ a.T) <= 2 * torch.finfo(torch.bfloat16).eps
 
 
 @case_of("_merge")

@@ -10,8 +10,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora.kernels.aten import lora_linear as aten
-from fused_lora.kernels.triton import lora_extended, lora_linear, lora_linear_ended
-from fused_lora.ops import gelu
+from fused_lora.kernels.triton import (
+    lora_extended,
+    lora_linear,
+    lora_linear_ended,
+    lora_shrink,
+)
+from fused_lora.ops import gelu, row_shrink
 from fused_lora.ops.epilogues import plan_beside
 from fused_lora.ops.lora_linear import call_plan
 from fused_lora.ops.lora_mlp import lora_mlp
@@ -57,6 +62,7 @@ def passes(serving, small_tiles) -> list[str]:  # noqa: F811
     watch(serving, lora_extended, "input_grad", "dx", ran)
     watch(serving, gelu, "forward", "gelu forward", ran)
     watch(serving, gelu, "input_grad", "gelu slope", ran)
+    watch(serving, row_shrink, "gelu", "gelu and h", ran)
     return ran
 
 
@@ -215,6 +221,38 @@ def test_into_the_room_of_fc2(passes, serving):  # noqa: F811
 
 
 @each_mode
+def test_h_of_fc1_comes_with_its_norm(passes, serving, recompute):  # noqa: F811
+    shrinks: list[str] = []
+    watch(serving, lora_shrink, "shrink", "shrink", shrinks)
+    given = operands()
+    ours = run(given, BF16, recompute)
+    again = recompute == "gemm"  # which keeps no h: backward makes that of fc2 for its db
+    assert len(shrinks) == 1 + again  # fc2's: GELU stands in an epilogue, which forms none
+    within(ours, given, BF16)
+
+
+def test_h_into_the_room_of_both(passes, serving):  # noqa: F811
+    """LayerNorm and GELU write [x | h] where the library's one GEMM reads it."""
+    one = Plan(Forward.BORDERED, Forward.SEPARATE, Gradient.RANK, Keep.HIDDEN)
+    for module in ("chain.linear", "epilogues", "lora_linear"):
+        serving.setattr(f"fused_lora.ops.{module}.call_plan", lambda *_, **__: one)
+    seen, right = [], aten.forward
+
+    def spy(x, w, bias, adapters, plan, bordered=None, h=None):
+        ends = [t.data_ptr() for t in bordered.split([x.shape[1], adapters.rank], 1)]
+        seen.append([x.data_ptr(), h.data_ptr()] == ends)
+        return right(x, w, bias, adapters, plan, bordered, h)
+
+    serving.setattr(aten, "forward", spy)
+    serving.setattr(aten, "shrink", lambda *_: pytest.fail("x was read for h alone"))
+    given = operands()
+    ours = run(given, BF16, "elementwise")
+    assert seen == [True, True] and passes == ["gelu and h", "gelu forward", "gelu slope"]
+    serving.undo()
+    within(ours, given, BF16)
+
+
+@each_mode
 def test_under_autocast(passes, recompute):
     given = operands(F32)
     with torch.autocast("cpu", BF16):
@@ -263,7 +301,7 @@ def test_a_broken_epilogue_leaves_the_chain_as_it_was(passes, checking, what):
     within(run(given, BF16, "elementwise"), given, BF16)
     assert passes == [
         "product",
-        "gelu forward",
+        "gelu and h",
         "product",
         "gelu forward",
         "dx",

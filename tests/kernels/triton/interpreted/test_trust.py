@@ -13,6 +13,7 @@ from fused_lora.kernels.triton.tiles import (
     GradTile,
     MergeTile,
     ThinTile,
+    row_shrink_tile,
     row_tile,
 )
 from fused_lora.ops.lora_linear import lora_linear
@@ -35,6 +36,8 @@ LAUNCHES = [
     *(Launch(f"extended_{ending}", SAFE) for ending in ("gelu", "scale", "dropout")),
     Launch("extended_scale", BulkTile(128, 128, 64, 3, 8, rest_n=64)),
     Launch("shrink_dropout", ThinTile(64, 16, 64, 4, 8)),
+    Launch("shrink_norm", row_shrink_tile(48, True)),
+    Launch("shrink_gelu", row_shrink_tile(48, False)),
     Launch("grad_dropout", GradTile(16, 128, 64, 4, 8)),
     Launch("merge_many", MergeTile()),
     Launch("layer_norm", row_tile(200)),
