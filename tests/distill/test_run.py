@@ -76,7 +76,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, teacher: dict) -> None:
     [
         ("weco", {}),
         ("weco_kd", {}),
-        ("weco_kd", {"loss": {"labels": 1.0}}),
+        ("weco_kd", {"loss": {"labels": 1.0}, "student": {"keep": "first"}}),
         ("wecolora", {"loss": {"blocks": "every"}}),
         ("wecolora", {"loss": {"labels": 1.0}, "student": {"trainable": ["^head"]}}),
         ("wecolora", {"loss": {"tokens": 0.0, "labels": 1.0}, "student": {"targets": ["q", "v"]}}),
@@ -240,7 +240,7 @@ def test_slad_trains_both_through_the_same_adapters(tmp_path: Path, accumulate: 
     assert {name.partition(".")[0] for name in heads} == {"student", "teacher"}
 
 
-@pytest.mark.parametrize("method", ["two_step", "probe"])
+@pytest.mark.parametrize("method", ["two_step", "probe", "finetune"])
 def test_the_ablations_of_slad_train_the_teacher_first(tmp_path: Path, method: str) -> None:
     asked = slad_recipe(tmp_path, method, evaluate={"cka": True})
     said = distill(asked, tmp_path / "run")["figures"]
@@ -251,13 +251,17 @@ def test_the_ablations_of_slad_train_the_teacher_first(tmp_path: Path, method: s
     first, second = (read(tmp_path / "run" / home / LAST) for home in ("teacher", "."))
     of = lambda tensors: {n.split(".")[2] for n in tensors if n.startswith("param.both")}  # noqa: E731
     assert of(second) == {"student", "student_head"}
-    assert of(first) == {"teacher_head"} | ({"teacher"} if method == "two_step" else set())
+    assert of(first) == {"teacher_head"} | ({"teacher"} if method != "probe" else set())
+    whole = any(name.startswith("param.both.teacher.patch_embed") for name in first)
+    assert whole == (method == "finetune")
+    assert set(said["cka_before"]) == set(said["cka"])
 
 
+@pytest.mark.parametrize("method", ["two_step", "finetune"])
 def test_two_phases_killed_in_each_end_where_an_unbroken_run_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    asked = slad_recipe(tmp_path, "two_step")
+    asked = slad_recipe(tmp_path, method)
     step, run = Fit._step, []
 
     def stops(fit: Fit, number: int, micro: list) -> None:
