@@ -26,6 +26,7 @@ from fused_lora.distill.runner import Run
 from fused_lora.distill.share import MAPPINGS
 from fused_lora.distill.slad_figures import mapped_cka
 from fused_lora.distill.tokens import tokens_of
+from fused_lora.distill.train.precision import Precision
 
 
 class FeatureObjective(nn.Module):
@@ -69,14 +70,18 @@ class FeatureObjective(nn.Module):
 
 
 class NormedLive(features.Live):
-    """The teacher's tokens after its final norm."""
+    """The teacher's tokens after its final norm; ``numbers`` are those of ``blocks``."""
+
+    def __init__(self, teacher: nn.Module, numbers: Sequence[int], precision: Precision) -> None:
+        names = [block.name for block in blocks_of(teacher)]
+        super().__init__(teacher, [names[i] for i in numbers], precision)
+        self.numbers = list(numbers)
 
     def __call__(self, batch: Batch) -> list[Tensor]:
         """One forward of the teacher."""
-        names = [block.name for block in blocks_of(self.teacher)]
         with torch.no_grad(), self.precision.autocast():
             found = tokens_of(self.teacher, batch.images).blocks
-        return [found[names.index(name)] for name in self.blocks]
+        return [found[i] for i in self.numbers]
 
 
 class FamilyRun(Run):
@@ -111,9 +116,7 @@ class FamilyRun(Run):
         return objective
 
     def _live(self) -> features.Live:
-        names = [block.name for block in blocks_of(self.teacher)]
-        wanted = [names[theirs] for _, theirs in self.pairs]
-        return NormedLive(self.teacher, wanted, self.precision)
+        return NormedLive(self.teacher, [theirs for _, theirs in self.pairs], self.precision)
 
     def _predictors(self, student: nn.Module) -> None:
         """None: it has no head."""

@@ -81,7 +81,8 @@ def export_student(
     except Exception as error:  # each architecture has its own
         reason = str(error).splitlines()[0][:200]
         return f"no plain export: timm does not build this student ({reason}); use load_student"
-    options.pop("pretrained_cfg_overlay", None)  # what it changed stands in the configuration
+    for known in ("pretrained_cfg_overlay", "num_classes"):  # the configuration has them
+        options.pop(known, None)
     config = {"label_names": classes} if len(classes) == plain.num_classes else {}
     home = folder / EXPORT
     plain = plain.to(next(student.parameters()).dtype)

@@ -45,14 +45,14 @@ def test_the_loss_is_the_equation(distance: str) -> None:
     images = torch.randn(3, 1, 8, 8, dtype=torch.float64)
     wanted = [torch.randn(3, 5, 16, dtype=torch.float64) for _ in range(2)]
     found = objective(images, torch.zeros(3), wanted)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for i, theirs in enumerate(wanted):
         mine = objective.projections[i](tokens_of(student, images).blocks[i])
         apart = (mine - theirs).abs().mean(-1)
         if distance == "cosine":
             apart = 1 - F.cosine_similarity(mine, theirs, dim=-1)
         total += (2.0 * apart[:, 0].mean() + 0.5 * apart[:, 1:].mean()) / 2
-    assert found["loss"].item() == pytest.approx(float(total), rel=1e-12)
+    assert found["loss"].item() == pytest.approx(total.item(), rel=1e-12)
 
 
 def test_which_blocks_are_compared() -> None:
