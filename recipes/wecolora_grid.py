@@ -22,7 +22,7 @@ from typing import Any
 from grid import Row, cell, compared, fill
 
 from fused_lora.distill.evaluate import token_distance
-from fused_lora.distill.recipe import read
+from fused_lora.distill.recipe import Recipe, read
 from fused_lora.distill.run import distill
 from fused_lora.distill.runner import Run
 from fused_lora.distill.student import load_student
@@ -82,9 +82,9 @@ GRIDS = {
             "first_kd": (0.005, 0.01, 0.02, 0.04),
             "lora_qv": (0.05, 0.1, 0.2, 0.4),
         },
-        swept={0.01: 0.02, 0.02: 0.02, 0.05: 0.02, 0.10: 0.02},
+        swept={0.01: 0.02, 0.02: 0.02, 0.10: 0.02, 0.05: 0.02},
         reductions=(2, 3, 4, 6),
-        ranks=(64, 128),
+        ranks=(4, 64),
     ),
 }
 
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def every(grid: Grid) -> Iterator[Row]:
-    """The sweep first; then the grid, seed by seed, so that a part of it is a grid already."""
+    """The sweep first; then the grid, a fraction of the images at a time."""
     for fraction, method in product(sorted(set(grid.swept.values())), grid.rates):
         for blr in grid.rates[method]:
             yield {
@@ -117,9 +117,10 @@ def every(grid: Grid) -> Iterator[Row]:
             }
     for reduction, method in product(grid.reductions, UNTRAINED):
         yield dict(method=method, fraction=min(grid.swept), reduction=reduction, seed=0)
-    for seed in SEEDS:
-        for reduction, fraction, method in product(grid.reductions, grid.swept, grid.rates):
-            yield dict(method=method, fraction=fraction, reduction=reduction, seed=seed)
+    for fraction, seed, reduction, method in product(
+        grid.swept, SEEDS, grid.reductions, grid.rates
+    ):
+        yield dict(method=method, fraction=fraction, reduction=reduction, seed=seed)
     for seed, rank, fraction in product(SEEDS, grid.ranks, grid.swept):
         reduction = grid.rank_reduction
         yield dict(method="wecolora", fraction=fraction, reduction=reduction, seed=seed, rank=rank)
@@ -154,13 +155,20 @@ def row(grid: Grid, folder: Path, given: Row, sweep: list[Row]) -> Row:
     begun_s = time.process_time()
     figures: dict[str, Any] = distill(recipe, home)["figures"]
     cpu_s = time.process_time() - begun_s
+    found = {name: round(value, 5) for name, value in figures.items()}
+    if "blr" in given:
+        found["distance"] = distance(recipe, home)
+    return {"blr": blr} | found | {"cpu_s": round(cpu_s, 2)}
+
+
+def distance(recipe: Recipe, home: Path) -> float:
+    """Of teacher and student, on training images that the student was not shown."""
     run = Run(recipe, home, World())
     shown = set(run.chosen())
     rest = [i for i in range(len(run.images)) if i not in shown]
     batches = run.once(run.images, rest[:: max(1, len(rest) // MOST_HELD)])
-    distance = token_distance(load_student(home), run.teacher, batches, given["reduction"])
-    found = {name: round(value, 5) for name, value in figures.items()}
-    return {"blr": blr} | found | {"distance": round(distance, 5), "cpu_s": round(cpu_s, 2)}
+    reduction = recipe.student.reduction
+    return round(token_distance(load_student(home), run.teacher, batches, reduction), 5)
 
 
 def tables(grid: Grid, rows: list[Row]) -> str:
@@ -180,7 +188,7 @@ def figures_of(rows: list[Row]) -> list[str]:
 
 def cells(grid: Grid, rows: list[Row], figure: str) -> str:
     """One table: mean ± standard deviation over the seeds."""
-    fractions = list(grid.swept)
+    fractions = sorted(grid.swept)
     lines = [f"| {figure} | " + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
     lines.append("|---" * (len(fractions) + 1) + "|")
     for reduction, method in product(grid.reductions, TITLES):
@@ -193,7 +201,7 @@ def cells(grid: Grid, rows: list[Row], figure: str) -> str:
 
 def differences(grid: Grid, rows: list[Row], other: str) -> str:
     """WeCoLoRA minus another method: points, 95 % interval, pairs won and lost."""
-    fractions = list(grid.swept)
+    fractions = sorted(grid.swept)
     head = f"| WeCoLoRA minus {TITLES[other]}, probe | "
     lines = [head + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
     lines.append("|---" * (len(fractions) + 1) + "|")
@@ -213,7 +221,7 @@ def ranks(grid: Grid, rows: list[Row]) -> list[str]:
     """WeCoLoRA by rank, at one reduction."""
     if not any("rank" in r for r in rows):
         return []
-    fractions = list(grid.swept)
+    fractions = sorted(grid.swept)
     lines = ["| probe, by rank | " + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
     lines.append("|---" * (len(fractions) + 1) + "|")
     mine = [r for r in rows if (r["method"], r["reduction"]) == ("wecolora", grid.rank_reduction)]

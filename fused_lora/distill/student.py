@@ -81,12 +81,14 @@ def export_student(
     except Exception as error:  # each architecture has its own
         reason = str(error).splitlines()[0][:200]
         return f"no plain export: timm does not build this student ({reason}); use load_student"
-    for known in ("pretrained_cfg_overlay", "num_classes"):  # the configuration has them
-        options.pop(known, None)
+    options.pop("pretrained_cfg_overlay", None)  # what it changed stands in the configuration
     config = {"label_names": classes} if len(classes) == plain.num_classes else {}
     home = folder / EXPORT
     plain = plain.to(next(student.parameters()).dtype)
     save_for_hf(plain.cpu(), str(home), config, model_args=options, safe_serialization=True)
+    written = json.loads((home / "config.json").read_text(encoding="utf-8"))
+    written.get("model_args", {}).pop("num_classes", None)  # transformers gives it a second time
+    (home / "config.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return (
         f'timm.create_model("local-dir:{home}", pretrained=True), or '
         f'transformers.AutoModelForImageClassification.from_pretrained("{home}")'

@@ -225,7 +225,10 @@ class Recipe(Table):
     def _check_segmented(self) -> None:
         source, about = self.data.source, self.evaluate
         if self.method in ("slad", "family"):
-            raise RecipeError(f"the method {self.method} has no masks, and data.source = {source!r} has masks")
+            looks = "labels" if self.method == "slad" else "class tokens"
+            raise RecipeError(
+                f"the method {self.method} has {looks}, and data.source = {source!r} has masks"
+            )
         if about.probe != "none" or about.knn:
             raise RecipeError(
                 f"evaluate.probe = {about.probe!r} and knn = {about.knn} are for labels, and "
