@@ -18,7 +18,9 @@ from fused_lora.version import __version__
 Row = dict[str, Any]
 
 
-def fill(out: Path, about: Row, settings: Iterable[Row], run: Callable[[Row, list[Row]], Row]) -> Row:
+def fill(
+    out: Path, about: Row, settings: Iterable[Row], run: Callable[[Row, list[Row]], Row]
+) -> Row:
     """Run each of ``settings`` that ``out`` has no row of, and write each row at once.
 
     Args:

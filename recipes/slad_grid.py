@@ -2,9 +2,10 @@
 
     python recipes/slad_grid.py runs/slad_grid recipes/results/digits_slad_grid.json
 
-The learning rate of each method is chosen first, on a seed of its own, by the student's accuracy on
-training images that were not shown: no test image has a say. A run that is broken off goes on where
-it stopped.
+Learning rates are chosen first, on a seed of its own, by accuracy on training images that were not
+shown: no test image has a say. Every phase has three to choose from: the joint step by the mean of
+teacher and student, a teacher's own phase by the teacher, then the student's phase by the student.
+A run that is broken off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FRACTIONS = (0.02, 0.10, 0.50)
 SEEDS = (0, 1, 2, 3, 4)
 STEPS = 300
 RATES = (0.04, 0.08, 0.16)
-TEACHER_RATES = (0.02, 0.1, 0.5)  # x the rate above, of a teacher that is trained in full
+TEACHER_RATES = {"two_step": RATES, "probe": RATES, "finetune": (0.002, 0.008, 0.032)}
 SWEEP_FRACTION, SWEEP_SEED = 0.10, 9
 FIGURES = ("student", "teacher")
 
@@ -58,37 +59,44 @@ def main() -> None:
 def every() -> Iterator[Row]:
     """The sweep first; then the grid, seed by seed."""
     swept = dict(fraction=SWEEP_FRACTION, seed=SWEEP_SEED)
-    for method, blr in product(("joint, even", "two_step", "probe"), RATES):
-        yield dict(method=method, blr=blr, teacher_rate=1.0, **swept)
-    for teacher_rate in TEACHER_RATES:  # its student learns as that of two_step
-        yield dict(method="finetune", blr=0.0, teacher_rate=teacher_rate, **swept)
+    for blr in RATES:
+        yield dict(method="joint, even", sweeps="both", blr=blr, **swept)
+    for method, own in TEACHER_RATES.items():
+        for blr in own:
+            yield dict(method=method, sweeps="teacher", blr=blr, **swept)
+        for blr in RATES:
+            yield dict(method=method, sweeps="student", blr=blr, **swept)
     for seed, fraction, method in product(SEEDS, FRACTIONS, METHODS):
         yield dict(method=method, fraction=fraction, seed=seed)
 
 
-def best(sweep: list[Row], method: str, figure: str = "not_shown") -> Row:
-    """The row of the sweep whose student is best on images not shown."""
-    method = "joint, even" if method.startswith("joint") else method
-    return max((row for row in sweep if row["method"] == method), key=lambda row: row[figure])
+def best(sweep: list[Row], method: str, sweeps: str) -> float:
+    """The rate that did best on images not shown."""
+    mine = [row for row in sweep if (row["method"], row["sweeps"]) == (method, sweeps)]
+    return max(mine, key=lambda row: row[f"{sweeps}_not_shown"])["blr"]
 
 
 def rates(given: Row, sweep: list[Row]) -> tuple[float, float]:
-    """(train.blr, slad.teacher_rate) of a row."""
-    if given["method"] == "finetune":
-        own = given.get("teacher_rate") or best(sweep, "finetune")["teacher_rate"]
-        return best(sweep, "two_step")["blr"], own
-    return given.get("blr") or best(sweep, given["method"])["blr"], 1.0
+    """The learning rates of a row: of the student's phase, and of the teacher's."""
+    method, sweeps = given["method"], given.get("sweeps")
+    if method.startswith("joint"):
+        rate = given.get("blr") or best(sweep, "joint, even", "both")
+        return rate, rate
+    if sweeps == "teacher":
+        return RATES[1], given["blr"]
+    own = best(sweep, method, "teacher")
+    return (given["blr"] if sweeps else best(sweep, method, "student")), own
 
 
 def row(folder: Path, given: Row, sweep: list[Row]) -> Row:
     """One run, and what came of it."""
-    blr, teacher_rate = rates(given, sweep)
+    rate, own = rates(given, sweep)
     settings = METHODS[given["method"]] | {
         "data.fraction": given["fraction"],
         "data.seed": given["seed"],
         "train.seed": given["seed"],
-        "train.blr": blr,
-        "slad.teacher_rate": teacher_rate,
+        "train.blr": rate,
+        "slad.teacher_rate": own / rate,
         "train.steps": STEPS,
         "evaluate.report": "false",
     }
@@ -101,12 +109,18 @@ def row(folder: Path, given: Row, sweep: list[Row]) -> Row:
     cpu_s = time.process_time() - begun_s
     shown = set(run.chosen())
     rest = [i for i in range(len(run.images)) if i not in shown]
-    held = accuracy(run.both.student, run.both.student_head, run.once(run.images, rest))
-    found = {"student": figures["head"], "teacher": figures["teacher"]["head"], "not_shown": held}
+    both, found = run.both, {"student": figures["head"], "teacher": figures["teacher"]["head"]}
+    pairs = {
+        "student": (both.student, both.student_head),
+        "teacher": (both.teacher, both.teacher_head),
+    }
+    for side, (model, head) in pairs.items():
+        found[f"{side}_not_shown"] = accuracy(model, head, run.once(run.images, rest))
+    found["both_not_shown"] = (found["student_not_shown"] + found["teacher_not_shown"]) / 2
     for name in ("cka_before", "cka"):
         found[name] = mean(value for each in figures[name].values() for value in each.values())
     counted = {"images": figures["images"], "cpu_s": round(cpu_s, 2)}
-    used = {"rate": blr, "used_teacher_rate": teacher_rate}
+    used = {"rate": rate, "teacher_rate": own}
     return used | {name: round(value, 5) for name, value in found.items()} | counted
 
 

@@ -2,7 +2,7 @@
 
     PHOTOGRAPHS=photographs.tar.gz python recipes/throughput.py recipes/results/throughput.json
 
-Every way runs the same ``Fit`` on the same batch of photographs with adapters of one rank on all six
+Every way runs the same ``Fit`` on the same batch of photographs, adapters of one rank on all six
 projections; what differs is who computes them. Times are of this process alone (CPU) or of the
 clock (CUDA), taken in turns; ratios are medians over rounds. PEFT has one adapter on a fused qkv,
 the others three. SLAD's student shares its teacher's adapters here, and has its own there. The last
@@ -24,7 +24,6 @@ from unittest.mock import patch as substituted
 import torch
 from grid import begin
 from safetensors.torch import save_file
-from torch import nn
 
 import fused_lora.bench.contenders  # noqa: F401  registers them
 from fused_lora.bench.contenders.naive import Naive

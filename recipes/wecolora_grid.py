@@ -2,7 +2,7 @@
 
     python recipes/wecolora_grid.py digits runs/grid recipes/results/digits_grid.json
     PHOTOGRAPHS=photographs.tar.gz \\
-    python recipes/wecolora_grid.py photographs runs/photographs recipes/results/photographs_grid.json
+    python recipes/wecolora_grid.py photographs runs/grid recipes/results/photographs_grid.json
 
 The learning rate of each method is chosen first by the distance of teacher and student on training
 images that neither is shown: no label and no test image has a say. A run that is broken off goes on

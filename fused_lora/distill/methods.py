@@ -32,9 +32,7 @@ class Method:
 def copied_with_adapters(teacher: nn.Module, recipe: Recipe) -> nn.Module:
     """WeCoLoRA: the copied layers frozen and shared, adapters on them."""
     about = recipe.student
-    student = wecolora.copy_layers(
-        teacher, about.reduction, own=about.trainable, keep=about.keep
-    )
+    student = wecolora.copy_layers(teacher, about.reduction, own=about.trainable, keep=about.keep)
     if not find(teacher):
         _check_convolutional(recipe)
         stages = [stack.name for stack in stacks_of(teacher)]

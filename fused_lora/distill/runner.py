@@ -18,7 +18,7 @@ from fused_lora.distill.data.sets import SOURCES, TEST, TRAIN, ImageSet, located
 from fused_lora.distill.data.subset import balanced, spread
 from fused_lora.distill.data.views import View, Viewed, view_of
 from fused_lora.distill.methods import METHODS, finish, objective_of, wanted_of
-from fused_lora.distill.objective import Objective, unreached
+from fused_lora.distill.objective import unreached
 from fused_lora.distill.recipe.checked import RecipeError
 from fused_lora.distill.recipe.read import plain, read
 from fused_lora.distill.recipe.tables import Recipe, Teacher
@@ -167,7 +167,7 @@ class Run:
             recipe.data.workers,
         )
 
-    def _check_reach(self, objective: Objective) -> None:
+    def _check_reach(self, objective: nn.Module) -> None:
         """What the loss never reaches does not train: an error where it was asked for by name."""
         batch = next(self.once(self.images, range(min(8, len(self.images)))))
         wanted = self._live()(batch)
@@ -240,9 +240,7 @@ class Run:
             found["cosine"] = evaluate.likeness(student, self.teacher, batches, reduction)
         return found
 
-    def _write(
-        self, student: nn.Module, figures: dict[str, Any], costs: list[report.Cost]
-    ) -> None:
+    def _write(self, student: nn.Module, figures: dict[str, Any], costs: list[report.Cost]) -> None:
         copies = self.method.distills and not (self.recipe.slad or self.recipe.family)
         reduction = self.recipe.student.reduction if copies else 1
         about = self.about | {"reduction": reduction}

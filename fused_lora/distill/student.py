@@ -95,6 +95,5 @@ def export_student(
     )
 
 
-
 def _float(tensor: Tensor) -> bool:
     return tensor.is_floating_point()

@@ -97,15 +97,17 @@ def folder(path: str | Path, split: str) -> ImageSet:
 def archive(path: str, split: str, _changed_ns: int = 0) -> ImageSet:
     """``folder`` within the tar file ``path``; raises DataError where it is none."""
     files: dict[str, dict[str, bytes]] = {name: {} for name in _names(split)}
-    inside = set()
+    inside: set[str] = set()
     try:
         with tarfile.open(path) as packed:
             for member in packed:
                 parts = PurePosixPath(member.name).parts
                 inside.update(parts[:-2])
-                if member.isfile() and len(parts) > 2 and parts[-3] in files:
-                    if parts[-1].lower().endswith(ENDINGS):
-                        files[parts[-3]][member.name] = packed.extractfile(member).read()  # type: ignore
+                image = member.isfile() and member.name.lower().endswith(ENDINGS)
+                if image and len(parts) > 2 and parts[-3] in files:
+                    opened = packed.extractfile(member)
+                    assert opened is not None  # of a file
+                    files[parts[-3]][member.name] = opened.read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"data.path: {path} is no tar archive that can be read: {error}") from None
     found = next((each for each in files.values() if each), None)

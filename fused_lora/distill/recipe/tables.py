@@ -184,7 +184,9 @@ class Evaluate(Table):
     head: bool = True  # accuracy through the classification head copied from the teacher
     probe: str = word("none", "none", "logistic", "sgd")  # a linear probe on all training labels
     knn: int = number(0, 0, 1000)  # neighbours; 0: none
-    seen: float = number(1.0, 0.001, 1)  # share of the training images that probe and knn learn from
+    seen: float = number(
+        1.0, 0.001, 1
+    )  # share of the training images that probe and knn learn from
     cka: bool = False  # SLAD's student's blocks against those of the teacher they share with
     cosine: bool = False  # student's blocks against those of the teacher they stand for
     teacher: bool = False  # the same figures of the teacher, beside

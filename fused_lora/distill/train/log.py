@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class Log(Protocol):
@@ -139,9 +139,8 @@ class Progress:
         left_s = round((self.steps - self.done) * self.images / rate) if known else 0
         left = f"{left_s // 3600}:{left_s // 60 % 60:02d}:{left_s % 60:02d}" if known else "?"
         loss = "" if math.isnan(self.loss) else f"loss {self.loss:.4g}, "
-        return (
-            f"{self.title}: step {self.done} of {self.steps}, {loss}{rate:.1f} images/s, {left} left"
-        )
+        place = f"{self.title}: step {self.done} of {self.steps}"
+        return f"{place}, {loss}{rate:.1f} images/s, {left} left"
 
     def close(self) -> None:
         """The end; the last line where there are lines and anything was done."""
