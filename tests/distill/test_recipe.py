@@ -81,6 +81,8 @@ def test_overrides_and_files_beside_the_recipe(tmp_path: Path) -> None:
     recipe = read(path, ["student.rank=64", "data.choice=kmeans++", "method=weco_kd"])
     assert (recipe.student.rank, recipe.data.choice, recipe.method) == (64, "kmeans++", "weco_kd")
     assert recipe.teacher.checkpoint == str(tmp_path / "w.pth") and recipe.train.steps == 5
+    given = ["data.source=folder", "data.path=$PHOTOGRAPHS"]
+    assert read(path, given).data.path == "$PHOTOGRAPHS"  # of the environment, not of the folder
     with pytest.raises(RecipeError, match="table.key=value, got 'rank'"):
         read(path, ["rank"])
     with pytest.raises(RecipeError, match="train.steps.more=1': steps is no table"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from fused_lora.distill.taps import tokens_of
 from fused_lora.distill.train.fit import LAST, Fit
 from fused_lora.distill.train.world import World
 from fused_lora.distill.weights import WeightsError, build, read
-from tests.distill.runs import MODEL, checkpoint, recipe, slad_recipe
+from tests.distill.runs import MODEL, OPTIONS, checkpoint, recipe, slad_recipe
 
 
 @pytest.fixture
@@ -156,6 +157,26 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     ]:
         assert cli.main([*command, "--set", override]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_command_stops_with_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint(tmp_path)
+    options = ", ".join(f"{key} = {value}" for key, value in OPTIONS.items())
+    (tmp_path / "s.toml").write_text(
+        f'[teacher]\nmodel = "{MODEL["model"]}"\ncheckpoint = "{path}"\noptions = {{ {options} }}\n'
+        "[student]\nrank = 2\n[data]\nfraction = 0.05\n[train]\nsteps = 9\nlog_every = 1\n"
+    )
+    command = ["distill", str(tmp_path / "s.toml"), "--out", str(tmp_path / "s"), "--set"]
+    assert cli.main([*command, "data.source=folder", f"data.path={tmp_path / 'none'}"]) == 2
+    assert "data.path: no folder" in capsys.readouterr().err
+    monkeypatch.delenv("PHOTOS", raising=False)
+    assert cli.main([*command, "data.source=folder", "data.path=$PHOTOS"]) == 2
+    assert "the environment has no variable of that name" in capsys.readouterr().err
+    assert cli.main([*command, "train.blr=1e30", "train.save_every=1", "train.warmup=0"]) == 2
+    assert re.search(r"loss of step .* last good checkpoint is .* of step", capsys.readouterr().err)
+    assert (tmp_path / "s" / LAST).is_file() and not (tmp_path / "s" / "result.json").exists()
 
 
 def test_likeness_is_the_cosine_of_tokens(tmp_path: Path, teacher: dict) -> None:
