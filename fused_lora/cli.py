@@ -164,6 +164,7 @@ def _add_distill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _run_distill(args: argparse.Namespace) -> int:
     from fused_lora.distill.recipe import read
+    from fused_lora.distill.report import REPORT
     from fused_lora.distill.run import distill
     from fused_lora.distill.table import text
 
@@ -171,6 +172,8 @@ def _run_distill(args: argparse.Namespace) -> int:
     said = distill(read(args.recipe, args.set), folder, args.fresh)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{text(said)}\nrun: {folder}")
+        if (folder / REPORT).is_file():
+            print(f"report: {folder / REPORT}")
     return 0
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from digits_grid import RECIPE, SEEDS, STEPS
+from wecolora_grid import GRIDS, SEEDS
 
 from fused_lora.distill.recipe import read
 from fused_lora.distill.run import distill
 
+RECIPE, STEPS = Path(__file__).with_name(GRIDS["digits"].recipe), GRIDS["digits"].steps
 VARIANTS = {
     "plain": [],
     "every block": ["loss.blocks=every"],
@@ -62,6 +63,7 @@ def row(folder: Path, variant: str, fraction: float, seed: int) -> dict[str, Any
             f"train.blr={RATE}",
             "evaluate.cosine=false",
             "evaluate.teacher=false",
+            "evaluate.report=false",
             *VARIANTS[variant],
         ],
     )

@@ -32,7 +32,7 @@ class Method:
 def copied_with_adapters(teacher: nn.Module, recipe: Recipe) -> nn.Module:
     """WeCoLoRA: the copied layers frozen and shared, adapters on them."""
     about = recipe.student
-    student = wecolora.copy_layers(teacher, about.reduction, own=about.trainable)
+    student = wecolora.copy_layers(teacher, about.reduction, own=about.trainable, keep=about.keep)
     if not find(teacher):
         _check_convolutional(recipe)
         stages = [stack.name for stack in stacks_of(teacher)]
@@ -65,7 +65,8 @@ def _check_convolutional(recipe: Recipe) -> None:
 
 def copied(teacher: nn.Module, recipe: Recipe) -> nn.Module:
     """WeCo+KD: the copied layers, all of them trained."""
-    student = wecolora.copy_layers(teacher, recipe.student.reduction, share=False)
+    about = recipe.student
+    student = wecolora.copy_layers(teacher, about.reduction, share=False, keep=about.keep)
     return student.requires_grad_(True)
 
 
@@ -79,6 +80,7 @@ METHODS = {
     "weco_kd": Method(copied, everything=True),
     "weco": Method(copied, learns=False),
     "slad": Method(lambda teacher, recipe: teacher),  # two models: see slad_run
+    "family": Method(lambda teacher, recipe: teacher, everything=True),  # likewise: see family
     "finetune": Method(itself, distills=False, everything=True),
 }
 

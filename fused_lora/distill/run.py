@@ -51,6 +51,10 @@ def run_of(recipe: Recipe, folder: Path, here: World) -> Run:
         from fused_lora.distill.segment_run import SegmentRun
 
         return SegmentRun(recipe, folder, here)
+    if recipe.method == "family":
+        from fused_lora.distill.family import FamilyRun
+
+        return FamilyRun(recipe, folder, here)
     if recipe.method != "slad":
         return Run(recipe, folder, here)
     from fused_lora.distill.slad_run import SladRun

@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_lora.distill import evaluate, features
+from fused_lora.distill import evaluate, features, report
 from fused_lora.distill.data.batches import Batch, Order, loaded
-from fused_lora.distill.data.sets import SOURCES, TEST, TRAIN, ImageSet
+from fused_lora.distill.data.sets import SOURCES, TEST, TRAIN, ImageSet, located
 from fused_lora.distill.data.subset import balanced, spread
 from fused_lora.distill.data.views import View, Viewed, view_of
 from fused_lora.distill.methods import METHODS, finish, objective_of, wanted_of
-from fused_lora.distill.objective import Objective, unreached
+from fused_lora.distill.objective import unreached
 from fused_lora.distill.recipe.checked import RecipeError
 from fused_lora.distill.recipe.read import plain, read
 from fused_lora.distill.recipe.tables import Recipe, Teacher
 from fused_lora.distill.results import finished, read_result, write_result
-from fused_lora.distill.student import load_student, save_student
+from fused_lora.distill.student import export_student, load_student, save_student
 from fused_lora.distill.train import checkpoint
 from fused_lora.distill.train.fit import LAST, Fit
 from fused_lora.distill.train.parallel import shard
@@ -61,9 +61,11 @@ class Run:
             figures |= self._train(student, chosen)
         if self.world.first:
             student = self._restored() if self.shards and self.method.learns else student
+            merges = self.recipe.method in ("wecolora", "slad")
+            before = self._costs(student, "student, before merging") if merges else []
             self._finish(student)
             figures |= self._measured(student)
-            self._write(student, figures)
+            self._write(student, figures, before)
         return self.world.agree(read_result(self.folder) if self.world.first else None)
 
     @property
@@ -71,7 +73,7 @@ class Run:
         """Whether training leaves the models in shards."""
         return self.recipe.train.parallel == "fsdp2" and self.world.size > 1
 
-    def _train(self, student: nn.Module, chosen: Sequence[int]) -> dict[str, int]:
+    def _train(self, student: nn.Module, chosen: Sequence[int]) -> dict[str, Any]:
         fit = self._fit(self._objective(student), chosen, self.folder)
         fit.run()
         return {"steps": fit.steps, "skipped": fit.skipped}
@@ -84,11 +86,7 @@ class Run:
         return student
 
     def _images(self, split: str) -> ImageSet:
-        return SOURCES[self.recipe.data.source](self.recipe.data.path, split)
-
-    def _inner(self, recipe: Recipe, folder: Path) -> Run:
-        """The run of a teacher's own recipe."""
-        return Run(recipe, folder, self.world)
+        return SOURCES[self.recipe.data.source](located(self.recipe.data.path), split)
 
     def _student(self) -> nn.Module:
         student = self.method.student(self.teacher, self.recipe)
@@ -102,24 +100,27 @@ class Run:
     def _finish(self, student: nn.Module) -> None:
         finish(student, self.recipe)
 
-    def _model(self, given: Teacher) -> tuple[nn.Module, dict[str, Any]]:
-        """The model, and how it is built again."""
+    def _model(self, given: Teacher, weights: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+        """The model, and how it is built again; without ``weights`` it may begin from none."""
         if given.recipe:
             trained = Path(given.recipe).with_suffix("")
             folder = self.folder.parent / trained.name
             inner = read(given.recipe)
-            if inner.method != "finetune":
+            if inner.method not in ("finetune", "family"):
                 raise RecipeError(
                     f"{given.TITLE}.recipe {given.recipe}: its method is {inner.method!r}"
                 )
             if not finished(folder, inner):
-                self._inner(inner, folder).result()
+                from fused_lora.distill.run import run_of
+
+                run_of(inner, folder, self.world).result()
             model = load_student(folder)
-            given = inner.teacher
+            given = inner.family or inner.teacher
         else:
             torch.manual_seed(self.recipe.train.seed)  # where there are no weights to take
             model = build(given, len(self.images.classes))
-            if self.method.distills and not (given.pretrained or given.checkpoint):
+            given_none = not (given.pretrained or given.checkpoint)
+            if weights and self.method.distills and given_none:
                 raise RecipeError(
                     f"{given.TITLE}.model {given.model!r} has no weights: give pretrained, "
                     "checkpoint or recipe beside it"
@@ -142,11 +143,14 @@ class Run:
         """The teacher's of every training image, [n, d]."""
         return evaluate.features_of(self.teacher, self.once(self.images))[0]
 
-    def _fit(self, objective: nn.Module, chosen: Sequence[int], folder: Path) -> Fit:
+    def _fit(
+        self, objective: nn.Module, chosen: Sequence[int], folder: Path, rate: float = 1.0
+    ) -> Fit:
         recipe, train = self.recipe, self.recipe.train
         order = Order(chosen, train.batch_size, train.accumulate, self.world.size, train.seed)
         header = {k: v for k, v in plain(recipe).items() if k != "evaluate"}
-        for key in ("parallel", "batch_size", "accumulate"):  # other ways to the same weights
+        # other ways to the same weights:
+        for key in ("parallel", "batch_size", "accumulate", "stop_above"):
             del header["train"][key]
         header["images_per_step"] = order.whole
         view = self._view(recipe.data.augment)
@@ -155,7 +159,7 @@ class Run:
             self._wanted(chosen),
             self._viewed(self.images, view, keep=recipe.data.augment == "none"),
             order,
-            train,
+            replace(train, blr=rate * train.blr),
             self.precision,
             self.world,
             folder,
@@ -163,11 +167,10 @@ class Run:
             recipe.data.workers,
         )
 
-    def _check_reach(self, objective: Objective) -> None:
+    def _check_reach(self, objective: nn.Module) -> None:
         """What the loss never reaches does not train: an error where it was asked for by name."""
         batch = next(self.once(self.images, range(min(8, len(self.images)))))
-        live = features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
-        wanted = live(batch)
+        wanted = self._live()(batch)
         with self.precision.autocast():
             lost = unreached(objective, batch, wanted)
         if lost and not self.method.everything:
@@ -179,8 +182,12 @@ class Run:
         for name in lost:
             objective.get_parameter(name).requires_grad_(False)
 
+    def _live(self) -> features.Live:
+        """What the loss compares with, of the teacher."""
+        return features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
+
     def _wanted(self, chosen: Sequence[int]) -> features.Wanted:
-        live = features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
+        live = self._live()
         if self.recipe.loss.cache == "off" or not live.blocks:
             if self.shards and live.blocks:
                 shard(self.teacher, self.world, self.precision.device)
@@ -214,9 +221,16 @@ class Run:
         for (batch,) in loaded(viewed, order, range(order.steps_per_epoch), 0, about.workers):
             yield batch.to(self.precision.device, self.precision.stored)
 
+    def _passes(self) -> tuple[evaluate.Pass, evaluate.Pass]:
+        """What a probe learns from, and the test images."""
+        share, rows = self.recipe.evaluate.seen, None
+        if share < 1:
+            rows = balanced(self.images.labels, share, 0)
+        return (lambda: self.once(self.images, rows)), (lambda: self.once(self.test))
+
     def _measured(self, student: nn.Module) -> dict[str, Any]:
         about = self.recipe.evaluate
-        passes = (lambda: self.once(self.images)), (lambda: self.once(self.test))
+        passes = self._passes()
         found: dict[str, Any] = dict(evaluate.measure(student, *passes, about))
         if self.method.distills and about.teacher:
             found["teacher"] = evaluate.measure(self.teacher, *passes, about)
@@ -226,10 +240,54 @@ class Run:
             found["cosine"] = evaluate.likeness(student, self.teacher, batches, reduction)
         return found
 
-    def _write(self, student: nn.Module, figures: dict[str, Any]) -> None:
-        copies = self.method.distills and self.recipe.slad is None
+    def _write(self, student: nn.Module, figures: dict[str, Any], costs: list[report.Cost]) -> None:
+        copies = self.method.distills and not (self.recipe.slad or self.recipe.family)
         reduction = self.recipe.student.reduction if copies else 1
-        save_student(student, self.folder, self.about | {"reduction": reduction})
+        about = self.about | {"reduction": reduction}
+        save_student(student, self.folder, about)
         seconds = round(time.perf_counter() - self.begun_s, 2)
         said = {"recipe": plain(self.recipe), "figures": figures, "seconds": seconds}
+        if self.recipe.evaluate.report:
+            self._report(student, said, costs, about)
         write_result(self.folder, said)
+
+    def _report(
+        self,
+        student: nn.Module,
+        said: dict[str, Any],
+        costs: list[report.Cost],
+        about: dict[str, Any],
+    ) -> None:
+        """``report.html`` and the export; ``costs`` are of the student before merging."""
+        costs += self._costs(student, "student, merged" if costs else "student")
+        heats: list[report.Heat] = []
+        if self.method.distills:
+            costs = self._costs(self.teacher, "teacher") + costs
+            few = balanced_or_all(self.test, report.MOST_IMAGES)
+            heat = report.likeness_of(self.teacher, student, self.once(self.test, few))
+            heats += [heat] if heat else []
+            if both := self._predictors(student):
+                batches = self.once(self.test, few)
+                heats.append(report.confusion_of(*both, batches, self.test.classes))
+        export = export_student(student, self.folder, about, self.images.classes)
+        report.write(self.folder, said, costs, heats, export)
+
+    def _costs(self, model: nn.Module, name: str) -> list[report.Cost]:
+        if not self.recipe.evaluate.report:
+            return []
+        batch = next(self.once(self.test, range(min(32, len(self.test)))))
+        return [report.cost_of(name, model, batch.images)]
+
+    def _predictors(self, student: nn.Module) -> tuple[report.Predict, report.Predict] | None:
+        """Images to logits of the test classes, of teacher and student."""
+        if not self.recipe.evaluate.head:
+            return None
+        counts = {getattr(model, "num_classes", None) for model in (self.teacher, student)}
+        return (self.teacher, student) if counts == {len(self.test.classes)} else None
+
+
+def balanced_or_all(images: ImageSet, most: int) -> list[int]:
+    """Rows of at most about ``most`` images, as many of each class."""
+    if len(images) <= most:
+        return list(range(len(images)))
+    return balanced(images.labels, most / len(images), 0)

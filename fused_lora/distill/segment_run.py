@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor, nn
 from fused_lora.distill import evaluate
 from fused_lora.distill.data.mask_views import masked_view_of
 from fused_lora.distill.data.masks import IGNORE, MASKED, UNMASKED
-from fused_lora.distill.data.sets import TEST, ImageSet
+from fused_lora.distill.data.sets import TEST, ImageSet, located
 from fused_lora.distill.data.views import View
 from fused_lora.distill.recipe.checked import RecipeError
-from fused_lora.distill.recipe.tables import Recipe
 from fused_lora.distill.runner import Run
 from fused_lora.distill.sliding import MeanIoU
 from fused_lora.distill.taps import pairs_of, tokens_of
@@ -48,10 +46,7 @@ class SegmentRun(Run):
         looks = bool(recipe.loss.labels) or not self.method.distills
         needed = recipe.evaluate.head if split == TEST else looks
         sources = MASKED if needed else UNMASKED
-        return sources[recipe.data.source](recipe.data.path, split)
-
-    def _inner(self, recipe: Recipe, folder: Path) -> Run:
-        return SegmentRun(recipe, folder, self.world)
+        return sources[recipe.data.source](located(recipe.data.path), split)
 
     def _view(self, augment: str) -> View:
         about = self.recipe.data
@@ -79,6 +74,9 @@ class SegmentRun(Run):
             batches = self.once(self.test)
             found["cosine"] = evaluate.likeness(student, self.teacher, batches, reduction)
         return found
+
+    def _predictors(self, student: nn.Module) -> None:
+        """None: what is said of pixels is no confusion of images."""
 
     def _overlap(self, model: nn.Module) -> dict[str, Any]:
         score = MeanIoU(len(self.test.classes), IGNORE)

@@ -2,8 +2,8 @@
 
 Joint ("Shared LoRA adapters for task specific distillation", arXiv 2605.29726, 2026): one step
 with all three terms of ``slad_loss``. Its ablations run in two phases, first the teacher alone,
-then the student beside a teacher that stays: with LoRA on both but nothing shared, or with a
-teacher that was only probed.
+then the student beside a teacher that stays: with LoRA on both but nothing shared, with a teacher
+that was only probed, or with one whose every weight was trained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fused_lora.distill.tokens import tokens_of
 from fused_lora.patching.patch import patch, unpatch
 from fused_lora.types import Role
 
-METHODS = ("joint", "two_step", "probe")
+METHODS = ("joint", "two_step", "probe", "finetune")
 
 
 class Slad(nn.Module):
@@ -126,7 +126,8 @@ def prepare(
         teacher_head: of ``fused_lora.distill.heads``.
         student_head: likewise.
         method: "joint" shares the teacher's adapters with the student; "two_step" gives each its
-            own and trains the teacher first; "probe" trains the teacher's head alone first.
+            own and trains the teacher first; "probe" trains the teacher's head alone first;
+            "finetune" all of the teacher first, which then gets no adapters.
         rank: R of every adapter.
         targets: the roles that get adapters.
         mapping: as in ``fused_lora.share_adapters``.
@@ -139,7 +140,8 @@ def prepare(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     options |= {"rank": rank, "targets": targets}
-    first, second = (teacher, student) if method != "probe" else (student, None)
+    plain = method in ("probe", "finetune")  # a teacher without adapters
+    first, second = (student, None) if plain else (teacher, student)
     patch(first, **options)
     try:
         if method == "joint":
@@ -150,7 +152,9 @@ def prepare(
     except BaseException:
         unpatch(first)
         raise
-    if method == "probe":
-        teacher.requires_grad_(False)
+    if plain:
+        teacher.requires_grad_(method == "finetune")
+        if classifier := getattr(teacher, "get_classifier", None):
+            classifier().requires_grad_(False)  # another head reads the tokens
     phases = (JOINT,) if method == "joint" else (TEACHER_ONLY, STUDENT_ONLY)
     return Slad(teacher, student, teacher_head, student_head, phases[0]), phases

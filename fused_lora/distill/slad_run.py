@@ -18,12 +18,14 @@ from fused_lora.distill.evaluate import measure
 from fused_lora.distill.heads import ClassificationHead
 from fused_lora.distill.objective import Terms
 from fused_lora.distill.recipe.tables import Slad as Table
+from fused_lora.distill.report import Predict
 from fused_lora.distill.results import TEACHER
 from fused_lora.distill.runner import Run
 from fused_lora.distill.slad import Slad, prepare
 from fused_lora.distill.slad_figures import accuracy, mapped_cka
 from fused_lora.distill.slad_loss import TEACHER_ONLY
 from fused_lora.distill.slad_loss import Terms as Weights
+from fused_lora.distill.tokens import tokens_of
 from fused_lora.distill.train import checkpoint
 from fused_lora.distill.train.fit import LAST
 from fused_lora.nn import AdaptedLinear
@@ -76,15 +78,17 @@ class SladRun(Run):
         self.trains = [p for p in self.both.parameters() if p.requires_grad]  # in any phase
         return student
 
-    def _train(self, student: nn.Module, chosen: Sequence[int]) -> dict[str, int]:
+    def _train(self, student: nn.Module, chosen: Sequence[int]) -> dict[str, Any]:
         found = {"steps": 0, "skipped": 0}
+        before = self._likeness("cka_before") if self.world.first else {}
         for i in range(len(self.phases)):
             if i and self.shards:
                 self._restore(i)
-            fit = self._fit(self._entered(i), chosen, self._home(i))
+            own = self.recipe.slad.teacher_rate if i + 1 < len(self.phases) else 1.0  # type: ignore
+            fit = self._fit(self._entered(i), chosen, self._home(i), own)
             fit.run()
             found = {name: count + getattr(fit, name) for name, count in found.items()}
-        return found
+        return found | before
 
     def _restored(self) -> nn.Module:
         self._restore(len(self.phases))
@@ -129,16 +133,28 @@ class SladRun(Run):
         checkpoint.write(self.folder / HEADS, tensors, {})
 
     def _measured(self, student: nn.Module) -> dict[str, Any]:
-        about = self.recipe.evaluate
-        test = lambda: self.once(self.test)  # noqa: E731
-        train = lambda: self.once(self.images)  # noqa: E731
+        about, (train, test) = self.recipe.evaluate, self._passes()
         found: dict[str, Any] = dict(measure(student, train, test, replace(about, head=False)))
         found["head"] = accuracy(student, self.both.student_head, test())
         found["teacher"] = {"head": accuracy(self.teacher, self.both.teacher_head, test())}
-        if about.cka:
-            assert self.recipe.slad is not None
-            found["cka"] = mapped_cka(self.teacher, student, self.recipe.slad.mapping, test())
-        return found
+        return found | self._likeness("cka")
+
+    def _predictors(self, student: nn.Module) -> tuple[Predict, Predict]:
+        both = self.both
+
+        def predict(model: nn.Module, head: nn.Module) -> Predict:
+            return lambda images: head(tokens_of(model, images, head.blocks))  # type: ignore
+
+        return predict(self.teacher, both.teacher_head), predict(student, both.student_head)
+
+    def _likeness(self, name: str) -> dict[str, Any]:
+        """CKA of mapped blocks on the test images, where the recipe asks for it."""
+        table = self.recipe.slad
+        if not self.recipe.evaluate.cka or table is None:
+            return {}
+        self.both.eval()
+        test = self.once(self.test)
+        return {name: mapped_cka(self.teacher, self.both.student, table.mapping, test)}
 
 
 def phases_of(table: Table) -> tuple[Weights, ...]:

@@ -19,9 +19,16 @@ from fused_lora.distill.stack import kept_of, stacks_of
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.child_adapters import FusedLoRAConv2d
 
+KEEPS = ("spaced", "first")
+
 
 def copy_layers(
-    teacher: nn.Module, reduction: int, *, share: bool = True, own: Iterable[str] = ()
+    teacher: nn.Module,
+    reduction: int,
+    *,
+    share: bool = True,
+    own: Iterable[str] = (),
+    keep: str = "spaced",
 ) -> nn.Module:
     """A student of every ``reduction``-th block of ``teacher``, everything else as it is there.
 
@@ -35,6 +42,8 @@ def copy_layers(
             such as the statistics of BatchNorm, are the student's own.
         own: regular expressions of parameters to copy where the others are shared, because they
             are to be trained, such as "^head".
+        keep: "spaced", as above; "first" keeps as many blocks of each stack from the input on
+            (the baseline that prunes the top).
 
     Returns:
         The student, in the teacher's mode; ``fused_lora.patch`` gives it its adapters.
@@ -44,6 +53,8 @@ def copy_layers(
         RuntimeError: the teacher carries adapters.
     """
     _check(teacher, reduction)
+    if keep not in KEEPS:
+        raise ValueError(f"keep must be one of {list(KEEPS)}, got {keep!r}")
     owned = _owned(teacher, own)
     shared = {
         id(parameter): parameter
@@ -54,7 +65,8 @@ def copy_layers(
     for parameter in shared.values():
         parameter.requires_grad_(False)
     for stack in stacks_of(student):
-        _thin(student, stack.name, kept_of(len(stack.blocks), reduction))
+        kept = kept_of(len(stack.blocks), reduction)
+        _thin(student, stack.name, kept if keep == "spaced" else list(range(len(kept))))
     return student
 
 

@@ -110,3 +110,13 @@ def test_refuses_what_it_cannot_thin() -> None:
         copy_layers(patched, 2)
     with pytest.raises(TypeError, match="got str"):
         copy_layers("vit", 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reduction, kept", [(2, [0, 1, 2]), (4, [0, 1]), (5, [0])])
+def test_keeps_the_first_blocks(reduction: int, kept: list[int]) -> None:
+    teacher = build(depth=5)
+    student = copy_layers(teacher, reduction, keep="first")
+    for mine, theirs in zip(student.blocks, kept, strict=True):
+        assert mine.mlp.fc1.weight is teacher.blocks[theirs].mlp.fc1.weight
+    with pytest.raises(ValueError, match=r"keep must be one of .* got 'top'"):
+        copy_layers(teacher, reduction, keep="top")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +20,7 @@ from fused_lora.distill.data.sets import (
     digits,
     folder,
     huggingface,
+    located,
 )
 from fused_lora.distill.data.subset import balanced, spread
 from fused_lora.distill.data.views import Viewed, photo_view
@@ -145,6 +147,49 @@ def test_folders_that_cannot_be_used(photos: Path) -> None:
         folder(photos, "train")
 
 
+def packed(photos: Path, name: str, mode: str) -> Path:
+    """The folder as a tar archive within another folder of it."""
+    with tarfile.open(photos / name, mode) as archive:
+        for split in ("train", "val"):
+            archive.add(photos / split, f"pets/{split}")
+    return photos / name
+
+
+@pytest.mark.parametrize(("name", "mode"), [("p.tar.gz", "w:gz"), ("p.tar", "w")])
+def test_an_archive_is_the_folder(photos: Path, name: str, mode: str) -> None:
+    (photos / "train" / "cat" / "notes.txt").write_text("no image")
+    path = packed(photos, name, mode)
+    for split in ("train", "test"):
+        one, other = folder(path, split), folder(photos, split)
+        assert (one.labels, one.classes) == (other.labels, other.classes)
+        assert one.load(2).tobytes() == other.load(2).tobytes()
+    with pytest.raises(DataError, match=r"p.tar.*cat/0.png does not decode"):
+        (photos / "train" / "cat" / "0.png").write_bytes(b"x")
+        bad = folder(packed(photos, name, mode), "train")
+        Viewed(bad, photo_view(16, 3, "none", CONFIG))[0, 0]
+
+
+def test_archives_that_cannot_be_used(photos: Path) -> None:
+    (photos / "bad.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(DataError, match=r"bad.tar.gz is no tar archive"):
+        folder(photos / "bad.tar.gz", "train")
+    whole = packed(photos, "p.tar.gz", "w:gz").read_bytes()
+    (photos / "half.tar.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"half.tar.gz is no tar archive"):
+        folder(photos / "half.tar.gz", "train")
+    with tarfile.open(photos / "flat.tar", "w") as archive:
+        archive.add(photos / "train" / "cat", "cat")
+    with pytest.raises(DataError, match=r"no images in train/<class>/; it has"):
+        folder(photos / "flat.tar", "train")
+
+
+def test_a_path_from_the_environment(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PETS", str(photos))
+    assert located("$PETS") == str(photos) and located("a/$PETSX") == "a/$PETSX"
+    with pytest.raises(DataError, match=r"data.path = '\$NOWHERE': the environment has no"):
+        located("$NOWHERE")
+
+
 def test_views_are_those_of_the_seed() -> None:
     images = ImageSet("one", [0], ["a"], lambda i: Image.new("L", (20, 20), 100))
     view = photo_view(16, 3, "flip", CONFIG)
@@ -152,8 +197,15 @@ def test_views_are_those_of_the_seed() -> None:
     assert ScanView(16, 3, "none")(torch.zeros(1, 8, 8, dtype=torch.uint8)).shape == (3, 16, 16)
     with pytest.raises(ValueError, match="'crop' is for photographs"):
         ScanView(8, 1, "crop")
-    with pytest.raises(ValueError, match="'shift' is for scans"):
-        photo_view(8, 1, "shift", CONFIG)
+
+
+def test_a_shift_moves_a_photograph_by_an_eighth_at_most() -> None:
+    ramp = Image.fromarray(torch.arange(16).repeat(16, 1).mul(10).to(torch.uint8).numpy(), "L")
+    images = ImageSet("one", [0], ["a"], lambda i: ramp)
+    view = photo_view(16, 1, "shift", CONFIG | {"crop_pct": 1.0})
+    seen = [(Viewed(images, view)[0, epoch][0][0, 8] + 1) * 127.5 for epoch in range(40)]
+    centres = {round(float(row.sort().values[7]) / 10) for row in seen}  # mirrored or not
+    assert len(centres) > 2 and centres <= set(range(5, 11))
 
 
 def test_a_huggingface_folder(tmp_path: Path) -> None:

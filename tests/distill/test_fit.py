@@ -16,6 +16,7 @@ from fused_lora.bench.workload import adapters
 from fused_lora.distill import copy_layers
 from fused_lora.distill.train import checkpoint
 from fused_lora.distill.train.fit import LAST, Diverged, Fit
+from fused_lora.distill.train.log import Progress
 from fused_lora.distill.train.schedule import Cosine
 from fused_lora.distill.weights import build, load
 from fused_lora.testing.yardstick import in_every_order, judge
@@ -143,6 +144,51 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert checkpoint.header_of(tmp_path / LAST)["step"] == 4
     fit_of(teacher, student_of(teacher), steps=9, folder=tmp_path, save_every=2, log_every=3).run()
     assert checkpoint.header_of(tmp_path / LAST)["step"] == 9
+
+
+def test_a_loss_that_explodes_stops_the_run(teacher: nn.Module, tmp_path: Path) -> None:
+    table = {"steps": 9, "folder": tmp_path, "save_every": 2, "log_every": 1}
+
+    def blown(**more: object) -> Fit:
+        fit = fit_of(teacher, student_of(teacher), **table, **more)
+        inner, calls = fit.wanted, []
+
+        def wanted(batch: object) -> list[torch.Tensor]:
+            calls.append(1)
+            return [each * (200 if len(calls) >= 5 else 1) for each in inner(batch)]  # type: ignore
+
+        fit.wanted = wanted  # type: ignore[assignment]
+        return fit
+
+    with pytest.raises(
+        Diverged, match=r"mean loss of steps 5 to 5 is .* train.stop_above = 10 .*, of step 4"
+    ):
+        blown().run()
+    assert checkpoint.header_of(tmp_path / LAST)["step"] == 4
+    with pytest.raises(Diverged, match="steps 9 to 9"):  # the first loss is in the checkpoint
+        blown().run()
+    (tmp_path / LAST).unlink()
+    assert blown(stop_above=0.0).run() == 9
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    now = [0.0]
+    progress = Progress(100, 20, 32, "distill", True, lambda: now[0])
+    for _ in range(40):
+        now[0] += 1.0
+        progress.update()
+    progress.show(0.25)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "distill: step 25 of 100, 32.0 images/s, 0:01:15 left"
+    assert lines[1:] == [
+        "distill: step 55 of 100, 32.0 images/s, 0:00:45 left",
+        "distill: step 60 of 100, loss 0.25, 32.0 images/s, 0:00:40 left",
+    ]
+    Progress(100, 0, 32, "distill", False, lambda: now[0]).close()
+    assert not capsys.readouterr().err
 
 
 def test_refuses_checkpoints_that_do_not_fit(teacher: nn.Module, tmp_path: Path) -> None:

@@ -56,6 +56,14 @@ def test_the_recipes_that_come_with_the_repository_are_sound(path: Path) -> None
             "loss.cache = 'disk' keeps one view .* data.augment = 'flip'",
         ),
         ({"method": "slad"}, "the table .slad. goes with the method slad, not 'slad'"),
+        ({"method": "family"}, "the table .family. goes with the method family, not 'family'"),
+        ({"family": {"model": "m"}}, "the table .family. goes with .* not 'wecolora'"),
+        (
+            {"method": "family", "family": {"model": "m", "on_class": 0, "on_patches": 0.0}},
+            "family.on_class and family.on_patches are both 0",
+        ),
+        ({"student": {"keep": "last"}}, "student.keep must be one of .*, got 'last'"),
+        ({"evaluate": {"seen": 0.0}}, r"evaluate.seen must lie in \[0.001, 1\], got 0.0"),
         ({"slad": {"model": "m"}}, "the table .slad. goes with .* not 'wecolora'"),
         ({"slad": {"model": "m", "method": "both"}}, "slad.method must be one of .* got 'both'"),
         ({"slad": {"model": ""}}, "give slad.model, or slad.recipe"),
@@ -73,6 +81,8 @@ def test_overrides_and_files_beside_the_recipe(tmp_path: Path) -> None:
     recipe = read(path, ["student.rank=64", "data.choice=kmeans++", "method=weco_kd"])
     assert (recipe.student.rank, recipe.data.choice, recipe.method) == (64, "kmeans++", "weco_kd")
     assert recipe.teacher.checkpoint == str(tmp_path / "w.pth") and recipe.train.steps == 5
+    given = ["data.source=folder", "data.path=$PHOTOGRAPHS"]
+    assert read(path, given).data.path == "$PHOTOGRAPHS"  # of the environment, not of the folder
     with pytest.raises(RecipeError, match="table.key=value, got 'rank'"):
         read(path, ["rank"])
     with pytest.raises(RecipeError, match="train.steps.more=1': steps is no table"):

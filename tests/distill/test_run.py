@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from fused_lora.distill.taps import tokens_of
 from fused_lora.distill.train.fit import LAST, Fit
 from fused_lora.distill.train.world import World
 from fused_lora.distill.weights import WeightsError, build, read
-from tests.distill.runs import MODEL, checkpoint, recipe, slad_recipe
+from tests.distill.runs import MODEL, OPTIONS, checkpoint, recipe, slad_recipe
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, teacher: dict) -> None:
     [
         ("weco", {}),
         ("weco_kd", {}),
-        ("weco_kd", {"loss": {"labels": 1.0}}),
+        ("weco_kd", {"loss": {"labels": 1.0}, "student": {"keep": "first"}}),
         ("wecolora", {"loss": {"blocks": "every"}}),
         ("wecolora", {"loss": {"labels": 1.0}, "student": {"trainable": ["^head"]}}),
         ("wecolora", {"loss": {"tokens": 0.0, "labels": 1.0}, "student": {"targets": ["q", "v"]}}),
@@ -156,6 +157,26 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     ]:
         assert cli.main([*command, "--set", override]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_command_stops_with_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint(tmp_path)
+    options = ", ".join(f"{key} = {value}" for key, value in OPTIONS.items())
+    (tmp_path / "s.toml").write_text(
+        f'[teacher]\nmodel = "{MODEL["model"]}"\ncheckpoint = "{path}"\noptions = {{ {options} }}\n'
+        "[student]\nrank = 2\n[data]\nfraction = 0.05\n[train]\nsteps = 9\nlog_every = 1\n"
+    )
+    command = ["distill", str(tmp_path / "s.toml"), "--out", str(tmp_path / "s"), "--set"]
+    assert cli.main([*command, "data.source=folder", f"data.path={tmp_path / 'none'}"]) == 2
+    assert "data.path: no folder" in capsys.readouterr().err
+    monkeypatch.delenv("PHOTOS", raising=False)
+    assert cli.main([*command, "data.source=folder", "data.path=$PHOTOS"]) == 2
+    assert "the environment has no variable of that name" in capsys.readouterr().err
+    assert cli.main([*command, "train.blr=1e30", "train.save_every=1", "train.warmup=0"]) == 2
+    assert re.search(r"loss of step .* last good checkpoint is .* of step", capsys.readouterr().err)
+    assert (tmp_path / "s" / LAST).is_file() and not (tmp_path / "s" / "result.json").exists()
 
 
 def test_likeness_is_the_cosine_of_tokens(tmp_path: Path, teacher: dict) -> None:
@@ -240,7 +261,7 @@ def test_slad_trains_both_through_the_same_adapters(tmp_path: Path, accumulate: 
     assert {name.partition(".")[0] for name in heads} == {"student", "teacher"}
 
 
-@pytest.mark.parametrize("method", ["two_step", "probe"])
+@pytest.mark.parametrize("method", ["two_step", "probe", "finetune"])
 def test_the_ablations_of_slad_train_the_teacher_first(tmp_path: Path, method: str) -> None:
     asked = slad_recipe(tmp_path, method, evaluate={"cka": True})
     said = distill(asked, tmp_path / "run")["figures"]
@@ -251,13 +272,17 @@ def test_the_ablations_of_slad_train_the_teacher_first(tmp_path: Path, method: s
     first, second = (read(tmp_path / "run" / home / LAST) for home in ("teacher", "."))
     of = lambda tensors: {n.split(".")[2] for n in tensors if n.startswith("param.both")}  # noqa: E731
     assert of(second) == {"student", "student_head"}
-    assert of(first) == {"teacher_head"} | ({"teacher"} if method == "two_step" else set())
+    assert of(first) == {"teacher_head"} | ({"teacher"} if method != "probe" else set())
+    whole = any(name.startswith("param.both.teacher.patch_embed") for name in first)
+    assert whole == (method == "finetune")
+    assert set(said["cka_before"]) == set(said["cka"])
 
 
+@pytest.mark.parametrize("method", ["two_step", "finetune"])
 def test_two_phases_killed_in_each_end_where_an_unbroken_run_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    asked = slad_recipe(tmp_path, "two_step")
+    asked = slad_recipe(tmp_path, method)
     step, run = Fit._step, []
 
     def stops(fit: Fit, number: int, micro: list) -> None:

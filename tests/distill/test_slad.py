@@ -187,6 +187,8 @@ class TestPhases:
             ("two_step", 1, {"student", "student_head"}),
             ("probe", 0, {"teacher_head"}),
             ("probe", 1, {"student", "student_head"}),
+            ("finetune", 0, {"teacher", "teacher_head"}),
+            ("finetune", 1, {"student", "student_head"}),
         ],
     )
     def test_what_moves(self, method, phase, moves):
@@ -194,7 +196,8 @@ class TestPhases:
 
     def test_the_phases(self):
         assert slad("joint")[1] == (JOINT,)
-        assert slad("two_step")[1] == slad("probe")[1] == (TEACHER_ONLY, STUDENT_ONLY)
+        for method in ("two_step", "probe", "finetune"):
+            assert slad(method)[1] == (TEACHER_ONLY, STUDENT_ONLY)
         assert (STUDENT_ONLY.student, STUDENT_ONLY.agreement) == (0.5, 0.5)
 
     def test_a_shared_student_alone_trains_what_it_shares(self):

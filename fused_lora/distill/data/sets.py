@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import os
+import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 TRAIN, TEST = "train", "test"
 TEST_SHARE = 5  # every fifth digit of a class is for testing
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class DataError(ValueError):
@@ -63,7 +67,12 @@ def digits_of(split: str, classes: Sequence[int]) -> ImageSet:
 
 
 def folder(path: str | Path, split: str) -> ImageSet:
-    """``path/train`` and ``path/val`` (or ``test``), with a folder of images per class in each."""
+    """``path/train`` and ``path/val`` (or ``test``), with a folder of images per class in each.
+
+    The same in a tar archive, compressed or not, is read as it is; its files stay in memory.
+    """
+    if Path(path).is_file():
+        return archive(str(path), split, os.stat(path).st_mtime_ns)
     root = split_folder(Path(path), split)
     from torchvision.datasets import ImageFolder
 
@@ -82,6 +91,41 @@ def folder(path: str | Path, split: str) -> ImageSet:
         lambda i: found.loader(files[i]),
         files,
     )
+
+
+@lru_cache(maxsize=2)
+def archive(path: str, split: str, _changed_ns: int = 0) -> ImageSet:
+    """``folder`` within the tar file ``path``; raises DataError where it is none."""
+    files: dict[str, dict[str, bytes]] = {name: {} for name in _names(split)}
+    inside: set[str] = set()
+    try:
+        with tarfile.open(path) as packed:
+            for member in packed:
+                parts = PurePosixPath(member.name).parts
+                inside.update(parts[:-2])
+                image = member.isfile() and member.name.lower().endswith(ENDINGS)
+                if image and len(parts) > 2 and parts[-3] in files:
+                    opened = packed.extractfile(member)
+                    assert opened is not None  # of a file
+                    files[parts[-3]][member.name] = opened.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"data.path: {path} is no tar archive that can be read: {error}") from None
+    found = next((each for each in files.values() if each), None)
+    if found is None:
+        raise DataError(
+            f"{path}: no images in {' or '.join(files)}/<class>/; it has {sorted(inside)[:8]}"
+        )
+    names = sorted(found)
+    classes = sorted({PurePosixPath(name).parts[-2] for name in names})
+    labels = [classes.index(PurePosixPath(name).parts[-2]) for name in names]
+
+    def load(i: int) -> Any:
+        from PIL import Image
+
+        return Image.open(io.BytesIO(found[names[i]])).convert("RGB")
+
+    said = [f"{path}: {name}" for name in names]
+    return ImageSet(f"{path} {split} {len(names)}", labels, classes, load, said)
 
 
 def huggingface(path: str | Path, split: str) -> ImageSet:
@@ -125,6 +169,14 @@ def split_folder(path: Path, split: str) -> Path:
             return path / name
     inside = sorted(child.name for child in path.iterdir() if child.is_dir())
     raise DataError(f"{path}: no folder {' or '.join(_names(split))} in it; there are {inside}")
+
+
+def located(path: str) -> str:
+    """``path``, its first part taken from the environment where it is "$NAME"."""
+    found = os.path.expandvars(path)
+    if found.startswith("$"):
+        raise DataError(f"data.path = {path!r}: the environment has no variable of that name")
+    return found
 
 
 SOURCES: dict[str, Callable[[str, str], ImageSet]] = {

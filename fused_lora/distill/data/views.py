@@ -32,8 +32,6 @@ def photo_view(
     """Of PIL images and uint8 tensors, by torchvision; ``whole`` crops no border away."""
     from torchvision.transforms import v2
 
-    if augment == "shift":
-        raise ValueError("data.augment = 'shift' is for scans; photographs take 'flip' or 'crop'")
     mean, std = (list(config[key])[:channels] for key in ("mean", "std"))
     mode = v2.InterpolationMode(config["interpolation"])
     return v2.Compose(
@@ -69,7 +67,9 @@ def _geometry(augment: str, side: int, crop: float | None, mode: Any) -> list[An
         straight = [v2.Resize((side, side), interpolation=mode)]
     else:
         straight = [v2.Resize(int(side / crop), interpolation=mode), v2.CenterCrop(side)]
-    return [*straight, v2.RandomHorizontalFlip()] if augment == "flip" else straight
+    if augment == "shift":
+        straight.append(v2.RandomCrop(side, max(1, side // 8), padding_mode="reflect"))
+    return straight if augment == "none" else [*straight, v2.RandomHorizontalFlip()]
 
 
 class Viewed(Dataset):

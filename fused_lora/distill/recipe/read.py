@@ -12,6 +12,7 @@ from fused_lora.distill.recipe.checked import RecipeError, Table, unknown
 from fused_lora.distill.recipe.tables import (
     Data,
     Evaluate,
+    Family,
     Loss,
     Recipe,
     Slad,
@@ -21,13 +22,15 @@ from fused_lora.distill.recipe.tables import (
 )
 
 TABLES: dict[str, type[Table]] = {
-    kind.TITLE: kind for kind in (Teacher, Student, Data, Loss, Train, Evaluate, Slad)
+    kind.TITLE: kind for kind in (Teacher, Student, Data, Loss, Train, Evaluate, Slad, Family)
 }
 FILES = (
     ("teacher", "checkpoint"),
     ("teacher", "recipe"),
     ("slad", "checkpoint"),
     ("slad", "recipe"),
+    ("family", "checkpoint"),
+    ("family", "recipe"),
     ("data", "path"),
 )
 
@@ -107,5 +110,7 @@ def _anchored(given: dict[str, Any], folder: Path) -> dict[str, Any]:
     for table, key in FILES:
         part = given.get(table)
         if isinstance(part, dict) and isinstance(name := part.get(key), str) and name:
+            if name.startswith("$"):
+                continue  # from the environment, when the data are read
             given[table] = part | {key: str(folder / name)}
     return given

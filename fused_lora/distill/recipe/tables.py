@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from fused_lora.distill.recipe.checked import RecipeError, Table, names, number, word
 
-METHODS = ("wecolora", "weco_kd", "weco", "finetune", "slad")
+METHODS = ("wecolora", "weco_kd", "weco", "finetune", "slad", "family")
 SEGMENTED = ("digit_masks", "masks")  # sources with a class for each pixel
 BUILT_IN = ("digits", "digits_low", "digits_high", "digit_masks")  # sources without a path
 
@@ -44,7 +44,9 @@ class Slad(Teacher):
 
     TITLE: ClassVar[str] = "slad"
 
-    method: str = word("joint", "joint", "two_step", "probe")  # of fused_lora.distill.slad.prepare
+    # of fused_lora.distill.slad.prepare:
+    method: str = word("joint", "joint", "two_step", "probe", "finetune")
+    teacher_rate: float = number(1.0, 0)  # x train.blr, in a phase of the teacher's own
     mapping: str = word("even", "even", "first", "last")  # the teacher's block for each of its own
     on_student: float = number(1.0, 0)  # x CE(S)
     on_teacher: float = number(1.0, 0)  # x CE(T), of the method joint
@@ -54,12 +56,31 @@ class Slad(Teacher):
 
 
 @dataclass(frozen=True)
+class Family(Teacher):
+    """A smaller model that learns its teacher's features, and how they are compared."""
+
+    TITLE: ClassVar[str] = "family"
+
+    compared: str = word("last", "last", "mapped")  # the last blocks; or each with its mapping's
+    mapping: str = word("even", "even", "first", "last")  # also of the CKA at the end
+    distance: str = word("cosine", "cosine", "l1")
+    on_class: float = number(1.0, 0)  # x the distance of class tokens
+    on_patches: float = number(1.0, 0)  # x the mean distance of patch tokens
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.on_class and not self.on_patches:
+            raise RecipeError("family.on_class and family.on_patches are both 0: give one")
+
+
+@dataclass(frozen=True)
 class Student(Table):
     """How many of the teacher's blocks stay, and what trains."""
 
     TITLE: ClassVar[str] = "student"
 
     reduction: int = number(2, 2, 64)  # keep block i where i % reduction == 0
+    keep: str = word("spaced", "spaced", "first")  # first: as many blocks, from the input on
     rank: int = number(128, 1, 4096)  # of every adapter
     allow_large_rank: bool = False  # above min(in_features, columns)
     targets: tuple[str, ...] = names()  # roles that carry adapters; none for all six
@@ -79,8 +100,9 @@ class Data(Table):
         *("digits", "digits_low", "digits_high", "folder", "huggingface"),
         *("digit_masks", "masks"),
     )
-    path: str = ""  # folder: holds train/ and val/, a folder per class in each; masks: classes.txt
-    # and train/ and val/, with images/ and masks/ in each
+    path: str = ""  # folder: holds train/ and val/, a folder per class in each, or is a tar archive
+    # of them; masks: classes.txt and train/ and val/, with images/ and masks/ in each; "$NAME"
+    # stands for a variable of the environment
     image_size: int = number(0, 0, 4096)  # 0: what the model expects
     augment: str = word("none", "none", "flip", "crop", "shift")
     fraction: float = number(1.0, 0, 1)  # of the training images, as many of each class
@@ -140,6 +162,7 @@ class Train(Table):
     log: str = word("jsonl", "jsonl", "tensorboard")
     log_every: int = number(10, 1)  # steps; the loss is looked at then, and NaN stops the run
     save_every: int = number(200, 1)  # steps between checkpoints
+    stop_above: float = number(10.0, 0)  # x the first mean loss: a run above it stops; 0: never
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,9 +184,13 @@ class Evaluate(Table):
     head: bool = True  # accuracy through the classification head copied from the teacher
     probe: str = word("none", "none", "logistic", "sgd")  # a linear probe on all training labels
     knn: int = number(0, 0, 1000)  # neighbours; 0: none
+    seen: float = number(
+        1.0, 0.001, 1
+    )  # share of the training images that probe and knn learn from
     cka: bool = False  # SLAD's student's blocks against those of the teacher they share with
     cosine: bool = False  # student's blocks against those of the teacher they stand for
     teacher: bool = False  # the same figures of the teacher, beside
+    report: bool = True  # report.html, and a plain export of the student
 
 
 @dataclass(frozen=True)
@@ -178,6 +205,7 @@ class Recipe(Table):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     slad: Slad | None = None  # of the method slad alone
+    family: Family | None = None  # of the method family alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,8 +214,11 @@ class Recipe(Table):
                 f"loss.cache = {self.loss.cache!r} keeps one view of each image, and data.augment "
                 f"= {self.data.augment!r} makes a new one each time: use one of the two"
             )
-        if (self.method == "slad") != (self.slad is not None):
-            raise RecipeError(f"the table [slad] goes with the method slad, not {self.method!r}")
+        for own in ("slad", "family"):
+            if (self.method == own) != (getattr(self, own) is not None):
+                raise RecipeError(
+                    f"the table [{own}] goes with the method {own}, not {self.method!r}"
+                )
         if self.data.source in SEGMENTED:
             self._check_segmented()
         if self.method == "finetune" and self.teacher.recipe:
@@ -195,8 +226,11 @@ class Recipe(Table):
 
     def _check_segmented(self) -> None:
         source, about = self.data.source, self.evaluate
-        if self.method == "slad":
-            raise RecipeError(f"the method slad has labels, and data.source = {source!r} has masks")
+        if self.method in ("slad", "family"):
+            looks = "labels" if self.method == "slad" else "class tokens"
+            raise RecipeError(
+                f"the method {self.method} has {looks}, and data.source = {source!r} has masks"
+            )
         if about.probe != "none" or about.knn:
             raise RecipeError(
                 f"evaluate.probe = {about.probe!r} and knn = {about.knn} are for labels, and "

@@ -16,7 +16,7 @@ from fused_lora.distill.features import Wanted
 from fused_lora.distill.recipe.tables import Train
 from fused_lora.distill.seeds import seed
 from fused_lora.distill.train import checkpoint
-from fused_lora.distill.train.log import Log, bar, log_of
+from fused_lora.distill.train.log import Log, Progress, log_of
 from fused_lora.distill.train.parallel import spread
 from fused_lora.distill.train.precision import Precision
 from fused_lora.distill.train.schedule import Cosine
@@ -24,10 +24,11 @@ from fused_lora.distill.train.world import World
 from fused_lora.ops.sharded import is_sharded
 
 LAST = "last.safetensors"
+TINY = 1e-6  # a first loss of nothing is no yardstick
 
 
 class Diverged(RuntimeError):
-    """The loss is no number any more."""
+    """The loss is no number any more, or many times what it was."""
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Fit:
         train: the recipe's table.
         folder: of checkpoints and log; None keeps nothing.
         header: the recipe as plain dicts; a checkpoint of another is refused.
+        title: of the progress that is shown.
     """
 
     objective: nn.Module
@@ -54,6 +56,7 @@ class Fit:
     folder: Path | None = None
     header: dict[str, Any] = field(default_factory=dict)
     workers: int = 0
+    title: str = "distill"
     losses: list[float] = field(default_factory=list)  # of every step that was run here
     skipped: int = 0  # images that did not decode
 
@@ -66,12 +69,14 @@ class Fit:
         self.optimizer = adamw(self.objective, train)
         self.scaler = self.precision.scaler()
         self._unseen: list[dict[str, Tensor]] = []  # terms since the last look
+        self._first: float | None = None  # mean loss at the first look
 
     def run(self) -> int:
         """Train to the end, from the last checkpoint where there is one; the steps run here."""
         begun = done = self._resume()
         log = self._log(done)
-        progress = bar(self.steps, done, "distill", self.world.first)
+        images = self.order.effective
+        progress = Progress(self.steps, done, images, self.title, self.world.first)
         ahead = range(done, self.steps)
         batches = loaded(self.data, self.order, ahead, self.world.rank, self.workers)
         self.module.train()
@@ -112,18 +117,18 @@ class Fit:
             self.spread.settle()
         return terms
 
-    def _after(self, done: int, log: Log, progress: Any) -> None:
+    def _after(self, done: int, log: Log, progress: Progress) -> None:
         ends = done == self.steps
         saves = done % self.train.save_every == 0 or ends
         if done % self.train.log_every == 0 or saves:
             figures = self._look(done)
-            progress.set_postfix(loss=f"{figures['loss']:.4g}")
+            progress.show(figures["loss"])
             log.write(done, figures)
         if saves:
             self._save(done)
 
     def _look(self, done: int) -> dict[str, float]:
-        """The mean terms since the last look; raises Diverged where the loss is not finite."""
+        """The mean terms since the last look; raises Diverged where the loss has run away."""
         names = list(self._unseen[0])
         table = torch.stack([torch.stack([terms[n] for n in names]) for terms in self._unseen])
         table = self.world.mean(table.float() if table.dtype.itemsize < 4 else table)  # [steps, n]
@@ -135,19 +140,30 @@ class Fit:
             if not math.isfinite(loss):
                 raise Diverged(self._last_words(first + i + 1, loss))
         self.losses += losses
+        mean = sum(losses) / len(losses)
+        self._first = mean if self._first is None else self._first
+        if self.train.stop_above and mean > self.train.stop_above * max(self._first, TINY):
+            raise Diverged(
+                f"the mean loss of steps {first + 1} to {done} is {mean:.4g}, above "
+                f"train.stop_above = {self.train.stop_above:g} times the first "
+                f"{self._first:.4g}, at lr {self.schedule.at(done - 1):.3g}; {self._last_good()}"
+            )
         means = table.mean(0).tolist()
         rate = {"lr": self.schedule.at(done - 1)}
         lost = {"skipped": float(self.skipped)} if self.skipped else {}
         return dict(zip(names, means, strict=True)) | rate | lost
 
     def _last_words(self, step: int, loss: float) -> str:
+        rate = self.schedule.at(step - 1)
+        return f"the loss of step {step} is {loss} at lr {rate:.3g}; {self._last_good()}"
+
+    def _last_good(self) -> str:
         path = self.folder / LAST if self.folder else None
-        good = (
+        return (
             f"the last good checkpoint is {path}, of step {checkpoint.header_of(path)['step']}"
             if path and path.is_file()
             else "there is no checkpoint yet"
         )
-        return f"the loss of step {step} is {loss} at lr {self.schedule.at(step - 1):.3g}; {good}"
 
     def _log(self, done: int) -> Log:
         speaks = self.world.first and self.folder is not None
@@ -157,6 +173,7 @@ class Fit:
         if self.folder:
             tensors = checkpoint.gather(self.objective, self.optimizer, self.world.first)
             header = {"step": done, "scaler": self.scaler.state_dict(), "recipe": self.header}
+            header["first_loss"] = self._first
             if self.world.first:
                 checkpoint.save(self.folder / LAST, tensors, header)
         self.world.wait()
@@ -173,6 +190,7 @@ class Fit:
         checkpoint.load(path, self.objective, self.optimizer)
         if header["scaler"]:
             self.scaler.load_state_dict(header["scaler"])
+        self._first = header.get("first_loss")
         return int(header["step"])
 
 

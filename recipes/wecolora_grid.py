@@ -1,0 +1,236 @@
+"""WeCoLoRA against its baselines: fractions, reductions, seeds; one JSON of all rows.
+
+    python recipes/wecolora_grid.py digits runs/grid recipes/results/digits_grid.json
+    PHOTOGRAPHS=photographs.tar.gz \\
+    python recipes/wecolora_grid.py photographs runs/grid recipes/results/photographs_grid.json
+
+The learning rate of each method is chosen first by the distance of teacher and student on training
+images that neither is shown: no label and no test image has a say. A run that is broken off goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from grid import Row, cell, compared, fill
+
+from fused_lora.distill.evaluate import token_distance
+from fused_lora.distill.recipe import Recipe, read
+from fused_lora.distill.run import distill
+from fused_lora.distill.runner import Run
+from fused_lora.distill.student import load_student
+from fused_lora.distill.train.world import World
+
+METHODS = {
+    "wecolora": ["method=wecolora"],
+    "weco_kd": ["method=weco_kd"],
+    "first_kd": ["method=weco_kd", "student.keep=first"],
+    "lora_qv": ["method=wecolora", 'student.targets=["q", "v"]'],
+    "weco": ["method=weco"],
+    "first": ["method=weco", "student.keep=first"],
+}
+TITLES = {
+    "wecolora": "WeCoLoRA",
+    "weco_kd": "WeCo+KD",
+    "first_kd": "TopPruning+KD",
+    "lora_qv": "WeCo+LoRA (q, v)",
+    "weco": "copy alone",
+    "first": "first layers alone",
+}
+UNTRAINED = ("weco", "first")
+SEEDS = (0, 1, 2)
+SWEEP_REDUCTION, SWEEP_SEED = 3, 9
+MOST_HELD = 1000  # images not shown, for the distance
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is run on one set of images."""
+
+    recipe: str
+    steps: int
+    rates: dict[str, tuple[float, ...]]  # of the methods that learn
+    swept: dict[float, float]  # fraction: the one whose sweep it goes by
+    reductions: tuple[int, ...]
+    ranks: tuple[int, ...] = ()  # further ranks of WeCoLoRA
+    plain_rank: int = 16
+    rank_reduction: int = 3
+    more: list[str] = field(default_factory=list)
+
+
+GRIDS = {
+    "digits": Grid(
+        "digits_wecolora.toml",
+        steps=120,
+        rates={"wecolora": (0.1, 0.2, 0.4, 0.8), "weco_kd": (0.01, 0.02, 0.04, 0.08, 0.16)},
+        swept={0.01: 0.01, 0.02: 0.10, 0.05: 0.10, 0.10: 0.10, 0.25: 0.10},  # by effective batch
+        reductions=(2, 3, 4),
+    ),
+    "photographs": Grid(
+        "photographs_wecolora.toml",
+        steps=100,
+        rates={
+            "wecolora": (0.05, 0.1, 0.2, 0.4),
+            "weco_kd": (0.005, 0.01, 0.02, 0.04),
+            "first_kd": (0.005, 0.01, 0.02, 0.04),
+            "lora_qv": (0.05, 0.1, 0.2, 0.4),
+        },
+        swept={0.01: 0.02, 0.02: 0.02, 0.10: 0.02, 0.05: 0.02},
+        reductions=(2, 3, 4, 6),
+        ranks=(4, 64),
+    ),
+}
+
+
+def main() -> None:
+    """The sweep, then the grid, one row at a time; then its tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=GRIDS)
+    parser.add_argument("folder", type=Path, help="of the runs")
+    parser.add_argument("out", type=Path, help="the JSON file")
+    parser.add_argument("--table", action="store_true", help="the tables of what is there, no runs")
+    args = parser.parse_args()
+    grid = GRIDS[args.name]
+    about = {"recipe": grid.recipe, "steps": grid.steps}
+    asked = iter(()) if args.table else every(grid)
+    said = fill(args.out, about, asked, lambda given, sweep: row(grid, args.folder, given, sweep))
+    print(tables(grid, said["rows"]))
+
+
+def every(grid: Grid) -> Iterator[Row]:
+    """The sweep first; then the grid, a fraction of the images at a time."""
+    for fraction, method in product(sorted(set(grid.swept.values())), grid.rates):
+        for blr in grid.rates[method]:
+            yield {
+                "method": method,
+                "fraction": fraction,
+                "reduction": SWEEP_REDUCTION,
+                "seed": SWEEP_SEED,
+                "blr": blr,
+            }
+    for reduction, method in product(grid.reductions, UNTRAINED):
+        yield dict(method=method, fraction=min(grid.swept), reduction=reduction, seed=0)
+    for fraction, seed, reduction, method in product(
+        grid.swept, SEEDS, grid.reductions, grid.rates
+    ):
+        yield dict(method=method, fraction=fraction, reduction=reduction, seed=seed)
+    for seed, rank, fraction in product(SEEDS, grid.ranks, grid.swept):
+        reduction = grid.rank_reduction
+        yield dict(method="wecolora", fraction=fraction, reduction=reduction, seed=seed, rank=rank)
+
+
+def best(grid: Grid, sweep: list[Row], given: Row) -> float:
+    """The rate with the smallest distance on images not shown."""
+    wanted = {"method": given["method"], "fraction": grid.swept[given["fraction"]]}
+    mine = [row for row in sweep if row.items() >= wanted.items()]
+    return min(mine, key=lambda row: row["distance"])["blr"] if mine else 0.1
+
+
+def row(grid: Grid, folder: Path, given: Row, sweep: list[Row]) -> Row:
+    """One run, and what came of it."""
+    blr, seed = given.get("blr") or best(grid, sweep, given), given["seed"]
+    settings = {
+        "data.fraction": given["fraction"],
+        "data.seed": seed,
+        "student.reduction": given["reduction"],
+        "train.seed": seed,
+        "train.steps": grid.steps,
+        "train.blr": blr,
+        "evaluate.cosine": "false",
+        "evaluate.teacher": "false",
+        "evaluate.report": "false",
+    }
+    if "rank" in given:
+        settings |= {"student.rank": given["rank"], "student.allow_large_rank": "true"}
+    asked = [f"{key}={value}" for key, value in settings.items()] + METHODS[given["method"]]
+    recipe = read(Path(__file__).with_name(grid.recipe), asked)
+    home = folder / "-".join(str(value) for value in (*given.values(), blr))
+    begun_s = time.process_time()
+    figures: dict[str, Any] = distill(recipe, home)["figures"]
+    cpu_s = time.process_time() - begun_s
+    found = {name: round(value, 5) for name, value in figures.items()}
+    if "blr" in given:
+        found["distance"] = distance(recipe, home)
+    return {"blr": blr} | found | {"cpu_s": round(cpu_s, 2)}
+
+
+def distance(recipe: Recipe, home: Path) -> float:
+    """Of teacher and student, on training images that the student was not shown."""
+    run = Run(recipe, home, World())
+    shown = set(run.chosen())
+    rest = [i for i in range(len(run.images)) if i not in shown]
+    batches = run.once(run.images, rest[:: max(1, len(rest) // MOST_HELD)])
+    reduction = recipe.student.reduction
+    return round(token_distance(load_student(home), run.teacher, batches, reduction), 5)
+
+
+def tables(grid: Grid, rows: list[Row]) -> str:
+    """Markdown: each figure by method, and the paired differences of the probe."""
+    said = [cells(grid, [r for r in rows if "rank" not in r], name) for name in figures_of(rows)]
+    plain = [r for r in rows if "rank" not in r]
+    for other in grid.rates:
+        if other != "wecolora" and any(r["method"] == other for r in rows):
+            said.append(differences(grid, plain, other))
+    return "\n".join(said + ranks(grid, rows))
+
+
+def figures_of(rows: list[Row]) -> list[str]:
+    """The accuracies that the rows have."""
+    return [name for name in ("probe", "knn", "head") if rows and name in rows[0]]
+
+
+def cells(grid: Grid, rows: list[Row], figure: str) -> str:
+    """One table: mean ± standard deviation over the seeds."""
+    fractions = sorted(grid.swept)
+    lines = [f"| {figure} | " + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
+    lines.append("|---" * (len(fractions) + 1) + "|")
+    for reduction, method in product(grid.reductions, TITLES):
+        mine = [r for r in rows if (r["method"], r["reduction"]) == (method, reduction)]
+        said = [cell([100 * r[figure] for r in mine if r["fraction"] == f]) for f in fractions]
+        if any(said):
+            lines.append(f"| {TITLES[method]}, r = {reduction} | " + " | ".join(said) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def differences(grid: Grid, rows: list[Row], other: str) -> str:
+    """WeCoLoRA minus another method: points, 95 % interval, pairs won and lost."""
+    fractions = sorted(grid.swept)
+    head = f"| WeCoLoRA minus {TITLES[other]}, probe | "
+    lines = [head + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
+    lines.append("|---" * (len(fractions) + 1) + "|")
+    by = ["seed", "reduction"]
+    for reduction in (*grid.reductions, None):
+        mine = [r for r in rows if reduction in (None, r["reduction"])]
+        said = []
+        for fraction in fractions:
+            ours = {"method": "wecolora", "fraction": fraction}
+            said.append(compared(mine, ours, ours | {"method": other}, "probe", by))
+        title = f"r = {reduction}" if reduction else "every r"
+        lines.append(f"| {title} | " + " | ".join(said) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ranks(grid: Grid, rows: list[Row]) -> list[str]:
+    """WeCoLoRA by rank, at one reduction."""
+    if not any("rank" in r for r in rows):
+        return []
+    fractions = sorted(grid.swept)
+    lines = ["| probe, by rank | " + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
+    lines.append("|---" * (len(fractions) + 1) + "|")
+    mine = [r for r in rows if (r["method"], r["reduction"]) == ("wecolora", grid.rank_reduction)]
+    for rank in (grid.plain_rank, *grid.ranks):
+        of = [r for r in mine if r.get("rank", grid.plain_rank) == rank]
+        said = [cell([100 * r["probe"] for r in of if r["fraction"] == f]) for f in fractions]
+        lines.append(f"| {rank} | " + " | ".join(said) + " |")
+    return ["\n".join(lines) + "\n"]
+
+
+if __name__ == "__main__":
+    main()
