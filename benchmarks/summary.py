@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fused_lora.bench.rows import Row, newest, read
-from fused_lora.bench.table import ratio_rows, markdown, milliseconds, times
+from fused_lora.bench.table import markdown, milliseconds, ratio_rows, times
 
 
 def page(folder: Path) -> str:

@@ -21,15 +21,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch as substituted
 
+import fused_lora.bench.methods  # noqa: F401  registers them
 import torch
 from grid import begin
 from safetensors.torch import save_file
 
-import fused_lora.bench.contenders  # noqa: F401  registers them
-from fused_lora.bench.contenders.naive import Naive
-from fused_lora.bench.contenders.peft import Peft
-from fused_lora.bench.saved import SavedBytes, step_peak_bytes
-from fused_lora.bench.timing import Times, interleave
+from fused_lora.bench.clock import Times, interleave
+from fused_lora.bench.methods import Naive, Peft
+from fused_lora.bench.saved_tensors import SavedBytes, step_peak_bytes
 from fused_lora.distill import copy_layers, tokens
 from fused_lora.distill.blocks import blocks_of
 from fused_lora.distill.data.batches import loaded

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fused_lora.distill.blocks import blocks_of
 from fused_lora.distill.cka import layer_cka
 from fused_lora.distill.data.batches import Batch
-from fused_lora.patching.errors import PatchError
+from fused_lora.patching.report import PatchError
 
 REPORT = "report.html"
 MOST_IMAGES = 2000  # that the report looks at

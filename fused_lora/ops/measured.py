@@ -280,8 +280,8 @@ class _Operands:
         self.given = (self.w, self.bias, self.adapters)
         self.h = None
         if question.shrunk:
-            alone = self.bordered is None
-            self.h = draw(m, question.rank) if alone else self.bordered[:, k:]
+            right = None if self.bordered is None else self.bordered[:, k:]
+            self.h = draw(m, question.rank) if right is None else right
         self._kept: dict[Any, Tensor | None] = {}
 
     def run(self, part: Part, plan: Plan) -> object:
