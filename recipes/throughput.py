@@ -21,11 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch as substituted
 
-import fused_lora.bench.methods  # noqa: F401  registers them
 import torch
 from grid import begin
 from safetensors.torch import save_file
 
+import fused_lora.bench.methods  # noqa: F401  registers them
 from fused_lora.bench.clock import Times, interleave
 from fused_lora.bench.methods import Naive, Peft
 from fused_lora.bench.saved_tensors import SavedBytes, step_peak_bytes
