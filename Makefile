@@ -122,6 +122,7 @@ format: $(VENV)/.installed-dev
 # The site, in build/site; a link to nowhere fails it.
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/make_memory.py docs/memory.md
+	$(BIN)/python docs/make_pictures.py
 	$(BIN)/mkdocs build --quiet
 
 wheel: $(BIN)/python
