@@ -26,6 +26,8 @@ RESULTS = {
     "shrink_dropout": ("h",),
     "grad_dropout": ("da",),
     "layer_norm": ("n", "n again", "dx"),
+    "shrink_norm": ("n", "h"),
+    "shrink_gelu": ("erf", "h of erf", "tanh", "h of tanh"),
     "gelu": ("erf", "erf du", "tanh", "tanh du"),
     "quantise": ("x^",),
     "extended_fp8": ("y",),
