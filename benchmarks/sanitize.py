@@ -12,8 +12,7 @@ import torch
 
 from fused_lora.kernels.cuda import native
 from fused_lora.trust import cuda_checks
-from fused_lora.trust.everything import compiled_grads
-from fused_lora.trust.subjects import of_compiled_merge
+from fused_lora.trust.kernel_registry import compiled_grads, of_compiled_merge
 
 ROWS = 53  # four tiles, the last of five rows; a racecheck takes a hundred times as long
 

@@ -20,8 +20,7 @@ from fused_lora.kernels.triton import available, winners
 from fused_lora.kernels.triton.launches import Launch, tile_of
 from fused_lora.kernels.triton.winners import MeasuredTile, key
 from fused_lora.plan.strategies import ONE_PASS_RANKS
-from fused_lora.trust.everything import launches
-from fused_lora.trust.subjects import of_launch
+from fused_lora.trust.kernel_registry import launches, of_launch
 from fused_lora.trust.verify import verdict
 from fused_lora.types import Span
 

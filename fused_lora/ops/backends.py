@@ -26,11 +26,9 @@ from fused_lora.plan.strategies import (
     why_not_products,
     why_not_strategy,
 )
-from fused_lora.trust.check import NotNow
-from fused_lora.trust.moment import untouchable
-from fused_lora.trust.subjects import Checked, of_compiled_product, of_launch
-from fused_lora.trust.verdict import Subject, Verdict
-from fused_lora.trust.verify import announce, is_collecting, known, verdict
+from fused_lora.trust.check import CannotVerifyNow, KernelId, Verdict
+from fused_lora.trust.kernel_registry import Checked, of_compiled_product, of_launch
+from fused_lora.trust.verify import announce, is_collecting, known, untouchable, verdict
 from fused_lora.types import Backend, Impl, Plan
 
 ASKED: dict[Impl, tuple[Backend, ...]] = {
@@ -134,11 +132,11 @@ def _by_planner(problem: Problem, plan: Plan, dtype: torch.dtype, device: torch.
 
 def failures(
     problem: Problem, plan: Plan, dtype: torch.dtype, key: str, device: torch.device
-) -> dict[Subject, Verdict]:
+) -> dict[KernelId, Verdict]:
     """The kernels of ``plan`` that this device found wrong; checks those not checked yet.
 
     Raises:
-        NotNow: one is not checked, and cannot be at this moment.
+        CannotVerifyNow: one is not checked, and cannot be at this moment.
     """
     needed = kernels(problem, plan, dtype, key, device)
     announce(needed, device)
@@ -146,7 +144,7 @@ def failures(
     for one in needed:
         try:
             found[one.subject] = verdict(one, device)
-        except NotNow as reason:
+        except CannotVerifyNow as reason:
             if not is_collecting():
                 raise
             later = reason
@@ -157,7 +155,7 @@ def failures(
 
 def known_failures(
     problem: Problem, plan: Plan, dtype: torch.dtype, key: str, device: torch.device
-) -> list[Subject]:
+) -> list[KernelId]:
     """The kernels of ``plan`` that are known to be wrong; nothing is checked for it."""
     needed = kernels(problem, plan, dtype, key, device)
     return [one.subject for one in needed if (said := known(one, device)) and not said.passed]
@@ -167,14 +165,14 @@ def those(plans: Sequence[Plan], right: Callable[[Plan], bool]) -> list[Plan]:
     """The ``plans`` whose kernels are ``right``, without those that cannot be checked now.
 
     Raises:
-        NotNow: verdicts are being collected, and one is missing.
+        CannotVerifyNow: verdicts are being collected, and one is missing.
     """
     found, later = [], None
     for plan in plans:
         try:
             if right(plan):
                 found.append(plan)
-        except NotNow as reason:
+        except CannotVerifyNow as reason:
             later = reason
     if later is not None and is_collecting():
         raise later
@@ -222,7 +220,7 @@ def distrust(checked: Checked, device: torch.device) -> str | None:
     """One sentence why ``checked`` may not serve on ``device``; the first to ask may wait."""
     try:
         found = verdict(checked, device)
-    except NotNow as reason:
+    except CannotVerifyNow as reason:
         return f"it is not checked yet, and {reason}"
     return None if found.passed else str(found)
 

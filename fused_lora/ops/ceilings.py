@@ -12,7 +12,7 @@ from fused_lora.kernels.aten import probe
 from fused_lora.kernels.precision import is_tf32
 from fused_lora.plan import device as plan_device
 from fused_lora.plan.device import Ceilings
-from fused_lora.trust.moment import why_not_now
+from fused_lora.trust.verify import why_not_now
 from fused_lora.version import __version__
 
 

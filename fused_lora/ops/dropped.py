@@ -22,7 +22,7 @@ from fused_lora.kernels.aten import lora_dropout as aten
 from fused_lora.kernels.aten import lora_linear as library
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.ops.backends import why_not_launch
-from fused_lora.trust.moment import untouchable
+from fused_lora.trust.verify import untouchable
 from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
 
 MOST_DROPOUT = 1 - 2**-17  # that 16 random bits express

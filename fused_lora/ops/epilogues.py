@@ -19,7 +19,7 @@ from fused_lora.kernels.triton import available
 from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
 from fused_lora.ops.lora_linear import call_plan
 from fused_lora.plan.strategies import ends, slopes
-from fused_lora.trust.subjects import of_compiled_product
+from fused_lora.trust.kernel_registry import of_compiled_product
 from fused_lora.types import Backend, Beside, Halves, Impl, Needs, Plan, Span, ragged
 
 LIBRARY = (Impl.ATEN, Impl.REFERENCE)

@@ -27,8 +27,8 @@ from fused_lora.kernels.cuda.lora_grad_call import (
 )
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape, examples, fitting
 from fused_lora.kernels.interface import Adapters, Grads, Slope
-from fused_lora.trust.check import NotNow
-from fused_lora.trust.subjects import Checked, of_compiled_grads
+from fused_lora.trust.check import CannotVerifyNow
+from fused_lora.trust.kernel_registry import Checked, of_compiled_grads
 from fused_lora.trust.verify import verdict
 from fused_lora.types import Keep, Needs, Plan
 
@@ -104,7 +104,7 @@ def _trusted(shape: GradShape, like: Tensor) -> bool:
     subject = checked(shape, like.dtype, like.device)
     try:
         return subject is not None and verdict(subject, like.device).passed
-    except NotNow:
+    except CannotVerifyNow:
         return False
 
 

@@ -27,7 +27,7 @@ from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
 from fused_lora.reference import lora_linear as reference
-from fused_lora.trust.moment import untouchable
+from fused_lora.trust.verify import untouchable
 from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span
 
 reshaped = torch.ops.aten._unsafe_view.default  # a view that autograd takes for a tensor of its own

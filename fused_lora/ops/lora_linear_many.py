@@ -25,7 +25,7 @@ from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
-from fused_lora.trust.moment import untouchable
+from fused_lora.trust.verify import untouchable
 from fused_lora.types import Backend, Gradient, Impl, Keep, Needs, Plan
 
 

@@ -12,8 +12,8 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.launches import Launch, tile_of
 from fused_lora.ops.backends import distrust, why_not_launch
-from fused_lora.trust.moment import untouchable
-from fused_lora.trust.subjects import Checked, of_compiled_merge, of_launch
+from fused_lora.trust.kernel_registry import Checked, of_compiled_merge, of_launch
+from fused_lora.trust.verify import untouchable
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 Noise = tuple[int, int] | None  # seed and step of stochastic rounding

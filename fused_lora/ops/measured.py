@@ -31,7 +31,7 @@ from fused_lora.plan.problem import Problem
 from fused_lora.plan.race import race
 from fused_lora.plan.strategies import ROUNDS_ONCE
 from fused_lora.trust.check import own_stream
-from fused_lora.trust.moment import why_not_now
+from fused_lora.trust.verify import why_not_now
 from fused_lora.types import Backend, Forward, Impl, Keep, Plan
 
 MODES = ("measure", "model")

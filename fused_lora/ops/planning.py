@@ -16,7 +16,7 @@ from fused_lora.ops.measured import Way
 from fused_lora.plan.choose import Row, ordered, ranked
 from fused_lora.plan.cost import beside_us
 from fused_lora.plan.problem import Problem
-from fused_lora.trust.check import NotNow
+from fused_lora.trust.check import CannotVerifyNow
 from fused_lora.trust.verify import holds
 from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span
 
@@ -77,7 +77,7 @@ def plan_for(
     try:
         asked = (m, k, n, spans, dtype, bias, needs, device, keep, impl, beside, halves)
         return _plan_for(*asked, now, measured.way(device) if times is None else times)
-    except NotNow as reason:
+    except CannotVerifyNow as reason:
         question = problem(m, k, n, spans, dtype, bias, needs, beside, halves, device)
         return _unchecked(question, dtype, device, keep, impl, reason).rows[0].plan
 
@@ -123,7 +123,7 @@ def settled(
     By ``times`` those that were measured come first, by their times.
 
     Raises:
-        NotNow: the best plan has a kernel that is not checked, and cannot be at this moment.
+        CannotVerifyNow: the best plan has a kernel that is not checked and cannot be now.
         RuntimeError: none is left of what ``impl`` allows.
     """
     limits, key = ceilings(device, dtype), conditions(device, dtype)[0]
@@ -196,7 +196,7 @@ def explained(question: Problem, dtype: torch.dtype, device: torch.device) -> Se
     """As ``settled``, of the library's plans alone where nothing can be checked."""
     try:
         return settled(question, dtype, device, times=measured.way(device, anew=False))
-    except NotNow as reason:
+    except CannotVerifyNow as reason:
         return _unchecked(question, dtype, device, None, Impl.AUTO, reason)
 
 
@@ -221,7 +221,7 @@ def _unchecked(
     device: torch.device,
     keep: Keep | None,
     impl: Impl,
-    reason: NotNow,
+    reason: CannotVerifyNow,
 ) -> Settled:
     """The library's plans, for this once; nothing of it is remembered."""
     said = f"not checked yet, and {reason}"

@@ -26,9 +26,8 @@ from fused_lora.ops import measured
 from fused_lora.patching.report import PatchError
 from fused_lora.programs import run as programs
 from fused_lora.trust import own_process, verify
-from fused_lora.trust.check import NotNow
-from fused_lora.trust.subjects import Checked
-from fused_lora.trust.verdict import Verdict
+from fused_lora.trust.check import CannotVerifyNow, Verdict
+from fused_lora.trust.kernel_registry import Checked
 from fused_lora.worker import Worker, WorkerError
 
 MOST_PROCESSES = 16
@@ -201,7 +200,7 @@ def _check_all(step: Callable[[], object], pool: _Pool, tell: Tell, done: Prepar
                 raise refused
             held = False  # it asks for kernels by name: they run, and compile where they do
         for (subject, device), found in pool.checks(anew, tell):
-            if isinstance(found, NotNow):
+            if isinstance(found, CannotVerifyNow):
                 later.add((subject, device))
                 done.wrong.append(f"{subject} is not checked: {found}")
                 continue
@@ -224,17 +223,17 @@ class _Pool:
 
     def checks(
         self, wanted: Mapping[Any, Checked], tell: Tell
-    ) -> Iterator[tuple[Any, Verdict | NotNow]]:
+    ) -> Iterator[tuple[Any, Verdict | CannotVerifyNow]]:
         """Each with what was found of it, as they come."""
 
-        def one(where: Any) -> Verdict | NotNow:
+        def one(where: Any) -> Verdict | CannotVerifyNow:
             checked, device = wanted[where], where[1]
             try:
                 if not own_process.serves(checked, device):
                     return checked.check(device)
                 with self._worker() as worker:
                     return own_process.check(checked, device, worker)
-            except NotNow as reason:
+            except CannotVerifyNow as reason:
                 return reason
 
         return self._each(one, list(wanted), lambda where: str(where[0]), tell)

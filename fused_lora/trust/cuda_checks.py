@@ -13,9 +13,8 @@ from fused_lora.kernels.cuda.lora_grad import lora_grads
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.cuda.merged import merged as compiled_merge
 from fused_lora.kernels.interface import Grads
-from fused_lora.trust.equations import Named, flat, thin
-from fused_lora.trust.partners import KINDS
-from fused_lora.trust.problems import Operands, Shape
+from fused_lora.trust.check import Named, Operands, Shape, flat, thin
+from fused_lora.trust.elementwise import KINDS
 from fused_lora.types import Needs, Span
 
 PRODUCTS = (  # ranks beyond a stage, columns of several adapters and of none in a tile; few rows

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from fused_lora import env
-from fused_lora.trust.check import FullMemory, NotNow, products_as
-from fused_lora.trust.subjects import Checked
-from fused_lora.trust.verdict import Verdict, broken
+from fused_lora.trust.check import CannotVerifyNow, FullMemory, Verdict, broken, products_as
+from fused_lora.trust.kernel_registry import Checked
 from fused_lora.worker import CannotStart, Killed, Leave, Worker, WorkerError
 
 LIMIT_S = 60.0  # of one check, its compiling included
@@ -55,7 +54,7 @@ def check(checked: Checked, device: torch.device, worker: Worker | None = None) 
     """The verdict that the other process finds, or that its end is.
 
     Raises:
-        NotNow: there is no process to ask, or no memory on its device.
+        CannotVerifyNow: there is no process to ask, or no memory on its device.
     """
     limit = limit_s()
     asked = (checked.recipe, str(device), uuid(device), checked.subject.dtype)
@@ -80,7 +79,7 @@ def perform(recipe: Any, device: str, chip: str, dtype: str) -> Any:
     with products_as(dtype):
         try:
             found = checked.check(target)
-        except NotNow as reason:
+        except CannotVerifyNow as reason:
             return Leave({"not now": str(reason)})  # with what it holds
     answer = {"verdict": found.row()}
     return answer if found.compared else Leave(answer)

@@ -15,10 +15,8 @@ from fused_lora.kernels.cuda import lora_linear as hopper
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import available, spills
 from fused_lora.trust import own_process
-from fused_lora.trust.check import NotNow, products_as
-from fused_lora.trust.everything import everything
-from fused_lora.trust.subjects import DTYPES, Checked
-from fused_lora.trust.verdict import Subject, Verdict
+from fused_lora.trust.check import CannotVerifyNow, KernelId, Verdict, products_as
+from fused_lora.trust.kernel_registry import DTYPES, Checked, every_kernel
 from fused_lora.trust.verify import renew
 from fused_lora.worker import Worker
 
@@ -30,7 +28,7 @@ WORDS = {True: "passed", False: "FAILED", None: "not run"}
 class Result:
     """One subject after its check."""
 
-    subject: Subject
+    subject: KernelId
     verdict: Verdict | None  # None: not run
     said: str  # the comparison, or why it was not run
     seconds: float
@@ -79,7 +77,7 @@ def selftest(
     if odd := [name for name in dtypes if name not in DTYPES]:
         raise ValueError(f"dtypes must be of {tuple(DTYPES)}, got {odd}")
     target = _target(device)
-    wanted = [c for c in everything(dtypes, target) if c.subject.backend in backends]
+    wanted = [c for c in every_kernel(dtypes, target) if c.subject.backend in backends]
     results = []
     for result in _results(wanted, target, processes):
         results.append(result)
@@ -132,13 +130,13 @@ def _result(checked: Checked, device: torch.device, worker: Worker | None = None
     began = time.perf_counter()
     try:
         if reason := _why_not(checked, device):
-            raise NotNow(reason)
+            raise CannotVerifyNow(reason)
         if worker is not None:
             verdict = renew(checked, device, worker)
         else:
             with products_as(checked.subject.dtype):
                 verdict = renew(checked, device)
-    except NotNow as reason:
+    except CannotVerifyNow as reason:
         return Result(checked.subject, None, str(reason), 0.0)
     return Result(checked.subject, verdict, str(verdict), time.perf_counter() - began)
 

@@ -1,9 +1,4 @@
-"""Verdicts: asked for once in a process, kept on disk, told to the user where one is bad.
-
-A check runs in a process of its own (``own_process``). Of several processes that ask at once, such
-as the ranks of a training, one checks; the others wait for its verdict, or do without the kernel. A
-memory that is full is not asked again before ``AGAIN_S`` are over.
-"""
+"""A kernel serves after its check: asked once, remembered here and on disk."""
 
 from __future__ import annotations
 
@@ -17,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fused_lora import disk, env
 from fused_lora.kernels.cuda import native
@@ -24,11 +20,47 @@ from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.identity import identity, sources
 from fused_lora.programs.record import recording
 from fused_lora.trust import own_process
-from fused_lora.trust.check import FullMemory, NotNow
-from fused_lora.trust.moment import why_not_now
-from fused_lora.trust.subjects import Checked
-from fused_lora.trust.verdict import Subject, Verdict
+from fused_lora.trust.check import CannotVerifyNow, FullMemory, KernelId, Verdict
+from fused_lora.trust.kernel_registry import Checked
 from fused_lora.worker import Worker
+
+_MODES = torch._C._TorchDispatchModeKey
+
+
+def why_not_now(device: torch.device) -> str | None:
+    """One sentence why nothing can be checked on ``device`` now; None when it can."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _recorded():
+        return "a program is being traced"
+    return None
+
+
+def untouchable(t: Tensor) -> str | None:
+    """One sentence why a kernel cannot read ``t`` by its address; None when it can."""
+    if recording():  # its launches are written down
+        return None
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"{type(t).__name__} holds no memory that a kernel could read"
+    if torch.jit.is_tracing() or _recorded():
+        return "a program is being traced, and a launch would leave no trace in it"
+    return None
+
+
+def _recorded() -> bool:
+    """Whether operations are recorded, or run without data."""
+    if recording():
+        return False
+    modes = (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+
+
+# Verdicts: asked for once in a process, kept on disk, told to the user where one is bad.
+#
+# A check runs in a process of its own (``own_process``). Of several processes that ask at once,
+# such as the ranks of a training, one checks; the others wait for its verdict, or do without the
+# kernel. A memory that is full is not asked again before ``AGAIN_S`` are over.
+
 
 MODES = ("off", "first", "always")
 UNCHECKED = Verdict(True, 0.0, 0.0, "nothing: FUSED_LORA_VERIFY is off")
@@ -39,10 +71,10 @@ ABOUT_S = 4.0  # of one check, compiling included: a guess until a GPU has run i
 
 log = logging.getLogger("fused_lora")
 _announced = False
-_known: dict[tuple[Subject, torch.device], Verdict] = {}
+_known: dict[tuple[KernelId, torch.device], Verdict] = {}
 _held = False
-_wanted: dict[tuple[Subject, torch.device], Checked] | None = None
-_later: dict[tuple[Subject, torch.device], tuple[float, str]] = {}  # until when, and why
+_wanted: dict[tuple[KernelId, torch.device], Checked] | None = None
+_later: dict[tuple[KernelId, torch.device], tuple[float, str]] = {}  # until when, and why
 _one_at_a_time = threading.Lock()
 
 
@@ -50,7 +82,7 @@ def verdict(checked: Checked, device: torch.device) -> Verdict:
     """Whether ``checked`` may serve on ``device``; the first to ask may wait for the check.
 
     Raises:
-        NotNow: it has no verdict, and none can be found at this moment.
+        CannotVerifyNow: it has no verdict, and none can be found at this moment.
         ValueError: FUSED_LORA_VERIFY is none of its values.
     """
     how = mode()
@@ -63,12 +95,12 @@ def verdict(checked: Checked, device: torch.device) -> Verdict:
     if how == "first" and (kept := load(checked.subject, device)):
         return _remember(checked.subject, device, kept)
     if reason := why_not_now(device) or _why_later(checked, device):
-        raise NotNow(reason)
+        raise CannotVerifyNow(reason)
     with _one_at_a_time:
         if found := _known.get((checked.subject, device)):
             return found
         if reason := _why_later(checked, device):
-            raise NotNow(reason)
+            raise CannotVerifyNow(reason)
         try:
             return _check(checked, device, how)
         except FullMemory as error:
@@ -78,7 +110,7 @@ def verdict(checked: Checked, device: torch.device) -> Verdict:
 
 
 @contextmanager
-def collecting(held: bool = True) -> Iterator[dict[tuple[Subject, torch.device], Checked]]:
+def collecting(held: bool = True) -> Iterator[dict[tuple[KernelId, torch.device], Checked]]:
     """Inside, what is asked for and has no verdict is collected, and nothing is checked.
 
     Kernels that have one serve what is recorded; while they are ``held``, what runs is the
@@ -104,7 +136,7 @@ def holds() -> bool:
 
 
 def _collect(
-    wanted: dict[tuple[Subject, torch.device], Checked],
+    wanted: dict[tuple[KernelId, torch.device], Checked],
     checked: Checked,
     device: torch.device,
     how: str,
@@ -116,7 +148,7 @@ def _collect(
     if found is None:
         wanted[where] = checked
     if found is None or holds():
-        raise NotNow("it is being prepared")
+        raise CannotVerifyNow("it is being prepared")
     return found
 
 
@@ -166,10 +198,10 @@ def renew(checked: Checked, device: torch.device, worker: Worker | None = None) 
     """The verdict found now, whatever is known; kept, and not told. ``worker``: who finds it.
 
     Raises:
-        NotNow: nothing can be checked at this moment.
+        CannotVerifyNow: nothing can be checked at this moment.
     """
     if reason := why_not_now(device):
-        raise NotNow(reason)
+        raise CannotVerifyNow(reason)
     found = _found(checked, device, worker)
     disk.merge(path(), {_key(checked.subject, device): found.row()})
     _known[checked.subject, device] = found
@@ -197,7 +229,7 @@ def path() -> Path:
     return env.cache_dir() / "verdicts.json"
 
 
-def load(subject: Subject, device: torch.device) -> Verdict | None:
+def load(subject: KernelId, device: torch.device) -> Verdict | None:
     """The verdict kept for this device, these versions and these sources."""
     return Verdict.of_row(disk.read(path()).get(_key(subject, device)))
 
@@ -220,7 +252,7 @@ def _check(checked: Checked, device: torch.device, how: str) -> Verdict:
         return _remember(subject, device, renew(checked, device))
 
 
-def _tell_later(subject: Subject, device: torch.device, reason: str) -> None:
+def _tell_later(subject: KernelId, device: torch.device, reason: str) -> None:
     warnings.warn(
         f"fused_lora does without {subject} on {device} for {AGAIN_S / 60:g} minutes: it is not "
         f"checked yet, and {reason}.",
@@ -229,7 +261,7 @@ def _tell_later(subject: Subject, device: torch.device, reason: str) -> None:
     )
 
 
-def _remember(subject: Subject, device: torch.device, found: Verdict) -> Verdict:
+def _remember(subject: KernelId, device: torch.device, found: Verdict) -> Verdict:
     _known[subject, device] = found
     if not found.passed:
         warnings.warn(
@@ -241,7 +273,7 @@ def _remember(subject: Subject, device: torch.device, found: Verdict) -> Verdict
     return found
 
 
-def _key(subject: Subject, device: torch.device) -> str:
+def _key(subject: KernelId, device: torch.device) -> str:
     of = _compiled() if subject.backend == "cuda" else ""
     return f"{subject}|{identity(device)}|checks {_checks()}{of}"
 

@@ -15,12 +15,12 @@ from fused_lora.ops import lora_linear as op
 from fused_lora.plan import choose, cost, race, strategies
 from fused_lora.programs import run
 from fused_lora.programs.describe import name_of
-from fused_lora.trust import check, moment, own_process, verify
+from fused_lora.trust import check, own_process, verify
 from tests.patching.models import build, images
 from tests.programs.test_signature import patched
 
 DECIDERS = (choose, cost, strategies, planning, backends, epilogues, partners, layer_norm)
-DECIDERS += (verify, check, moment, env, own_process, measured, race)
+DECIDERS += (verify, check, env, own_process, measured, race)
 
 
 def forbid(monkeypatch):

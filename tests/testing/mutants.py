@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fused_lora.trust.equations import Named, equations
-from fused_lora.trust.problems import Operands
+from fused_lora.trust.check import Named, Operands, equations
 
 Run = Callable[[Operands], Named]
 

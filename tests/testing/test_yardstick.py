@@ -7,9 +7,16 @@ import torch
 from torch import nn
 
 from fused_lora.testing.yardstick import Comparison, error, in_every_order, judge, worst
-from fused_lora.trust.check import compare_exact
-from fused_lora.trust.equations import Named, equations
-from fused_lora.trust.problems import ALIGNED, SHAPES, Operands, Shape, problems
+from fused_lora.trust.check import (
+    ALIGNED,
+    SHAPES,
+    Named,
+    Operands,
+    Shape,
+    compare_exact,
+    equations,
+    problems,
+)
 from tests.testing.mutants import FAINT, MUTANTS, elements, right
 
 CPU = torch.device("cpu")

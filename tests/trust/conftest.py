@@ -9,8 +9,8 @@ import torch
 
 from fused_lora.kernels.triton import available
 from fused_lora.ops import backends, planning
-from fused_lora.trust import triton_checks, triton_partners, verify
-from fused_lora.trust.equations import equations
+from fused_lora.trust import triton_checks, verify
+from fused_lora.trust.check import equations
 
 RESULTS = {
     "shrink": ("h", "dh"),
@@ -67,8 +67,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Kernels]:
     for name in RESULTS:
         run = lambda p, tile, name=name: made.run(name, p, tile)  # noqa: E731
         monkeypatch.setitem(triton_checks.RUNS, name, run)
-    for module in (triton_checks, triton_partners):
-        monkeypatch.setattr(module, "merged", _stochastic)
+    for name in ("merged", "merged_of_many"):
+        monkeypatch.setattr(triton_checks, name, _stochastic)
     forget()
     yield made
     forget()

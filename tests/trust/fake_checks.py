@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fused_lora.trust.check import FullMemory
-from fused_lora.trust.subjects import Checked
-from fused_lora.trust.verdict import Subject, Verdict, broken
+from fused_lora.trust.check import FullMemory, KernelId, Verdict, broken
+from fused_lora.trust.kernel_registry import Checked
 
 RIGHT = Verdict(True, 0.25, 1.0, "y")
 
@@ -30,7 +29,7 @@ class FakeCheck(Checked):
 
 
 def make(how: str, argument: str = "", dtype: str = "float32") -> FakeCheck:
-    subject = Subject("triton", "fake", f"{how} {argument}".strip(), dtype)
+    subject = KernelId("triton", "fake", f"{how} {argument}".strip(), dtype)
     recipe = (__name__, "make", how, argument, dtype)
     return FakeCheck(subject, lambda p: {}, recipe=recipe, how=how, argument=argument)
 

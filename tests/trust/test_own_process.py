@@ -13,7 +13,7 @@ import torch
 
 from fused_lora.ops import backends
 from fused_lora.trust import own_process, verify
-from fused_lora.trust.check import NotNow
+from fused_lora.trust.check import CannotVerifyNow
 from fused_lora.types import Backend
 from fused_lora.worker import CannotStart, Worker
 from tests.trust.fake_checks import RIGHT, make
@@ -103,7 +103,7 @@ def test_one_that_is_killed_while_it_answers_is_no_verdict():
     checked = make("is_killed_while_answering")
     with (
         pytest.warns(RuntimeWarning, match="for 5 minutes: it is not checked yet, and its check"),
-        pytest.raises(NotNow, match="was killed from outside"),
+        pytest.raises(CannotVerifyNow, match="was killed from outside"),
     ):
         verify.verdict(checked, CPU)
     assert verify.load(checked.subject, CPU) is None
@@ -112,16 +112,16 @@ def test_one_that_is_killed_while_it_answers_is_no_verdict():
 def test_a_full_memory_is_not_tried_at_every_call(monkeypatch, worker):
     checked, now = make("has_no_memory"), time.monotonic()
     monkeypatch.setattr(verify.time, "monotonic", lambda: now)
-    with pytest.warns(RuntimeWarning, match="no memory is left"), pytest.raises(NotNow):
+    with pytest.warns(RuntimeWarning, match="no memory is left"), pytest.raises(CannotVerifyNow):
         verify.verdict(checked, CPU)
     asked = []
     monkeypatch.setattr(worker, "call", lambda *args: asked.append(args) or {"not now": "full"})
     for _ in range(3):
-        with pytest.raises(NotNow, match="no memory is left"):
+        with pytest.raises(CannotVerifyNow, match="no memory is left"):
             verify.verdict(checked, CPU)
     assert not asked
     now += verify.AGAIN_S
-    with pytest.warns(RuntimeWarning, match="full"), pytest.raises(NotNow):
+    with pytest.warns(RuntimeWarning, match="full"), pytest.raises(CannotVerifyNow):
         verify.verdict(checked, CPU)
     assert len(asked) == 1
 
@@ -131,7 +131,7 @@ def test_a_process_that_does_not_start_is_no_verdict(monkeypatch):
     own_process.close()
     with pytest.raises(CannotStart, match="no process can be started"):
         Worker().call("os", "getpid", (), 1.0)
-    with pytest.warns(RuntimeWarning, match="no process"), pytest.raises(NotNow):
+    with pytest.warns(RuntimeWarning, match="no process"), pytest.raises(CannotVerifyNow):
         verify.verdict(make("passes"), CPU)
 
 
@@ -166,7 +166,7 @@ from tests.trust.fake_checks import make
 own_process.serves = lambda checked, device: True
 try:
     print(verify.verdict(make({how!r}, {path!r}), torch.device("cpu")).passed)
-except verify.NotNow as reason:
+except verify.CannotVerifyNow as reason:
     print(reason)
 """
 

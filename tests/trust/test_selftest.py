@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_lora import cli
-from fused_lora.trust import everything, own_process, selftest, verify
+from fused_lora.trust import kernel_registry, own_process, selftest, verify
 from fused_lora.types import Backend, Needs, Span
 
 CPU = torch.device("cpu")
@@ -53,8 +53,8 @@ def test_all_right(kernels, capsys):
 @pytest.fixture
 def few(monkeypatch):
     """One class or two of each kernel."""
-    monkeypatch.setattr(everything, "WIDTHS", (192,))
-    monkeypatch.setattr(everything, "RANKS", (16,))
+    monkeypatch.setattr(kernel_registry, "WIDTHS", (192,))
+    monkeypatch.setattr(kernel_registry, "RANKS", (16,))
 
 
 @pytest.mark.usefixtures("few")
@@ -110,11 +110,11 @@ def test_what_a_plan_asks_for_is_among_what_is_checked(kernels, monkeypatch):
 
     for arch, count in ((90, 132), (120, 48)):
         monkeypatch.setattr(tiles, "architecture", lambda device, arch=arch: arch)
-        monkeypatch.setattr(everything, "architecture", lambda device, arch=arch: arch)
+        monkeypatch.setattr(kernel_registry, "architecture", lambda device, arch=arch: arch)
         monkeypatch.setattr(tiles, "multiprocessors", lambda device, count=count: count)
         tiles.thin_tile.cache_clear()
         for dtype in (torch.bfloat16, torch.float32):
-            known = set(everything.launches(dtype, CPU))
+            known = set(kernel_registry.launches(dtype, CPU))
             for m, n, rank in ((197, 384, 4), (25216, 2304, 16), (50432, 3072, 512)):
                 question = problem(m, 768, n, (Span(0, n, rank),), dtype, True, Needs())
                 for plan in candidates(question, [Backend.TRITON]):

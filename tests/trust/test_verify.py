@@ -25,8 +25,8 @@ from fused_lora.kernels.triton.tiles import (
 )
 from fused_lora.ops.planning import plan_for
 from fused_lora.trust import triton_checks, verify
-from fused_lora.trust.check import NotNow
-from fused_lora.trust.subjects import of_launch
+from fused_lora.trust.check import CannotVerifyNow
+from fused_lora.trust.kernel_registry import of_launch
 from fused_lora.types import Backend, Forward, Impl, Needs, Span
 from tests.testing.mutants import MUTANTS
 from tests.trust.conftest import RESULTS, forget
@@ -205,7 +205,7 @@ def test_a_capture_uses_what_was_checked_before(kernels, monkeypatch):
 
 
 def test_a_capture_is_asked_for_on_a_gpu_alone(monkeypatch):
-    from fused_lora.trust.moment import why_not_now
+    from fused_lora.trust.verify import why_not_now
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert why_not_now(torch.device("cuda", 0)) == "a CUDA graph is being captured"
@@ -328,4 +328,4 @@ def test_a_source_file_changes_the_digest(tmp_path):
 
 
 def test_not_now_is_no_runtime_error():
-    assert not issubclass(NotNow, RuntimeError)  # which callers catch for other reasons
+    assert not issubclass(CannotVerifyNow, RuntimeError)  # which callers catch for other reasons

@@ -14,7 +14,7 @@ from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
 from fused_lora.ops import backends, lora_grad_backends, planning
 from fused_lora.programs import run
-from fused_lora.trust import cuda_checks, everything, verify
+from fused_lora.trust import cuda_checks, kernel_registry, verify
 
 
 class Served:
@@ -56,7 +56,7 @@ def served(host: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path) -> Itera
     monkeypatch.setattr(native, "why_not", lambda device=None: None)
     monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip(90, 1)))
     monkeypatch.setattr(lora_grad_backends, "why_not_on", lambda device: None)
-    monkeypatch.setattr(everything, "why_not_on", lambda device: None)
+    monkeypatch.setattr(kernel_registry, "why_not_on", lambda device: None)
     monkeypatch.setattr(cuda_checks, "ROWS", 21)
     monkeypatch.setattr(lora_grad_backends, "examples", narrow)
     for name, value in {"EFFICIENCY": 1e6, "LAUNCH_CALLS": 0.0, "SLICES": 0}.items():

@@ -19,7 +19,7 @@ from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.planning import plan_for
 from fused_lora.testing.yardstick import error, in_every_order, judge_all
 from fused_lora.trust import selftest, verify
-from fused_lora.trust.subjects import TF32_BAND
+from fused_lora.trust.kernel_registry import TF32_BAND
 from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan, Span
 from tests.ops.block_problems import matrix
 
@@ -290,7 +290,7 @@ class TestElsewhere:
 def test_the_self_test_lists_every_form(served: Served, monkeypatch) -> None:  # noqa: F811
     from fused_lora.kernels.cuda.chip import Chip
     from fused_lora.kernels.cuda.lora_grad_shape import examples
-    from fused_lora.trust.everything import compiled_grads
+    from fused_lora.trust.kernel_registry import compiled_grads
 
     for dtype, least in (("bfloat16", 20), ("tf32", 12)):
         listed = list(compiled_grads(dtype, CPU))

@@ -16,7 +16,7 @@ from fused_lora.ops import backends, planning
 from fused_lora.plan.strategies import PRODUCT_GROUPS
 from fused_lora.programs import run
 from fused_lora.testing.yardstick import in_every_order, judge_all
-from fused_lora.trust import cuda_checks, everything
+from fused_lora.trust import cuda_checks, kernel_registry
 from fused_lora.types import Backend, Gradient, Impl, Needs, Span
 
 from .serving import Served, one_element, served  # noqa: F401
@@ -162,7 +162,7 @@ def test_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_self_test_lists_every_tile(hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "why_not_compiled", lambda: None)
-    found = [one.subject for one in everything.compiled_products("bfloat16", CPU)]
+    found = [one.subject for one in kernel_registry.compiled_products("bfloat16", CPU)]
     listed = ["128 x 128", "128 x 192", "128 x 256", "64 x 128", "64 x 256"]
     kernels = ("lora_linear", "lora_linear_gelu", "lora_linear_scale")
     assert [(one.kernel, one.configuration) for one in found] == list(product(kernels, listed))

@@ -15,7 +15,7 @@ from fused_lora.ops.lora_residual import lora_residual
 from fused_lora.programs import run
 from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.trust import verify
-from fused_lora.trust.subjects import of_compiled_product
+from fused_lora.trust.kernel_registry import of_compiled_product
 from fused_lora.types import Impl
 from tests.ops.block_problems import cast, leaves, matrix, norm, plain_linear, plain_mlp, plain_norm
 

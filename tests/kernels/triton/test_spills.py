@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from fused_lora import cli, disk
 from fused_lora.kernels.triton import launches, lora_extended, spills, tiles
 from fused_lora.trust import verify
-from fused_lora.trust.subjects import of_launch
+from fused_lora.trust.kernel_registry import of_launch
 from tests.kernels.triton.compiler import compiled
 from tests.kernels.triton.shipped import K, M, N, group
 from tests.trust.conftest import kernels  # noqa: F401

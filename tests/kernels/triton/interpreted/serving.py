@@ -10,8 +10,8 @@ from fused_lora.kernels.triton import available, launches, lora_linear
 from fused_lora.kernels.triton.tiles import MergeTile
 from fused_lora.ops import backends, planning
 from fused_lora.programs import run
-from fused_lora.trust import subjects, verify
-from fused_lora.trust.problems import Shape
+from fused_lora.trust import kernel_registry, verify
+from fused_lora.trust.check import Shape
 from fused_lora.types import Span
 from tests.kernels.triton.cases import GRAD_TILE, THIN_TILE, TILE
 
@@ -39,7 +39,7 @@ def checking(serving: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """First use is checked, on few elements."""
     small = Shape(40, 32, 48, (Span(0, 48, 5),), True, True, 0)
     for name in ("SHAPES", "ALIGNED"):
-        serving.setattr(subjects, name, (small,))
+        serving.setattr(kernel_registry, name, (small,))
     serving.setenv("FUSED_LORA_VERIFY", "first")
     return serving
 

@@ -8,8 +8,8 @@ from fused_lora.ops import lora_linear_fp8 as module
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
 from fused_lora.reference.lora_linear_fp8 import quantise
 from fused_lora.testing.yardstick import in_every_order, judge_all
-from fused_lora.trust import problems
-from fused_lora.trust.problems import Shape
+from fused_lora.trust import check
+from fused_lora.trust.check import Shape
 from fused_lora.types import Span
 from tests.kernels.triton.cases import CASES, build, lowered
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
@@ -24,7 +24,7 @@ def capable(serving):  # noqa: F811
     serving.setattr(module, "_why_not_on", lambda device, dtype: None)
     small = Shape(40, 32, 48, (Span(0, 48, 5),), True, True, 0)
     for name in ("SHAPES", "ALIGNED"):
-        serving.setattr(problems, name, (small,))
+        serving.setattr(check, name, (small,))
     return serving
 
 

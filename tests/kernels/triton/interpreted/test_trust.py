@@ -18,9 +18,9 @@ from fused_lora.kernels.triton.tiles import (
 )
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.testing.yardstick import in_every_order, judge
-from fused_lora.trust import problems, verify
-from fused_lora.trust.problems import Shape
-from fused_lora.trust.subjects import of_launch
+from fused_lora.trust import check, verify
+from fused_lora.trust.check import Shape
+from fused_lora.trust.kernel_registry import of_launch
 from fused_lora.types import Span
 from tests.kernels.triton.cases import CASES, build, lowered
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
@@ -54,7 +54,7 @@ def checking(serving):  # noqa: F811
         64, 64, 96, tuple(Span(32 * g, 32 * g + 32, 16) for g in range(3)), False, True, 0
     )
     for name in ("SHAPES", "ALIGNED"):  # an interpreter is slow
-        serving.setattr(problems, name, (getattr(problems, name)[0], small))
+        serving.setattr(check, name, (getattr(check, name)[0], small))
     serving.setenv("FUSED_LORA_VERIFY", "first")
     return serving
 

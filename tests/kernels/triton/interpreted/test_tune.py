@@ -11,7 +11,7 @@ from fused_lora.bench.tune import launched
 from fused_lora.kernels.triton import launches, winners
 from fused_lora.kernels.triton.tiles import GradTile, ThinTile, Tile
 from fused_lora.trust import triton_checks, verify
-from fused_lora.trust.equations import equations
+from fused_lora.trust.check import equations
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
 from tests.trust.conftest import RESULTS
 

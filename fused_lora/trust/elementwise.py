@@ -1,7 +1,4 @@
-"""What the partners of a product should compute of one problem, by plain torch in its own dtype.
-
-LayerNorm and GELU take x [M, K] as their input and u; rows of x stand for gradients as well.
-"""
+"""The operations beside a product: what each computes, in plain torch."""
 
 from __future__ import annotations
 
@@ -13,8 +10,12 @@ from torch.nn import functional as F
 
 from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.reference.dropout import dropout
-from fused_lora.trust.equations import Named, flat, products, thin
-from fused_lora.trust.problems import Operands
+from fused_lora.trust.check import Named, Operands, flat, products, thin
+
+# What the partners of a product should compute of one problem, by plain torch in its own dtype.
+#
+# LayerNorm and GELU take x [M, K] as their input and u; rows of x stand for gradients as well.
+
 
 EPS = 1e-6  # of LayerNorm
 DROPOUT = (0.3, 2**63 + 5, 2**40 + 1)  # p, and a seed and a step with bits in all four words

@@ -1,0 +1,257 @@
+"""Every kernel that can be asked for, with what checks it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels.cuda import lora_linear as hopper
+from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.lora_extended import TILES, Tile
+from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
+from fused_lora.kernels.cuda.native import why_not_on
+from fused_lora.kernels.triton import spills, tiles
+from fused_lora.kernels.triton.launch import architecture
+from fused_lora.kernels.triton.launches import Launch, by_rule, stand_in
+from fused_lora.testing.yardstick import Comparison, in_every_order
+from fused_lora.trust import cuda_checks, triton_checks
+from fused_lora.trust.check import (
+    ALIGNED,
+    NOISE,
+    SHAPES,
+    KernelId,
+    Named,
+    Operands,
+    Shape,
+    Verdict,
+    check,
+    compare,
+    compare_exact,
+    equations,
+    gradients,
+    of_rows,
+    problems,
+    stochastic,
+)
+from fused_lora.trust.cuda_checks import ENDINGS as BEHIND
+
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+EXACT = (  # products and sums alone
+    *("shrink", "extended", "one_pass", "grad", "merge", "merge_many"),
+    *("extended_scale", "extended_wide"),
+)
+TF32_BAND = 2.0**-10  # a library may form a small product in full precision where ours may round
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A subject and what it takes to check it."""
+
+    subject: KernelId
+    run: Callable[[Operands], Named]  # every result by name
+    noisy: Callable[[Operands], Tensor] | None = None  # w' of stochastic rounding
+    shapes: Sequence[Shape] = SHAPES  # of the problems
+    equations: Callable[[Operands], Named] = equations
+    exact: bool = False  # whether small integers make every result exact
+    launch: Launch | None = None  # of Triton
+    recipe: tuple[Any, ...] = ()  # a module, its function and arguments that make this once more
+
+    @classmethod
+    def of_recipe(cls, recipe: tuple[Any, ...]) -> Checked:
+        """What has this ``recipe``; also in another process."""
+        module, function, *args = recipe
+        made = getattr(importlib.import_module(module), function)(*args)
+        assert isinstance(made, cls), made
+        return made
+
+    def check(self, device: torch.device) -> Verdict:
+        """The verdict of ``device``, found now: of the tile that serves, should this one spill."""
+        found = check(self._comparisons, DTYPES[self.subject.dtype], device)
+        other = self._instead(found, device)
+        return found if other is None else other.check(device)
+
+    def _instead(self, found: Verdict, device: torch.device) -> Checked | None:
+        """What stands in for a launch that spilled, or found no room on the chip, in its check."""
+        if self.launch is None:
+            return None
+        (kernel, tile), dtype = self.launch, DTYPES[self.subject.dtype]
+        if found.said.startswith("OutOfResources"):
+            spills.remember(kernel, tile, spills.precision(dtype), device, spills.TOO_LARGE)
+        other = stand_in(kernel, tile, dtype, device)
+        return None if other == tile else of_launch(Launch(kernel, other), self.subject.dtype)
+
+    def _comparisons(self, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison | str]:
+        band = TF32_BAND if self.subject.dtype == "tf32" else None
+        for p in problems(dtype, device, self.shapes):
+            plain = in_every_order(partial(self.equations, p.to(dtype)))
+            truth = self.equations(p.to(torch.float64))
+            yield from compare(partial(self.run, p), plain, truth, dtype, band)
+            if self.noisy and dtype is not torch.float32:
+                yield from stochastic(p, self.noisy)
+        if not self.exact or dtype is torch.float32:
+            return
+        for p in problems(dtype, device, self.shapes, exact=True):
+            yield from compare_exact(self.run(p), self.equations(p.to(torch.float64)))
+
+
+def of_launch(launch: Launch, dtype: str) -> Checked:
+    """A Triton kernel in one tile."""
+    subject = KernelId("triton", launch.kernel, launch.configuration, dtype)
+    merged = {"merge": triton_checks.merged, "merge_many": triton_checks.merged_of_many}
+    draws = merged.get(launch.kernel)
+    noisy = None if draws is None else partial(draws, tile=launch.tile, noise=NOISE)
+    shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
+    truth = partial(equations, kernel=launch.kernel)
+    run, exact = partial(triton_checks.run, launch), launch.kernel in EXACT
+    recipe = (__name__, "of_launch", launch, dtype)
+    return Checked(subject, run, noisy, shapes, truth, exact, launch, recipe)
+
+
+def of_compiled_merge(dtype: str) -> Checked:
+    """The compiled kernel for weights of ``dtype``."""
+    subject = KernelId("cuda", "lora_merge", "any", dtype)
+    noisy = partial(cuda_checks.merged, noise=NOISE)
+    run, recipe = _compiled_merge, (__name__, "of_compiled_merge", dtype)
+    return Checked(subject, run, noisy, exact=True, recipe=recipe)
+
+
+def _compiled_merge(p: Operands) -> Named:
+    return {"w'": cuda_checks.merged(p)}
+
+
+def of_compiled_grads(form: Form, example: GradShape, dtype: str) -> Checked:
+    """The compiled gradients in one form, checked on ``example``."""
+    subject = KernelId("cuda", "lora_grad", str(form), dtype)
+    run = partial(cuda_checks.grads, example=example)
+    shapes = (cuda_checks.shape_of(example),)
+    recipe = (__name__, "of_compiled_grads", form, example, dtype)
+    return Checked(subject, run, shapes=shapes, equations=gradients, exact=True, recipe=recipe)
+
+
+def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
+    """The compiled product in one tile; ``behind`` it gelu, scale or nothing."""
+    kernel = f"lora_linear_{behind}" if behind else "lora_linear"
+    subject = KernelId("cuda", kernel, "{} x {}".format(*tile), dtype)
+    run = partial(cuda_checks.run_product, behind=behind, tile=tile)
+    truth = partial(equations, kernel=f"extended_{behind}")
+    exact = behind != "gelu"
+    recipe = (__name__, "of_compiled_product", tile, dtype, behind)
+    shapes = cuda_checks.PRODUCTS
+    return Checked(subject, run, shapes=shapes, equations=truth, exact=exact, recipe=recipe)
+
+
+# Every kernel that this library may choose on a device, in its configuration classes.
+#
+# Of the partners of a product, in those of common widths: others are checked at their first use.
+
+
+LEAST_FP8 = 89  # architecture whose matrix units take e4m3
+ROWS = (197, 1 << 20)  # few and many, as tiles are chosen by
+ANY_FORM = (Form(6, 1, True, 1), GradShape(376, 376, 15, needs_bias=True))
+RANKS = (16, 32, 64)  # every block of ranks
+WIDTHS = (192, 384, 768, 1280, 4096)  # of a token, and of what lies inside its MLP
+ENDINGS = ("extended_gelu", "extended_scale", "extended_dropout")
+OF_HALVES = (*ENDINGS, "extended_wide")  # nothing is wider than fp32
+
+
+def every_kernel(dtypes: Sequence[str], device: torch.device) -> Iterator[Checked]:
+    """What a self-test of ``device`` checks, by dtype."""
+    for dtype in dtypes:
+        yield from (of_launch(launch, dtype) for launch in launches(DTYPES[dtype], device))
+        yield from (of_launch(launch, dtype) for launch in endings(DTYPES[dtype], device))
+        if dtype != "tf32":  # these form no products, or fp32 ones whatever torch allows
+            yield from (of_launch(launch, dtype) for launch in passes(DTYPES[dtype]))
+            yield of_compiled_merge(dtype)
+        if dtype != "float32":  # whose products no compiled kernel forms as they are
+            yield from compiled_grads(dtype, device)
+        if dtype in ("bfloat16", "float16"):
+            yield from compiled_products(dtype, device)
+            yield from (of_launch(launch, dtype) for launch in fp8(device))
+
+
+def compiled_grads(dtype: str, device: torch.device) -> Iterator[Checked]:
+    """The compiled gradients in every form that ``device`` has.
+
+    Of no device, or without the compiled module: in one form that stands for all.
+    """
+    if why_not_on(device):
+        yield of_compiled_grads(*ANY_FORM, dtype)
+        return
+    for form, example in examples(Chip.of(device), dtype == "tf32").items():
+        yield of_compiled_grads(form, example, dtype)
+
+
+def compiled_products(dtype: str, device: torch.device) -> Iterator[Checked]:
+    """The compiled product in every tile, and what may stand behind it.
+
+    In one tile that stands for all, of no device, or where the module was compiled without it.
+    """
+    if why_not_on(device):
+        tiles = TILES[:1]
+    elif Chip.of(device).arch != hopper.ARCH:
+        tiles = ()
+    else:
+        tiles = TILES[:1] if hopper.why_not_compiled() else TILES
+    yield from (of_compiled_product(tile, dtype, one) for one in BEHIND for tile in tiles)
+
+
+def endings(dtype: torch.dtype, device: torch.device) -> list[Launch]:
+    """Products with something before or behind them, in the tiles of common widths."""
+    low = dtype.itemsize == 2
+    found = [
+        Launch(kernel, by_rule(kernel, m, n, WIDTHS[0], dtype, device))
+        for kernel in (OF_HALVES if low else ENDINGS)
+        for m in ROWS
+        for n in WIDTHS
+    ]
+    for rank in RANKS:
+        for kernel in ("shrink_dropout", *(("shrink_norm", "shrink_gelu") if low else ())):
+            tall = by_rule(kernel, ROWS[1], rank, WIDTHS[0], dtype, device)
+            found.append(Launch(kernel, tall))
+        wide = by_rule("grad_dropout", rank, WIDTHS[0], ROWS[1], dtype, device)
+        found.append(Launch("grad_dropout", wide))
+    return list(dict.fromkeys(found))
+
+
+def passes(dtype: torch.dtype) -> list[Launch]:
+    """What passes over rows and elements, and the merge of a whole model."""
+    norms = dict.fromkeys(tiles.row_tile(width) for width in WIDTHS)
+    return [
+        *(Launch("layer_norm", tile) for tile in norms),
+        Launch("gelu", tiles.ELEMENTS),
+        Launch("merge_many", tiles.MergeTile()),
+    ]
+
+
+def fp8(device: torch.device) -> list[Launch]:
+    """What a base in FP8 takes, where ``device`` has matrix units for it, or is none."""
+    if device.type == "cuda" and architecture(device) < LEAST_FP8:
+        return []
+    rows = dict.fromkeys(tiles.row_tile(width) for width in WIDTHS)
+    products = [Launch("extended_fp8", tile) for tile in tiles.FP8]
+    return [*(Launch("quantise", tile) for tile in rows), *products]
+
+
+def launches(dtype: torch.dtype, device: torch.device) -> list[Launch]:
+    """Every kernel of Triton in every tile of ``device``."""
+    arch, size = architecture(device), dtype.itemsize
+    thin = dict.fromkeys(tiles.thin_tile(m, r, size, device) for m in ROWS for r in RANKS)
+    grad = dict.fromkeys(tiles.grad_tile(r, size) for r in RANKS)
+    return [
+        *(Launch("shrink", tile) for tile in thin),
+        *(Launch("extended", tile) for tile in tiles.candidates(arch, size, bulk=True)),
+        *(Launch("one_pass", tile) for tile in tiles.one_pass_candidates(arch, size)),
+        *(Launch("grad", tile) for tile in grad),
+        Launch("merge", tiles.MergeTile()),
+    ]
