@@ -34,6 +34,7 @@ class OnePass {
   static constexpr int kRankStep = kGradThreads / L::kRows;
   static constexpr int kTurns = (L::kRanks + kRankStep - 1) / kRankStep;
   static constexpr bool kSumsBias = sizeof(T) == 4;
+  static constexpr bool kCursor = forms && L::kLooksAhead;  // for dh; else found at each tile
   static constexpr int kBiasSums = kSumsBias ? S / 2 : 1;
 
  public:
@@ -56,6 +57,7 @@ class OnePass {
     expands_ = expands(), shrinks_ = forms && shrinks(), t_mine_ = t(0, !is_dy_);
     hands_on_ = forms && problem.dh && chunk == 0;
     settle_where();
+    hand_on_where();
     copy_whence();
   }
 
@@ -281,11 +283,15 @@ class OnePass {
     if constexpr (L::kLooksAhead) h_ = given_now(problem_.x), dh_ = given_now(problem_.dy);
   }
 
-  FL_DEVICE Given given_now(const GradSide& side) const {
-    const int64_t first = static_cast<int64_t>(tile_) * L::kRows + row_;
+  // The row of this tile that this thread settles, and how many rows of the slice begin there.
+  FL_DEVICE int64_t row_now() const { return static_cast<int64_t>(tile_) * L::kRows + row_; }
+  FL_DEVICE int rows_left() const {
     const int64_t last = static_cast<int64_t>(end_) * L::kRows;
-    return {side, first, rank_,
-            static_cast<int>((last < problem_.rows ? last : problem_.rows) - first)};
+    return static_cast<int>((last < problem_.rows ? last : problem_.rows) - row_now());
+  }
+
+  FL_DEVICE Given given_now(const GradSide& side) const {
+    return {side, row_now(), rank_, rows_left()};
   }
 
   // The elements of the next tile's h and dh that this thread settles, where they are given.
@@ -361,18 +367,28 @@ class OnePass {
       if (r == problem_.ranks) h = nearest<T>(1.0f).bits;
       t(parity, false)[row_ * L::kTPitch + r] = h;
       t(parity, true)[row_ * L::kTPitch + r] = dh;
-      if (forms && hands_on_) hand_on(r, dh);
+      if constexpr (forms) hand_on(i, dh);
     }
+    if constexpr (kCursor) to_ += L::kRows * problem_.dh_row, to_left_ -= L::kRows;
   }
 
   struct Pair {
     float h, dh;
   };
 
-  FL_DEVICE void hand_on(int r, Bits dh) const {
-    const int64_t row = static_cast<int64_t>(tile_) * L::kRows + row_;
-    if (row < problem_.rows && r < problem_.ranks) {
-      static_cast<Bits*>(problem_.dh)[row * problem_.dh_row + r] = dh;
+  FL_DEVICE void hand_on_where() {
+    if constexpr (!kCursor) return;
+    to_ = static_cast<Bits*>(problem_.dh) + row_now() * problem_.dh_row + rank_;
+    to_left_ = hands_on_ ? rows_left() : 0;
+  }
+
+  // dh as this thread settled it, to whoever forms dx; the blocks of a cluster have it alike.
+  FL_DEVICE void hand_on(int turn, Bits dh) const {
+    const int r = rank_ + kRankStep * turn;
+    if constexpr (kCursor) {
+      if (to_left_ > 0 && r < problem_.ranks) to_[kRankStep * turn] = dh;
+    } else if (hands_on_ && row_now() < problem_.rows && r < problem_.ranks) {
+      static_cast<Bits*>(problem_.dh)[row_now() * problem_.dh_row + r] = dh;
     }
   }
 
@@ -476,7 +492,9 @@ class OnePass {
   char* shared_;
   int thread_, x_warps_, strips_, first_, width_, tile_, end_;
   bool is_dy_, expands_, shrinks_;
-  bool hands_on_;       // dh, to whoever forms dx; the blocks of a cluster have it alike
+  bool hands_on_;       // dh, where it is formed: the first block of a cluster
+  Bits* to_;            // where this thread's dh of the next tile goes,
+  int to_left_;         // and how many rows are left from there on, none where it is not asked for
   const Bits* t_mine_;  // what this warp expands with
   const Bits* from_;    // this lane's next copy
   int64_t eight_rows_;
