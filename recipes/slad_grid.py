@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def every() -> Iterator[Row]:
-    """The sweep first; then the grid, seed by seed."""
+    """The sweep first; then the grid, seed by seed; then the other mappings."""
     swept = dict(fraction=SWEEP_FRACTION, seed=SWEEP_SEED)
     for blr in RATES:
         yield dict(method="joint, even", sweeps="both", blr=blr, **swept)
@@ -66,8 +66,10 @@ def every() -> Iterator[Row]:
             yield dict(method=method, sweeps="teacher", blr=blr, **swept)
         for blr in RATES:
             yield dict(method=method, sweeps="student", blr=blr, **swept)
-    for seed, fraction, method in product(SEEDS, FRACTIONS, METHODS):
-        yield dict(method=method, fraction=fraction, seed=seed)
+    others = ("joint, first", "joint, last")
+    for methods in ([name for name in METHODS if name not in others], others):
+        for seed, fraction, method in product(SEEDS, FRACTIONS, methods):
+            yield dict(method=method, fraction=fraction, seed=seed)
 
 
 def best(sweep: list[Row], method: str, sweeps: str) -> float:
