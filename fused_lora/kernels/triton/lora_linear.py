@@ -40,17 +40,17 @@ def forward(
     if plan.forward is Forward.MERGE:
         new = merged(w, adapters)
         return F.linear(x, new, bias), new if plan.keep is Keep.MERGED else None
-    adapters = packed(uniform(adapters), x.dtype)
+    low = packed(uniform(adapters), x.dtype)
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if plan.forward is Forward.ONE_PASS:
         tile = _product_tile("one_pass", x, w.shape[0], adapters)
-        y, h, _ = lora_one_pass.forward(x, w, bias, adapters, tile=tile)
+        y, h, _ = lora_one_pass.forward(x, w, bias, low, tile=tile)
     else:
         tile = _product_tile("extended", x, w.shape[0], adapters)
         tail = None if bordered is None else bordered[:, x.shape[1] :]
         x, w = (readable(t, tile) for t in (x, w))
-        h = shrink(x, adapters, tail) if h is None else readable(h, tile)
-        y = lora_extended.forward(x, w, bias, adapters, h=h, tile=tile).y
+        h = shrink(x, low, tail) if h is None else readable(h, tile)
+        y = lora_extended.forward(x, w, bias, low, h=h, tile=tile).y
     return y, h.contiguous() if plan.keep is Keep.HIDDEN else None
 
 
