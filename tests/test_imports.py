@@ -58,7 +58,7 @@ def test_the_compiled_module_says_why_not() -> None:
 
 def test_the_triton_room_opens_and_says_why_not() -> None:
     code = """
-from fused_lora.kernels.triton import available, border, launch, tiles
+from fused_lora.kernels.triton import available, launch, tiles
 print(available.why_not())
 """
     assert run(code) == "triton is not installed"

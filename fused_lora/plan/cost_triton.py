@@ -13,7 +13,7 @@ from fused_lora.plan.step import Step
 from fused_lora.types import Forward, Gradient, Keep, Plan
 
 EFFICIENCY = 0.8  # of Triton's GEMM beside the library's; unmeasured
-GELU_SHARE = 0.93  # of that: its epilogue is exposed, about 15 instructions an element
+GELU_SHARE = 0.93  # of that: its epilogue is exposed, about 14 instructions an element
 LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
 MERGE_EFFICIENCY = 1 / 16  # of fp32 products beside 16-bit ones; unmeasured
 RANK_BLOCK = 64  # ranks whose thin product reads x once

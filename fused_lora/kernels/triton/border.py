@@ -100,12 +100,17 @@ def _border(
     for block, (start, stop) in zip(blocks, columns, strict=True):
         assert block.shape[1] == stop - start, (tuple(block.shape), start, stop)
         assert block.dtype is blocks[0].dtype, (block.dtype, blocks[0].dtype)
-    strides = zip(*(block.stride() for block in blocks), strict=True)
+    strides = [tuple(block.stride(i) for block in blocks) for i in (0, 1)]
     ranks = [block.shape[0] for block in blocks]
     narrow = len(blocks) == 1 and columns[0][0] == 0 and blocks[0].element_size() == 2
     whole = columns[0][1] if narrow else None  # wider elements are copied one by one, if need be
+<<<<<<< HEAD
     down, along = map(tuple, strides)
     return Border(tuple(blocks), down, along, *_extents(ranks, columns, scales), whole)
+=======
+    extents = _extents(ranks, columns, scales)
+    return Border(tuple(blocks), strides[0], strides[1], *extents, whole)
+>>>>>>> wt-forward
 
 
 def _of_one(

@@ -43,7 +43,11 @@ def forward(
     low = packed(uniform(adapters), x.dtype)
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if plan.forward is Forward.ONE_PASS:
+<<<<<<< HEAD
         tile = _product_tile("one_pass", x, w.shape[0], low)
+=======
+        tile = _product_tile("one_pass", x, w.shape[0], adapters)
+>>>>>>> wt-forward
         y, h, _ = lora_one_pass.forward(x, w, bias, low, tile=tile)
     else:
         tile = _product_tile("extended", x, w.shape[0], low)

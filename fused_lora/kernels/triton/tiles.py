@@ -198,8 +198,8 @@ def _family(arch: int) -> int:
     return max((known for known in _HALF if known <= arch), default=80)
 
 
-# The persistent form where the kernel report has it before pointers: half the instructions a step
-# at 128 x 256, and at 192 columns, which pointers do not have. At 128 x 128 two blocks of pointers
+# The persistent form where the kernel report has it before pointers: half the cycles a step, about,
+# at 128 x 256, and 192 columns, which pointers do not have. At 128 x 128 two blocks of pointers
 # share a multiprocessor on sm_90, and on sm_120 as many as of the persistent form.
 _LARGE = (BulkTile(128, 256, 64, 3, 8), BulkTile(128, 128, 64, 3, 8, rest_n=64))
 _BULK: dict[int, tuple[BulkTile, ...]] = {80: (), 90: _LARGE, 100: _LARGE, 120: ()}

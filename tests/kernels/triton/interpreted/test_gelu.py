@@ -42,6 +42,14 @@ def test_the_tails_are_zero_and_one(kind, approximate):
     assert gelu.input_grad(ones, u, kind).tolist() == [[0.0, 0.0, 0.5, 1.0, 1.0]]
 
 
+@KINDS
+def test_beyond_all_sizes_it_is_u_or_nothing(kind, approximate):
+    """A number times nothing, where it might be infinity times nothing."""
+    u = torch.tensor([[-torch.inf, -1e30, 1e30, torch.inf, torch.nan]])
+    y = gelu.forward(u, kind)
+    assert y[0, :4].tolist() == [0.0, 0.0, float(u[0, 2]), torch.inf] and y[0, 4].isnan()
+
+
 def test_the_left_of_a_bordered_buffer():
     u, dy = torch.randn(37, 48), torch.randn(37, 48)
     for expected, run in (
