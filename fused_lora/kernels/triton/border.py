@@ -104,13 +104,8 @@ def _border(
     ranks = [block.shape[0] for block in blocks]
     narrow = len(blocks) == 1 and columns[0][0] == 0 and blocks[0].element_size() == 2
     whole = columns[0][1] if narrow else None  # wider elements are copied one by one, if need be
-<<<<<<< HEAD
-    down, along = map(tuple, strides)
-    return Border(tuple(blocks), down, along, *_extents(ranks, columns, scales), whole)
-=======
     extents = _extents(ranks, columns, scales)
     return Border(tuple(blocks), strides[0], strides[1], *extents, whole)
->>>>>>> wt-forward
 
 
 def _of_one(

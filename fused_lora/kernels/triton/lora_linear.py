@@ -43,14 +43,10 @@ def forward(
     low = packed(uniform(adapters), x.dtype)
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if plan.forward is Forward.ONE_PASS:
-<<<<<<< HEAD
-        tile = _product_tile("one_pass", x, w.shape[0], low)
-=======
         tile = _product_tile("one_pass", x, w.shape[0], adapters)
->>>>>>> wt-forward
         y, h, _ = lora_one_pass.forward(x, w, bias, low, tile=tile)
     else:
-        tile = _product_tile("extended", x, w.shape[0], low)
+        tile = _product_tile("extended", x, w.shape[0], adapters)
         tail = None if bordered is None else bordered[:, x.shape[1] :]
         x, w = (readable(t, tile) for t in (x, w))
         h = shrink(x, low, tail) if h is None else readable(h, tile)

@@ -7,7 +7,7 @@ import torch
 
 from fused_lora import cli
 from fused_lora.bench import tune as command
-from fused_lora.bench import tune
+from fused_lora.bench.tune import launched
 from fused_lora.kernels.triton import launches, winners
 from fused_lora.kernels.triton.tiles import GradTile, ThinTile, Tile
 from fused_lora.trust import triton_checks, verify
