@@ -2,8 +2,8 @@
 
     python docs/make_pictures.py
 
-The first two are drawn from the rows in benchmarks/results; the map from the cost model on a device
-of its table; the timeline from a program's estimates. Needs matplotlib and timm.
+All but the last are drawn from the rows in benchmarks/results, the timeline from estimates.
+Needs matplotlib and timm.
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import timm
+import torch
+from matplotlib.patches import Patch
 
+import fused_lora
 from fused_lora.bench import rows
-from fused_lora.bench.suites import saved_bytes
+from fused_lora.bench.suites import plan_choice_trial, saved_bytes
+from fused_lora.ops.ceilings import ceilings
+from fused_lora.patching.explain import estimate_of, programs_of
+from fused_lora.programs import describe
 
 matplotlib.use("svg")
 matplotlib.rcParams |= {"svg.hashsalt": "fused_lora", "font.size": 11, "axes.spines.top": False}
@@ -32,6 +39,11 @@ METHODS = {  # name in the rows: name for a reader, colour
     "fused": ("fused_lora, linear level", "#8fb8de"),
     "fused_block": ("fused_lora.patch(model)", "#2f6690"),
     "fused_block_gemm": ('the same, recompute="gemm"', "#16425b"),
+}
+STRATEGIES = {
+    "separate": "#c9d3df",
+    "bordered": "#f2a65a",
+    "merge": "#8fb8de",
 }
 
 
@@ -83,6 +95,53 @@ def step_time() -> None:
     save(figure, "step_time.svg")
 
 
+def plan_map() -> None:
+    """Cells: the forward strategy of the fastest measured plan, and its time over the frozen one."""
+    newest = plan_choice_trial.newest(plan_choice_trial.read(RESULTS))
+    found = [row for row in newest if row.by == "measure"]
+    ranks = sorted({row.case.rank for row in found})
+    linears = list(dict.fromkeys((row.case.m, row.case.k, row.case.n) for row in found))
+    figure, axes = plt.subplots(figsize=(8, 6.5))
+    for row in found:
+        case, best = row.case, str(row.best).split("/")[0].rpartition(":")[2]
+        x, y = ranks.index(case.rank), linears.index((case.m, case.k, case.n))
+        axes.add_patch(plt.Rectangle((x, y), 0.96, 0.94, color=STRATEGIES[best]))
+        axes.text(x + 0.48, y + 0.5, f"{row.over_frozen:.2f}", ha="center", va="center")
+    axes.set_xlim(0, len(ranks))
+    axes.set_ylim(len(linears), 0)
+    axes.set_xticks([x + 0.48 for x in range(len(ranks))], map(str, ranks))
+    names = [f"{m} x {k} -> {n}" for m, k, n in linears]
+    axes.set_yticks([y + 0.5 for y in range(len(linears))], names)
+    axes.set_xlabel("rank; in each cell the time of forward and backward, x frozen")
+    shown = [Patch(color=colour, label=name) for name, colour in STRATEGIES.items()]
+    figure.legend(handles=shown, loc="outside upper center", ncols=len(shown), frameon=False)
+    save(figure, "plan_map.svg")
+
+
+def timeline() -> None:
+    """Bars: the calls of an MLP half's program, as wide as they take by the plan's estimates."""
+    model = timm.create_model("vit_base_patch16_224", depth=1)
+    fused_lora.patch(model, rank=16)
+    (program,) = programs_of(model, "blocks.0.mlp", batch_size=8)
+    estimate = estimate_of(ceilings(torch.device("cpu"), torch.float32))
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    for y, calls in enumerate((program.calls, program.calls_back)):
+        at = 0.0
+        for call in calls:
+            name, wide = describe.name_of(call), estimate(*describe.work(call)) / 1e3
+            product = name in describe.PRODUCTS
+            axes.barh(
+                y, wide, left=at, color="#8fb8de" if product else "#f2a65a", edgecolor="white"
+            )
+            if wide > 20:
+                axes.text(at + wide / 2, y, name, ha="center", va="center")
+            at += wide
+    axes.set_yticks([0, 1], ["forward", "backward"])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds, estimated; products blue, passes over memory orange")
+    save(figure, "timeline.svg")
+
+
 if __name__ == "__main__":
-    memory()
-    step_time()
+    for draw in (memory, step_time, plan_map, timeline):
+        draw()

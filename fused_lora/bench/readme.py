@@ -126,10 +126,9 @@ def _steps(device: str, group: Sequence[Row]) -> Iterator[str]:
 
 def _plans(folder: Path) -> Iterator[str]:
     found = plan_rows.newest(plan_rows.read(folder))
-    for device in sorted({row.provenance.device for row in found}):
-        yield f"**{device}**, the choice of plan. " + summary(
-            [row for row in found if row.provenance.device == device]
-        )
+    for device, by in sorted({(row.provenance.device, row.by) for row in found}):
+        rows_of = [row for row in found if (row.provenance.device, row.by) == (device, by)]
+        yield f"**{device}**, plans chosen by `FUSED_LORA_PLAN={by}`. {summary(rows_of)}"
 
 
 def _foot(group: Sequence[Row]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_lora.kernels.triton import available
 from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRAMlp, FusedLoRARead
@@ -15,8 +15,10 @@ from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.lora_linear_fp8 import why_not_triton
 from fused_lora.ops.planning import expected, explained, halves_of, problem
 from fused_lora.plan.choose import Row, traced_keep
+from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
-from fused_lora.programs.describe import words
+from fused_lora.programs.describe import Estimate, words
+from fused_lora.programs.program import Program
 from fused_lora.types import Needs, Plan
 
 LOSERS = 4  # losing rows shown per shape
@@ -125,6 +127,47 @@ def explain(
     return "\n\n".join(planned)
 
 
+class _Ran(NamedTuple):
+    """A module that has just run forward, so that its programs are there."""
+
+    owner: nn.Module
+    halves: list[Any]
+    linears: list[AdaptedLinear]
+    x: Tensor
+
+
+def _ran(model: nn.Module, name: str, batch_size: int) -> _Ran:
+    from fused_lora.patching.patch import RECORD
+
+    check_batch_size(batch_size)
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise ValueError(f"no module is called {name!r}; blocks.0.mlp might be")
+    owner, halves = _half_of(modules, name)
+    inside = [m for m in modules[name].modules() if isinstance(m, AdaptedLinear)]
+    if owner is None or not inside:
+        raise ValueError(f"{name} is a {type(modules[name]).__name__}: no program is made of it")
+    counts = _rows_per_image(model, RECORD)
+    entry = inside[0] if isinstance(owner, AdaptedLinear) else _first_linear(owner)
+    shape = (batch_size, counts.get(entry, 1), entry.in_features)
+    x = torch.randn(shape, dtype=entry.base.dtype, device=entry.base.device)
+    owner(x.requires_grad_())
+    return _Ran(owner, list(halves(owner)), inside, x)
+
+
+def estimate_of(limits: Ceilings) -> Estimate:
+    """Microseconds of so many FLOPs and bytes on a device."""
+    return lambda flops, nbytes: max(
+        flops / limits.matmul_gflops * 1e-3, nbytes / limits.bandwidth_gbs * 1e-3
+    )
+
+
+def programs_of(model: nn.Module, name: str, batch_size: int = 1) -> list[Program]:
+    """The programs that ``explain_program`` prints, of each half that has one."""
+    found = [half.last[3] for half in _ran(model, name, batch_size).halves]
+    return [program for program in found if program is not None]
+
+
 def explain_program(
     model: nn.Module, name: str, batch_size: int = 1, *, measure: bool = False
 ) -> str:
@@ -141,34 +184,17 @@ def explain_program(
     Raises:
         ValueError: no such module, or one that no program is made for.
     """
-    from fused_lora.patching.patch import RECORD
-
-    check_batch_size(batch_size)
-    modules = dict(model.named_modules())
-    if name not in modules:
-        raise ValueError(f"no module is called {name!r}; blocks.0.mlp might be")
-    owner, halves = _half_of(modules, name)
-    inside = [m for m in modules[name].modules() if isinstance(m, AdaptedLinear)]
-    if owner is None or not inside:
-        raise ValueError(f"{name} is a {type(modules[name]).__name__}: no program is made of it")
-    counts = _rows_per_image(model, RECORD)
-    entry = inside[0] if isinstance(owner, AdaptedLinear) else _first_linear(owner)
-    shape = (batch_size, counts.get(entry, 1), entry.in_features)
-    x = torch.randn(shape, dtype=entry.base.dtype, device=entry.base.device)
-    owner(x.requires_grad_())
-    limits = ceilings(x.device, x.dtype)
-    estimate = lambda flops, nbytes: max(  # noqa: E731
-        flops / limits.matmul_gflops * 1e-3, nbytes / limits.bandwidth_gbs * 1e-3
-    )
+    ran, modules = _ran(model, name, batch_size), dict(model.named_modules())
+    x, limits = ran.x, ceilings(ran.x.device, ran.x.dtype)
     made = "\n".join(
-        words(half.last[3] or _why_modules(half, owner), estimate, measure)
-        for half in halves(owner)
+        words(half.last[3] or _why_modules(half, ran.owner), estimate_of(limits), measure)
+        for half in ran.halves
     )
     rows = x.shape[0] * x.shape[1]
-    question = [problem_of(linear, rows) for linear in inside]
+    question = [problem_of(linear, rows) for linear in ran.linears]
     lost = [
         _paragraph(q, [n for n, m in modules.items() if m is linear], linear, None, None)
-        for q, linear in zip(question, inside, strict=True)
+        for q, linear in zip(question, ran.linears, strict=True)
     ]
     return "\n\n".join([f"{name}  x {tuple(x.shape)}, {limits.name}\n{made}", *lost])
 

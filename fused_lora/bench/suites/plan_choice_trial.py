@@ -18,6 +18,7 @@ from fused_lora.bench.clock import Clock, Step, Times
 from fused_lora.bench.provenance import Provenance
 from fused_lora.bench.rows import read_as
 from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.ops import measured
 from fused_lora.ops.lora_linear import backward, forward
 from fused_lora.ops.planning import checked_plans
 from fused_lora.plan.device import Ceilings
@@ -75,6 +76,7 @@ class PlanRow:
     candidates: list[Candidate]
     ceilings: Ceilings  # what the estimates were made with
     provenance: Provenance
+    by: str = "model"  # how it was chosen: model, or measure (FUSED_LORA_PLAN)
 
     def to_json(self) -> str:
         """One line."""
@@ -100,9 +102,9 @@ def read(folder: Path) -> Iterator[PlanRow]:
 
 
 def newest(rows: Iterable[PlanRow]) -> list[PlanRow]:
-    """The latest row of each device and case."""
+    """The latest row of each device, way to choose, and case."""
     ordered = sorted(rows, key=lambda row: row.provenance.time_utc)
-    return list({(row.provenance.device, row.case): row for row in ordered}.values())
+    return list({(row.provenance.device, row.by, row.case): row for row in ordered}.values())
 
 
 Outcome = Mapping[str, Tensor]  # y, dx, and da, db of all adapters end to end
@@ -376,6 +378,7 @@ class Trial:
             candidates=candidates,
             ceilings=self.ceilings,
             provenance=origin,
+            by="measure" if measured.asked(torch.device(self.device)) else "model",
         )
 
 
