@@ -96,7 +96,7 @@ def step_time() -> None:
 
 
 def plan_map() -> None:
-    """Cells: the forward strategy of the fastest measured plan, and its time over the frozen one."""
+    """Cells: the forward strategy of the fastest measured plan, its time over the frozen one."""
     newest = plan_choice_trial.newest(plan_choice_trial.read(RESULTS))
     found = [row for row in newest if row.by == "measure"]
     ranks = sorted({row.case.rank for row in found})
