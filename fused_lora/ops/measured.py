@@ -278,10 +278,10 @@ class _Operands:
         b = [draw(span.width, span.rank, to=low) for span in question.spans]
         self.adapters = Adapters(a, b, scales, question.spans)
         self.given = (self.w, self.bias, self.adapters)
-        self.h = None
+        self.h: Tensor | None = None
         if question.shrunk:
             alone = self.bordered is None
-            self.h = draw(m, question.rank) if alone else self.bordered[:, k:]
+            self.h = draw(m, question.rank) if alone else self.bordered[:, k:]  # type: ignore[index]
         self._kept: dict[Any, Tensor | None] = {}
 
     def run(self, part: Part, plan: Plan) -> object:

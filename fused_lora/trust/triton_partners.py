@@ -98,8 +98,8 @@ def _shrink_norm(p: Operands, tile: Any) -> Named:
 
     named: dict[str, Tensor] = {}
     for way, z in {"": p.x, ", of float32": p.x.float()}.items():  # as autocast has it
-        n, *statistics, h = layer_norm(z, p.gamma, p.beta, EPS, p.adapters, *_halves(p), tile)
-        again = rebuild(z, p.gamma, p.beta, *statistics, _left(p.x))
+        n, mean, rstd, h = layer_norm(z, p.gamma, p.beta, EPS, p.adapters, *_halves(p), tile)
+        again = rebuild(z, p.gamma, p.beta, mean, rstd, _left(p.x))
         named |= {f"n{way}": n, f"h{way}": h, f"n, again{way}": again}
     return named
 

@@ -31,8 +31,8 @@ class LayerNorm(Stage):
         """n [M, K] of x [M, K]."""
         gamma, beta = own
         if place.makes and place.makes.adapters:
-            out = torch.empty_like(x[0], dtype=self.dtype) if place.out is None else place.out
-            given = (x[0], gamma, beta, self.eps, place.makes.adapters, out, place.makes.right)
+            left = torch.empty_like(x[0], dtype=self.dtype) if place.out is None else place.out
+            given = (x[0], gamma, beta, self.eps, place.makes.adapters, left, place.makes.right)
             made = row_shrink.layer_norm(*given)
             return Run((made.x,), made.statistics, h=made.h)
         out = self._as(x[0], self.dtype) if place.out is None else place.out
@@ -88,5 +88,5 @@ class LayerNorm(Stage):
 
     def shrinks(self, x: Tensors, own: Optional, adapters: Adapters) -> bool:
         """As a kernel does."""
-        asked = ("shrink_norm", x[0], self.dtype, adapters.rank, *own)
-        return row_shrink.why_not(*asked) is None
+        rank = adapters.rank
+        return row_shrink.why_not("shrink_norm", x[0], self.dtype, rank, *own) is None
