@@ -278,7 +278,7 @@ class _Operands:
         b = [draw(span.width, span.rank, to=low) for span in question.spans]
         self.adapters = Adapters(a, b, scales, question.spans)
         self.given = (self.w, self.bias, self.adapters)
-        self.h = None
+        self.h: Tensor | None = None
         if question.shrunk:
             right = None if self.bordered is None else self.bordered[:, k:]
             self.h = draw(m, question.rank) if right is None else right
