@@ -119,8 +119,8 @@ class Run:
         else:
             torch.manual_seed(self.recipe.train.seed)  # where there are no weights to take
             model = build(given, len(self.images.classes))
-            given_none = not (given.pretrained or given.checkpoint)
-            if weights and self.method.distills and given_none:
+            bare = not (given.pretrained or given.checkpoint)
+            if weights and self.method.distills and bare:
                 raise RecipeError(
                     f"{given.TITLE}.model {given.model!r} has no weights: give pretrained, "
                     "checkpoint or recipe beside it"
@@ -247,9 +247,9 @@ class Run:
         save_student(student, self.folder, about)
         seconds = round(time.perf_counter() - self.begun_s, 2)
         said = {"recipe": plain(self.recipe), "figures": figures, "seconds": seconds}
+        write_result(self.folder, said)
         if self.recipe.evaluate.report:
             self._report(student, said, costs, about)
-        write_result(self.folder, said)
 
     def _report(
         self,
