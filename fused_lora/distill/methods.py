@@ -20,7 +20,7 @@ from fused_lora.patching.rules import find
 
 
 @dataclass(frozen=True)
-class Method:
+class DistillMethod:
     """How a student is made, and how it ends."""
 
     student: Callable[[nn.Module, Recipe], nn.Module]
@@ -76,12 +76,14 @@ def itself(teacher: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 METHODS = {
-    "wecolora": Method(copied_with_adapters),
-    "weco_kd": Method(copied, everything=True),
-    "weco": Method(copied, learns=False),
-    "slad": Method(lambda teacher, recipe: teacher),  # two models: see slad_run
-    "family": Method(lambda teacher, recipe: teacher, everything=True),  # likewise: see family
-    "finetune": Method(itself, distills=False, everything=True),
+    "wecolora": DistillMethod(copied_with_adapters),
+    "weco_kd": DistillMethod(copied, everything=True),
+    "weco": DistillMethod(copied, learns=False),
+    "slad": DistillMethod(lambda teacher, recipe: teacher),  # two models: see slad_run
+    "family": DistillMethod(
+        lambda teacher, recipe: teacher, everything=True
+    ),  # likewise: see family
+    "finetune": DistillMethod(itself, distills=False, everything=True),
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fused_lora.distill.evaluate import measure
 from fused_lora.distill.heads import ClassificationHead
 from fused_lora.distill.objective import Terms
-from fused_lora.distill.recipe.tables import Slad as Table
+from fused_lora.distill.recipe.tables import SladTable as Table
 from fused_lora.distill.report import Predict
 from fused_lora.distill.results import TEACHER
 from fused_lora.distill.runner import Run

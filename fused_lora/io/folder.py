@@ -39,7 +39,7 @@ from fused_lora.io.state_dict import (
 )
 from fused_lora.io.trained import LeftOut, check_adapted, trained_modules, whole_state
 from fused_lora.nn import AdaptedLinear
-from fused_lora.ops.sharded import gathered, writes
+from fused_lora.ops.operand import gathered, writes
 
 
 def save(

@@ -24,7 +24,7 @@ from fused_lora.io.keys import (
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.config import CHANGES_BASE, draw
 from fused_lora.nn.variants import folded, key_of
-from fused_lora.ops.sharded import gathered, is_sharded, like
+from fused_lora.ops.operand import gathered, is_sharded, like
 
 # What a module's adapters are in PEFT's words: w + s b a on the base it came with.
 #

@@ -19,7 +19,7 @@ from fused_lora.nn.linear import become, ranks_of
 from fused_lora.nn.stand_in import as_one_node, bound_forward, made_weight, offloaded
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear_checks import DTYPES
-from fused_lora.ops.sharded import is_sharded
+from fused_lora.ops.operand import is_sharded
 
 # Adapters around a linear that computes y in a way of its own: y = its forward(x) + s h bT.
 #

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.ops.sharded import is_sharded
+from fused_lora.ops.operand import is_sharded
 from fused_lora.reference.lora_linear_fp8 import Quantised, quantise
 
 # The FP8 codes of a frozen weight, beside the weight, and formed anew when it changes.

@@ -1,12 +1,9 @@
-"""Whether a kernel computes what lies beside a product in its own pass; a sentence if none does.
-
-forward    y = residual + factor act(x wT + bias + s h bT)        ``Ending``
-dx         du = act'(u) (dy w + dh a), where x = act(u)           ``Slope``
-"""
+"""What lies beside a product: in a kernel's own pass where one is trusted, else composed."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +11,21 @@ from torch import Tensor
 from fused_lora.kernels.cuda import lora_linear_ended as compiled
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_extended import tile_of
-from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.interface import Adapters, Ending
 from fused_lora.kernels.triton import available
+from fused_lora.ops import gelu
 from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
-from fused_lora.ops.lora_linear import call_plan
+from fused_lora.ops.chain.stage import finish
+from fused_lora.ops.lora_linear import call_plan, forward
 from fused_lora.plan.strategies import ends, slopes
 from fused_lora.trust.kernel_registry import of_compiled_product
 from fused_lora.types import Backend, Beside, Halves, Impl, Needs, Plan, Span, ragged
+
+# Whether a kernel computes what lies beside a product in its own pass; a sentence if none does.
+#
+# forward    y = residual + factor act(x wT + bias + s h bT)        ``Ending``
+# dx         du = act'(u) (dy w + dh a), where x = act(u)           ``Slope``
+
 
 LIBRARY = (Impl.ATEN, Impl.REFERENCE)
 
@@ -108,3 +113,47 @@ def why_not_sloped(
         return f"the slope is taken by triton:extended, and the plan is {plan}"
     n, k = w.shape
     return why_not_launch("extended_gelu", dy.shape[0], k, n, dy, dtype, ragged(spans))
+
+
+# A product and what follows it: in the kernel's epilogue where one is trusted, else composed.
+#
+# u = x wT + bias + s h bT      y = residual + factor act(u)
+
+
+Ended = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def ended(
+    rows: Tensor,  # [M, K]
+    w: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    adapters: Adapters,
+    plan: Plan,
+    impl: Impl,
+    ending: Ending,
+    bordered: Tensor | None = None,  # as for ``lora_linear.forward``
+    out: Tensor | None = None,  # [M, N], rows contiguous: for y behind an activation
+    h: Tensor | None = None,  # [M, sum R], likewise
+) -> Ended:
+    """y [M, N], what the plan keeps, and u [M, N] where an activation follows."""
+    question = (rows, w, tuple(adapters.spans), plan, ending, rows.dtype)
+    if impl is not Impl.REFERENCE and why_not_fused(*question) is None:
+        return _epilogue(plan).forward(rows, w, bias, adapters, plan, ending, out, h)
+    y, kept = forward(rows, w, bias, adapters, plan, impl, bordered, h)
+    return composed(y, kept, ending, out)
+
+
+def composed(u: Tensor, kept: Tensor | None, ending: Ending, out: Tensor | None = None) -> Ended:
+    """The same in passes of their own."""
+    if ending.activation == "none":
+        return finish(u, ending.residual, ending.factor), kept, None
+    y = gelu.forward(u, ending.activation, out)
+    return finish(y, ending.residual, ending.factor), kept, u
+
+
+def _epilogue(plan: Plan) -> Any:
+    if plan.backend is Backend.CUDA:
+        return compiled
+    from fused_lora.kernels.triton import lora_linear_ended as triton
+
+    return triton

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import LoRALinear
+from fused_lora.ops.chain.linear import LinearStage
 from fused_lora.ops.chain.norm import LayerNorm
-from fused_lora.ops.chain.recipe import Recipe
+from fused_lora.ops.chain.stage import ChainRecipe
 from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.operand import Adapted, Norm, check_recompute, compute_dtype
 
@@ -40,7 +40,7 @@ def layer_norm_lora_linear(
 
 
 @lru_cache(maxsize=256)
-def _recipe(eps: float, frame: Frame, dtype: torch.dtype, recompute: str) -> Recipe:
+def _recipe(eps: float, frame: Frame, dtype: torch.dtype, recompute: str) -> ChainRecipe:
     keep = frozenset({1} if recompute == "none" else ())
-    stages = (LayerNorm(eps, dtype), LoRALinear((frame,), dtype))
-    return Recipe(stages, keep, recompute == "gemm")
+    stages = (LayerNorm(eps, dtype), LinearStage((frame,), dtype))
+    return ChainRecipe(stages, keep, recompute == "gemm")

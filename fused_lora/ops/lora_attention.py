@@ -14,9 +14,9 @@ from torch import Tensor
 from fused_lora.kernels.aten import attention as kernels
 from fused_lora.ops.chain.attention import Attention, split
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import LoRALinear
+from fused_lora.ops.chain.linear import LinearStage
 from fused_lora.ops.chain.norm import LayerNorm
-from fused_lora.ops.chain.recipe import Recipe
+from fused_lora.ops.chain.stage import ChainRecipe
 from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.operand import Adapted, Norm, check_frozen, check_recompute, compute_dtype
 
@@ -67,7 +67,7 @@ def asked(
     gamma: Tensor | None,
     mask: Tensor | None,
     recompute: str,
-) -> Recipe:
+) -> ChainRecipe:
     """What ``lora_attention`` is asked to do; raises as it does."""
     if x.dim() != 3:
         raise ValueError(f"lora_attention: x must be [B, T, d], got shape {tuple(x.shape)}")
@@ -107,7 +107,7 @@ def _recipe(
     attention: Attention,
     dtype: torch.dtype,
     recompute: str,
-) -> Recipe:
-    first, last = LoRALinear((qkv,), dtype), LoRALinear((proj,), dtype)
+) -> ChainRecipe:
+    first, last = LinearStage((qkv,), dtype), LinearStage((proj,), dtype)
     stages = (LayerNorm(eps, dtype), first, attention, last)
-    return Recipe(stages, KEEPS[recompute], lean=recompute == "gemm", around=True)
+    return ChainRecipe(stages, KEEPS[recompute], lean=recompute == "gemm", around=True)

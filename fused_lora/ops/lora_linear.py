@@ -248,7 +248,7 @@ def compute(
     if ending is None:
         (y, kept), u = forward(rows, w, bias, adapters, plan, impl, bordered, h), None
     else:
-        from fused_lora.ops.ending import ended
+        from fused_lora.ops.epilogues import ended
 
         y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending, bordered, out, h)
     return Computed(as_leading(y, x), rows, w, kept, plan, u)

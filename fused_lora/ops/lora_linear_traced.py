@@ -137,7 +137,7 @@ class _Forward(WithoutBackward):
 
 
 @dataclass(frozen=True)
-class _Backward(WithoutBackward):
+class _TracedBackward(WithoutBackward):
     """The operation that the registered backward is: the gradients asked for, of (dy, x, ...)."""
 
     frame: Frame
@@ -226,7 +226,7 @@ def _backward(
 ) -> list[Tensor]:
     frame = Frame(tuple(scales.tolist()), _spans(tuple(spans)), Impl(impl))
     with torch.no_grad():
-        return list(call(_Backward(frame, needs, keep), (dy, x, w, kept, *a, *b)))
+        return list(call(_TracedBackward(frame, needs, keep), (dy, x, w, kept, *a, *b)))
 
 
 def _backward_fake(

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fused_lora.ops.chain.activation import ACTIVATIONS, Activation, Gated
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import LoRALinear
+from fused_lora.ops.chain.linear import LinearStage
 from fused_lora.ops.chain.norm import LayerNorm
-from fused_lora.ops.chain.recipe import Recipe
-from fused_lora.ops.chain.stage import Stage
+from fused_lora.ops.chain.stage import ChainRecipe, Stage
 from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.operand import (
     Adapted,
@@ -84,7 +83,7 @@ def asked(
     gamma: Tensor | None,
     mask: Tensor | None,
     recompute: str,
-) -> Recipe:
+) -> ChainRecipe:
     """What ``lora_mlp`` is asked to do; raises as it does."""
     firsts = (fc1,) if isinstance(fc1, Adapted) else tuple(fc1)
     _check(x, firsts, fc2, activation, gated, norm, recompute)
@@ -108,14 +107,14 @@ def _recipe(
     dtype: torch.dtype,
     recompute: str,
     around: bool,
-) -> Recipe:
+) -> ChainRecipe:
     stages: list[Stage] = [] if eps is None else [LayerNorm(eps, dtype)]
     active = act.gelu is not None
-    first = LoRALinear(firsts, dtype, Beside(activated=active))
-    stages += [first, act, LoRALinear((fc2,), dtype, Beside(sloped=active))]
+    first = LinearStage(firsts, dtype, Beside(activated=active))
+    stages += [first, act, LinearStage((fc2,), dtype, Beside(sloped=active))]
     u = len(stages) - 2  # the boundary behind fc1
     keep = {"none": range(1, len(stages)), "elementwise": (u,), "gemm": ()}[recompute]
-    return Recipe(tuple(stages), frozenset(keep), recompute == "gemm", around)
+    return ChainRecipe(tuple(stages), frozenset(keep), recompute == "gemm", around)
 
 
 def _check(

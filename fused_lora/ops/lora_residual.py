@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops.chain.chain import chain
-from fused_lora.ops.chain.linear import LoRALinear
-from fused_lora.ops.chain.recipe import Recipe
+from fused_lora.ops.chain.linear import LinearStage
+from fused_lora.ops.chain.stage import ChainRecipe
 from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.operand import Adapted, check_frozen, compute_dtype
 
@@ -49,5 +49,5 @@ def lora_residual(
 
 
 @lru_cache(maxsize=256)
-def _recipe(frame: Frame, dtype: torch.dtype, lean: bool) -> Recipe:
-    return Recipe((LoRALinear((frame,), dtype),), lean=lean)
+def _recipe(frame: Frame, dtype: torch.dtype, lean: bool) -> ChainRecipe:
+    return ChainRecipe((LinearStage((frame,), dtype),), lean=lean)

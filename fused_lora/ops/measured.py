@@ -175,21 +175,21 @@ def rehearse(question: Problem, plan: Plan, device: str) -> str:
     return str(plan)
 
 
-class Part(NamedTuple):
+class PlanPart(NamedTuple):
     """A forward or a backward, by what of a plan it depends on."""
 
     name: str
     how: tuple[Any, ...]
 
 
-def parts(question: Problem, plan: Plan) -> tuple[Part, ...]:
+def parts(question: Problem, plan: Plan) -> tuple[PlanPart, ...]:
     """What ``plan`` runs one after the other."""
-    forward = Part("forward", (plan.backend, plan.forward, plan.keep))
+    forward = PlanPart("forward", (plan.backend, plan.forward, plan.keep))
     if not question.trains:
         return (forward,)
     merged = plan.keep is Keep.MERGED
     how = (plan.backend, plan.dx, plan.gradient, plan.keep, plan.grads_by, merged)
-    return forward, Part("backward", how)
+    return forward, PlanPart("backward", how)
 
 
 def _timed(
@@ -224,14 +224,14 @@ def _race(question: Problem, plans: Sequence[Plan], device: torch.device) -> dic
         by_name = {str(plan): parts(question, plan) for plan in plans}
         of = {part: plan for plan in reversed(plans) for part in by_name[str(plan)]}
         runs = {part: partial(operands.run, part, plan) for part, plan in of.items()}
-        repeats: dict[Part, int] = dict.fromkeys(runs, 1)
+        repeats: dict[PlanPart, int] = dict.fromkeys(runs, 1)
         for part, run in runs.items():
             for _ in range(WARM if on_gpu else WARM_CPU):
                 run()
             if not on_gpu:
                 repeats[part] = max(1, round(SAMPLE_US / max(_clock_us(run, 1), 1.0)))
 
-        def once(part: Part) -> float:
+        def once(part: PlanPart) -> float:
             return _events_us(runs[part]) if on_gpu else _clock_us(runs[part], repeats[part])
 
         return race(by_name, once, ROUNDS if on_gpu else ROUNDS_CPU)
@@ -284,7 +284,7 @@ class _Operands:
             self.h = draw(m, question.rank) if right is None else right
         self._kept: dict[Any, Tensor | None] = {}
 
-    def run(self, part: Part, plan: Plan) -> object:
+    def run(self, part: PlanPart, plan: Plan) -> object:
         """Once, by a plan that ``part`` is of."""
         from fused_lora.ops.lora_linear import backward, forward
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_lora.ops import backends, measured
 from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.ops.measured import Way
-from fused_lora.plan.choose import Row, ordered, ranked
+from fused_lora.plan.choose import RankedPlan, ordered, ranked
 from fused_lora.plan.cost import beside_us
 from fused_lora.plan.problem import Problem
 from fused_lora.trust.check import CannotVerifyNow
@@ -106,7 +106,7 @@ def _plan_for(
 class Settled(NamedTuple):
     """The plans of checked kernels, and what was dropped on the way to them."""
 
-    rows: list[Row]  # the chosen plan first
+    rows: list[RankedPlan]  # the chosen plan first
     wrong: list[str]  # one sentence for each kernel that failed its check
 
 
@@ -149,13 +149,13 @@ def settled(
 
 def _by_time(
     question: Problem,
-    rows: list[Row],
+    rows: list[RankedPlan],
     dtype: torch.dtype,
     device: torch.device,
     asked: tuple[str, Keep | None, Impl],
     times: Way,
     failures: Callable[..., Any] = backends.failures,
-) -> list[Row]:
+) -> list[RankedPlan]:
     """The plans of ``rows`` that were timed, by their times, then the others by their estimates."""
     plans = [row.plan for row in rows]
     failing = partial(failures, question, dtype=dtype, key=asked[0], device=device)

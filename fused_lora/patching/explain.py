@@ -14,7 +14,7 @@ from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.lora_linear_fp8 import why_not_triton
 from fused_lora.ops.planning import expected, explained, halves_of, problem
-from fused_lora.plan.choose import Row, traced_keep
+from fused_lora.plan.choose import RankedPlan, traced_keep
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
 from fused_lora.programs.describe import Estimate, words
@@ -270,7 +270,7 @@ def _rows_per_image(model: nn.Module, record: str) -> dict[nn.Module, int]:
     return found
 
 
-def _beside(row: Row) -> str:
+def _beside(row: RankedPlan) -> str:
     """What the cost model says of a plan that was timed."""
     return "" if row.estimate_us is None else f"measured; estimated {row.estimate_us:,.1f} us"
 

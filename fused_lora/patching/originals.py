@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.nn import AdaptedLinear
-from fused_lora.ops.sharded import is_sharded
+from fused_lora.ops.operand import is_sharded
 from fused_lora.patching.report import PatchError
 
 KEPT = "_fused_lora_original"  # attribute of the owner: {name: tensor}

@@ -23,7 +23,7 @@ from fused_lora.nn.additive import standing_in
 from fused_lora.nn.child_adapters import FusedLoRAKernel, is_convolution
 from fused_lora.nn.linear_state import weight_error
 from fused_lora.nn.stand_in import offloaded
-from fused_lora.ops.sharded import is_sharded
+from fused_lora.ops.operand import is_sharded
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
 from fused_lora.patching.example import enable_input_grads, reentrant
 from fused_lora.patching.explain import check_batch_size, plan_words

@@ -24,7 +24,7 @@ SIGNAL_PRICE = 1.10
 
 
 @dataclass(frozen=True)
-class Row:
+class RankedPlan:
     """One candidate with its estimate, and why it lost if a rule rather than its cost spoke."""
 
     plan: Plan
@@ -37,7 +37,7 @@ def ranked(
     ceilings: Ceilings,
     keep: Keep | None = None,
     plans: Sequence[Plan] | None = None,
-) -> list[Row]:
+) -> list[RankedPlan]:
     """Every plan (of ``plans``, or that a library serves, and that keeps ``keep``), best first.
 
     The chosen one comes first, the others by estimated time.
@@ -50,30 +50,30 @@ def ranked(
     return ordered(problem, timed)
 
 
-def ordered(problem: Problem, timed: Sequence[Plan]) -> list[Row]:
+def ordered(problem: Problem, timed: Sequence[Plan]) -> list[RankedPlan]:
     """``timed`` plans by their times, but for the precision rules: the chosen one first."""
     plans = sorted(timed, key=lambda plan: plan.time_us)
-    return _by_precision(plans) if problem.low_precision else [Row(plan) for plan in plans]
+    return _by_precision(plans) if problem.low_precision else [RankedPlan(plan) for plan in plans]
 
 
 def _merges(plan: Plan) -> bool:
     return Forward.MERGE in (plan.forward, plan.dx)
 
 
-def _by_precision(plans: list[Plan]) -> list[Row]:
+def _by_precision(plans: list[Plan]) -> list[RankedPlan]:
     exact = [plan for plan in plans if not _merges(plan)]
     if not exact or plans[0].time_us * MERGE_GAIN < exact[0].time_us:
-        return [Row(plan) for plan in plans]
+        return [RankedPlan(plan) for plan in plans]
     once = [plan for plan in exact if plan.forward in ROUNDS_ONCE]
     affordable = once and once[0].time_us <= exact[0].time_us * SIGNAL_PRICE
     best = once[0] if affordable else exact[0]
     notes = {True: "rounds w' to 16 bits", False: "rounds y twice"}
     rest = [
-        Row(plan, notes[_merges(plan)] if plan.time_us < best.time_us else "")
+        RankedPlan(plan, notes[_merges(plan)] if plan.time_us < best.time_us else "")
         for plan in plans
         if plan is not best
     ]
-    return [Row(best), *rest]
+    return [RankedPlan(best), *rest]
 
 
 @lru_cache(maxsize=4096)

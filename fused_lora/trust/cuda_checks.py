@@ -101,7 +101,7 @@ def run_product(p: Operands, behind: str, tile: Tile) -> Named:
     return ENDINGS[behind](p, tile=tile, chip=few)
 
 
-def _product(p: Operands, **how: Any) -> lora_extended.Output:
+def _product(p: Operands, **how: Any) -> lora_extended.CompiledOutput:
     return lora_extended.forward(p.x, p.w, p.bias, p.adapters, h=thin(p)[0], **how)
 
 

@@ -16,7 +16,7 @@ from fused_lora.bench.workload import adapters
 from fused_lora.distill import copy_layers
 from fused_lora.distill.train import checkpoint
 from fused_lora.distill.train.fit import LAST, Diverged, Fit
-from fused_lora.distill.train.log import Progress
+from fused_lora.distill.train.log import StepProgress
 from fused_lora.distill.train.schedule import Cosine
 from fused_lora.distill.weights import build, load
 from fused_lora.testing.yardstick import in_every_order, judge
@@ -175,7 +175,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     now = [0.0]
-    progress = Progress(100, 20, 32, "distill", True, lambda: now[0])
+    progress = StepProgress(100, 20, 32, "distill", True, lambda: now[0])
     for _ in range(40):
         now[0] += 1.0
         progress.update()
@@ -187,7 +187,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         "distill: step 55 of 100, 32.0 images/s, 0:00:45 left",
         "distill: step 60 of 100, loss 0.25, 32.0 images/s, 0:00:40 left",
     ]
-    Progress(100, 0, 32, "distill", False, lambda: now[0]).close()
+    StepProgress(100, 0, 32, "distill", False, lambda: now[0]).close()
     assert not capsys.readouterr().err
 
 

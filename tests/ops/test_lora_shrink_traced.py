@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora.nn import FusedLoRALinear
-from fused_lora.ops import lora_shrink_traced as ops
+from fused_lora.ops import lora_shrink as ops
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.types import Backend
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fused_lora
-from fused_lora.ops.sharded import gathered
+from fused_lora.ops.operand import gathered
 from tests.patching.models import build, wake
 
 

@@ -15,14 +15,14 @@ from fused_lora.distill.recipe.tables import (
     Family,
     Loss,
     Recipe,
-    Slad,
+    SladTable,
     Student,
     Teacher,
     Train,
 )
 
 TABLES: dict[str, type[Table]] = {
-    kind.TITLE: kind for kind in (Teacher, Student, Data, Loss, Train, Evaluate, Slad, Family)
+    kind.TITLE: kind for kind in (Teacher, Student, Data, Loss, Train, Evaluate, SladTable, Family)
 }
 FILES = (
     ("teacher", "checkpoint"),

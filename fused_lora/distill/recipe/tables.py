@@ -39,7 +39,7 @@ class Teacher(Table):
 
 
 @dataclass(frozen=True)
-class Slad(Teacher):
+class SladTable(Teacher):
     """SLAD's student, a smaller model of its own, how the two learn, and the loss's weights."""
 
     TITLE: ClassVar[str] = "slad"
@@ -204,7 +204,7 @@ class Recipe(Table):
     loss: Loss = Loss()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
-    slad: Slad | None = None  # of the method slad alone
+    slad: SladTable | None = None  # of the method slad alone
     family: Family | None = None  # of the method family alone
 
     def __post_init__(self) -> None:

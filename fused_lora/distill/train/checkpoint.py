@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.ops.sharded import gathered, like
+from fused_lora.ops.operand import gathered, like
 
 STATE = ("exp_avg", "exp_avg_sq", "step")
 FORMAT = "fused_lora.distill 1"

@@ -16,12 +16,12 @@ from fused_lora.distill.features import Wanted
 from fused_lora.distill.recipe.tables import Train
 from fused_lora.distill.seeds import seed
 from fused_lora.distill.train import checkpoint
-from fused_lora.distill.train.log import Log, Progress, log_of
+from fused_lora.distill.train.log import Log, StepProgress, log_of
 from fused_lora.distill.train.parallel import spread
 from fused_lora.distill.train.precision import Precision
 from fused_lora.distill.train.schedule import Cosine
 from fused_lora.distill.train.world import World
-from fused_lora.ops.sharded import is_sharded
+from fused_lora.ops.operand import is_sharded
 
 LAST = "last.safetensors"
 TINY = 1e-6  # a first loss of nothing is no yardstick
@@ -76,7 +76,7 @@ class Fit:
         begun = done = self._resume()
         log = self._log(done)
         images = self.order.effective
-        progress = Progress(self.steps, done, images, self.title, self.world.first)
+        progress = StepProgress(self.steps, done, images, self.title, self.world.first)
         ahead = range(done, self.steps)
         batches = loaded(self.data, self.order, ahead, self.world.rank, self.workers)
         self.module.train()
@@ -117,7 +117,7 @@ class Fit:
             self.spread.settle()
         return terms
 
-    def _after(self, done: int, log: Log, progress: Progress) -> None:
+    def _after(self, done: int, log: Log, progress: StepProgress) -> None:
         ends = done == self.steps
         saves = done % self.train.save_every == 0 or ends
         if done % self.train.log_every == 0 or saves:

@@ -80,7 +80,7 @@ def log_of(kind: str, folder: Path, step: int, speaks: bool) -> Log:
     return JsonLines(folder / "log.jsonl", step)
 
 
-class Progress:
+class StepProgress:
     """Where a run is: a bar on a terminal, elsewhere a line now and then, both on stderr.
 
     Args:

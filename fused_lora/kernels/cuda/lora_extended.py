@@ -36,7 +36,7 @@ TILES: tuple[Tile, ...] = ((128, 128), (128, 192), (128, 256), (64, 128), (64, 2
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-class Output(NamedTuple):
+class CompiledOutput(NamedTuple):
     """What one forward hands back."""
 
     y: Tensor  # [M, N]
@@ -102,7 +102,7 @@ def forward(
     residual: Tensor | None = None,  # [M, N]
     out: Tensor | None = None,  # [M, N]
     chip: Chip | None = None,
-) -> Output:
+) -> CompiledOutput:
     """y = residual + factor act(x wT + bias + s h bT), and what a backward pass may keep."""
     assert (reason := why_not(x, w, adapters)) is None, reason
     ranks = [span.rank for span in adapters.spans]
@@ -117,7 +117,7 @@ def forward(
     ]
     ending = dict(bias=bias, factor=factor, residual=residual, u=u)
     _launch(x, w, groups, y, ending, "rows", activation, tile, chip)
-    return Output(y, h, u)
+    return CompiledOutput(y, h, u)
 
 
 def input_grad(

@@ -21,7 +21,7 @@ _UINT64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class Merge:
+class CompiledMerge:
     """One adapter and the rows of one matrix it is merged into."""
 
     w: Tensor  # [N, K], rows contiguous
@@ -31,7 +31,7 @@ class Merge:
     scale: float = 1.0
     offset: int = 0  # random index of element (0, 0); (n, k) has offset + n K + k
 
-    def check(self, first: Merge) -> None:
+    def check(self, first: CompiledMerge) -> None:
         """Raise ValueError unless shapes fit, and dtypes and device are those of ``first``."""
         (n, k), r = self.w.shape, self.a.shape[0]
         shapes = [tuple(t.shape) for t in (self.w, self.out, self.a, self.b)]
@@ -49,16 +49,16 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class MergeTable:
+class CompiledMergeTable:
     """A packed list of merges on a device; launch it as often as the tensors live."""
 
-    merges: tuple[Merge, ...]  # keeps every tensor alive
+    merges: tuple[CompiledMerge, ...]  # keeps every tensor alive
     table: Tensor  # the items as bytes
     tiles: int
     types: object  # fused_lora._native.MergeTypes
 
 
-def pack(merges: Sequence[Merge]) -> MergeTable:
+def pack(merges: Sequence[CompiledMerge]) -> CompiledMergeTable:
     """Check ``merges`` and put their table on their device."""
     merges = tuple(merge for merge in merges if merge.w.numel())
     assert merges, "nothing to merge"
@@ -71,7 +71,7 @@ def pack(merges: Sequence[Merge]) -> MergeTable:
         w=_dtype(module, first.w), out=_dtype(module, first.out), adapter=_dtype(module, first.a)
     )
     packed, tiles = module.pack_merge_items([_item(module, merge) for merge in merges], types)
-    return MergeTable(merges, _on_device(packed, first.w.device), tiles, types)
+    return CompiledMergeTable(merges, _on_device(packed, first.w.device), tiles, types)
 
 
 @lru_cache(maxsize=64)
@@ -80,7 +80,9 @@ def _on_device(packed: bytes, device: torch.device) -> Tensor:
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(device)
 
 
-def launch(table: MergeTable, rounding: str = "nearest", seed: int = 0, step: int = 0) -> None:
+def launch(
+    table: CompiledMergeTable, rounding: str = "nearest", seed: int = 0, step: int = 0
+) -> None:
     """Run a packed table on the current stream of its device."""
     module, device = native.load(), table.table.device
     if rounding not in ("nearest", "stochastic"):
@@ -112,7 +114,7 @@ def lora_merge(
 ) -> None:
     """Write ``out[i] = w[i] + scales[i] b[i] a[i]`` for all i in one launch."""
     offsets = [0] * len(w) if offsets is None else offsets
-    merges = [Merge(*row) for row in zip(w, out, a, b, scales, offsets, strict=True)]
+    merges = [CompiledMerge(*row) for row in zip(w, out, a, b, scales, offsets, strict=True)]
     if any(merge.w.numel() for merge in merges):
         launch(pack(merges), rounding, seed, step)
 
@@ -125,7 +127,7 @@ def _dtype(module: object, tensor: Tensor) -> object:
     return getattr(module.DType, name)  # type: ignore[attr-defined]
 
 
-def _item(module: object, merge: Merge) -> object:
+def _item(module: object, merge: CompiledMerge) -> object:
     """The module's form of one merge."""
     n, k = merge.w.shape
     return module.MergeItem(  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from fused_lora.kernels.triton.launch import launch
 from fused_lora.kernels.triton.tiles import MOST_WIDTH, RowTile, row_tile
 
 
-class Normed(NamedTuple):
+class NormedRows(NamedTuple):
     """What one forward hands back."""
 
     y: Tensor  # [M, D]
@@ -124,7 +124,7 @@ def forward(
     eps: float,
     out: Tensor | None = None,  # [M, D], rows contiguous, any float dtype
     tile: RowTile | None = None,
-) -> Normed:
+) -> NormedRows:
     """LayerNorm of each row, in x's dtype or ``out``'s, and its statistics."""
     mean, rstd = (x.new_empty((x.shape[0],), dtype=torch.float32) for _ in range(2))
     return _launch_forward(x, weight, bias, eps, mean, rstd, False, out, tile)
@@ -181,11 +181,11 @@ def _launch_forward(
     given: bool,
     out: Tensor | None,
     tile: RowTile | None,
-) -> Normed:
+) -> NormedRows:
     y = x.new_empty(tuple(x.shape)) if out is None else out
     _check([weight, bias], x, y)
     if y.numel() == 0:
-        return Normed(y, mean, rstd)
+        return NormedRows(y, mean, rstd)
     rows, columns = x.shape
     tile = tile or row_tile(columns)
     assert columns <= tile.block_d, (columns, tile)
@@ -193,7 +193,7 @@ def _launch_forward(
     constants = dict(GIVEN=given, **tile.arguments())
     written = [y] if given else [y, mean, rstd]
     launch(_layer_norm, (triton.cdiv(rows, tile.block_m),), x.device, args, constants, written)
-    return Normed(y, mean, rstd)
+    return NormedRows(y, mean, rstd)
 
 
 def _check(vectors: list[Tensor | None], *matrices: Tensor) -> None:

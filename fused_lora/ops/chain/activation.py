@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import gelu, row_shrink
-from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Run, Stage, Tensors
+from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Stage, StageRun, Tensors
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # of what goes in, and where to write
 Backward = Callable[[Tensor, Tensor], Tensor]  # of the gradient and of what went in
@@ -53,18 +53,18 @@ class Activation(Stage):
 
     name: str  # a key of ACTIVATIONS
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
         """g of u."""
         if place.makes and place.makes.adapters:
             assert self.gelu is not None
             out = torch.empty_like(x[0]) if place.out is None else place.out
             given = (x[0], self.gelu, place.makes.adapters, out, place.makes.right)
             made = row_shrink.gelu(*given)
-            return Run((made.x,), h=made.h)
-        return Run((ACTIVATIONS[self.name][0](x[0], place.out),))
+            return StageRun((made.x,), h=made.h)
+        return StageRun((ACTIVATIONS[self.name][0](x[0], place.out),))
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
+        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
     ) -> tuple[Tensors | None, Optional]:
         """du = act'(u) dg."""
         assert x is not None
@@ -101,14 +101,14 @@ class Gated(Stage):
         first, second = x if len(x) == 2 else x[0].chunk(2, dim=-1)
         return (second, first) if self.gate_last else (first, second)
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
         """g of gate and value."""
         gate, value = self._halves(x)
         act, out = ACTIVATIONS[self.name][0](gate, None), place.out
-        return Run((act.mul_(value) if out is None else torch.mul(act, value, out=out),))
+        return StageRun((act.mul_(value) if out is None else torch.mul(act, value, out=out),))
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
+        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
     ) -> tuple[Tensors | None, Optional]:
         """dgate = act'(gate) value dg and dvalue = act(gate) dg, laid out as x is."""
         assert x is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.aten import attention as kernels
-from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Run, Stage, Tensors
+from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Stage, StageRun, Tensors
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class Attention(Stage):
     tokens: int  # T, rows of one sample
     kernel: kernels.Key | None = None  # torch's own choice, where its backward is known
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
         """One pass; extra is what a fused backward takes: out, log-sum-exp and their like."""
         qkv = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
         if self.kernel is None:
-            return Run((_rows(F.scaled_dot_product_attention(*qkv)),))
+            return StageRun((_rows(F.scaled_dot_product_attention(*qkv)),))
         out, kept, numbers = kernels.forward(self.kernel, qkv)
-        return Run((_rows(out),), kept, numbers)
+        return StageRun((_rows(out),), kept, numbers)
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
+        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
     ) -> tuple[Tensors | None, Optional]:
         """The gradient of qkv, packed as qkv is."""
         assert x is not None

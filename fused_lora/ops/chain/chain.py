@@ -1,38 +1,178 @@
-"""The autograd node of a chain of stages.
-
-    y = residual + gamma mask f(source),  f = the stages one after another
-
-Forward keeps the boundaries that the recipe names, and of them only what backward reads; backward
-goes through the stages from the last to the first and runs those again whose output it needs and
-does not have. With every boundary kept this is what autograd would do; with none, checkpointing
-that never runs its last stage twice.
-"""
+"""The autograd node of a chain of stages, forward and back, and what is made again on the way."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Ending
-from fused_lora.ops.chain.recipe import Recipe, combined, finish, stored
-from fused_lora.ops.chain.stage import Asked, Optional, Room, Run, Tensors
-from fused_lora.ops.chain.step import Steps
-from fused_lora.ops.chain.walk import Walk
+from fused_lora.kernels.interface import Adapters, Ending, Slope
+from fused_lora.ops.chain.stage import (
+    Asked,
+    ChainRecipe,
+    Optional,
+    Place,
+    Room,
+    StageRun,
+    Tensors,
+    combined,
+    finish,
+    stored,
+)
 from fused_lora.ops.dropped import seeded
 from fused_lora.ops.lora_linear import reshaped
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
+
+Done = tuple[tuple[StageRun, ...], Room | None]  # of each stage, and where the last one wrote
+
+
+class Steps(NamedTuple):
+    """What every step of one pass through a chain is given."""
+
+    recipe: ChainRecipe
+    own: Sequence[Optional]  # the operands of each stage
+    asked: Sequence[Asked]
+    keep: frozenset[int]  # boundaries kept for backward
+    again: bool = False  # in backward, which reads all that it makes
+
+    def behind(self, i: int, x: Tensors, free: bool = False) -> Room | None:
+        """What stage i, given x, is to do for the one behind it; what is kept lies alone.
+
+        ``free``: it writes wherever it is told at no cost, and x has but its rows.
+        """
+        j, stages = i + 1, self.recipe.stages
+        if j == len(stages):
+            return None
+        writes = j not in self.keep and (free or stages[i].places(x))
+        shrinks = _never if free else partial(stages[i].shrinks, x, self.own[i])
+        return stages[j].room(x[0], self.own[j], self.asked[j], writes, shrinks)
+
+    def take(
+        self,
+        i: int,
+        x: Tensors,
+        room: Room | None,  # holds x
+        ending: Ending | None = None,  # of the last stage
+        place: bool = True,  # to write for the stage behind, where that asks for it
+        alone: bool = False,  # stage i and no other
+    ) -> Done:
+        """Stage i, and with it the activation behind it where a kernel computes both."""
+        stage, given = self.recipe.stages[i], (self.own[i], self.asked[i])
+        kind = None if alone else self.recipe.ahead[i]
+        if kind and (plan := stage.fuses(Ending(kind), x, *given, room)):
+            following = self.behind(i + 1, x, free=True) if place else None
+            how = Ending(kind, stores_u=self.again or i + 1 in self.keep)
+            run = stage.forward(x, *given, Place(following and following.left, room, how, plan))
+            assert run.beyond is not None
+            return (run, StageRun((run.beyond,))), following
+        following = self.behind(i, x) if place else None
+        makes = following if following and following.adapters else None
+        run = stage.forward(
+            x, *given, Place(following and following.left, room, ending, None, makes)
+        )
+        if following and makes:
+            following = following._replace(h=run.h)
+        return (run,), following
+
+
+def _never(adapters: Adapters) -> bool:
+    """A product and its activation in one pass form no h."""
+    return False
+
+
+class Walk:
+    """One backward pass: what was kept, and what has been made again so far."""
+
+    def __init__(
+        self,
+        recipe: ChainRecipe,
+        values: dict[int, Tensors],
+        runs: list[StageRun | None],  # None where the stage has to run again
+        operands: Optional,
+        asked: Sequence[Asked],
+    ) -> None:
+        self.recipe, self.values, self.runs, self.asked = recipe, values, runs, asked
+        self.own = [operands[part] for part in recipe.parts]
+        self.steps = Steps(recipe, self.own, asked, recipe.keep, again=True)
+        self.rooms: dict[int, Room | None] = {}  # of boundaries, each with what lies in it
+
+    def value(self, i: int) -> Tensors:
+        """Boundary i, kept or made again."""
+        while i not in self.values:
+            self._towards(i)
+        return self.values[i]
+
+    def _towards(self, i: int) -> None:
+        """Run the stage before boundary i, or the two before it, or the first of the two."""
+        two = i > 1 and i - 1 not in self.values and self.recipe.ahead[i - 2] is not None
+        first = i - 2 if two else i - 1
+        x, room = self.value(first), self.rooms.pop(first, None)
+        place = i < len(self.runs) and self.runs[i] is None
+        done, following = self.steps.take(first, x, room, place=place, alone=not two)
+        self.rooms[first + len(done)] = following
+        for at, run in enumerate(done, first):
+            self.values[at + 1], self.runs[at] = run.out, StageRun((), run.extra, run.note)
+
+    def through(
+        self,
+        dz: Tensor,
+        beside: Tensor | None = None,  # [M, K]: added to the gradient of the source
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """From the gradient of the last stage's output to those of the source and the operands."""
+        grads: Tensors | None = (dz,)
+        down: list[Optional] = []
+        sloped = False  # whether ``grads`` are those of what goes into an activation already
+        for i in reversed(range(len(self.asked))):
+            mine: Optional = (None,) * len(self.own[i])
+            if self.asked[i].any and not sloped:
+                assert grads is not None
+                grads, mine, sloped = self._stage(i, grads, None if i else beside)
+            else:
+                sloped = False
+            down.append(mine)
+        dx = grads[0] if grads is not None and self.asked[0].x else None
+        return dx, [grad for mine in reversed(down) for grad in mine]
+
+    def _stage(
+        self, i: int, grads: Tensors, beside: Tensor | None
+    ) -> tuple[Tensors | None, Optional, bool]:
+        if self.runs[i] is None:
+            self.value(i + 1)
+        run, stage, asked = self.runs[i], self.recipe.stages[i], self.asked[i]
+        assert run is not None
+        x = self.value(i) if stage.reads_input(run, asked) else None
+        self.values.pop(i + 1, None)
+        kind, own = self.recipe.before[i], self.own[i]
+        if beside is not None:
+            return *stage.joined(grads, x, run, own, asked, beside), False
+        if not (kind and asked.x and stage.slopes(grads, run, own)):
+            return *stage.backward(grads, x, run, own, asked), False
+        slope = Slope(kind, self.value(i - 1)[0])
+        self.values.pop(i, None)
+        return *stage.sloped(grads, x, run, own, asked, slope), True
+
+
+# The autograd node of a chain of stages.
+#
+#     y = residual + gamma mask f(source),  f = the stages one after another
+#
+# Forward keeps the boundaries that the recipe names, and of them only what backward reads; backward
+# goes through the stages from the last to the first and runs those again whose output it needs and
+# does not have. With every boundary kept this is what autograd would do; with none, checkpointing
+# that never runs its last stage twice.
+
 
 NONE: frozenset[int] = frozenset()
 FIXED = 4  # source, residual, gamma and mask stand before the operands
 
 
 def chain(
-    recipe: Recipe,
+    recipe: ChainRecipe,
     source: Tensor,  # [..., K]
     operands: Sequence[Tensor | None],  # those of every stage in turn
     residual: Tensor | None = None,  # [..., N]
@@ -49,7 +189,7 @@ def chain(
 
 
 def composed(
-    recipe: Recipe,
+    recipe: ChainRecipe,
     source: Tensor,
     operands: Sequence[Tensor | None],
     residual: Tensor | None = None,
@@ -68,18 +208,18 @@ def composed(
 
 
 def forward(
-    recipe: Recipe,
+    recipe: ChainRecipe,
     flags: tuple[bool, ...],  # whether a gradient is asked for, of the source and the operands
     source: Tensor,
     operands: Sequence[Tensor | None],
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, dict[int, Tensors], list[Run]]:
+) -> tuple[Tensor, dict[int, Tensors], list[StageRun]]:
     """y [..., N], the boundaries that the recipe keeps for a backward, and what each stage left."""
     asked = recipe.asked(flags)
     values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
-    runs: list[Run] = []
+    runs: list[StageRun] = []
     keep = recipe.keep if any(flags) else NONE
     steps = Steps(recipe, [tuple(operands[part]) for part in recipe.parts], asked, keep)
     beside = source if recipe.around else residual
@@ -98,7 +238,7 @@ def forward(
 class Chain:
     """The operation on (source, residual, gamma, mask, *operands); gamma and mask are frozen."""
 
-    recipe: Recipe
+    recipe: ChainRecipe
 
     seeds: tuple[int, ...] = field(init=False, compare=False)  # which inputs each call draws
 
@@ -137,7 +277,7 @@ class Chain:
 def _advance(
     steps: Steps,
     values: dict[int, Tensors],
-    runs: list[Run],
+    runs: list[StageRun],
     room: Room | None,
     ending: Ending | None,
 ) -> Room | None:
@@ -148,14 +288,14 @@ def _advance(
         if at and at not in steps.keep:
             del values[at]
         values[at + 1] = run.out
-        runs.append(Run((), run.extra, run.note))
+        runs.append(StageRun((), run.extra, run.note))
     return following
 
 
 def _to_save(
-    recipe: Recipe,
+    recipe: ChainRecipe,
     values: dict[int, Tensors],
-    runs: list[Run],
+    runs: list[StageRun],
     asked: Sequence[Asked],
     given: Optional,  # gamma, mask and the operands
 ) -> Saved:
@@ -171,7 +311,7 @@ def _to_save(
     return flat, (asked, [(i, len(values[i])) for i in kept], notes)
 
 
-def _load(recipe: Recipe, tensors: Sequence[Any], note: Any) -> tuple[Walk, Tensor | None]:
+def _load(recipe: ChainRecipe, tensors: Sequence[Any], note: Any) -> tuple[Walk, Tensor | None]:
     asked, kept, notes = note
     first = 2 + recipe.parts[-1].stop
     given, values, runs = tuple(tensors[:first]), {}, []
@@ -181,6 +321,6 @@ def _load(recipe: Recipe, tensors: Sequence[Any], note: Any) -> tuple[Walk, Tens
     for each in notes:
         length = each[0] if each else 0
         extra = tuple(tensors[first : first + length])
-        runs.append(Run((), extra, each[1]) if each else None)
+        runs.append(StageRun((), extra, each[1]) if each else None)
         first += length
     return Walk(recipe, values, runs, given[2:], asked), combined(given[:2])

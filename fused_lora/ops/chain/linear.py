@@ -15,8 +15,8 @@ from fused_lora.ops.chain.stage import (
     Optional,
     Place,
     Room,
-    Run,
     Stage,
+    StageRun,
     Tensors,
     consecutive,
 )
@@ -36,7 +36,7 @@ from fused_lora.types import ALONE, Beside, Forward, Impl, Keep, Needs, Plan
 
 
 @dataclass(frozen=True)
-class LoRALinear(Stage):
+class LinearStage(Stage):
     """Owns the operands of each frame in turn; extra is, for each, (kept, w as it was cast)."""
 
     frames: tuple[Frame, ...]
@@ -65,7 +65,7 @@ class LoRALinear(Stage):
         """The gradients each frame is asked for."""
         return tuple(frame.needs(x, own[part]) for frame, part in self.parts)
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
         """y [M, N] of x [M, K], for each frame; with an activation as its ending u, if stored."""
         ys, extra, plans = [], [], []
         room = place.room
@@ -80,9 +80,9 @@ class LoRALinear(Stage):
             extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
             plans.append(done.plan)
         if place.ending is None or place.ending.activation == "none":
-            return Run(tuple(ys), tuple(extra), tuple(plans))
+            return StageRun(tuple(ys), tuple(extra), tuple(plans))
         u = () if done.u is None else (done.u,)
-        return Run(u, tuple(extra), tuple(plans), done.y)
+        return StageRun(u, tuple(extra), tuple(plans), done.y)
 
     def ending(
         self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None
@@ -95,7 +95,7 @@ class LoRALinear(Stage):
         return Ending(factor=gamma, residual=residual.reshape(-1, residual.shape[-1]))
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
+        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
     ) -> tuple[Tensors | None, Optional]:
         """dx [M, K], the sum over frames, and the gradients of the operands."""
         return self.sloped(dy, x, run, own, asked, None)
@@ -130,7 +130,7 @@ class LoRALinear(Stage):
             *question, self.dtype, self.beside._replace(bordered=bordered, shrunk=shrunk)
         )
 
-    def slopes(self, dy: Tensors, run: Run, own: Optional) -> bool:
+    def slopes(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
         """Likewise in the plan of its backward."""
         frame, w = self.frames[0], own[0]
         if len(self.frames) > 1 or frame.impl is Impl.REFERENCE or self.drops:
@@ -142,7 +142,7 @@ class LoRALinear(Stage):
         self,
         dy: Tensors,
         x: Tensors | None,
-        run: Run,
+        run: StageRun,
         own: Optional,
         asked: Asked,
         slope: Slope | None,
@@ -213,18 +213,18 @@ class LoRALinear(Stage):
         question = (like, w, own[1] is not None, frame.spans, needs, halves, None, frame.impl)
         return call_plan(*question, self.dtype, Beside(bordered=bordered, shrunk=shrunk))
 
-    def reads_input(self, run: Run, asked: Asked) -> bool:
+    def reads_input(self, run: StageRun, asked: Asked) -> bool:
         """Whether some frame's gradients read x."""
         return any(map(_reads_x, self.frames, asked.note, run.note))
 
-    def slim(self, run: Run, asked: Asked) -> Run:
+    def slim(self, run: StageRun, asked: Asked) -> StageRun:
         """Without h, w' and casts of w, wherever x is there to make them again."""
         extra, plans = list(run.extra), list(run.note)
         for i, (frame, needs) in enumerate(zip(self.frames, asked.note, strict=True)):
             extra[2 * i + 1] = None
             if _reads_x(frame, needs, plans[i]):
                 extra[2 * i], plans[i] = None, replace(plans[i], keep=Keep.NOTHING)
-        return Run((), tuple(extra), tuple(plans))
+        return StageRun((), tuple(extra), tuple(plans))
 
 
 def _reads_x(frame: Frame, needs: Needs, plan: Plan) -> bool:

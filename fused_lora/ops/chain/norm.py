@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import layer_norm, row_shrink
-from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Run, Stage, Tensors
+from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Stage, StageRun, Tensors
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,20 @@ class LayerNorm(Stage):
     dtype: torch.dtype
     operands = 2
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
         """n [M, K] of x [M, K]."""
         gamma, beta = own
         if place.makes and place.makes.adapters:
             n = torch.empty_like(x[0], dtype=self.dtype) if place.out is None else place.out
             norm = (x[0], gamma, beta, self.eps)
             made = row_shrink.layer_norm(*norm, place.makes.adapters, n, place.makes.right)
-            return Run((made.x,), made.statistics, h=made.h)
+            return StageRun((made.x,), made.statistics, h=made.h)
         out = self._as(x[0], self.dtype) if place.out is None else place.out
         n, mean, rstd = layer_norm.forward(x[0], gamma, beta, self.eps, out)
-        return Run((n.to(self.dtype),), (mean, rstd))
+        return StageRun((n.to(self.dtype),), (mean, rstd))
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
+        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
     ) -> tuple[Tensors | None, Optional]:
         """dx [M, K] in x's dtype, and those of gamma and beta."""
         return self.joined(dy, x, run, own, asked, None)
@@ -53,7 +53,7 @@ class LayerNorm(Stage):
         self,
         dy: Tensors,
         x: Tensors | None,
-        run: Run,
+        run: StageRun,
         own: Optional,
         asked: Asked,
         beside: Tensor | None,

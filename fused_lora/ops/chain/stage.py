@@ -1,19 +1,23 @@
-"""A stage: one step of a chain whose backward is written out.
-
-The tensors between stages are boundaries: boundary i goes into stage i, boundary i + 1 comes out
-of it. A stage says whether its backward reads what went in; the chain decides whether that is kept
-or made again.
-"""
+"""A stage: one step of a chain whose backward is written out; what a chain is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters, Ending, Slope
 from fused_lora.types import Plan
+
+# A stage: one step of a chain whose backward is written out.
+#
+# The tensors between stages are boundaries: boundary i goes into stage i, boundary i + 1 comes out
+# of it. A stage says whether its backward reads what went in; the chain decides whether that is
+# kept or made again.
+
 
 Tensors = tuple[Tensor, ...]
 Optional = tuple[Tensor | None, ...]
@@ -28,7 +32,7 @@ class Asked(NamedTuple):
     note: Any  # the same in the stage's own words
 
 
-class Run(NamedTuple):
+class StageRun(NamedTuple):
     """What one forward of a stage gave."""
 
     out: Tensors
@@ -87,12 +91,12 @@ class Stage:
     seeds: tuple[int, ...] = ()  # which of them are drawn anew for each call
     gelu: str | None = None  # erf or tanh, where it is that and nothing else
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> Run:
+    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
         """One pass, as ``place`` has it."""
         raise NotImplementedError(type(self).__name__)
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: Run, own: Optional, asked: Asked
+        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
     ) -> tuple[Tensors | None, Optional]:
         """Gradients of what went in and of the operands; ``run`` comes without its ``out``."""
         raise NotImplementedError(type(self).__name__)
@@ -111,7 +115,7 @@ class Stage:
         self,
         dy: Tensors,
         x: Tensors | None,
-        run: Run,
+        run: StageRun,
         own: Optional,
         asked: Asked,
         beside: Tensor | None,
@@ -119,7 +123,7 @@ class Stage:
         """As ``backward``, with ``beside`` [M, K] added to dx; where it ``joins``."""
         raise NotImplementedError(type(self).__name__)
 
-    def slopes(self, dy: Tensors, run: Run, own: Optional) -> bool:
+    def slopes(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
         """Whether its dx goes through the slope of the activation before it in its own pass."""
         return False
 
@@ -127,7 +131,7 @@ class Stage:
         self,
         dy: Tensors,
         x: Tensors | None,
-        run: Run,
+        run: StageRun,
         own: Optional,
         asked: Asked,
         slope: Slope,
@@ -168,10 +172,86 @@ class Stage:
         """What it wants of that, x being of as many rows as ``like`` and beside it."""
         return None
 
-    def reads_input(self, run: Run, asked: Asked) -> bool:
+    def reads_input(self, run: StageRun, asked: Asked) -> bool:
         """Whether backward reads what went in."""
         return True
 
-    def slim(self, run: Run, asked: Asked) -> Run:
+    def slim(self, run: StageRun, asked: Asked) -> StageRun:
         """The same run with what can be made again cheaply left out."""
         return run
+
+
+@dataclass(frozen=True)
+class ChainRecipe:
+    """Stages in order, and which boundaries inside are kept beside the source, boundary 0."""
+
+    stages: tuple[Stage, ...]
+    keep: frozenset[int] = frozenset()
+    lean: bool = False  # keep neither h nor casts of weights
+    around: bool = False  # the source itself is the residual
+
+    parts: tuple[slice, ...] = field(init=False, compare=False)  # each stage's operands
+    seeds: tuple[int, ...] = field(init=False, compare=False)  # which operands each call draws
+    ahead: tuple[str | None, ...] = field(init=False, compare=False)  # the GELU behind a stage
+    before: tuple[str | None, ...] = field(init=False, compare=False)  # and the one before it
+    _asked: dict[tuple[bool, ...], tuple[Asked, ...]] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        slices = consecutive([stage.operands for stage in self.stages])
+        object.__setattr__(self, "parts", slices)
+        seeds = [
+            part.start + at
+            for stage, part in zip(self.stages, slices, strict=True)
+            for at in stage.seeds
+        ]
+        object.__setattr__(self, "seeds", tuple(seeds))
+        object.__setattr__(self, "_asked", {})
+        kinds = [stage.gelu for stage in self.stages]
+        object.__setattr__(self, "ahead", (*kinds[1:], None))
+        object.__setattr__(self, "before", (None, *kinds[:-1]))
+
+    def asked(self, flags: tuple[bool, ...]) -> tuple[Asked, ...]:
+        """The gradients each stage is asked for, of those of the source and every operand.
+
+        Stages behind one that is asked for anything need the gradient of their input.
+        """
+        if flags not in self._asked:
+            found: list[Asked] = []
+            x, operands = flags[0], flags[1:]
+            for stage, part in zip(self.stages, self.parts, strict=True):
+                own = operands[part]
+                found.append(Asked(x, own, x or any(own), stage.asked(x, own)))
+                x = found[-1].any
+            self._asked[flags] = tuple(found)
+        return self._asked[flags]
+
+
+def stored(
+    recipe: ChainRecipe, runs: Sequence[StageRun], asked: Sequence[Asked]
+) -> tuple[set[int], int]:
+    """The boundaries that backward reads from memory, and a bit for each stage it runs again."""
+    found: set[int] = set()
+    again = 0
+    for i, stage in enumerate(recipe.stages):
+        if asked[i].any and stage.reads_input(runs[i], asked[i]):
+            while i and i not in recipe.keep:
+                i -= 1
+                again |= 1 << i
+            found.add(i)
+    return found, again
+
+
+def finish(z: Tensor, residual: Tensor | None, factor: Tensor | None) -> Tensor:
+    """residual + factor z, each where given; z may be overwritten."""
+    if residual is None:
+        return z if factor is None else z * factor
+    if factor is not None:
+        return torch.addcmul(residual, z, factor)
+    fits = torch.promote_types(z.dtype, residual.dtype) is z.dtype
+    return z.add_(residual) if fits else residual + z
+
+
+def combined(factors: Optional) -> Tensor | None:
+    """The product of those given."""
+    first, second = factors
+    return second if first is None else first if second is None else first * second

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.cuda.lora_merge import Merge
+from fused_lora.kernels.cuda.lora_merge import CompiledMerge
 from fused_lora.reference.lora_merge import merge
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -68,16 +68,18 @@ def _matrix(case: Case, values: Tensor, dtype: torch.dtype) -> Tensor:
     return view.copy_(values)
 
 
-def build(case: Case, w_dtype: torch.dtype, out_dtype: torch.dtype, dtype: torch.dtype) -> Merge:
+def build(
+    case: Case, w_dtype: torch.dtype, out_dtype: torch.dtype, dtype: torch.dtype
+) -> CompiledMerge:
     """The operands of ``case``; w has more bits than out has room for."""
     w = _matrix(case, torch.randint(-(2**12), 2**12, (case.n, case.k)) / 1024, w_dtype)
     out = _matrix(case, torch.full((case.n, case.k), float("nan")), out_dtype)
     a, b = _adapter(case, (case.r, case.k), dtype), _adapter(case, (case.n, case.r), dtype)
     shared = w if case.in_place and w_dtype == out_dtype else out
-    return Merge(w, shared, a, b, case.scale, case.offset)
+    return CompiledMerge(w, shared, a, b, case.scale, case.offset)
 
 
-def expected(item: Merge, rounding: str, seed: int, step: int) -> Tensor:
+def expected(item: CompiledMerge, rounding: str, seed: int, step: int) -> Tensor:
     """What the reference makes of ``item``, before anything is written."""
     operands = (item.w.double(), item.a.double(), item.b.double())
     dtype = item.out.dtype

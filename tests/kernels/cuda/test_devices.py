@@ -143,7 +143,7 @@ def test_launches_go_to_the_device_and_stream_of_their_tensors(monkeypatch, host
         y = lora_extended.forward(x, w, None, adapters).y
         dx, _ = lora_extended.input_grad(dy, w, adapters)
         grads = lora_grad.lora_grads(x, dy, adapters, Needs())
-        table = lora_merge.MergeTable(
+        table = lora_merge.CompiledMergeTable(
             (), torch.empty(64, dtype=torch.uint8, device="cuda:1"), 1, None
         )
         lora_merge.launch(table)

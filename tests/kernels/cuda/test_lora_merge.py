@@ -34,7 +34,7 @@ def on_host(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return host
 
 
-def run_host(host: ModuleType, merges: list[cuda.Merge], rounding: str) -> None:
+def run_host(host: ModuleType, merges: list[cuda.CompiledMerge], rounding: str) -> None:
     table = cuda.pack(merges)
     host.lora_merge(
         table=table.table.data_ptr(), count=len(table.merges), tiles=table.tiles,
@@ -63,7 +63,7 @@ def test_tile_code_on_ordinary_numbers(on_host: ModuleType) -> None:
     """Each result is one fp32 rounding of each of R products away from float64."""
     torch.manual_seed(0)
     w, a, b = torch.randn(100, 200), torch.randn(300, 200), torch.randn(100, 300)
-    merge = cuda.Merge(w, torch.empty_like(w), a, b, 0.1)
+    merge = cuda.CompiledMerge(w, torch.empty_like(w), a, b, 0.1)
     wanted = w.double() + 0.1 * (b.double() @ a.double())
     run_host(on_host, [merge], "nearest")
     budget = 300 * 2**-24 * (w.abs() + 0.1 * (b.abs() @ a.abs()))
@@ -73,7 +73,9 @@ def test_tile_code_on_ordinary_numbers(on_host: ModuleType) -> None:
 def test_every_tile_is_found_once(on_host: ModuleType) -> None:
     """Items of 1 to 9 tiles: the blocks visit each item's tiles in order, none twice."""
     sizes = [(1, 1), (64, 128), (65, 128), (64, 129), (190, 300), (1, 385), (129, 1)]
-    merges = [cuda.Merge(w, w, w[:0], w[:, :0]) for w in (torch.ones(size) for size in sizes)]
+    merges = [
+        cuda.CompiledMerge(w, w, w[:0], w[:, :0]) for w in (torch.ones(size) for size in sizes)
+    ]
     table = cuda.pack(merges)
     got = torch.empty(table.tiles, 3, dtype=torch.int64)
     ctypes.CDLL(on_host.__file__).host_tiles(
@@ -92,7 +94,7 @@ def test_every_tile_is_found_once(on_host: ModuleType) -> None:
 def test_a_table_is_built_once(on_host: ModuleType) -> None:
     """The same tensors are launched from the same table, others from their own."""
     w, a, b = torch.ones(2, 4, 6), torch.ones(2, 6), torch.ones(4, 2)
-    tables = [cuda.pack([cuda.Merge(w[i], w[i], a, b, s)]).table for i, s in
+    tables = [cuda.pack([cuda.CompiledMerge(w[i], w[i], a, b, s)]).table for i, s in
               ((0, 0.5), (0, 0.5), (1, 0.5), (0, 0.25))]  # fmt: skip
     addresses = [table.data_ptr() for table in tables]
     assert addresses[0] == addresses[1] and len(set(addresses)) == 3
@@ -107,7 +109,7 @@ def test_nothing_to_do_needs_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_refusals(on_host: ModuleType) -> None:
     w, a, b = torch.ones(4, 6), torch.ones(2, 6), torch.ones(4, 2)
-    good = cuda.Merge(w, w, a, b)
+    good = cuda.CompiledMerge(w, w, a, b)
     bad = {
         "do not fit": [replace(good, b=b[:3])],
         "contiguous": [replace(good, w=torch.ones(6, 4).T)],
@@ -130,7 +132,7 @@ def test_refusals(on_host: ModuleType) -> None:
 
 def test_launch_errors_are_exceptions(on_host: ModuleType) -> None:
     w = torch.ones(4, 6)
-    table = cuda.pack([cuda.Merge(w, w, w[:0], w[:, :0])])
+    table = cuda.pack([cuda.CompiledMerge(w, w, w[:0], w[:, :0])])
     with pytest.raises(RuntimeError, match="lora_merge: invalid device ordinal"):
         on_host.lora_merge(
             table=0, count=1, tiles=table.tiles, types=table.types,
@@ -156,7 +158,7 @@ def test_kernel_equals_reference(dtypes: tuple[torch.dtype, ...]) -> None:
             assert gaps(merge.out).isnan().all(), f"{rounding}: {case.why}: wrote between rows"
 
 
-def _to_device(merge: cuda.Merge) -> cuda.Merge:
+def _to_device(merge: cuda.CompiledMerge) -> cuda.CompiledMerge:
     """The same strides, offsets and gaps on the GPU."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:

@@ -265,7 +265,7 @@ def endings(m, n):
 
 
 def test_endings_in_the_epilogue(serving):  # noqa: F811
-    from fused_lora.ops import ending as module
+    from fused_lora.ops import epilogues as module
     from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
 
     fused = []
