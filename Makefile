@@ -20,7 +20,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.*) $(shell find tests -name "*.cpp" -o -name
 KERNELS := tests/kernels/cuda tests/kernels/triton
 
 .PHONY: venv install bench families test test-slow test-kernels test-triton test-semantics test-all
-.PHONY: kernel-report lint format docs wheel clean help
+.PHONY: kernel-report lint format docs pictures wheel clean help
 
 # The first target, so that `make` alone tells what there is.
 help:
@@ -32,7 +32,7 @@ help:
 	@echo "make test-semantics each Triton kernel once by ttsem: out of bounds, races (Python 3.12)"
 	@echo "make test-all       test, test-slow and test-kernels"
 	@echo "make lint, format   what the commits are held to; what mends it"
-	@echo "make docs           the site, in build/site/index.html"
+	@echo "make docs           the site, in build/site/index.html; make pictures: its pictures from rows"
 	@echo "make families       docs/families.md anew"
 	@echo "make kernel-report  docs/kernel_report.md anew: registers, occupancy, conflicts, cycles"
 	@echo "make install        the package with the compiled module for every architecture"
@@ -121,9 +121,12 @@ format: $(VENV)/.installed-dev
 
 # The site, in build/site; a link to nowhere fails it.
 docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --quiet
+
+# What the site shows of committed rows, anew.
+pictures: $(VENV)/.installed-docs
 	$(BIN)/python docs/make_memory.py docs/memory.md
 	$(BIN)/python docs/make_pictures.py
-	$(BIN)/mkdocs build --quiet
 
 wheel: $(BIN)/python
 	rm -rf build/lib* build/bdist*

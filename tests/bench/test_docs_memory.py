@@ -30,4 +30,4 @@ def test_the_formula_is_what_was_counted(method):
 
 
 def test_the_page_has_the_table():
-    assert make_memory.table() in (ROOT / "docs" / "memory.md").read_text(), "run: make docs"
+    assert make_memory.table() in (ROOT / "docs" / "memory.md").read_text(), "run: make pictures"
