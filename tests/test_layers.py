@@ -29,7 +29,6 @@ AT_IMPORT = {"torch"}  # third parties that may be imported by importing a modul
 TRITON_ROOM = ["fused_lora", "kernels", "triton"]  # a jitted function finds triton in its module
 WITHOUT_TRITON = {
     "available",
-    "border",
     "identity",
     "launch",
     "launches",
