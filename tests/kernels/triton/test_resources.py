@@ -124,7 +124,7 @@ def test_every_launch_has_a_tile_that_fits(arch, kind, columns, record_property)
 )
 def test_what_does_not_fit_is_seen(tile, why, request, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(request.config.cache.mkdir("triton")))
-    x, w, adapters = torch.zeros(M, K).half(), torch.zeros(N, K).half(), group(16)
+    x, w, adapters = torch.zeros(M, K).half(), torch.zeros(N, K).half(), group(16).to(torch.half)
     with compiled(89) as kernels:
         lora_extended.forward(x, w, None, adapters, h=x.new_zeros(M, 16), tile=tile)
     (kernel,) = kernels

@@ -182,7 +182,7 @@ def test_the_selftest_shows_it(kernels, capsys):  # noqa: F811
 def test_a_real_compiler_s_spill_is_seen(tile, spilled, request, monkeypatch):
     """What a device's loader would count, from the machine code of sm_89."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(request.config.cache.mkdir("triton")))
-    x, w, adapters = torch.zeros(M, K).half(), torch.zeros(N, K).half(), group(16)
+    x, w, adapters = torch.zeros(M, K).half(), torch.zeros(N, K).half(), group(16).to(torch.half)
     with compiled(89) as found:
         lora_extended.forward(x, w, None, adapters, h=x.new_zeros(M, 16), tile=tile)
     assert bool(found[0].spilled_bytes) is spilled
