@@ -13,6 +13,7 @@ CPU = torch.device("cpu")
 PARTNERS = {
     *("extended_gelu", "extended_scale", "extended_dropout", "shrink_dropout", "grad_dropout"),
     *("extended_wide", "layer_norm", "gelu", "merge_many", "extended_fp8", "quantise"),
+    *("shrink_norm", "shrink_gelu"),
 }
 COMPILED = {"lora_merge", "lora_grad", "lora_linear", "lora_linear_gelu", "lora_linear_scale"}
 KERNELS = {"shrink", "extended", "one_pass", "grad", "merge"} | PARTNERS
