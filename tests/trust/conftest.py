@@ -24,6 +24,8 @@ RESULTS = {
     "extended_wide": ("y", "dx"),
     "extended_dropout": ("dx", "dx of the adapters"),
     "shrink_dropout": ("h",),
+    "shrink_norm": ("n", "h"),
+    "shrink_gelu": ("erf", "tanh", "h of erf", "h of tanh"),
     "grad_dropout": ("da",),
     "layer_norm": ("n", "n again", "dx"),
     "shrink_norm": ("n", "h"),

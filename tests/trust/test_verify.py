@@ -45,6 +45,8 @@ PARTNERS = {
     "extended_wide": TILES["extended"],
     "extended_dropout": TILES["extended"],
     "shrink_dropout": TILES["shrink"],
+    "shrink_norm": TILES["shrink"],
+    "shrink_gelu": TILES["shrink"],
     "grad_dropout": TILES["grad"],
     "merge_many": MergeTile(),
     "layer_norm": row_tile(200),
