@@ -28,8 +28,6 @@ RESULTS = {
     "shrink_gelu": ("erf", "tanh", "h of erf", "h of tanh"),
     "grad_dropout": ("da",),
     "layer_norm": ("n", "n again", "dx"),
-    "shrink_norm": ("n", "h"),
-    "shrink_gelu": ("erf", "h of erf", "tanh", "h of tanh"),
     "gelu": ("erf", "erf du", "tanh", "tanh du"),
     "quantise": ("x^",),
     "extended_fp8": ("y",),
