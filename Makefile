@@ -24,7 +24,7 @@ KERNELS := tests/kernels/cuda tests/kernels/triton
 
 # The first target, so that `make` alone tells what there is.
 help:
-	@echo "make bench          race frozen, naive LoRA, PEFT and fused steps here: a table, report.html"
+	@echo "make bench          time frozen, naive LoRA, PEFT and fused steps here: a table, report.html"
 	@echo "make test           what a user asks: parity, gradients, patching, files, stacks, distillation"
 	@echo "make test-slow      the same at more sizes, and whole scripts"
 	@echo "make test-kernels   every kernel without a GPU: compiled, interpreted, emulated"

@@ -41,7 +41,7 @@ from fused_lora.distill.train.world import World
 from fused_lora.distill.weights import build
 from fused_lora.patching.patch import unpatch
 
-CONTENDERS = {"naive": Naive, "PEFT": Peft}
+BASELINES = {"naive": Naive, "PEFT": Peft}
 SMALL = {"embed_dim": 64, "depth": 6, "num_heads": 2}
 WIDE = {"embed_dim": 96, "depth": 12, "num_heads": 3}
 PHOTOS = {"img_size": 32, "patch_size": 4, "mlp_ratio": 2.0, "num_classes": 10}
@@ -78,7 +78,7 @@ class Way:
         fit.module.train()
 
     def inside(self) -> Any:
-        """The models' blocks stay known where a contender hides their linears."""
+        """The models' blocks stay known where a baseline hides their linears."""
         if not self.names:
             return nullcontext()
         return substituted.object(tokens, "_names", lambda model: self.names[id(model)])
@@ -165,12 +165,12 @@ def weights(home: Path, name: str, sizes: dict[str, Any]) -> dict[str, Any]:
 def wecolora(home: Path, args: argparse.Namespace) -> dict[str, Way]:
     """The step of WeCoLoRA at reduction 2."""
     found = {}
-    for key in ("fused", *CONTENDERS):
+    for key in ("fused", *BASELINES):
         run = Run(recipe(home, args), home / "runs", World())
         student = run._student()
-        if key in CONTENDERS:
+        if key in BASELINES:
             student = copy_layers(run.teacher, 2)
-            CONTENDERS[key]().install(student, args.rank)
+            BASELINES[key]().install(student, args.rank)
             student.to(run.precision.device)
         objective = run._objective(student)
         found[key] = Way(run._fit(objective, run.chosen(), None))  # type: ignore[arg-type]
@@ -178,17 +178,17 @@ def wecolora(home: Path, args: argparse.Namespace) -> dict[str, Way]:
 
 
 def slad(home: Path, args: argparse.Namespace) -> dict[str, Way]:
-    """The joint step of SLAD: shared adapters; each model its own, by the contenders."""
+    """The joint step of SLAD: shared adapters; each model its own, by the baselines."""
     found = {}
-    for key in ("fused", *CONTENDERS):
+    for key in ("fused", *BASELINES):
         run = slad_run(home, args, "joint" if key == "fused" else "two_step")
         names = {}
-        if key in CONTENDERS:
+        if key in BASELINES:
             for model in (run.both.teacher, run.both.student):
                 unpatch(model)
                 names[id(model)] = [block.name for block in blocks_of(model)]
                 model.requires_grad_(False)
-                CONTENDERS[key]().install(model, args.rank)
+                BASELINES[key]().install(model, args.rank)
                 model.to(run.precision.device)
             run.phases = slad_run(home, args, "joint").phases
             run.trains = [p for p in run.both.parameters() if p.requires_grad]
