@@ -1,4 +1,4 @@
-"""The grid of digits_grid.py as a picture and a table: means over seeds, spread as bars.
+"""A grid of wecolora_grid.py as a picture and a table: means over seeds, spread as bars.
 
     python recipes/plot_grid.py recipes/results/digits_grid.json recipes/results/digits_grid.svg
 

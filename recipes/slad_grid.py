@@ -143,7 +143,8 @@ def tables(rows: list[Row]) -> str:
         for fraction in FRACTIONS:
             ours = {"method": "joint, even", "fraction": fraction}
             said.append(compared(rows, ours, ours | {"method": other}, figure, ["seed"]))
-        lines.append(f"| {other} | {figure} | " + " | ".join(said) + " |")
+        if any(said):
+            lines.append(f"| {other} | {figure} | " + " | ".join(said) + " |")
     return "\n".join(lines)
 
 
