@@ -12,7 +12,17 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import gelu, row_shrink
-from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Stage, StageRun, Tensors
+from fused_lora.ops.chain.stage import (
+    FREE,
+    PLAIN,
+    Asked,
+    GradEpilogue,
+    Optional,
+    Place,
+    Stage,
+    StageRun,
+    Tensors,
+)
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # of what goes in, and where to write
 Backward = Callable[[Tensor, Tensor], Tensor]  # of the gradient and of what went in
@@ -64,7 +74,13 @@ class Activation(Stage):
         return StageRun((ACTIVATIONS[self.name][0](x[0], place.out),))
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
+        self,
+        dy: Tensors,
+        x: Tensors | None,
+        run: StageRun,
+        own: Optional,
+        asked: Asked,
+        epilogue: GradEpilogue = PLAIN,
     ) -> tuple[Tensors | None, Optional]:
         """du = act'(u) dg."""
         assert x is not None
@@ -108,7 +124,13 @@ class Gated(Stage):
         return StageRun((act.mul_(value) if out is None else torch.mul(act, value, out=out),))
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
+        self,
+        dy: Tensors,
+        x: Tensors | None,
+        run: StageRun,
+        own: Optional,
+        asked: Asked,
+        epilogue: GradEpilogue = PLAIN,
     ) -> tuple[Tensors | None, Optional]:
         """dgate = act'(gate) value dg and dvalue = act(gate) dg, laid out as x is."""
         assert x is not None

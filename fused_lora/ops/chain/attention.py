@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.aten import attention as kernels
-from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Stage, StageRun, Tensors
+from fused_lora.ops.chain.stage import (
+    FREE,
+    PLAIN,
+    Asked,
+    GradEpilogue,
+    Optional,
+    Place,
+    Stage,
+    StageRun,
+    Tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,13 @@ class Attention(Stage):
         return StageRun((_rows(out),), kept, numbers)
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
+        self,
+        dy: Tensors,
+        x: Tensors | None,
+        run: StageRun,
+        own: Optional,
+        asked: Asked,
+        epilogue: GradEpilogue = PLAIN,
     ) -> tuple[Tensors | None, Optional]:
         """The gradient of qkv, packed as qkv is."""
         assert x is not None

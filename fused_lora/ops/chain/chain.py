@@ -14,6 +14,7 @@ from fused_lora.kernels.interface import Adapters, Ending, Slope
 from fused_lora.ops.chain.stage import (
     Asked,
     ChainRecipe,
+    GradEpilogue,
     Optional,
     Place,
     Room,
@@ -149,12 +150,12 @@ class Walk:
         self.values.pop(i + 1, None)
         kind, own = self.recipe.before[i], self.own[i]
         if beside is not None:
-            return *stage.joined(grads, x, run, own, asked, beside), False
+            return *stage.backward(grads, x, run, own, asked, GradEpilogue(beside=beside)), False
         if not (kind and asked.x and stage.slopes(grads, run, own)):
             return *stage.backward(grads, x, run, own, asked), False
         slope = Slope(kind, self.value(i - 1)[0])
         self.values.pop(i, None)
-        return *stage.sloped(grads, x, run, own, asked, slope), True
+        return *stage.backward(grads, x, run, own, asked, GradEpilogue(slope)), True
 
 
 # The autograd node of a chain of stages.

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters, Ending, Slope
+from fused_lora.kernels.interface import Adapters, Ending
 from fused_lora.ops.chain.stage import (
     FREE,
+    PLAIN,
     Asked,
+    GradEpilogue,
     Optional,
     Place,
     Room,
@@ -94,12 +96,6 @@ class LinearStage(Stage):
             return None
         return Ending(factor=gamma, residual=residual.reshape(-1, residual.shape[-1]))
 
-    def backward(
-        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
-    ) -> tuple[Tensors | None, Optional]:
-        """dx [M, K], the sum over frames, and the gradients of the operands."""
-        return self.sloped(dy, x, run, own, asked, None)
-
     def fuses(
         self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
     ) -> Plan | None:
@@ -138,16 +134,16 @@ class LinearStage(Stage):
         assert w is not None
         return why_not_sloped(dy[0], w, frame.spans, run.note[0], self.dtype) is None
 
-    def sloped(
+    def backward(
         self,
         dy: Tensors,
         x: Tensors | None,
         run: StageRun,
         own: Optional,
         asked: Asked,
-        slope: Slope | None,
+        epilogue: GradEpilogue = PLAIN,
     ) -> tuple[Tensors | None, Optional]:
-        """The same with du [M, K], of one frame."""
+        """dx [M, K], the sum over frames, or of one frame du; and the gradients of the operands."""
         rows = None if x is None else as_rows(x[0], self.dtype)
         dx: Tensor | None = None
         down: list[Tensor | None] = []
@@ -157,7 +153,7 @@ class LinearStage(Stage):
             assert w is not None
             w, dy_i = w.to(self.dtype) if cast is None else cast, as_rows(dy[i], self.dtype)
             given = (dy_i, rows, kept, w, frame, ab, needs, run.note[i])
-            dx_i, *own_grads = input_grads(*given, *((slope,) if slope else ()))
+            dx_i, *own_grads = input_grads(*given, *((epilogue.slope,) if epilogue.slope else ()))
             down += own_grads
             dx = dx_i if dx is None or dx_i is None else dx.add_(dx_i)
         return None if dx is None else (dx,), tuple(down)

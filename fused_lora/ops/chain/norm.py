@@ -16,7 +16,17 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import layer_norm, row_shrink
-from fused_lora.ops.chain.stage import FREE, Asked, Optional, Place, Stage, StageRun, Tensors
+from fused_lora.ops.chain.stage import (
+    FREE,
+    PLAIN,
+    Asked,
+    GradEpilogue,
+    Optional,
+    Place,
+    Stage,
+    StageRun,
+    Tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -40,25 +50,15 @@ class LayerNorm(Stage):
         return StageRun((n.to(self.dtype),), (mean, rstd))
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
-    ) -> tuple[Tensors | None, Optional]:
-        """dx [M, K] in x's dtype, and those of gamma and beta."""
-        return self.joined(dy, x, run, own, asked, None)
-
-    def joins(self, asked: Asked) -> bool:
-        """The kernel of dx alone does."""
-        return not any(asked.own)
-
-    def joined(
         self,
         dy: Tensors,
         x: Tensors | None,
         run: StageRun,
         own: Optional,
         asked: Asked,
-        beside: Tensor | None,
+        epilogue: GradEpilogue = PLAIN,
     ) -> tuple[Tensors | None, Optional]:
-        """The same with the gradient of the residual around added to dx, rounded once."""
+        """dx [M, K] in x's dtype, with what passed by added and rounded once; of gamma and beta."""
         assert x is not None
         gamma, beta = own
         mean, rstd = run.extra
@@ -66,11 +66,15 @@ class LayerNorm(Stage):
         if not any(asked.own):
             out = self._as(dy[0], x[0].dtype)
             dz = dy[0].to(x[0].dtype) if out is None else dy[0]
-            dx = layer_norm.input_grad(dz, x[0], gamma, mean, rstd, beside, out)
+            dx = layer_norm.input_grad(dz, x[0], gamma, mean, rstd, epilogue.beside, out)
             return (dx,), (None, None)
         needs = (asked.x, *asked.own)
         wide, *down = layer_norm.grads(dy[0], x[0], gamma, beta, mean, rstd, needs)
         return None if wide is None else (wide.to(x[0].dtype),), tuple(down)
+
+    def joins(self, asked: Asked) -> bool:
+        """The kernel of dx alone does."""
+        return not any(asked.own)
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """As torch has it."""

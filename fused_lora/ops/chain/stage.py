@@ -12,8 +12,6 @@ from torch import Tensor
 from fused_lora.kernels.interface import Adapters, Ending, Slope
 from fused_lora.types import Plan
 
-# A stage: one step of a chain whose backward is written out.
-#
 # The tensors between stages are boundaries: boundary i goes into stage i, boundary i + 1 comes out
 # of it. A stage says whether its backward reads what went in; the chain decides whether that is
 # kept or made again.
@@ -75,6 +73,16 @@ class Place(NamedTuple):
 FREE = Place()
 
 
+class GradEpilogue(NamedTuple):
+    """What a backward does to dx in the pass that forms it."""
+
+    slope: Slope | None = None  # of x = act(u): dx goes on to du
+    beside: Tensor | None = None  # [M, K], the gradient that passed by: added
+
+
+PLAIN = GradEpilogue()
+
+
 def consecutive(lengths: Iterable[int]) -> tuple[slice, ...]:
     """Slices one behind another."""
     found, first = [], 0
@@ -96,9 +104,15 @@ class Stage:
         raise NotImplementedError(type(self).__name__)
 
     def backward(
-        self, dy: Tensors, x: Tensors | None, run: StageRun, own: Optional, asked: Asked
+        self,
+        dy: Tensors,
+        x: Tensors | None,
+        run: StageRun,  # without its ``out``
+        own: Optional,
+        asked: Asked,
+        epilogue: GradEpilogue = PLAIN,  # of a stage that ``joins`` or ``slopes``
     ) -> tuple[Tensors | None, Optional]:
-        """Gradients of what went in and of the operands; ``run`` comes without its ``out``."""
+        """Gradients of what went in and of the operands."""
         raise NotImplementedError(type(self).__name__)
 
     def fuses(
@@ -111,33 +125,9 @@ class Stage:
         """Whether it adds a gradient that passed by to that of what went in, in its own pass."""
         return False
 
-    def joined(
-        self,
-        dy: Tensors,
-        x: Tensors | None,
-        run: StageRun,
-        own: Optional,
-        asked: Asked,
-        beside: Tensor | None,
-    ) -> tuple[Tensors | None, Optional]:
-        """As ``backward``, with ``beside`` [M, K] added to dx; where it ``joins``."""
-        raise NotImplementedError(type(self).__name__)
-
     def slopes(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
         """Whether its dx goes through the slope of the activation before it in its own pass."""
         return False
-
-    def sloped(
-        self,
-        dy: Tensors,
-        x: Tensors | None,
-        run: StageRun,
-        own: Optional,
-        asked: Asked,
-        slope: Slope,
-    ) -> tuple[Tensors | None, Optional]:
-        """As ``backward``, with the gradient of u where x = act(u); where it ``slopes``."""
-        raise NotImplementedError(type(self).__name__)
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """The same from operations that autograd and the compiler know."""
