@@ -358,3 +358,8 @@ def test_kernel_equals_float64(case: Case) -> None:
     check(Grads(*ours[:3], *([t.cpu() for t in halves] for halves in ours[3:])),
           on_cpu.expected(needs))  # fmt: skip
     assert all(torch.equal(flat(ours)[name], value) for name, value in flat(again).items())
+    if "dh" not in case.given:  # formed on chip, and written as well
+        dh = torch.full_like(p.dh, 7.0)
+        first = cuda.lora_grads(p.x, p.dy, p.adapters, needs, **p.given, dh_out=dh)
+        assert torch.equal(dh.cpu(), on_cpu.dh)
+        assert all(torch.equal(flat(ours)[name], value) for name, value in flat(first).items())

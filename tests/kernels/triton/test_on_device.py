@@ -16,11 +16,13 @@ from fused_lora.types import Span
 from tests.kernels.triton.cases import CASES, DTYPES, IDS, Case, adapters, build
 from tests.kernels.triton.gain import gain
 from tests.kernels.triton.guards import fenced
+from tests.kernels.triton.interpreted import test_border as border
 from tests.kernels.triton.interpreted import test_dropout as dropout
 from tests.kernels.triton.interpreted import test_gelu as gelu
 from tests.kernels.triton.interpreted import test_layer_norm as layer_norm
 from tests.kernels.triton.interpreted import test_lora_extended_bulk as bulk
 from tests.kernels.triton.interpreted import test_lora_merge_many as merges
+from tests.kernels.triton.interpreted import test_row_shrink as row_shrink
 from tests.kernels.triton.parity import check, one_pass_run, triton_run
 from tests.ops.problems import draw
 
@@ -87,6 +89,21 @@ def test_rows_and_elements(dtype, monkeypatch):
     layer_norm.test_rebuilt_bits_in_a_bordered_buffer(dtype)
     for kind in (("erf", "none"), ("tanh", "tanh")):
         gelu.test_parity(8 * 197, 3072, dtype, *kind, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", row_shrink.LOW, ids=str)
+@pytest.mark.parametrize("case", row_shrink.FEW, ids=[case.why for case in row_shrink.FEW])
+def test_rows_that_form_h(case, dtype, monkeypatch):
+    for wide in (False, True):
+        row_shrink.test_layer_norm(case, dtype, wide, True, monkeypatch)
+    for kind in row_shrink.KINDS:
+        row_shrink.test_gelu(case, dtype, kind, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_packed(case, dtype, monkeypatch):
+    border.test_each_half_is_one_matrix_with_zeros_beside_its_blocks(case, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
