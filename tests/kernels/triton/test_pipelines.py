@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.backends import nvidia
+from triton.backends.nvidia.compiler import get_ptxas  # which of two is Triton's to say
 
 from fused_lora.kernels.triton import lora_extended, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.tiles import BulkTile, ThinTile, candidates, one_pass_candidates
@@ -184,8 +184,14 @@ def remarks(ptx: str, folder: Path) -> list[str]:
     """What ptxas says of asynchronous products that do not run on."""
     source = folder / "kernel.ptx"
     source.write_text(ptx)
-    ptxas = Path(nvidia.__path__[0]) / "bin" / "ptxas"
-    command = [str(ptxas), "-v", "--gpu-name=sm_90a", str(source), "-o", str(folder / "kernel")]
+    command = [
+        get_ptxas(90).path,
+        "-v",
+        "--gpu-name=sm_90a",
+        str(source),
+        "-o",
+        str(folder / "kernel"),
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return re.findall(r"C75\d\d", done.stderr + done.stdout)
 
