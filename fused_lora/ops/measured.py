@@ -37,8 +37,9 @@ from fused_lora.types import Backend, Forward, Impl, Keep, Plan
 MODES = ("measure", "model")
 FORMAT = "plans 1"
 NEAR, LIMIT = 1.5, 10  # plans that are timed: estimates up to so many times the best, so many
-WARM, ROUNDS = 3, 5  # on a GPU
-WARM_CPU, ROUNDS_CPU, SAMPLE_US = 1, 12, 3000.0  # shorter parts are repeated within a sample
+WARM, ROUNDS, MOST = 3, 5, 20  # on a GPU; more rounds than ROUNDS where two plans are close
+WARM_CPU, ROUNDS_CPU, MOST_CPU = 1, 12, 30
+SAMPLE_US = 3000.0  # of a CPU's clock; shorter parts are repeated within a sample
 AGAIN_S = 300.0  # after which a question that memory was too short for is asked again
 SLEEP_CYCLES = 1_000_000  # half a millisecond, in which the host gets ahead of the device
 
@@ -184,7 +185,9 @@ class PlanPart(NamedTuple):
 
 def parts(question: Problem, plan: Plan) -> tuple[PlanPart, ...]:
     """What ``plan`` runs one after the other."""
-    forward = PlanPart("forward", (plan.backend, plan.forward, plan.keep))
+    bordered = question.bordered or plan.forward is Forward.BORDERED
+    copies_h = bordered and plan.keep is Keep.HIDDEN  # else what is kept is there, or let go
+    forward = PlanPart("forward", (plan.backend, plan.forward, copies_h))
     if not question.trains:
         return (forward,)
     merged = plan.keep is Keep.MERGED
@@ -234,7 +237,7 @@ def _race(question: Problem, plans: Sequence[Plan], device: torch.device) -> dic
         def once(part: PlanPart) -> float:
             return _events_us(runs[part]) if on_gpu else _clock_us(runs[part], repeats[part])
 
-        return race(by_name, once, ROUNDS if on_gpu else ROUNDS_CPU)
+        return race(by_name, once, *((ROUNDS, MOST) if on_gpu else (ROUNDS_CPU, MOST_CPU)))
 
 
 def _events_us(run: Callable[[], object]) -> float:

@@ -30,6 +30,8 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
     monkeypatch.setenv("FUSED_LORA_PLAN", "measure")
+    for name, less in {"ROUNDS_CPU": 2, "MOST_CPU": 2, "SAMPLE_US": 100.0}.items():
+        monkeypatch.setattr(measured, name, less)
     forget()
     yield
     forget()
@@ -58,7 +60,7 @@ def as_if(monkeypatch, favourite):
     """A clock by which the plans that are a ``favourite`` take next to nothing; what it timed."""
     ran = []
 
-    def race(plans, time_us, rounds):
+    def race(plans, time_us, rounds, most):
         ran.append(plans)
         return {n: 1.0 if favourite(n) else 100.0 + i for i, n in enumerate(plans)}
 
@@ -81,6 +83,17 @@ def test_by_the_real_clock_it_is_the_same_in_every_process():
     assert row["m"] == 20 and min(row["time_us"], key=row["time_us"].get) == str(first)
     forget()
     assert plan() == first
+
+
+@pytest.mark.parametrize("bordered", [False, True])
+def test_plans_that_differ_by_what_they_keep_share_a_forward(bordered):
+    asked = question(2000, beside=Beside(bordered=bordered))
+    found = {str(each): measured.parts(asked, each) for each in candidates(asked)}
+    hidden, nothing = found["separate/merge/rank/hidden"], found["separate/merge/rank/nothing"]
+    assert (hidden[0] == nothing[0]) == (not bordered)  # out of a buffer h is copied to be kept
+    assert hidden[1] != nothing[1]
+    assert found["merge/merge/full/merged"][0] == found["merge/merge/full/nothing"][0]
+    assert found["bordered/merge/rank/hidden"][0] != found["bordered/merge/rank/nothing"][0]
 
 
 def test_every_strategy_is_timed():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
-from fused_lora.plan.race import race
+from fused_lora.plan.race import race, standard_error
 
 PLANS = {"a": ("f1", "b1"), "b": ("f1", "b2"), "c": ("f2", "b1"), "d": ("f2", "b3")}
-TRUE = {"f1": 10.0, "f2": 12.0, "b1": 20.0, "b2": 18.0, "b3": 90.0}
+TRUE = {"f1": 10.0, "f2": 12.0, "f3": 17.0, "b1": 20.0, "b2": 18.0, "b3": 90.0}
 
 
 class Machine:
@@ -56,3 +58,25 @@ def test_one_bad_reading_changes_nothing():
     machine = Machine(lambda call: 9.0 if call == 6 else 1.0)
     found = race({name: PLANS[name] for name in "abc"}, machine.time_us, 5)
     assert found == pytest.approx({"a": 30.0, "b": 28.0, "c": 32.0})
+
+
+def test_a_close_rival_is_timed_until_the_ratio_is_settled():
+    plans = {"a": PLANS["a"], "b": PLANS["b"], "e": ("f3", "b2"), "d": PLANS["d"]}
+    draw = Random(0)
+    steady, restless = Machine(), Machine(lambda call: draw.uniform(0.9, 1.1))
+    race(plans, steady.time_us, 6, 40)
+    race(plans, restless.time_us, 6, 40)
+    assert steady.calls.count("b2") == 6 < restless.calls.count("b2") <= 40
+    assert restless.calls.count("f3") == 6  # e is not close: 35 to 28
+
+
+def test_rounds_have_an_end_however_restless_the_machine():
+    machine = Machine(lambda call: 1.0 + call % 2)
+    race({"a": PLANS["a"], "b": PLANS["b"]}, machine.time_us, 6, 10)
+    assert machine.calls.count("f1") == 10
+
+
+def test_the_standard_error_of_a_median_shrinks_with_the_root_of_what_it_is_of():
+    values = [1.0, 1.1, 1.2, 1.3]
+    assert standard_error(values) == pytest.approx(0.93 * 0.15 / 2)
+    assert standard_error(values * 4) < standard_error(values)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from math import ceil, sqrt
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fused_lora.ops.lora_linear import backward, forward
 from fused_lora.ops.planning import checked_plans
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
+from fused_lora.plan.race import standard_error
 from fused_lora.plan.strategies import ROUNDS_ONCE
 from fused_lora.reference import lora_linear as reference
 from fused_lora.testing.yardstick import Comparison, in_every_order, judge
@@ -264,12 +265,6 @@ class Sweep:
         reach = limit * min(self.ratio(name) for name in self.alive if name in eligible)
         slow = {name for name in self.alive if min(self.ratios(name)) > reach}
         self.alive = [name for name in self.alive if name not in slow or name == self.chosen]
-
-
-def standard_error(values: list[float]) -> float:
-    """Of the median, from the quartiles as of a normal distribution."""
-    first, _, third = quantiles(values, n=4, method="inclusive")
-    return 0.93 * (third - first) / sqrt(len(values))
 
 
 def sweep(
