@@ -133,7 +133,7 @@ def _composed(
         from fused_lora.ops.lora_linear_traced import traced
 
         return traced(x, w, bias, a, b, scales, spans, dtype, resolve(impl))
-    numbers = scales.tolist() if isinstance(scales, Tensor) else scales
+    numbers = [float(scale) for scale in scales]  # torch 2.9 has no tolist() inside a transform
     return plain(x, w, bias, a, b, numbers, spans, dtype)
 
 

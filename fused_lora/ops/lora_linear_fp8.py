@@ -27,7 +27,7 @@ from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import with_adapters
 from fused_lora.ops.operand import compute_dtype
 from fused_lora.ops.partners import triton_serves
-from fused_lora.ops.planning import halves_of, problem
+from fused_lora.ops.planning import halves_of
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
@@ -154,9 +154,9 @@ def _plan(
     rows: Tensor, codes: Tensor, bias: bool, adapters: Adapters, needs: Needs, impl: Impl
 ) -> Plan:
     """Lora_linear's, of whose forward h alone is taken; w' is never kept."""
-    n, k = codes.shape
+    k = codes.shape[1]
     spans, halves = tuple(adapters.spans), halves_of(adapters.a, adapters.scales)
-    keep = traced_keep(problem(rows.shape[0], k, n, spans, rows.dtype, bias, needs))
+    keep = traced_keep(k, spans, needs)
     return base.call_plan(rows, codes, bias, spans, needs, halves, keep, impl)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from fused_lora.ops import lora_linear_fp8 as eager
 from fused_lora.ops import lora_linear_traced as base
 from fused_lora.ops.lora_linear import Frame
-from fused_lora.ops.planning import problem
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.run import refuse_double_backward
@@ -48,7 +47,7 @@ def traced(
     bias = None if bias is None else bias.to(dtype)
     n, k = w.codes.shape
     needs = base._asked(rows, w.scales, bias, a, b)
-    keep = traced_keep(problem(1, k, n, spans, dtype, bias is not None, needs))
+    keep = traced_keep(k, spans, needs)
     settled = (base._flat(spans), base._bits(needs), keep.value, impl.value)
     y, _ = torch.ops.fused_lora.lora_linear_fp8(rows, *w, bias, list(a), list(b), scales, *settled)
     return y.reshape(*x.shape[:-1], n)

@@ -22,7 +22,7 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import lora_linear as eager
 from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.lora_linear_plain import plain
-from fused_lora.ops.planning import halves_of, plan_for, problem
+from fused_lora.ops.planning import halves_of, plan_for
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved, WithoutBackward
@@ -68,15 +68,23 @@ def traced(
         a, b = ([half.to(dtype) for half in halves] for halves in (a, b))
         y = reference.forward(rows, w, bias, a, b, scales, spans)  # type: ignore[arg-type]
         return y.reshape(*x.shape[:-1], n)
-    if torch.compiler.is_exporting():
+    if _exporting():
         given = (rows, w, bias, list(a), list(b), scales, _flat(spans), impl.value)
         y = torch.ops.fused_lora.lora_linear_exported(*given)
         return y.reshape(*x.shape[:-1], n)
     needs = _asked(rows, w, bias, a, b)
-    keep = traced_keep(problem(1, k, n, spans, dtype, bias is not None, needs))
+    keep = traced_keep(k, spans, needs)
     settled = (_flat(spans), _bits(needs), keep.value, impl.value)
     y, _ = torch.ops.fused_lora.lora_linear(rows, w, bias, list(a), list(b), scales, *settled)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _exporting() -> bool:
+    """Whether this is ``torch.export``.
+
+    In compiled code the public function is taken for True by torch 2.9 to 2.11, the flag never is.
+    """
+    return torch.compiler.is_exporting() and torch.compiler._is_exporting_flag
 
 
 def _asked(

@@ -66,7 +66,7 @@ def plan_words(module: AdaptedLinear, rows: int) -> str:
 
 def fp8_words(q: Problem, dtype: torch.dtype, device: torch.device) -> str:
     """The plan of a base in FP8: its own forward, and of the plan what backward does."""
-    keep = traced_keep(q)
+    keep = traced_keep(q.k, q.spans, q.needs)
     plan = expected(q, dtype, device, keep)
     words = "/".join(part.value for part in (plan.dx, plan.gradient, plan.keep))
     who = "" if why_not_fp8(q, dtype, device) else "triton:"

@@ -17,7 +17,7 @@ from fused_lora.plan.cost import time_us
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.strategies import ROUNDS_ONCE, candidates
-from fused_lora.types import Forward, Keep, Plan
+from fused_lora.types import Forward, Keep, Needs, Plan, Span
 
 MERGE_GAIN = 1.5
 SIGNAL_PRICE = 1.10
@@ -82,16 +82,16 @@ def choose(problem: Problem, ceilings: Ceilings, keep: Keep | None = None) -> Pl
     return ranked(problem, ceilings, keep)[0].plan
 
 
-def traced_keep(problem: Problem) -> Keep:
+def traced_keep(k: int, spans: Sequence[Span], needs: Needs) -> Keep:
     """What to keep where M is not known yet: it depends on K, N and the ranks alone.
+
+    Compilers trace it: torch 2.11 follows no dataclass such as ``Problem``.
 
     Above R* = KN / (2 (K + N)) FULL wins whatever M is and reads no h; below it h is kept.
     """
-    if not problem.needs.b:
+    if not needs.b:
         return Keep.NOTHING
-    if not problem.needs.a and not problem.needs.w:
+    if not needs.a and not needs.w:
         return Keep.HIDDEN
-    full = all(
-        2 * span.rank * (problem.k + span.width) > problem.k * span.width for span in problem.spans
-    )
+    full = all(2 * span.rank * (k + span.width) > k * span.width for span in spans)
     return Keep.NOTHING if full else Keep.HIDDEN

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_lora import cli
-from fused_lora.kernels.triton import identity, launches, winners
+from fused_lora.kernels.triton import available, identity, launches, winners
 from fused_lora.kernels.triton.tiles import BulkTile, Tile
 
 CPU = torch.device("cpu")
@@ -81,4 +81,6 @@ def test_without_a_device_it_says_why(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a device")
     assert cli.main(["tune"]) == 2
-    assert "nothing to tune here: torch sees no CUDA device" in capsys.readouterr().err
+    why = available.why_not(torch.device("cuda"), torch.float32)
+    assert f"nothing to tune here: {why}" in capsys.readouterr().err
+    assert why and ("torch sees no CUDA device" in why or "triton" in why)

@@ -258,6 +258,14 @@ class TestCompile:
         torch.testing.assert_close(y, call(w, bias, x, *a, *b))
         assert "fused_lora" not in graphs[0]
 
+    def test_a_compiled_call_is_not_taken_for_an_exported_one(self):
+        torch._dynamo.reset()
+        graphs = []
+        backend = lambda graph, _: graphs.append(graph.code) or graph  # noqa: E731
+        x, w, bias, a, b = operands()
+        torch.compile(call, fullgraph=True, backend=backend)(w, bias, x, *a, *b)
+        assert "fused_lora.lora_linear(" in graphs[0]
+
 
 def test_inference_mode_and_no_grad():
     x, w, bias, a, b = operands(torch.float32)

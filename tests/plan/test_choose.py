@@ -119,10 +119,11 @@ def test_fixing_what_is_kept_narrows_the_choice():
 
 
 def test_traced_keep_depends_on_shapes_but_not_on_rows():
-    assert choosing.traced_keep(problem(1, rank=16)) is Keep.HIDDEN
-    assert choosing.traced_keep(problem(1, rank=256)) is Keep.NOTHING
-    assert choosing.traced_keep(problem(1, needs=Needs(b=False))) is Keep.NOTHING
-    assert choosing.traced_keep(problem(1, rank=256, needs=Needs(a=False))) is Keep.HIDDEN
+    keep = lambda p: choosing.traced_keep(p.k, p.spans, p.needs)  # noqa: E731
+    assert keep(problem(1, rank=16)) is Keep.HIDDEN
+    assert keep(problem(1, rank=256)) is Keep.NOTHING
+    assert keep(problem(1, needs=Needs(b=False))) is Keep.NOTHING
+    assert keep(problem(1, rank=256, needs=Needs(a=False))) is Keep.HIDDEN
 
 
 def test_an_x_that_its_producer_places_is_not_copied():

@@ -99,10 +99,12 @@ def test_checkpointing_inside_a_compiled_model():
     close(found, gradients(patched(depth=1)))
 
 
-def test_export_keeps_one_node_per_linear():
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_keeps_one_node_per_linear(strict):
     model = patched(depth=1).eval()
     x, _ = batch()
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    sizes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (x,), dynamic_shapes=sizes, strict=strict)
     target = torch.ops.fused_lora.lora_linear_exported.default
     nodes = [n for n in program.graph.nodes if n.target is target]
     assert len(nodes) == sum(isinstance(m, AdaptedLinear) for m in model.modules())
