@@ -149,7 +149,7 @@ class AdaptedLinear(Unscripted, WithVariants):
     @property
     def scales(self) -> tuple[float, ...]:
         """The factor s of each adapter."""
-        return tuple(self._scales.tolist())
+        return tuple(float(scale) for scale in self._scales)  # no tolist() in a transform of 2.9
 
     @property
     def active_rank(self) -> int | None:

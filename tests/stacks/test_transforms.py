@@ -81,6 +81,10 @@ def test_derivatives_of_every_kind():
     torch.testing.assert_close(found, jvp(lambda x: by_hand(module, x), (x,), (tangent,))[1])
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
+    reason="torch 2.9 to 2.11 compile no registered op inside a transform",
+)
 def test_a_transform_inside_a_compiled_function():
     module, x = layer(), torch.randn(3, 7, dtype=torch.float64)
 
