@@ -35,6 +35,10 @@ METHODS = {
     "lora_qv": ["method=wecolora", 'student.targets=["q", "v"]'],
     "weco": ["method=weco"],
     "first": ["method=weco", "student.keep=first"],
+    "random": ["method=wecolora", "data.choice=random"],
+    "kmeans": ["method=wecolora", "data.choice=kmeans++"],
+    "wecolora_labels": ["method=wecolora", "loss.labels=0.1", 'student.trainable=["^head"]'],
+    "weco_kd_labels": ["method=weco_kd", "loss.labels=0.1"],
 }
 TITLES = {
     "wecolora": "WeCoLoRA",
@@ -43,11 +47,21 @@ TITLES = {
     "lora_qv": "WeCo+LoRA (q, v)",
     "weco": "copy alone",
     "first": "first layers alone",
+    "random": "WeCoLoRA, any images",
+    "kmeans": "WeCoLoRA, k-means++",
+    "wecolora_labels": "WeCoLoRA, labels too",
+    "weco_kd_labels": "WeCo+KD, labels too",
 }
 UNTRAINED = ("weco", "first")
-SEEDS = (0, 1, 2)
-SWEEP_REDUCTION, SWEEP_SEED = 3, 9
+RATE_OF = {  # methods without a sweep of their own
+    "random": "wecolora",
+    "kmeans": "wecolora",
+    "wecolora_labels": "wecolora",
+    "weco_kd_labels": "weco_kd",
+}
+SWEEP_SEED = 9
 MOST_HELD = 1000  # images not shown, for the distance
+Rates = dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,13 +70,17 @@ class Grid:
 
     recipe: str
     steps: int
-    rates: dict[str, tuple[float, ...]]  # of the methods that learn
+    rates: Rates  # of the methods that learn; of one rate there is no sweep
     swept: dict[float, float]  # fraction: the one whose sweep it goes by
     reductions: tuple[int, ...]
+    untrained: tuple[str, ...] = ("weco",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sweep_reduction: int = 3
     ranks: tuple[int, ...] = ()  # further ranks of WeCoLoRA
     plain_rank: int = 16
     rank_reduction: int = 3
-    more: list[str] = field(default_factory=list)
+    settings: tuple[str, ...] = ()
+    cosine: bool = False  # record the likeness of blocks
 
 
 GRIDS = {
@@ -73,18 +91,50 @@ GRIDS = {
         swept={0.01: 0.01, 0.02: 0.10, 0.05: 0.10, 0.10: 0.10, 0.25: 0.10},  # by effective batch
         reductions=(2, 3, 4),
     ),
+    "digits_deep": Grid(
+        "digits_wecolora.toml",
+        steps=120,
+        rates={
+            "wecolora": (0.1, 0.2, 0.4, 0.8),
+            "weco_kd": (0.01, 0.02, 0.04, 0.08, 0.16),
+            "wecolora_labels": (),
+            "weco_kd_labels": (),
+        },
+        swept={0.01: 0.01, 0.02: 0.10, 0.10: 0.10},
+        reductions=(6, 8),
+        seeds=(0, 1, 2, 3, 4),
+        sweep_reduction=6,
+        settings=("teacher.recipe=digits_deep_teacher.toml",),
+    ),
     "photographs": Grid(
         "photographs_wecolora.toml",
         steps=100,
         rates={
             "wecolora": (0.05, 0.1, 0.2, 0.4),
-            "weco_kd": (0.005, 0.01, 0.02, 0.04),
-            "first_kd": (0.005, 0.01, 0.02, 0.04),
+            "weco_kd": (0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
+            "first_kd": (0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
             "lora_qv": (0.05, 0.1, 0.2, 0.4),
         },
         swept={0.01: 0.02, 0.02: 0.02, 0.10: 0.02, 0.05: 0.02},
         reductions=(2, 3, 4, 6),
+        untrained=UNTRAINED,
         ranks=(4, 64),
+    ),
+    "photographs_choice": Grid(
+        "photographs_wecolora.toml",
+        steps=100,
+        rates={"wecolora": (0.05, 0.1, 0.2, 0.4), "random": (), "kmeans": ()},
+        swept={0.0025: 0.0025},
+        reductions=(2, 3, 4, 6),
+        untrained=(),
+    ),
+    "photographs_cosine": Grid(
+        "photographs_wecolora.toml",
+        steps=100,
+        rates={"wecolora": (0.2,), "weco_kd": (0.04,)},  # those of "photographs"
+        swept={0.02: 0.02},
+        reductions=(2,),
+        cosine=True,
     ),
 }
 
@@ -98,7 +148,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="the tables of what is there, no runs")
     args = parser.parse_args()
     grid = GRIDS[args.name]
-    about = {"recipe": grid.recipe, "steps": grid.steps}
+    about = {"recipe": grid.recipe, "steps": grid.steps, "settings": grid.settings}
     asked = iter(()) if args.table else every(grid)
     said = fill(args.out, about, asked, lambda given, sweep: row(grid, args.folder, given, sweep))
     print(tables(grid, said["rows"]))
@@ -107,30 +157,34 @@ def main() -> None:
 def every(grid: Grid) -> Iterator[Row]:
     """The sweep first; then the grid, a fraction of the images at a time."""
     for fraction, method in product(sorted(set(grid.swept.values())), grid.rates):
-        for blr in grid.rates[method]:
+        rates = grid.rates[method]
+        for blr in rates if len(rates) > 1 else ():
             yield {
                 "method": method,
                 "fraction": fraction,
-                "reduction": SWEEP_REDUCTION,
+                "reduction": grid.sweep_reduction,
                 "seed": SWEEP_SEED,
                 "blr": blr,
             }
-    for reduction, method in product(grid.reductions, UNTRAINED):
+    for reduction, method in product(grid.reductions, grid.untrained):
         yield dict(method=method, fraction=min(grid.swept), reduction=reduction, seed=0)
     for fraction, seed, reduction, method in product(
-        grid.swept, SEEDS, grid.reductions, grid.rates
+        grid.swept, grid.seeds, grid.reductions, grid.rates
     ):
         yield dict(method=method, fraction=fraction, reduction=reduction, seed=seed)
-    for seed, rank, fraction in product(SEEDS, grid.ranks, grid.swept):
+    for seed, rank, fraction in product(grid.seeds, grid.ranks, grid.swept):
         reduction = grid.rank_reduction
         yield dict(method="wecolora", fraction=fraction, reduction=reduction, seed=seed, rank=rank)
 
 
 def best(grid: Grid, sweep: list[Row], given: Row) -> float:
     """The rate with the smallest distance on images not shown."""
-    wanted = {"method": given["method"], "fraction": grid.swept[given["fraction"]]}
+    method = RATE_OF.get(given["method"], given["method"])
+    if len(rates := grid.rates.get(method, (0.1,))) == 1:  # or it does not learn
+        return rates[0]
+    wanted = {"method": method, "fraction": grid.swept[given["fraction"]]}
     mine = [row for row in sweep if row.items() >= wanted.items()]
-    return min(mine, key=lambda row: row["distance"])["blr"] if mine else 0.1
+    return min(mine, key=lambda row: row["distance"])["blr"]
 
 
 def row(grid: Grid, folder: Path, given: Row, sweep: list[Row]) -> Row:
@@ -143,19 +197,25 @@ def row(grid: Grid, folder: Path, given: Row, sweep: list[Row]) -> Row:
         "train.seed": seed,
         "train.steps": grid.steps,
         "train.blr": blr,
-        "evaluate.cosine": "false",
+        "evaluate.cosine": str(grid.cosine).lower(),
         "evaluate.teacher": "false",
         "evaluate.report": "false",
     }
     if "rank" in given:
         settings |= {"student.rank": given["rank"], "student.allow_large_rank": "true"}
-    asked = [f"{key}={value}" for key, value in settings.items()] + METHODS[given["method"]]
+    asked = [f"{key}={value}" for key, value in settings.items()]
+    asked += [*grid.settings, *METHODS[given["method"]]]
     recipe = read(Path(__file__).with_name(grid.recipe), asked)
     home = folder / "-".join(str(value) for value in (*given.values(), blr))
     begun_s = time.process_time()
     figures: dict[str, Any] = distill(recipe, home)["figures"]
     cpu_s = time.process_time() - begun_s
-    found = {name: round(value, 5) for name, value in figures.items()}
+    found: Row = {k: round(v, 5) for k, v in figures.items() if not isinstance(v, dict)}
+    if grid.cosine:
+        found["cosine"] = {
+            block: {name: round(value, 5) for name, value in row.items()}
+            for block, row in figures["cosine"].items()
+        }
     if "blr" in given:
         found["distance"] = distance(recipe, home)
     return {"blr": blr} | found | {"cpu_s": round(cpu_s, 2)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fused_lora.distill import evaluate, features, report
 from fused_lora.distill.data.batches import Batch, Order, loaded
 from fused_lora.distill.data.sets import SOURCES, TEST, TRAIN, ImageSet, located
-from fused_lora.distill.data.subset import balanced, spread
+from fused_lora.distill.data.subset import balanced, spread, uniform
 from fused_lora.distill.data.views import View, Viewed, view_of
 from fused_lora.distill.methods import METHODS, finish, objective_of, wanted_of
 from fused_lora.distill.objective import unreached
@@ -137,6 +137,8 @@ class Run:
             return list(range(len(self.images)))
         if about.choice == "balanced":
             return balanced(self.images.labels, about.fraction, about.seed)
+        if about.choice == "random":
+            return uniform(len(self.images), about.fraction, about.seed)
         return spread(self._features(), about.fraction, about.seed)
 
     def _features(self) -> Tensor:

@@ -22,7 +22,7 @@ from fused_lora.distill.data.sets import (
     huggingface,
     located,
 )
-from fused_lora.distill.data.subset import balanced, spread
+from fused_lora.distill.data.subset import balanced, spread, uniform
 from fused_lora.distill.data.views import Viewed, photo_view
 
 CONFIG = {
@@ -72,6 +72,13 @@ def test_a_balanced_choice_is_nested_seeded_and_never_without_a_class() -> None:
     counts = Counter(labels[i] for i in more).values()
     assert max(counts) - min(counts) <= 1
     assert balanced(labels, 1.0, 0) == list(range(len(labels)))
+
+
+def test_a_uniform_choice_is_seeded_and_of_the_asked_size() -> None:
+    few = uniform(1000, 0.0025, 0)
+    assert len(set(few)) == 2 and few == uniform(1000, 0.0025, 0) and max(few) < 1000
+    assert few != uniform(1000, 0.0025, 1)
+    assert len(uniform(1000, 0.0001, 0)) == 1
 
 
 def test_kmeans_plus_plus_spreads() -> None:

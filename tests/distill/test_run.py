@@ -82,6 +82,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, teacher: dict) -> None:
         ("wecolora", {"loss": {"labels": 1.0}, "student": {"trainable": ["^head"]}}),
         ("wecolora", {"loss": {"tokens": 0.0, "labels": 1.0}, "student": {"targets": ["q", "v"]}}),
         ("wecolora", {"data": {"choice": "kmeans++"}}),
+        ("wecolora", {"data": {"choice": "random"}}),
         ("wecolora", {"data": {"augment": "shift"}, "train": {"accumulate": 2}}),
         ("wecolora", {"train": {"precision": "bf16"}}),
         ("wecolora", {"train": {"precision": "fp64"}, "student": {"qkv": "joint"}}),

@@ -1,4 +1,4 @@
-"""Few images out of many: as many of each class by a seed, or spread out by k-means++."""
+"""Few images out of many: as many of each class, any, or spread out by k-means++; by a seed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ def balanced(labels: list[int], fraction: float, seed: int) -> list[int]:
         order = mine[torch.randperm(len(mine), generator=generator)]
         chosen += order[: max(1, round(fraction * len(mine)))].tolist()
     return sorted(chosen)
+
+
+def uniform(count: int, fraction: float, seed: int) -> list[int]:
+    """``fraction`` of ``count`` images, no label looked at."""
+    generator = torch.Generator().manual_seed(seed)
+    few = max(1, round(fraction * count))
+    return sorted(torch.randperm(count, generator=generator)[:few].tolist())
 
 
 def spread(features: Tensor, fraction: float, seed: int) -> list[int]:

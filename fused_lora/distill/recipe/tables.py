@@ -105,8 +105,10 @@ class Data(Table):
     # stands for a variable of the environment
     image_size: int = number(0, 0, 4096)  # 0: what the model expects
     augment: str = word("none", "none", "flip", "crop", "shift")
-    fraction: float = number(1.0, 0, 1)  # of the training images, as many of each class
-    choice: str = word("balanced", "balanced", "kmeans++")
+    fraction: float = number(1.0, 0, 1)  # of the training images
+    choice: str = word(
+        "balanced", "balanced", "random", "kmeans++"
+    )  # balanced: as many of each class
     seed: int = number(0, 0)  # of the choice
     bad_images: str = word("raise", "raise", "skip")  # those that do not decode
     workers: int = number(0, 0, 256)  # processes that load
