@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from grid import Row, cell, compared, fill
 
 from fused_lora.distill.evaluate import token_distance
 from fused_lora.distill.recipe import Recipe, read
-from fused_lora.distill.run import distill
-from fused_lora.distill.runner import Run
+from fused_lora.distill.run import Run, distill
 from fused_lora.distill.student import load_student
-from fused_lora.distill.train.world import World
+from fused_lora.distill.train.devices import World
 
 METHODS = {
     "wecolora": ["method=wecolora"],
@@ -75,7 +74,7 @@ class Grid:
     reductions: tuple[int, ...]
     untrained: tuple[str, ...] = ("weco",)
     seeds: tuple[int, ...] = (0, 1, 2)
-    sweep_reduction: int = 3
+    sweep_reduction: int | None = 3  # None: each reduction has a sweep of its own
     ranks: tuple[int, ...] = ()  # further ranks of WeCoLoRA
     plain_rank: int = 16
     rank_reduction: int = 3
@@ -95,15 +94,15 @@ GRIDS = {
         "digits_wecolora.toml",
         steps=120,
         rates={
-            "wecolora": (0.1, 0.2, 0.4, 0.8),
-            "weco_kd": (0.01, 0.02, 0.04, 0.08, 0.16),
+            "wecolora": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+            "weco_kd": (0.01, 0.02, 0.04, 0.08, 0.16, 0.32),
             "wecolora_labels": (),
             "weco_kd_labels": (),
         },
         swept={0.01: 0.01, 0.02: 0.10, 0.10: 0.10},
         reductions=(6, 8),
         seeds=(0, 1, 2, 3, 4),
-        sweep_reduction=6,
+        sweep_reduction=None,
         settings=("teacher.recipe=digits_deep_teacher.toml",),
     ),
     "photographs": Grid(
@@ -156,13 +155,14 @@ def main() -> None:
 
 def every(grid: Grid) -> Iterator[Row]:
     """The sweep first; then the grid, a fraction of the images at a time."""
-    for fraction, method in product(sorted(set(grid.swept.values())), grid.rates):
+    swept = (grid.sweep_reduction,) if grid.sweep_reduction else grid.reductions
+    for reduction, fraction, method in product(swept, sorted(set(grid.swept.values())), grid.rates):
         rates = grid.rates[method]
         for blr in rates if len(rates) > 1 else ():
             yield {
                 "method": method,
                 "fraction": fraction,
-                "reduction": grid.sweep_reduction,
+                "reduction": reduction,
                 "seed": SWEEP_SEED,
                 "blr": blr,
             }
@@ -183,6 +183,7 @@ def best(grid: Grid, sweep: list[Row], given: Row) -> float:
     if len(rates := grid.rates.get(method, (0.1,))) == 1:  # or it does not learn
         return rates[0]
     wanted = {"method": method, "fraction": grid.swept[given["fraction"]]}
+    wanted["reduction"] = grid.sweep_reduction or given["reduction"]
     mine = [row for row in sweep if row.items() >= wanted.items()]
     return min(mine, key=lambda row: row["distance"])["blr"]
 

@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora.distill import evaluate, features
-from fused_lora.distill.blocks import blocks_of
+from fused_lora.distill.blocks import blocks_of, tokens_of
+from fused_lora.distill.cka import mapped_cka
 from fused_lora.distill.data.batches import Batch
-from fused_lora.distill.objective import Terms
-from fused_lora.distill.recipe.checked import RecipeError
-from fused_lora.distill.recipe.tables import Family
-from fused_lora.distill.runner import Run
+from fused_lora.distill.recipe.tables import Family, RecipeError
+from fused_lora.distill.run import Run
 from fused_lora.distill.share import MAPPINGS
-from fused_lora.distill.slad_figures import mapped_cka
-from fused_lora.distill.tokens import tokens_of
-from fused_lora.distill.train.precision import Precision
+from fused_lora.distill.train.devices import Precision
+from fused_lora.distill.wecolora import Terms
 
 
 class FeatureObjective(nn.Module):

@@ -9,19 +9,17 @@ import torch
 from torch import nn
 
 from fused_lora.distill.data.batches import Order
-from fused_lora.distill.data.scans import ScanView
 from fused_lora.distill.data.sets import digits
-from fused_lora.distill.data.views import Viewed
+from fused_lora.distill.data.views import ScanView, Viewed
 from fused_lora.distill.features import Live
-from fused_lora.distill.objective import Objective
+from fused_lora.distill.models import build
 from fused_lora.distill.recipe import Recipe
 from fused_lora.distill.recipe.read import of
 from fused_lora.distill.recipe.tables import Teacher, Train
-from fused_lora.distill.taps import pairs_of
+from fused_lora.distill.stack import pairs_of
+from fused_lora.distill.train.devices import Precision, World
 from fused_lora.distill.train.fit import Fit
-from fused_lora.distill.train.precision import Precision
-from fused_lora.distill.train.world import World
-from fused_lora.distill.weights import build
+from fused_lora.distill.wecolora import Objective
 
 OPTIONS = {
     "img_size": 8,

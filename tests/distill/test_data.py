@@ -12,18 +12,19 @@ import torch
 from PIL import Image
 
 from fused_lora.distill.data.batches import Order, loaded
-from fused_lora.distill.data.scans import ScanView
 from fused_lora.distill.data.sets import (
     SOURCES,
     DataError,
     ImageSet,
+    balanced,
     digits,
     folder,
     huggingface,
     located,
+    spread,
+    uniform,
 )
-from fused_lora.distill.data.subset import balanced, spread, uniform
-from fused_lora.distill.data.views import Viewed, photo_view
+from fused_lora.distill.data.views import ScanView, Viewed, photo_view
 
 CONFIG = {
     "mean": (0.5, 0.5, 0.5),

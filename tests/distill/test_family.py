@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from fused_lora.distill import load_student
+from fused_lora.distill.blocks import tokens_of
 from fused_lora.distill.family import FeatureObjective, pairs_of
+from fused_lora.distill.models import build, read
 from fused_lora.distill.recipe import Recipe, RecipeError
 from fused_lora.distill.recipe.tables import Family
 from fused_lora.distill.run import distill
-from fused_lora.distill.tokens import tokens_of
 from fused_lora.distill.train.fit import LAST, Diverged, Fit
-from fused_lora.distill.weights import build, read
 from tests.distill.runs import MODEL, OPTIONS, checkpoint, recipe
 
 SMALL = MODEL | {"options": OPTIONS | {"embed_dim": 8, "depth": 2, "num_classes": 0}}

@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fused_lora.distill.data.mask_views import MaskedPhotoView, StrokeView, masked_view_of
 from fused_lora.distill.data.masks import (
     IGNORE,
+    MaskedPhotoView,
+    StrokeView,
     classes_of,
     digit_masks,
     folder_of_masks,
+    masked_view_of,
     read_mask,
     unmasked,
 )
@@ -22,7 +24,7 @@ from fused_lora.distill.data.sets import DataError
 from fused_lora.distill.data.views import Viewed
 from fused_lora.distill.recipe import Recipe
 from fused_lora.distill.run import distill
-from fused_lora.distill.sliding import MeanIoU
+from fused_lora.distill.segmentation import MeanIoU
 from tests.distill.unets import OPTIONS, checkpoint, segmenting, unet
 
 SIZE = (18, 12)  # width, height

@@ -18,14 +18,13 @@ from fused_lora.distill import load_student
 from fused_lora.distill.data.batches import Batch
 from fused_lora.distill.data.sets import DataError
 from fused_lora.distill.evaluate import likeness, neighbours, sgd
+from fused_lora.distill.models import WeightsError, build, read
 from fused_lora.distill.recipe import Recipe, RecipeError
 from fused_lora.distill.recipe.tables import Teacher
-from fused_lora.distill.run import distill
-from fused_lora.distill.runner import Run
-from fused_lora.distill.taps import tokens_of
+from fused_lora.distill.run import Run, distill
+from fused_lora.distill.stack import tokens_of
+from fused_lora.distill.train.devices import World
 from fused_lora.distill.train.fit import LAST, Fit
-from fused_lora.distill.train.world import World
-from fused_lora.distill.weights import WeightsError, build, read
 from tests.distill.runs import MODEL, OPTIONS, checkpoint, recipe, slad_recipe
 
 

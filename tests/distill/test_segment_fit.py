@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora.distill import copy_layers
-from fused_lora.distill.convolutions import adapt_convolutions
+from fused_lora.distill.convolutions import adapt_convolutions, hold_statistics
 from fused_lora.distill.stack import stacks_of
-from fused_lora.distill.statistics import hold_statistics
 from fused_lora.nn.child_adapters import FusedLoRAConv2d
 from fused_lora.testing.yardstick import in_every_order, judge
 from tests.distill.runs import fit_of

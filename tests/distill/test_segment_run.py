@@ -10,14 +10,14 @@ import torch
 
 from fused_lora.distill import load_student
 from fused_lora.distill.evaluate import likeness
+from fused_lora.distill.models import load, read
 from fused_lora.distill.recipe import RecipeError
+from fused_lora.distill.report import text
 from fused_lora.distill.run import distill
-from fused_lora.distill.segment_run import SegmentRun
-from fused_lora.distill.table import text
-from fused_lora.distill.taps import tokens_of
+from fused_lora.distill.segmentation import SegmentRun
+from fused_lora.distill.stack import tokens_of
+from fused_lora.distill.train.devices import World
 from fused_lora.distill.train.fit import Fit
-from fused_lora.distill.train.world import World
-from fused_lora.distill.weights import load, read
 from tests.distill.runs import MODEL
 from tests.distill.unets import CLASSES, OPTIONS, segmenting, unet
 
@@ -150,8 +150,8 @@ def test_refuses(tmp_path: Path, monkeypatch, tables: dict, message: str) -> Non
 
 def of_teacher(folder: Path, table: dict) -> str:
     """A file of the weights of a teacher's own shape."""
+    from fused_lora.distill.models import build
     from fused_lora.distill.recipe.tables import Teacher
-    from fused_lora.distill.weights import build
 
     about = Teacher(model=table.get("model", "unet"), options=table["options"])
     torch.save(build(about).state_dict(), folder / "own.pth")
@@ -175,8 +175,8 @@ def test_a_recipe_error_is_one(tmp_path: Path) -> None:
 
 def test_a_unet_of_the_library_from_a_recipe(tmp_path: Path) -> None:
     pytest.importorskip("segmentation_models_pytorch")
+    from fused_lora.distill.models import build
     from fused_lora.distill.recipe.tables import Teacher
-    from fused_lora.distill.weights import build
 
     given = {"encoder_name": "tu-resnet18", "encoder_depth": 3, "decoder_channels": [16, 8, 8]}
     given |= {"in_channels": 1, "num_classes": CLASSES}

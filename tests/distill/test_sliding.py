@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fused_lora.distill.sliding import MeanIoU, sliding_window
+from fused_lora.distill.segmentation import MeanIoU, sliding_window
 
 
 class TestSlidingWindow:

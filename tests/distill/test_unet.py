@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from fused_lora.distill import copy_layers
-from fused_lora.distill.convolutions import adapt_convolutions, merge_convolutions
+from fused_lora.distill.convolutions import (
+    adapt_convolutions,
+    hold_statistics,
+    merge_convolutions,
+    release_statistics,
+)
+from fused_lora.distill.models import UNet, WeightsError, build
 from fused_lora.distill.recipe.tables import Teacher
-from fused_lora.distill.stack import stacks_of
-from fused_lora.distill.statistics import hold_statistics, release_statistics
-from fused_lora.distill.taps import pairs_of, tokens_of
-from fused_lora.distill.unet import UNet
-from fused_lora.distill.weights import WeightsError, build
+from fused_lora.distill.stack import pairs_of, stacks_of, tokens_of
 from fused_lora.nn.child_adapters import FusedLoRAConv2d
 from tests.distill.unets import unet
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fused_lora.distill.models import UNet
 from fused_lora.distill.recipe import Recipe
-from fused_lora.distill.unet import UNet
 from tests.distill.runs import recipe
 
 OPTIONS = {"encoder": "resnet34", "in_chans": 1, "stages": 3, "channels": [8, 12, 8, 8]}
