@@ -24,7 +24,7 @@ from fused_lora.distill.recipe.tables import Teacher
 from fused_lora.distill.run import Run, distill
 from fused_lora.distill.stack import tokens_of
 from fused_lora.distill.train.devices import World
-from fused_lora.distill.train.fit import LAST, Fit
+from fused_lora.distill.train.fit import LAST
 from tests.distill.runs import MODEL, OPTIONS, checkpoint, recipe, slad_recipe
 
 
@@ -276,32 +276,6 @@ def test_the_ablations_of_slad_train_the_teacher_first(tmp_path: Path, method: s
     whole = any(name.startswith("param.both.teacher.patch_embed") for name in first)
     assert whole == (method == "finetune")
     assert set(said["cka_before"]) == set(said["cka"])
-
-
-@pytest.mark.parametrize("method", ["two_step", "finetune"])
-def test_two_phases_killed_in_each_end_where_an_unbroken_run_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    asked = slad_recipe(tmp_path, method)
-    step, run = Fit._step, []
-
-    def stops(fit: Fit, number: int, micro: list) -> None:
-        run.append(number)
-        if len(run) in (5, 13):  # in the first phase, and in the second
-            raise KeyboardInterrupt
-        step(fit, number, micro)
-
-    monkeypatch.setattr(Fit, "_step", stops)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            distill(asked, tmp_path / "broken")
-    distill(asked, tmp_path / "broken")
-    assert run == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3, 4, 3, 4, 5]
-    monkeypatch.setattr(Fit, "_step", step)
-    distill(asked, tmp_path / "whole")
-    for file in ("student.safetensors", "heads.safetensors", LAST):
-        one, other = (read(tmp_path / home / file) for home in ("broken", "whole"))
-        assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_a_resnet_student_learns_by_convlora(tmp_path: Path) -> None:

@@ -10,14 +10,13 @@ import torch
 
 from fused_lora.distill import load_student
 from fused_lora.distill.evaluate import likeness
-from fused_lora.distill.models import load, read
+from fused_lora.distill.models import load
 from fused_lora.distill.recipe import RecipeError
 from fused_lora.distill.report import text
 from fused_lora.distill.run import distill
 from fused_lora.distill.segmentation import SegmentRun
 from fused_lora.distill.stack import tokens_of
 from fused_lora.distill.train.devices import World
-from fused_lora.distill.train.fit import Fit
 from tests.distill.runs import MODEL
 from tests.distill.unets import CLASSES, OPTIONS, segmenting, unet
 
@@ -69,26 +68,6 @@ def test_methods(tmp_path: Path, tables: dict) -> None:
     everything = tables.get("method") == "weco_kd"
     assert stem == everything and mean == everything
     assert head == bool(tables.get("loss", {}).get("labels"))
-
-
-@pytest.mark.parametrize("method", ["finetune", "wecolora"])
-def test_a_killed_run_ends_in_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    asked = segmenting(tmp_path, method=method, data={"augment": "shift"})
-    distill(asked, tmp_path / "whole")
-    save = Fit._save
-
-    def killed(fit: Fit, done: int) -> None:
-        save(fit, done)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Fit, "_save", killed)
-        distill(asked, tmp_path / "killed")
-    assert distill(asked, tmp_path / "killed")["figures"]["steps"] == 6
-    one, other = (read(tmp_path / name / "student.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_teacher_recipe_is_run_first(tmp_path: Path) -> None:
