@@ -124,7 +124,7 @@ GRIDS = {
         steps=100,
         rates={"wecolora": (0.05, 0.1, 0.2, 0.4), "random": (), "kmeans": ()},
         swept={0.0025: 0.0025},
-        reductions=(2, 3, 4, 6),
+        reductions=(2, 3, 4),
         untrained=(),
     ),
     "photographs_cosine": Grid(

@@ -9,7 +9,6 @@ do must be the same before and after.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 from torch import nn
 
 from fused_lora.nn.child_adapters import FusedLoRAConv2d
+from fused_lora.patching.options import patterns_of
+from fused_lora.patching.patch import check_trainable
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -81,14 +82,14 @@ def adapt_convolutions(
     ]
     if not found:
         raise ValueError(f"{type(student).__name__} has no plain convolution within {within}")
-    further = _matched(student, trainable)
-    student.requires_grad_(False)
+    patterns = patterns_of(trainable)
+    check_trainable(student, patterns)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(any(pattern.search(name) for pattern in patterns))
     generator = torch.Generator(found[0][1].weight.device).manual_seed(seed)
     for _, conv in found:
         most = min(conv.out_channels, conv.weight[0].numel())
         FusedLoRAConv2d.adopt(conv, min(rank, most), generator=generator)
-    for parameter in further:
-        parameter.requires_grad_(True)
     hold_statistics(student)
     return [name for name, _ in found]
 
@@ -99,13 +100,3 @@ def merge_convolutions(student: nn.Module) -> None:
         if isinstance(module, FusedLoRAConv2d):
             module.release(merge=True)
     release_statistics(student)
-
-
-def _matched(student: nn.Module, patterns: Iterable[str]) -> list[nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        mine = {n: p for n, p in student.named_parameters() if re.search(pattern, n)}
-        if not mine:
-            raise ValueError(f"trainable: {pattern!r} matches no parameter of the student")
-        found |= mine
-    return list(found.values())

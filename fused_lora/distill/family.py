@@ -119,12 +119,13 @@ class FamilyRun(Run):
     def _predictors(self, student: nn.Module) -> None:
         """None: it has no head."""
 
+    def _accuracies(self, model: nn.Module) -> dict[str, Any]:
+        about = replace(self.recipe.evaluate, head=False)
+        return dict(evaluate.measure(model, *self._passes(), about))
+
     def _measured(self, student: nn.Module) -> dict[str, Any]:
-        about, passes = replace(self.recipe.evaluate, head=False), self._passes()
-        found: dict[str, Any] = dict(evaluate.measure(student, *passes, about))
-        if about.teacher:
-            found["teacher"] = evaluate.measure(self.teacher, *passes, about)
-        if about.cka:
+        found = super()._measured(student)
+        if self.recipe.evaluate.cka:
             test = self.once(self.test)
             found["cka"] = mapped_cka(self.teacher, student, self.table.mapping, test)
         return found

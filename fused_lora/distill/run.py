@@ -73,6 +73,11 @@ class Run:
         return self.world.agree(read_result(self.folder) if self.world.first else None)
 
     @property
+    def copies(self) -> bool:
+        """Whether the student has some of its teacher's blocks."""
+        return self.method.distills and not (self.recipe.slad or self.recipe.family)
+
+    @property
     def shards(self) -> bool:
         """Whether training leaves the models in shards."""
         return self.recipe.train.parallel == "fsdp2" and self.world.size > 1
@@ -232,21 +237,22 @@ class Run:
             rows = balanced(self.images.labels, share, 0)
         return (lambda: self.once(self.images, rows)), (lambda: self.once(self.test))
 
+    def _accuracies(self, model: nn.Module) -> dict[str, Any]:
+        return dict(evaluate.measure(model, *self._passes(), self.recipe.evaluate))
+
     def _measured(self, student: nn.Module) -> dict[str, Any]:
         about = self.recipe.evaluate
-        passes = self._passes()
-        found: dict[str, Any] = dict(evaluate.measure(student, *passes, about))
-        if self.method.distills and about.teacher:
-            found["teacher"] = evaluate.measure(self.teacher, *passes, about)
-        if self.method.distills and about.cosine:
+        found = self._accuracies(student)
+        if self.method.distills and about.teacher and (theirs := self._accuracies(self.teacher)):
+            found["teacher"] = theirs
+        if self.copies and about.cosine:
             reduction = self.recipe.student.reduction
             batches = self.once(self.test)
             found["cosine"] = evaluate.likeness(student, self.teacher, batches, reduction)
         return found
 
     def _write(self, student: nn.Module, figures: dict[str, Any], costs: list[report.Cost]) -> None:
-        copies = self.method.distills and not (self.recipe.slad or self.recipe.family)
-        reduction = self.recipe.student.reduction if copies else 1
+        reduction = self.recipe.student.reduction if self.copies else 1
         about = self.about | {"reduction": reduction}
         save_student(student, self.folder, about)
         seconds = round(time.perf_counter() - self.begun_s, 2)

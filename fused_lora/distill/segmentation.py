@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.distill import evaluate
 from fused_lora.distill.data.masks import IGNORE, MASKED, UNMASKED, masked_view_of
 from fused_lora.distill.data.sets import TEST, ImageSet, located
 from fused_lora.distill.data.views import View
@@ -148,23 +147,12 @@ class SegmentRun(Run):
                 pooled.append(maps.mean((2, 3)).cpu())
         return torch.cat(pooled)
 
-    def _measured(self, student: nn.Module) -> dict[str, Any]:
-        about = self.recipe.evaluate
-        found: dict[str, Any] = {}
-        if about.head:
-            found |= self._overlap(student)
-        if self.method.distills and about.teacher and about.head:
-            found["teacher"] = self._overlap(self.teacher)
-        if self.method.distills and about.cosine:
-            reduction = self.recipe.student.reduction
-            batches = self.once(self.test)
-            found["cosine"] = evaluate.likeness(student, self.teacher, batches, reduction)
-        return found
-
     def _predictors(self, student: nn.Module) -> None:
         """None: what is said of pixels is no confusion of images."""
 
-    def _overlap(self, model: nn.Module) -> dict[str, Any]:
+    def _accuracies(self, model: nn.Module) -> dict[str, Any]:
+        if not self.recipe.evaluate.head:
+            return {}
         score = MeanIoU(len(self.test.classes), IGNORE)
         with torch.no_grad():
             for batch in self.once(self.test):

@@ -226,11 +226,9 @@ METHODS = {
     "wecolora": DistillMethod(copied_with_adapters),
     "weco_kd": DistillMethod(copied, everything=True),
     "weco": DistillMethod(copied, learns=False),
-    "slad": DistillMethod(lambda teacher, recipe: teacher),  # two models: see slad_run
-    "family": DistillMethod(
-        lambda teacher, recipe: teacher, everything=True
-    ),  # likewise: see family
     "finetune": DistillMethod(itself, distills=False, everything=True),
+    "slad": DistillMethod(itself),  # a model of its own: see slad_run
+    "family": DistillMethod(itself, everything=True),  # likewise: see family
 }
 
 

@@ -15,9 +15,8 @@ from fused_lora.distill.recipe import Recipe
 from fused_lora.distill.run import distill
 from fused_lora.distill.train.checkpoint import header_of
 from fused_lora.distill.train.fit import LAST, Diverged, Fit
-from tests.distill.runs import checkpoint, recipe, slad_recipe
+from tests.distill.runs import checkpoint, recipe, segmenting, slad_recipe
 from tests.distill.test_family import family
-from tests.distill.unets import segmenting
 
 SEEN = {"data": {"augment": "shift"}}  # every epoch has views of its own
 STEPS = list(range(6))
