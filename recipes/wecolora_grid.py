@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from grid import Row, cell, compared, fill
@@ -80,6 +81,7 @@ class Grid:
     rank_reduction: int = 3
     settings: tuple[str, ...] = ()
     cosine: bool = False  # record the likeness of blocks
+    ours: str = "wecolora"  # what the others are subtracted from
 
 
 GRIDS = {
@@ -101,7 +103,6 @@ GRIDS = {
         },
         swept={0.01: 0.01, 0.02: 0.10, 0.10: 0.10},
         reductions=(6, 8),
-        seeds=(0, 1, 2, 3, 4),
         sweep_reduction=None,
         settings=("teacher.recipe=digits_deep_teacher.toml",),
     ),
@@ -122,10 +123,11 @@ GRIDS = {
     "photographs_choice": Grid(
         "photographs_wecolora.toml",
         steps=100,
-        rates={"wecolora": (0.05, 0.1, 0.2, 0.4), "random": (), "kmeans": ()},
+        rates={"wecolora": (0.2,), "random": (), "kmeans": ()},  # that of "photographs"
         swept={0.0025: 0.0025},
-        reductions=(2, 3, 4),
+        reductions=(2, 3),
         untrained=(),
+        ours="kmeans",
     ),
     "photographs_cosine": Grid(
         "photographs_wecolora.toml",
@@ -233,64 +235,84 @@ def distance(recipe: Recipe, home: Path) -> float:
 
 
 def tables(grid: Grid, rows: list[Row]) -> str:
-    """Markdown: each figure by method, and the paired differences of the probe."""
-    said = [cells(grid, [r for r in rows if "rank" not in r], name) for name in figures_of(rows)]
-    plain = [r for r in rows if "rank" not in r]
-    for other in grid.rates:
-        if other != "wecolora" and any(r["method"] == other for r in rows):
-            said.append(differences(grid, plain, other))
-    return "\n".join(said + ranks(grid, rows))
+    """Markdown: each figure by method, and the paired differences."""
+    plain = [row for row in rows if "rank" not in row]
+    figures = [name for name in ("probe", "knn", "head") if rows and name in rows[0]]
+    said = [cells(grid, plain, figure) for figure in figures]
+    for other, figure in product(grid.rates, figures):
+        if other != grid.ours and any(row["method"] == other for row in rows):
+            said.append(differences(grid, plain, other, figure))
+    if grid.cosine:
+        said.append(likeness(grid, rows))
+    if plain != rows:
+        said.append(ranks(grid, rows))
+    return "\n".join(said)
 
 
-def figures_of(rows: list[Row]) -> list[str]:
-    """The accuracies that the rows have."""
-    return [name for name in ("probe", "knn", "head") if rows and name in rows[0]]
+def lines_of(grid: Grid, title: str) -> list[str]:
+    """The head of a table over the fractions."""
+    heads = [title, *(f"{100 * fraction:g}%" for fraction in sorted(grid.swept))]
+    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
 
 
 def cells(grid: Grid, rows: list[Row], figure: str) -> str:
     """One table: mean ± standard deviation over the seeds."""
-    fractions = sorted(grid.swept)
-    lines = [f"| {figure} | " + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
-    lines.append("|---" * (len(fractions) + 1) + "|")
+    lines = lines_of(grid, figure)
     for reduction, method in product(grid.reductions, TITLES):
         mine = [r for r in rows if (r["method"], r["reduction"]) == (method, reduction)]
-        said = [cell([100 * r[figure] for r in mine if r["fraction"] == f]) for f in fractions]
-        if any(said):
-            lines.append(f"| {TITLES[method]}, r = {reduction} | " + " | ".join(said) + " |")
+        of = [[100 * r[figure] for r in mine if r["fraction"] == f] for f in sorted(grid.swept)]
+        if any(of):
+            said = " | ".join(cell(values) for values in of)
+            lines.append(f"| {TITLES[method]}, r = {reduction} | {said} |")
     return "\n".join(lines) + "\n"
 
 
-def differences(grid: Grid, rows: list[Row], other: str) -> str:
-    """WeCoLoRA minus another method: points, 95 % interval, pairs won and lost."""
-    fractions = sorted(grid.swept)
-    head = f"| WeCoLoRA minus {TITLES[other]}, probe | "
-    lines = [head + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
-    lines.append("|---" * (len(fractions) + 1) + "|")
+def differences(grid: Grid, rows: list[Row], other: str, figure: str) -> str:
+    """Ours minus another method: points, 95 % interval, pairs won and lost."""
+    lines = lines_of(grid, f"{TITLES[grid.ours]} minus {TITLES[other]}, {figure}")
     by = ["seed", "reduction"]
     for reduction in (*grid.reductions, None):
         mine = [r for r in rows if reduction in (None, r["reduction"])]
         said = []
-        for fraction in fractions:
-            ours = {"method": "wecolora", "fraction": fraction}
-            said.append(compared(mine, ours, ours | {"method": other}, "probe", by))
+        for fraction in sorted(grid.swept):
+            ours = {"method": grid.ours, "fraction": fraction}
+            said.append(compared(mine, ours, ours | {"method": other}, figure, by))
         title = f"r = {reduction}" if reduction else "every r"
         lines.append(f"| {title} | " + " | ".join(said) + " |")
     return "\n".join(lines) + "\n"
 
 
-def ranks(grid: Grid, rows: list[Row]) -> list[str]:
+def likeness(grid: Grid, rows: list[Row]) -> str:
+    """Mean cosine of each block with the kept and the last skipped one, by method."""
+    methods = [*grid.untrained, *grid.rates]
+    heads = [f"{TITLES[method]}: kept, skipped" for method in methods]
+    lines = ["| block | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for block in (*rows[0]["cosine"], "mean"):
+        said = []
+        for method in methods:
+            mine = [ends(row["cosine"], block) for row in rows if row["method"] == method]
+            said.append(", ".join(cell(list(side), 3) for side in zip(*mine, strict=True)))
+        lines.append(f"| {block} | " + " | ".join(said) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ends(cosine: dict[str, dict[str, float]], block: str) -> tuple[float, float]:
+    """The first and last entry of a block's row, or the means of all blocks' "mean"."""
+    found = [list(row.values()) for name, row in cosine.items() if block in (name, "mean")]
+    return mean(row[0] for row in found), mean(row[-1] for row in found)
+
+
+def ranks(grid: Grid, rows: list[Row]) -> str:
     """WeCoLoRA by rank, at one reduction."""
-    if not any("rank" in r for r in rows):
-        return []
-    fractions = sorted(grid.swept)
-    lines = ["| probe, by rank | " + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
-    lines.append("|---" * (len(fractions) + 1) + "|")
+    lines = lines_of(grid, "probe, by rank")
     mine = [r for r in rows if (r["method"], r["reduction"]) == ("wecolora", grid.rank_reduction)]
-    for rank in (grid.plain_rank, *grid.ranks):
+    for rank in sorted((grid.plain_rank, *grid.ranks)):
         of = [r for r in mine if r.get("rank", grid.plain_rank) == rank]
-        said = [cell([100 * r["probe"] for r in of if r["fraction"] == f]) for f in fractions]
+        said = [
+            cell([100 * r["probe"] for r in of if r["fraction"] == f]) for f in sorted(grid.swept)
+        ]
         lines.append(f"| {rank} | " + " | ".join(said) + " |")
-    return ["\n".join(lines) + "\n"]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
