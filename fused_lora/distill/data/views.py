@@ -1,8 +1,8 @@
 """From an image to what a model takes: resized, augmented, normalised, the same for a seed.
 
-Random numbers are a function of where a run is, so that there is no state to save. To
-``torch.manual_seed`` they are not left: it queues a call with its traceback for a GPU that may
-never be used, a millisecond each time, and never freed.
+Random numbers are a function of where a run is, so that there is no state to save. They do not come
+by ``torch.manual_seed``, which queues a call with its traceback for a GPU that may never be used: a
+millisecond each time, and never freed.
 """
 
 from __future__ import annotations
