@@ -164,9 +164,8 @@ def _add_distill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _run_distill(args: argparse.Namespace) -> int:
     from fused_lora.distill.recipe import read
-    from fused_lora.distill.report import REPORT
+    from fused_lora.distill.report import REPORT, text
     from fused_lora.distill.run import distill
-    from fused_lora.distill.table import text
 
     folder = args.out or Path("runs") / Path(args.recipe).stem
     said = distill(read(args.recipe, args.set), folder, args.fresh)

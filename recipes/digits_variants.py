@@ -9,10 +9,10 @@ import argparse
 import json
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from wecolora_grid import GRIDS, SEEDS
+from grid import cell
+from wecolora_grid import GRIDS
 
 from fused_lora.distill.recipe import read
 from fused_lora.distill.run import distill
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [
         row(args.folder, variant, fraction, seed)
-        for variant, fraction, seed in product(VARIANTS, FRACTIONS, SEEDS)
+        for variant, fraction, seed in product(VARIANTS, FRACTIONS, GRIDS["digits"].seeds)
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     said = {"recipe": RECIPE.name, "steps": STEPS, "reduction": REDUCTION, "blr": RATE}
@@ -80,8 +80,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = []
         for fraction, figure in product(FRACTIONS, FIGURES):
             mine = [r for r in rows if (r["variant"], r["fraction"]) == (variant, fraction)]
-            values = [100 * r[figure] for r in mine]
-            cells.append(f"{mean(values):.1f} ± {stdev(values):.1f}")
+            cells.append(cell([100 * r[figure] for r in mine]))
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

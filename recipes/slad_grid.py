@@ -21,9 +21,8 @@ from grid import Row, cell, compared, fill
 
 from fused_lora.distill.recipe import read
 from fused_lora.distill.run import run_of
-from fused_lora.distill.slad_figures import accuracy
-from fused_lora.distill.slad_run import SladRun
-from fused_lora.distill.train.world import World
+from fused_lora.distill.slad_run import SladRun, accuracy
+from fused_lora.distill.train.devices import World
 
 RECIPE = Path(__file__).with_name("digits_slad.toml")
 METHODS = {

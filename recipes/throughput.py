@@ -29,16 +29,16 @@ import fused_lora.bench.methods  # noqa: F401  registers them
 from fused_lora.bench.clock import Times, interleave
 from fused_lora.bench.methods import Naive, Peft
 from fused_lora.bench.saved_tensors import SavedBytes, step_peak_bytes
-from fused_lora.distill import copy_layers, tokens
+from fused_lora.distill import blocks, copy_layers
 from fused_lora.distill.blocks import blocks_of
 from fused_lora.distill.data.batches import loaded
+from fused_lora.distill.models import build
 from fused_lora.distill.recipe.read import of
 from fused_lora.distill.recipe.tables import Teacher
-from fused_lora.distill.runner import Run
+from fused_lora.distill.run import Run
 from fused_lora.distill.slad_run import SladRun
+from fused_lora.distill.train.devices import World
 from fused_lora.distill.train.fit import Fit
-from fused_lora.distill.train.world import World
-from fused_lora.distill.weights import build
 from fused_lora.patching.patch import unpatch
 
 BASELINES = {"naive": Naive, "PEFT": Peft}
@@ -81,7 +81,7 @@ class Way:
         """The models' blocks stay known where a baseline hides their linears."""
         if not self.names:
             return nullcontext()
-        return substituted.object(tokens, "_names", lambda model: self.names[id(model)])
+        return substituted.object(blocks, "_names", lambda model: self.names[id(model)])
 
     def step(self) -> None:
         """One step of the trainer."""

@@ -14,19 +14,19 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from grid import Row, cell, compared, fill
 
 from fused_lora.distill.evaluate import token_distance
 from fused_lora.distill.recipe import Recipe, read
-from fused_lora.distill.run import distill
-from fused_lora.distill.runner import Run
+from fused_lora.distill.run import Run, distill
 from fused_lora.distill.student import load_student
-from fused_lora.distill.train.world import World
+from fused_lora.distill.train.devices import World
 
 METHODS = {
     "wecolora": ["method=wecolora"],
@@ -35,6 +35,10 @@ METHODS = {
     "lora_qv": ["method=wecolora", 'student.targets=["q", "v"]'],
     "weco": ["method=weco"],
     "first": ["method=weco", "student.keep=first"],
+    "random": ["method=wecolora", "data.choice=random"],
+    "kmeans": ["method=wecolora", "data.choice=kmeans++"],
+    "wecolora_labels": ["method=wecolora", "loss.labels=0.1", 'student.trainable=["^head"]'],
+    "weco_kd_labels": ["method=weco_kd", "loss.labels=0.1"],
 }
 TITLES = {
     "wecolora": "WeCoLoRA",
@@ -43,11 +47,21 @@ TITLES = {
     "lora_qv": "WeCo+LoRA (q, v)",
     "weco": "copy alone",
     "first": "first layers alone",
+    "random": "WeCoLoRA, any images",
+    "kmeans": "WeCoLoRA, k-means++",
+    "wecolora_labels": "WeCoLoRA, labels too",
+    "weco_kd_labels": "WeCo+KD, labels too",
 }
 UNTRAINED = ("weco", "first")
-SEEDS = (0, 1, 2)
-SWEEP_REDUCTION, SWEEP_SEED = 3, 9
+RATE_OF = {  # methods without a sweep of their own
+    "random": "wecolora",
+    "kmeans": "wecolora",
+    "wecolora_labels": "wecolora",
+    "weco_kd_labels": "weco_kd",
+}
+SWEEP_SEED = 9
 MOST_HELD = 1000  # images not shown, for the distance
+Rates = dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,13 +70,18 @@ class Grid:
 
     recipe: str
     steps: int
-    rates: dict[str, tuple[float, ...]]  # of the methods that learn
+    rates: Rates  # of the methods that learn; of one rate there is no sweep
     swept: dict[float, float]  # fraction: the one whose sweep it goes by
     reductions: tuple[int, ...]
+    untrained: tuple[str, ...] = ("weco",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sweep_reduction: int | None = 3  # None: each reduction has a sweep of its own
     ranks: tuple[int, ...] = ()  # further ranks of WeCoLoRA
     plain_rank: int = 16
     rank_reduction: int = 3
-    more: list[str] = field(default_factory=list)
+    settings: tuple[str, ...] = ()
+    cosine: bool = False  # record the likeness of blocks
+    ours: str = "wecolora"  # what the others are subtracted from
 
 
 GRIDS = {
@@ -73,18 +92,50 @@ GRIDS = {
         swept={0.01: 0.01, 0.02: 0.10, 0.05: 0.10, 0.10: 0.10, 0.25: 0.10},  # by effective batch
         reductions=(2, 3, 4),
     ),
+    "digits_deep": Grid(
+        "digits_wecolora.toml",
+        steps=120,
+        rates={
+            "wecolora": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+            "weco_kd": (0.01, 0.02, 0.04, 0.08, 0.16, 0.32),
+            "wecolora_labels": (),
+            "weco_kd_labels": (),
+        },
+        swept={0.01: 0.01, 0.02: 0.10, 0.10: 0.10},
+        reductions=(6, 8),
+        sweep_reduction=None,
+        settings=("teacher.recipe=digits_deep_teacher.toml",),
+    ),
     "photographs": Grid(
         "photographs_wecolora.toml",
         steps=100,
         rates={
             "wecolora": (0.05, 0.1, 0.2, 0.4),
-            "weco_kd": (0.005, 0.01, 0.02, 0.04),
-            "first_kd": (0.005, 0.01, 0.02, 0.04),
-            "lora_qv": (0.05, 0.1, 0.2, 0.4),
+            "weco_kd": (0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
+            "first_kd": (0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
+            "lora_qv": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
         },
         swept={0.01: 0.02, 0.02: 0.02, 0.10: 0.02, 0.05: 0.02},
         reductions=(2, 3, 4, 6),
+        untrained=UNTRAINED,
         ranks=(4, 64),
+    ),
+    "photographs_choice": Grid(
+        "photographs_wecolora.toml",
+        steps=100,
+        rates={"wecolora": (0.2,), "random": (), "kmeans": ()},  # that of "photographs"
+        swept={0.0025: 0.0025},
+        reductions=(2, 3),
+        untrained=(),
+        ours="kmeans",
+    ),
+    "photographs_cosine": Grid(
+        "photographs_wecolora.toml",
+        steps=100,
+        rates={"wecolora": (0.2,), "weco_kd": (0.04,)},  # those of "photographs"
+        swept={0.02: 0.02},
+        reductions=(2,),
+        cosine=True,
     ),
 }
 
@@ -98,7 +149,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="the tables of what is there, no runs")
     args = parser.parse_args()
     grid = GRIDS[args.name]
-    about = {"recipe": grid.recipe, "steps": grid.steps}
+    about = {"recipe": grid.recipe, "steps": grid.steps, "settings": grid.settings}
     asked = iter(()) if args.table else every(grid)
     said = fill(args.out, about, asked, lambda given, sweep: row(grid, args.folder, given, sweep))
     print(tables(grid, said["rows"]))
@@ -106,31 +157,37 @@ def main() -> None:
 
 def every(grid: Grid) -> Iterator[Row]:
     """The sweep first; then the grid, a fraction of the images at a time."""
-    for fraction, method in product(sorted(set(grid.swept.values())), grid.rates):
-        for blr in grid.rates[method]:
+    swept = (grid.sweep_reduction,) if grid.sweep_reduction else grid.reductions
+    for reduction, fraction, method in product(swept, sorted(set(grid.swept.values())), grid.rates):
+        rates = grid.rates[method]
+        for blr in rates if len(rates) > 1 else ():
             yield {
                 "method": method,
                 "fraction": fraction,
-                "reduction": SWEEP_REDUCTION,
+                "reduction": reduction,
                 "seed": SWEEP_SEED,
                 "blr": blr,
             }
-    for reduction, method in product(grid.reductions, UNTRAINED):
+    for reduction, method in product(grid.reductions, grid.untrained):
         yield dict(method=method, fraction=min(grid.swept), reduction=reduction, seed=0)
     for fraction, seed, reduction, method in product(
-        grid.swept, SEEDS, grid.reductions, grid.rates
+        grid.swept, grid.seeds, grid.reductions, grid.rates
     ):
         yield dict(method=method, fraction=fraction, reduction=reduction, seed=seed)
-    for seed, rank, fraction in product(SEEDS, grid.ranks, grid.swept):
+    for seed, rank, fraction in product(grid.seeds, grid.ranks, grid.swept):
         reduction = grid.rank_reduction
         yield dict(method="wecolora", fraction=fraction, reduction=reduction, seed=seed, rank=rank)
 
 
 def best(grid: Grid, sweep: list[Row], given: Row) -> float:
     """The rate with the smallest distance on images not shown."""
-    wanted = {"method": given["method"], "fraction": grid.swept[given["fraction"]]}
+    method = RATE_OF.get(given["method"], given["method"])
+    if len(rates := grid.rates.get(method, (0.1,))) == 1:  # or it does not learn
+        return rates[0]
+    wanted = {"method": method, "fraction": grid.swept[given["fraction"]]}
+    wanted["reduction"] = grid.sweep_reduction or given["reduction"]
     mine = [row for row in sweep if row.items() >= wanted.items()]
-    return min(mine, key=lambda row: row["distance"])["blr"] if mine else 0.1
+    return min(mine, key=lambda row: row["distance"])["blr"]
 
 
 def row(grid: Grid, folder: Path, given: Row, sweep: list[Row]) -> Row:
@@ -143,19 +200,25 @@ def row(grid: Grid, folder: Path, given: Row, sweep: list[Row]) -> Row:
         "train.seed": seed,
         "train.steps": grid.steps,
         "train.blr": blr,
-        "evaluate.cosine": "false",
+        "evaluate.cosine": str(grid.cosine).lower(),
         "evaluate.teacher": "false",
         "evaluate.report": "false",
     }
     if "rank" in given:
         settings |= {"student.rank": given["rank"], "student.allow_large_rank": "true"}
-    asked = [f"{key}={value}" for key, value in settings.items()] + METHODS[given["method"]]
+    asked = [f"{key}={value}" for key, value in settings.items()]
+    asked += [*grid.settings, *METHODS[given["method"]]]
     recipe = read(Path(__file__).with_name(grid.recipe), asked)
     home = folder / "-".join(str(value) for value in (*given.values(), blr))
     begun_s = time.process_time()
     figures: dict[str, Any] = distill(recipe, home)["figures"]
     cpu_s = time.process_time() - begun_s
-    found = {name: round(value, 5) for name, value in figures.items()}
+    found: Row = {k: round(v, 5) for k, v in figures.items() if not isinstance(v, dict)}
+    if grid.cosine:
+        found["cosine"] = {
+            block: {name: round(value, 5) for name, value in row.items()}
+            for block, row in figures["cosine"].items()
+        }
     if "blr" in given:
         found["distance"] = distance(recipe, home)
     return {"blr": blr} | found | {"cpu_s": round(cpu_s, 2)}
@@ -172,64 +235,84 @@ def distance(recipe: Recipe, home: Path) -> float:
 
 
 def tables(grid: Grid, rows: list[Row]) -> str:
-    """Markdown: each figure by method, and the paired differences of the probe."""
-    said = [cells(grid, [r for r in rows if "rank" not in r], name) for name in figures_of(rows)]
-    plain = [r for r in rows if "rank" not in r]
-    for other in grid.rates:
-        if other != "wecolora" and any(r["method"] == other for r in rows):
-            said.append(differences(grid, plain, other))
-    return "\n".join(said + ranks(grid, rows))
+    """Markdown: each figure by method, and the paired differences."""
+    plain = [row for row in rows if "rank" not in row]
+    figures = [name for name in ("probe", "knn", "head") if rows and name in rows[0]]
+    said = [cells(grid, plain, figure) for figure in figures]
+    for other, figure in product(grid.rates, figures):
+        if other != grid.ours and any(row["method"] == other for row in rows):
+            said.append(differences(grid, plain, other, figure))
+    if grid.cosine:
+        said.append(likeness(grid, rows))
+    if plain != rows:
+        said.append(ranks(grid, rows))
+    return "\n".join(said)
 
 
-def figures_of(rows: list[Row]) -> list[str]:
-    """The accuracies that the rows have."""
-    return [name for name in ("probe", "knn", "head") if rows and name in rows[0]]
+def lines_of(grid: Grid, title: str) -> list[str]:
+    """The head of a table over the fractions."""
+    heads = [title, *(f"{100 * fraction:g}%" for fraction in sorted(grid.swept))]
+    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
 
 
 def cells(grid: Grid, rows: list[Row], figure: str) -> str:
     """One table: mean ± standard deviation over the seeds."""
-    fractions = sorted(grid.swept)
-    lines = [f"| {figure} | " + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
-    lines.append("|---" * (len(fractions) + 1) + "|")
+    lines = lines_of(grid, figure)
     for reduction, method in product(grid.reductions, TITLES):
         mine = [r for r in rows if (r["method"], r["reduction"]) == (method, reduction)]
-        said = [cell([100 * r[figure] for r in mine if r["fraction"] == f]) for f in fractions]
-        if any(said):
-            lines.append(f"| {TITLES[method]}, r = {reduction} | " + " | ".join(said) + " |")
+        of = [[100 * r[figure] for r in mine if r["fraction"] == f] for f in sorted(grid.swept)]
+        if any(of):
+            said = " | ".join(cell(values) for values in of)
+            lines.append(f"| {TITLES[method]}, r = {reduction} | {said} |")
     return "\n".join(lines) + "\n"
 
 
-def differences(grid: Grid, rows: list[Row], other: str) -> str:
-    """WeCoLoRA minus another method: points, 95 % interval, pairs won and lost."""
-    fractions = sorted(grid.swept)
-    head = f"| WeCoLoRA minus {TITLES[other]}, probe | "
-    lines = [head + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
-    lines.append("|---" * (len(fractions) + 1) + "|")
+def differences(grid: Grid, rows: list[Row], other: str, figure: str) -> str:
+    """Ours minus another method: points, 95 % interval, pairs won and lost."""
+    lines = lines_of(grid, f"{TITLES[grid.ours]} minus {TITLES[other]}, {figure}")
     by = ["seed", "reduction"]
     for reduction in (*grid.reductions, None):
         mine = [r for r in rows if reduction in (None, r["reduction"])]
         said = []
-        for fraction in fractions:
-            ours = {"method": "wecolora", "fraction": fraction}
-            said.append(compared(mine, ours, ours | {"method": other}, "probe", by))
+        for fraction in sorted(grid.swept):
+            ours = {"method": grid.ours, "fraction": fraction}
+            said.append(compared(mine, ours, ours | {"method": other}, figure, by))
         title = f"r = {reduction}" if reduction else "every r"
         lines.append(f"| {title} | " + " | ".join(said) + " |")
     return "\n".join(lines) + "\n"
 
 
-def ranks(grid: Grid, rows: list[Row]) -> list[str]:
+def likeness(grid: Grid, rows: list[Row]) -> str:
+    """Mean cosine of each block with the kept and the last skipped one, by method."""
+    methods = [*grid.untrained, *grid.rates]
+    heads = [f"{TITLES[method]}: kept, skipped" for method in methods]
+    lines = ["| block | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for block in (*rows[0]["cosine"], "mean"):
+        said = []
+        for method in methods:
+            mine = [ends(row["cosine"], block) for row in rows if row["method"] == method]
+            said.append(", ".join(cell(list(side), 3) for side in zip(*mine, strict=True)))
+        lines.append(f"| {block} | " + " | ".join(said) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ends(cosine: dict[str, dict[str, float]], block: str) -> tuple[float, float]:
+    """The first and last entry of a block's row, or the means of all blocks' "mean"."""
+    found = [list(row.values()) for name, row in cosine.items() if block in (name, "mean")]
+    return mean(row[0] for row in found), mean(row[-1] for row in found)
+
+
+def ranks(grid: Grid, rows: list[Row]) -> str:
     """WeCoLoRA by rank, at one reduction."""
-    if not any("rank" in r for r in rows):
-        return []
-    fractions = sorted(grid.swept)
-    lines = ["| probe, by rank | " + " | ".join(f"{f:.0%}" for f in fractions) + " |"]
-    lines.append("|---" * (len(fractions) + 1) + "|")
+    lines = lines_of(grid, "probe, by rank")
     mine = [r for r in rows if (r["method"], r["reduction"]) == ("wecolora", grid.rank_reduction)]
-    for rank in (grid.plain_rank, *grid.ranks):
+    for rank in sorted((grid.plain_rank, *grid.ranks)):
         of = [r for r in mine if r.get("rank", grid.plain_rank) == rank]
-        said = [cell([100 * r["probe"] for r in of if r["fraction"] == f]) for f in fractions]
+        said = [
+            cell([100 * r["probe"] for r in of if r["fraction"] == f]) for f in sorted(grid.swept)
+        ]
         lines.append(f"| {rank} | " + " | ".join(said) + " |")
-    return ["\n".join(lines) + "\n"]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""The projections of a vision transformer, block by block and part by part."""
+"""The blocks of a vision transformer: their projections, part by part, and what they put out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
+from fused_lora.distill.stack import tapped
 from fused_lora.patching.report import PatchError
 from fused_lora.patching.rules import FoundProjection, find
 from fused_lora.types import Role
@@ -87,3 +90,66 @@ def _halves(each: FoundProjection, projections: list[FoundProjection]) -> int:
 def _free(key: str, taken: dict[str, Part]) -> str:
     others = sum(name == key or name.startswith(f"{key}_") for name in taken)
     return f"{key}_{others + 1}" if others else key
+
+
+class Tokens(NamedTuple):
+    """The tokens that heads and comparisons read."""
+
+    blocks: list[Tensor]  # [B, T, d] each, in the model's order
+    prefix: int  # class and register tokens before the patches'
+    size: tuple[int, int]  # of the image, in pixels
+
+    @property
+    def classes(self) -> list[Tensor]:
+        """The class token of each block, [B, d]."""
+        return [block[:, 0] for block in self.blocks]
+
+    @property
+    def patches(self) -> list[Tensor]:
+        """The patch tokens of each block, [B, T - prefix, d]."""
+        return [block[:, self.prefix :] for block in self.blocks]
+
+
+def tokens_of(
+    model: nn.Module, images: Tensor, last: int | None = None, *, norm: bool = True
+) -> Tokens:
+    """The outputs of the last blocks of one forward of ``model``.
+
+    Args:
+        model: a vision transformer; its class token comes first, and ``num_prefix_tokens`` (1
+            where it has none) tokens come before the patches'.
+        images: [B, channels, height, width].
+        last: how many blocks; None for all.
+        norm: pass each through the model's final ``norm``, where it has one.
+
+    Raises:
+        ValueError: ``last`` is not from 1 to the model's blocks, or a block's output is no
+            [B, T, d].
+    """
+    names = _names(model)
+    count = len(names) if last is None else last
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(names):
+        raise ValueError(f"last must be a whole number from 1 to {len(names)}, got {last!r}")
+    with tapped(model, names[-count:]) as found:
+        getattr(model, "forward_features", model)(images)
+    final = getattr(model, "norm", None) if norm else None
+    outputs = [found[name] for name in names[-count:]]
+    for name, output in zip(names[-count:], outputs, strict=True):
+        if output.dim() != 3:
+            raise ValueError(f"{name} puts out {tuple(output.shape)}, not tokens [B, T, d]")
+    if isinstance(final, nn.Module):
+        outputs = [final(output) for output in outputs]
+    height, width = images.shape[-2:]
+    return Tokens(outputs, int(getattr(model, "num_prefix_tokens", 1)), (height, width))
+
+
+# Of a model with so many modules: to find its blocks takes longer than a small one's forward.
+_known: WeakKeyDictionary[nn.Module, tuple[int, list[str]]] = WeakKeyDictionary()
+
+
+def _names(model: nn.Module) -> list[str]:
+    count = sum(1 for _ in model.modules())
+    known = _known.get(model)
+    if known is None or known[0] != count:
+        known = _known[model] = count, [block.name for block in blocks_of(model)]
+    return known[1]

@@ -12,12 +12,16 @@ All sums are float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fused_lora.distill.tokens import Tokens, tokens_of
+from fused_lora.distill.blocks import Tokens, blocks_of, tokens_of
+from fused_lora.distill.data.batches import Batch
+from fused_lora.distill.share import MAPPINGS
+
+LEAST = 4  # images of a batch
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
@@ -48,7 +52,7 @@ class MinibatchCKA:
         """
         for x in xs:
             for y in ys:
-                _check_pair(x, y, 4)
+                _check_pair(x, y, LEAST)
         with torch.no_grad():
             ks, ls = ([_gram(t) for t in side] for side in (xs, ys))
             cross = torch.stack([torch.stack([_hsic(k, m) for m in ls]) for k in ks])
@@ -114,3 +118,18 @@ def _check_pair(x: Tensor, y: Tensor, least: int) -> None:
             f"CKA compares [n, p] with [n, q], n >= {least}; got {tuple(x.shape)} and "
             f"{tuple(y.shape)}"
         )
+
+
+def comparable(batches: Iterable[Batch]) -> Iterator[Tensor]:
+    """The images of those batches that have enough for CKA."""
+    return (batch.images for batch in batches if len(batch.labels) >= LEAST)
+
+
+def mapped_cka(
+    teacher: nn.Module, student: nn.Module, mapping: str, batches: Iterator[Batch]
+) -> dict[str, dict[str, float]]:
+    """CKA of each of the student's blocks with the one of the teacher that it is mapped to."""
+    theirs, mine = ([block.name for block in blocks_of(model)] for model in (teacher, student))
+    table = layer_cka(teacher, student, comparable(batches))  # [L_t, L_s]
+    chosen = [MAPPINGS[mapping](i, len(mine), len(theirs)) for i in range(len(mine))]
+    return {mine[i]: {theirs[g]: float(table[g, i])} for i, g in enumerate(chosen)}

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora.distill.data.batches import Batch
+from fused_lora.distill.data.views import seeded
 from fused_lora.distill.recipe.tables import Evaluate
-from fused_lora.distill.seeds import seeded
-from fused_lora.distill.taps import pairs_of, spans_of, tokens_of
+from fused_lora.distill.stack import pairs_of, spans_of, tokens_of
 from fused_lora.distill.wecolora import token_loss
 
 Pass = Callable[[], Iterator[Batch]]  # a fresh pass over a split, in order

@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora.distill import evaluate, features
-from fused_lora.distill.blocks import blocks_of
+from fused_lora.distill.blocks import blocks_of, tokens_of
+from fused_lora.distill.cka import mapped_cka
 from fused_lora.distill.data.batches import Batch
-from fused_lora.distill.objective import Terms
-from fused_lora.distill.recipe.checked import RecipeError
-from fused_lora.distill.recipe.tables import Family
-from fused_lora.distill.runner import Run
+from fused_lora.distill.recipe.tables import Family, RecipeError
+from fused_lora.distill.run import Run
 from fused_lora.distill.share import MAPPINGS
-from fused_lora.distill.slad_figures import mapped_cka
-from fused_lora.distill.tokens import tokens_of
-from fused_lora.distill.train.precision import Precision
+from fused_lora.distill.train.devices import Precision
+from fused_lora.distill.wecolora import Terms
 
 
 class FeatureObjective(nn.Module):
@@ -121,12 +119,13 @@ class FamilyRun(Run):
     def _predictors(self, student: nn.Module) -> None:
         """None: it has no head."""
 
+    def _accuracies(self, model: nn.Module) -> dict[str, Any]:
+        about = replace(self.recipe.evaluate, head=False)
+        return dict(evaluate.measure(model, *self._passes(), about))
+
     def _measured(self, student: nn.Module) -> dict[str, Any]:
-        about, passes = replace(self.recipe.evaluate, head=False), self._passes()
-        found: dict[str, Any] = dict(evaluate.measure(student, *passes, about))
-        if about.teacher:
-            found["teacher"] = evaluate.measure(self.teacher, *passes, about)
-        if about.cka:
+        found = super()._measured(student)
+        if self.recipe.evaluate.cka:
             test = self.once(self.test)
             found["cka"] = mapped_cka(self.teacher, student, self.table.mapping, test)
         return found

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fused_lora.distill.data.batches import Batch
 from fused_lora.distill.data.sets import DataError
-from fused_lora.distill.taps import tokens_of
-from fused_lora.distill.train.precision import Precision
+from fused_lora.distill.stack import tokens_of
+from fused_lora.distill.train.devices import Precision
 
 
 class Wanted(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_lora.distill.tokens import Tokens
+from fused_lora.distill.blocks import Tokens
 
 
 class ClassificationHead(nn.Module):

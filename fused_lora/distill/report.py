@@ -1,27 +1,82 @@
-"""``report.html``: what came of a run, in one file that needs nothing else."""
+"""What a finished run says: ``result.json``, a few lines of text, ``report.html``."""
 
 from __future__ import annotations
 
 import html
 import json
-import statistics
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora.distill.blocks import blocks_of
-from fused_lora.distill.cka import layer_cka
+from fused_lora.distill.cka import comparable, layer_cka
 from fused_lora.distill.data.batches import Batch
+from fused_lora.distill.recipe.read import plain
+from fused_lora.distill.recipe.tables import Recipe
 from fused_lora.patching.report import PatchError
+
+RESULT = "result.json"
+TEACHER = "teacher"  # folder of a phase in which the teacher alone learns
+
+
+def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The result in ``folder``, if it is of this recipe."""
+    said = read_result(folder)
+    return said if said and said["recipe"] == json.loads(json.dumps(plain(recipe))) else None
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result in ``folder``; None while there is none."""
+    path = folder / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_result(folder: Path, said: dict[str, Any]) -> None:
+    """Put it there, whole or not at all."""
+    beside = folder / f"{RESULT}.part"
+    beside.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, folder / RESULT)
+
+
+COUNTS = ("images", "steps", "skipped")
+
+
+def text(said: dict[str, Any]) -> str:
+    """A few lines of what ``distill`` returned."""
+    figures = dict(said["figures"])
+    each, teacher = figures.pop("iou", {}), figures.pop("teacher", {})
+    before, cka = figures.pop("cka_before", {}), figures.pop("cka", {})
+    likeness = figures.pop("cosine", {}) | cka
+    lines = [f"{name:<10}{figures.pop(name):>8}" for name in COUNTS if name in figures]
+    for name, value in figures.items():
+        beside = f"   teacher {teacher[name]:.2%}" if name in teacher else ""
+        lines.append(f"{name:<10}{value:>8.2%}{beside}")
+    lines += [f"{'iou':<10}{_row(each)}"] if each else []
+    lines += [f"{block:<10}{_row(row)}" for block, row in likeness.items()]
+    if cka:
+        was = f", {mean_of(before):.3f} before" if before else ""
+        lines.append(f"{'cka':<10}{mean_of(cka):.3f} mean of mapped blocks{was}")
+    return "\n".join([*lines, f"{'seconds':<10}{said['seconds']:>8}"])
+
+
+def mean_of(likeness: dict[str, dict[str, float]]) -> float:
+    """The mean of all entries."""
+    return mean(value for row in likeness.values() for value in row.values())
+
+
+def _row(row: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in row.items())
+
 
 REPORT = "report.html"
 MOST_IMAGES = 2000  # that the report looks at
-LEAST_OF_CKA = 4  # images of a batch
 Predict = Callable[[Tensor], Tensor]  # images to logits
 ROUNDS, WARM_UPS = 7, 2
 
@@ -64,7 +119,7 @@ def cost_of(name: str, model: nn.Module, images: Tensor) -> Cost:
             times_ms.append(1e3 * (time.perf_counter() - begun_s))
     model.train(training)
     count = sum(p.numel() for p in model.parameters())
-    middle_ms = statistics.median(times_ms[WARM_UPS:])
+    middle_ms = median(times_ms[WARM_UPS:])
     return Cost(name, count, sum(storages.values()) / 2**20, middle_ms, len(images))
 
 
@@ -79,8 +134,7 @@ def likeness_of(teacher: nn.Module, student: nn.Module, batches: Iterator[Batch]
         rows, columns = ([b.name for b in blocks_of(model)] for model in (teacher, student))
     except PatchError:
         return None
-    images = (batch.images for batch in batches if len(batch.labels) >= LEAST_OF_CKA)
-    values = layer_cka(teacher, student, images)
+    values = layer_cka(teacher, student, comparable(batches))
     note = "Class tokens of the test images; rows are the teacher's blocks, columns the student's."
     return Heat("CKA of the blocks", rows, columns, values, note)
 

@@ -6,28 +6,27 @@ many steps as the recipe says; its checkpoint and log lie in ``teacher/``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_lora.distill.cka import mapped_cka
+from fused_lora.distill.data.batches import Batch
 from fused_lora.distill.evaluate import measure
 from fused_lora.distill.heads import ClassificationHead
-from fused_lora.distill.objective import Terms
 from fused_lora.distill.recipe.tables import SladTable as Table
-from fused_lora.distill.report import Predict
-from fused_lora.distill.results import TEACHER
-from fused_lora.distill.runner import Run
-from fused_lora.distill.slad import Slad, prepare
-from fused_lora.distill.slad_figures import accuracy, mapped_cka
-from fused_lora.distill.slad_loss import TEACHER_ONLY
-from fused_lora.distill.slad_loss import Terms as Weights
-from fused_lora.distill.tokens import tokens_of
+from fused_lora.distill.report import TEACHER, Predict
+from fused_lora.distill.run import Run
+from fused_lora.distill.slad import TEACHER_ONLY, Slad, logits_of, prepare
+from fused_lora.distill.slad import Terms as Weights
 from fused_lora.distill.train import checkpoint
 from fused_lora.distill.train.fit import LAST
+from fused_lora.distill.wecolora import Terms
 from fused_lora.nn import AdaptedLinear
 from fused_lora.patching.patch import unpatch
 
@@ -141,11 +140,8 @@ class SladRun(Run):
 
     def _predictors(self, student: nn.Module) -> tuple[Predict, Predict]:
         both = self.both
-
-        def predict(model: nn.Module, head: nn.Module) -> Predict:
-            return lambda images: head(tokens_of(model, images, head.blocks))  # type: ignore
-
-        return predict(self.teacher, both.teacher_head), predict(student, both.student_head)
+        theirs = partial(logits_of, self.teacher, both.teacher_head)
+        return theirs, partial(logits_of, student, both.student_head)
 
     def _likeness(self, name: str) -> dict[str, Any]:
         """CKA of mapped blocks on the test images, where the recipe asks for it."""
@@ -155,6 +151,16 @@ class SladRun(Run):
         self.both.eval()
         test = self.once(self.test)
         return {name: mapped_cka(self.teacher, self.both.student, table.mapping, test)}
+
+
+def accuracy(model: nn.Module, head: nn.Module, batches: Iterator[Batch]) -> float:
+    """The share of the images in ``batches`` that ``model`` and ``head`` get right."""
+    right = count = 0
+    with torch.no_grad():
+        for batch in batches:
+            right += int((logits_of(model, head, batch.images).argmax(1) == batch.labels).sum())
+            count += len(batch.labels)
+    return right / count
 
 
 def phases_of(table: Table) -> tuple[Weights, ...]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora.distill.models import WeightsError, build, load, read
 from fused_lora.distill.recipe.tables import Teacher
 from fused_lora.distill.train.checkpoint import write
 from fused_lora.distill.wecolora import copy_layers
-from fused_lora.distill.weights import WeightsError, build, load, read
 
 WEIGHTS = "student.safetensors"
 EXPORT = "timm"  # folder of a run that timm and transformers load by themselves

@@ -1,7 +1,10 @@
 """WeCoLoRA: a student that copies some of its teacher's layers and learns the rest as adapters.
 
     kept blocks    i % reduction == 0                          T, S  [B, tokens, d]
-    loss           mean |T - S|, T and S the last blocks' outputs before the final norm
+    loss           c_t mean |T - S| + c_l cross_entropy(logits, labels)
+
+T and S are the last blocks' outputs before the final norm; the method proper has c_l = 0. Its
+baselines train every copied weight, or nothing.
 
 Grigore, Georgescu, Alvarez Justo, Johansen, A. I. Ionescu and R. T. Ionescu, "Weight copy and
 low-rank adaptation for few-shot distillation of vision transformers", arXiv 2404.09326 (2024).
@@ -11,13 +14,24 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fused_lora.distill.stack import kept_of, stacks_of
+from fused_lora.distill.convolutions import adapt_convolutions, merge_convolutions
+from fused_lora.distill.recipe.tables import Recipe, RecipeError, Student
+from fused_lora.distill.stack import kept_of, pairs_of, stacks_of, tokens_of
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.child_adapters import FusedLoRAConv2d
+from fused_lora.patching.patch import patch, unpatch
+from fused_lora.patching.rules import find
+
+if TYPE_CHECKING:
+    from fused_lora.distill.data.batches import Batch
 
 KEEPS = ("spaced", "first")
 
@@ -111,3 +125,134 @@ def _thin(student: nn.Module, name: str, kept: list[int]) -> None:
     info = getattr(student, "feature_info", None)  # timm's table of taps, one per block of a ViT
     if isinstance(info, list) and len(info) == depth:
         student.feature_info = info[: len(kept)]  # type: ignore[assignment]
+
+
+Terms = dict[str, Tensor]  # "loss", and what it is made of
+
+
+class Objective(nn.Module):
+    """A model and its loss in one module, so that DDP can wrap it."""
+
+    def __init__(
+        self, student: nn.Module, blocks: Sequence[str], tokens: float = 1.0, labels: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.blocks = list(blocks) if tokens else []
+        self.tokens, self.labels = tokens, labels
+
+    def forward(self, images: Tensor, labels: Tensor, wanted: Sequence[Tensor]) -> Terms:
+        """The terms of one batch; ``wanted`` holds T of each of the blocks."""
+        logits, tokens = tokens_of(self.student, images, self.blocks, whole=bool(self.labels))
+        terms: Terms = {}
+        if self.blocks:
+            apart = [token_loss(s, t) for s, t in zip(tokens, wanted, strict=True)]
+            terms["tokens"] = torch.stack(apart).mean()
+        if self.labels:
+            wide = logits if logits.dtype.itemsize > 4 else logits.float()
+            terms["labels"] = F.cross_entropy(wide, labels)
+        factors = {"tokens": self.tokens, "labels": self.labels}
+        terms["loss"] = sum((factors[k] * v for k, v in terms.items()), torch.zeros(()).to(images))
+        return terms
+
+
+def unreached(objective: nn.Module, batch: Batch, wanted: Sequence[Tensor]) -> list[str]:
+    """The parameters that train and get no gradient from the loss."""
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    training = objective.training
+    loss = objective.eval()(batch.images, batch.labels, wanted)["loss"]
+    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    objective.train(training)
+    return [name for name, grad in zip(trained, grads, strict=True) if grad is None]
+
+
+@dataclass(frozen=True)
+class DistillMethod:
+    """How a student is made, and how it ends."""
+
+    student: Callable[[nn.Module, Recipe], nn.Module]
+    learns: bool = True  # else it is used as it is made
+    distills: bool = True  # else it is the teacher itself
+    everything: bool = False  # all weights train that the loss reaches
+
+
+def copied_with_adapters(teacher: nn.Module, recipe: Recipe) -> nn.Module:
+    """WeCoLoRA: the copied layers frozen and shared, adapters on them."""
+    about = recipe.student
+    student = copy_layers(teacher, about.reduction, own=about.trainable, keep=about.keep)
+    if not find(teacher):
+        _check_convolutional(recipe)
+        stages = [stack.name for stack in stacks_of(teacher)]
+        seed, trainable = recipe.train.seed, about.trainable
+        adapt_convolutions(student, stages, about.rank, seed, trainable)
+        return student
+    patch(
+        student,
+        about.rank,
+        targets=about.targets or None,
+        qkv=about.qkv,
+        trainable=about.trainable,
+        seed=recipe.train.seed,
+        allow_large_rank=about.allow_large_rank,
+        dropout=about.dropout,
+    )
+    return student
+
+
+def _check_convolutional(recipe: Recipe) -> None:
+    """Options of projections mean nothing to convolutions: an error, not silence."""
+    about, plain = recipe.student, Student()
+    for name in ("targets", "qkv", "dropout"):
+        if (value := getattr(about, name)) != getattr(plain, name):
+            raise RecipeError(
+                f"student.{name} = {value!r} is for the projections of a transformer, and the "
+                "teacher has convolutions alone"
+            )
+
+
+def copied(teacher: nn.Module, recipe: Recipe) -> nn.Module:
+    """WeCo+KD: the copied layers, all of them trained."""
+    about = recipe.student
+    student = copy_layers(teacher, about.reduction, share=False, keep=about.keep)
+    return student.requires_grad_(True)
+
+
+def itself(teacher: nn.Module, recipe: Recipe) -> nn.Module:
+    """The teacher, trained on labels in full."""
+    return teacher.requires_grad_(True)
+
+
+METHODS = {
+    "wecolora": DistillMethod(copied_with_adapters),
+    "weco_kd": DistillMethod(copied, everything=True),
+    "weco": DistillMethod(copied, learns=False),
+    "finetune": DistillMethod(itself, distills=False, everything=True),
+    "slad": DistillMethod(itself),  # a model of its own: see slad_run
+    "family": DistillMethod(itself, everything=True),  # likewise: see family
+}
+
+
+def objective_of(student: nn.Module, teacher: nn.Module, recipe: Recipe) -> Objective:
+    """The loss of the recipe on ``student``."""
+    if not METHODS[recipe.method].distills:
+        return Objective(student, [], tokens=0.0, labels=1.0)
+    pairs = pairs_of(teacher, recipe.student.reduction, recipe.loss.blocks)
+    names = [pair.student for pair in pairs]
+    return Objective(student, names, recipe.loss.tokens, recipe.loss.labels)
+
+
+def wanted_of(teacher: nn.Module, recipe: Recipe) -> list[str]:
+    """The teacher's blocks that the loss compares; none where it looks at labels alone."""
+    if not METHODS[recipe.method].distills or not recipe.loss.tokens:
+        return []
+    pairs = pairs_of(teacher, recipe.student.reduction, recipe.loss.blocks)
+    return [pair.teacher for pair in pairs]
+
+
+def finish(student: nn.Module, recipe: Recipe) -> nn.Module:
+    """The student as it is to be used: adapters merged, in eval mode."""
+    if recipe.method == "wecolora":
+        if any(isinstance(module, AdaptedLinear) for module in student.modules()):
+            unpatch(student, merge=True)
+        merge_convolutions(student)
+    return student.eval()

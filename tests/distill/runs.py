@@ -9,19 +9,17 @@ import torch
 from torch import nn
 
 from fused_lora.distill.data.batches import Order
-from fused_lora.distill.data.scans import ScanView
 from fused_lora.distill.data.sets import digits
-from fused_lora.distill.data.views import Viewed
+from fused_lora.distill.data.views import ScanView, Viewed
 from fused_lora.distill.features import Live
-from fused_lora.distill.objective import Objective
+from fused_lora.distill.models import UNet, build
 from fused_lora.distill.recipe import Recipe
 from fused_lora.distill.recipe.read import of
 from fused_lora.distill.recipe.tables import Teacher, Train
-from fused_lora.distill.taps import pairs_of
+from fused_lora.distill.stack import pairs_of
+from fused_lora.distill.train.devices import Precision, World
 from fused_lora.distill.train.fit import Fit
-from fused_lora.distill.train.precision import Precision
-from fused_lora.distill.train.world import World
-from fused_lora.distill.weights import build
+from fused_lora.distill.wecolora import Objective
 
 OPTIONS = {
     "img_size": 8,
@@ -45,9 +43,14 @@ def recipe(**tables: Any) -> Recipe:
         "train": {"steps": 6, "batch_size": 16, "log_every": 2, "save_every": 3, "blr": 0.1},
         "evaluate": {"head": True},
     }
+    return of(changed(given, tables))
+
+
+def changed(given: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
+    """``given`` with single keys of its tables changed."""
     for name, table in tables.items():
         given[name] = given.get(name, {}) | table if isinstance(table, dict) else table
-    return of(given)
+    return given
 
 
 def slad_recipe(folder: Path, method: str = "joint", **tables: Any) -> Recipe:
@@ -98,3 +101,35 @@ def fit_of(
     objective = Objective(student.to(computes.stored), [pair.student for pair in pairs])
     live = Live(teacher.to(computes.stored), [pair.teacher for pair in pairs], computes)
     return Fit(objective, live, data, order, table, computes, world, folder)
+
+
+UNET = {"encoder": "resnet34", "in_chans": 1, "stages": 3, "channels": [8, 12, 8, 8]}
+CLASSES = 11
+
+
+def unet(**options: Any) -> UNet:
+    """In eval mode, its last norms awake and its statistics not those of a fresh model."""
+    torch.manual_seed(3)
+    model = UNet(**UNET | {"num_classes": CLASSES, "zero_init_last": False} | options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model.eval()
+
+
+def unet_checkpoint(folder: Path, **options: Any) -> str:
+    """The file of ``unet``."""
+    model = unet(**options)
+    path = folder / f"unet_{model.num_classes}_{model.encoder.conv1.in_channels}.pth"
+    torch.save(model.state_dict(), path)
+    return str(path)
+
+
+def segmenting(folder: Path, **tables: Any) -> Recipe:
+    """WeCoLoRA of the U-Net for a few steps on the strokes of a few digits."""
+    options = UNET | {"num_classes": CLASSES}
+    teacher = {"model": "unet", "options": options, "checkpoint": unet_checkpoint(folder)}
+    data = {"source": "digit_masks", "image_size": 16}
+    given: dict[str, Any] = {"teacher": teacher, "data": data, "loss": {"blocks": "stages"}}
+    return recipe(**changed(given, tables))

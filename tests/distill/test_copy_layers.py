@@ -9,7 +9,7 @@ from torch import nn
 
 import fused_lora
 from fused_lora.distill import copy_layers
-from fused_lora.distill.taps import pairs_of, spans_of, tokens_of
+from fused_lora.distill.stack import pairs_of, spans_of, tokens_of
 from fused_lora.distill.wecolora import token_loss
 from tests.patching.models import build, images
 

@@ -12,18 +12,19 @@ import torch
 from PIL import Image
 
 from fused_lora.distill.data.batches import Order, loaded
-from fused_lora.distill.data.scans import ScanView
 from fused_lora.distill.data.sets import (
     SOURCES,
     DataError,
     ImageSet,
+    balanced,
     digits,
     folder,
     huggingface,
     located,
+    spread,
+    uniform,
 )
-from fused_lora.distill.data.subset import balanced, spread
-from fused_lora.distill.data.views import Viewed, photo_view
+from fused_lora.distill.data.views import ScanView, Viewed, photo_view
 
 CONFIG = {
     "mean": (0.5, 0.5, 0.5),
@@ -72,6 +73,13 @@ def test_a_balanced_choice_is_nested_seeded_and_never_without_a_class() -> None:
     counts = Counter(labels[i] for i in more).values()
     assert max(counts) - min(counts) <= 1
     assert balanced(labels, 1.0, 0) == list(range(len(labels)))
+
+
+def test_a_uniform_choice_is_seeded_and_of_the_asked_size() -> None:
+    few = uniform(1000, 0.0025, 0)
+    assert len(set(few)) == 2 and few == uniform(1000, 0.0025, 0) and max(few) < 1000
+    assert few != uniform(1000, 0.0025, 1)
+    assert len(uniform(1000, 0.0001, 0)) == 1
 
 
 def test_kmeans_plus_plus_spreads() -> None:

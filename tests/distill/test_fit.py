@@ -14,11 +14,10 @@ import fused_lora
 from fused_lora.bench.methods import Naive
 from fused_lora.bench.workload import adapters
 from fused_lora.distill import copy_layers
+from fused_lora.distill.models import build, load
 from fused_lora.distill.train import checkpoint
-from fused_lora.distill.train.fit import LAST, Diverged, Fit
+from fused_lora.distill.train.fit import LAST, Cosine, Diverged, Fit
 from fused_lora.distill.train.log import StepProgress
-from fused_lora.distill.train.schedule import Cosine
-from fused_lora.distill.weights import build, load
 from fused_lora.testing.yardstick import in_every_order, judge
 from tests.distill.runs import checkpoint as teacher_file
 from tests.distill.runs import fit_of, recipe

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused_lora.distill import tokens
+from fused_lora.distill import blocks
+from fused_lora.distill.blocks import Tokens, tokens_of
 from fused_lora.distill.heads import ClassificationHead, SegmentationHead, grid_of
-from fused_lora.distill.tokens import Tokens, tokens_of
 from fused_lora.patching.report import PatchError
 from tests.patching.models import build, images
 
@@ -34,9 +34,9 @@ class TestTokens:
         assert not any(block._forward_hooks for block in model.blocks)
 
     def test_blocks_are_looked_for_once(self, monkeypatch):
-        model, found = build(depth=3), tokens.blocks_of
+        model, found = build(depth=3), blocks.blocks_of
         x, searched = images(model), []
-        monkeypatch.setattr(tokens, "blocks_of", lambda m: searched.append(m) or found(m))
+        monkeypatch.setattr(blocks, "blocks_of", lambda m: searched.append(m) or found(m))
         assert [len(tokens_of(model, x).blocks) for _ in range(3)] == [3, 3, 3]
         del model.blocks[1]
         assert len(tokens_of(model, x).blocks) == 2

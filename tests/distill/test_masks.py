@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fused_lora.distill.data.mask_views import MaskedPhotoView, StrokeView, masked_view_of
 from fused_lora.distill.data.masks import (
     IGNORE,
+    MaskedPhotoView,
+    StrokeView,
     classes_of,
     digit_masks,
     folder_of_masks,
+    masked_view_of,
     read_mask,
     unmasked,
 )
@@ -22,8 +24,8 @@ from fused_lora.distill.data.sets import DataError
 from fused_lora.distill.data.views import Viewed
 from fused_lora.distill.recipe import Recipe
 from fused_lora.distill.run import distill
-from fused_lora.distill.sliding import MeanIoU
-from tests.distill.unets import OPTIONS, checkpoint, segmenting, unet
+from fused_lora.distill.segmentation import MeanIoU
+from tests.distill.runs import UNET, segmenting, unet, unet_checkpoint
 
 SIZE = (18, 12)  # width, height
 
@@ -47,7 +49,7 @@ def masked(home: Path, splits: tuple[str, ...] = ("train", "val"), count: int = 
 def asked(folder: Path, home: Path, **tables: Any) -> Recipe:
     """A student of a U-Net with two classes, on the images of ``home``."""
     model = {"num_classes": 2, "in_chans": 3}
-    teacher = {"options": OPTIONS | model, "checkpoint": checkpoint(folder, **model)}
+    teacher = {"options": UNET | model, "checkpoint": unet_checkpoint(folder, **model)}
     data = {"source": "masks", "path": str(home), "fraction": 1.0} | tables.pop("data", {})
     train = {"steps": 3, "batch_size": 2}
     return segmenting(folder, teacher=teacher, data=data, train=train, **tables)

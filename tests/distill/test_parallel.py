@@ -10,11 +10,11 @@ import torch
 from torch import distributed, multiprocessing
 from torch.distributed.fsdp import FSDPModule
 
+from fused_lora.distill.models import read
 from fused_lora.distill.recipe import Recipe
 from fused_lora.distill.run import distill
 from fused_lora.distill.train.checkpoint import CheckpointError, header_of
 from fused_lora.distill.train.fit import LAST, Fit
-from fused_lora.distill.weights import read
 from tests.distill.runs import checkpoint, recipe, slad_recipe
 
 pytestmark = pytest.mark.slow

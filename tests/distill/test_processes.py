@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
+from fused_lora.distill.models import read
 from fused_lora.distill.recipe import read as read_recipe
 from fused_lora.distill.run import distill
 from fused_lora.distill.train.checkpoint import header_of
-from fused_lora.distill.weights import read
 from tests.distill.runs import OPTIONS, checkpoint, recipe
 
 STEPS = 7

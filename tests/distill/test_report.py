@@ -79,8 +79,8 @@ def test_the_report_has_its_parts(tmp_path: Path) -> None:
 
 
 def test_a_student_that_timm_cannot_build_is_not_exported(tmp_path: Path) -> None:
+    from fused_lora.distill.models import build
     from fused_lora.distill.recipe.tables import Teacher
-    from fused_lora.distill.weights import build
 
     small = {"model": "resnet18", "options": {"in_chans": 1, "zero_init_last": False}}
     torch.save(build(Teacher(**small)).state_dict(), tmp_path / "resnet.pth")

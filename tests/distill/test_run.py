@@ -18,14 +18,13 @@ from fused_lora.distill import load_student
 from fused_lora.distill.data.batches import Batch
 from fused_lora.distill.data.sets import DataError
 from fused_lora.distill.evaluate import likeness, neighbours, sgd
+from fused_lora.distill.models import WeightsError, build, read
 from fused_lora.distill.recipe import Recipe, RecipeError
 from fused_lora.distill.recipe.tables import Teacher
-from fused_lora.distill.run import distill
-from fused_lora.distill.runner import Run
-from fused_lora.distill.taps import tokens_of
-from fused_lora.distill.train.fit import LAST, Fit
-from fused_lora.distill.train.world import World
-from fused_lora.distill.weights import WeightsError, build, read
+from fused_lora.distill.run import Run, distill
+from fused_lora.distill.stack import tokens_of
+from fused_lora.distill.train.devices import World
+from fused_lora.distill.train.fit import LAST
 from tests.distill.runs import MODEL, OPTIONS, checkpoint, recipe, slad_recipe
 
 
@@ -82,6 +81,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, teacher: dict) -> None:
         ("wecolora", {"loss": {"labels": 1.0}, "student": {"trainable": ["^head"]}}),
         ("wecolora", {"loss": {"tokens": 0.0, "labels": 1.0}, "student": {"targets": ["q", "v"]}}),
         ("wecolora", {"data": {"choice": "kmeans++"}}),
+        ("wecolora", {"data": {"choice": "random"}}),
         ("wecolora", {"data": {"augment": "shift"}, "train": {"accumulate": 2}}),
         ("wecolora", {"train": {"precision": "bf16"}}),
         ("wecolora", {"train": {"precision": "fp64"}, "student": {"qkv": "joint"}}),
@@ -276,32 +276,6 @@ def test_the_ablations_of_slad_train_the_teacher_first(tmp_path: Path, method: s
     whole = any(name.startswith("param.both.teacher.patch_embed") for name in first)
     assert whole == (method == "finetune")
     assert set(said["cka_before"]) == set(said["cka"])
-
-
-@pytest.mark.parametrize("method", ["two_step", "finetune"])
-def test_two_phases_killed_in_each_end_where_an_unbroken_run_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    asked = slad_recipe(tmp_path, method)
-    step, run = Fit._step, []
-
-    def stops(fit: Fit, number: int, micro: list) -> None:
-        run.append(number)
-        if len(run) in (5, 13):  # in the first phase, and in the second
-            raise KeyboardInterrupt
-        step(fit, number, micro)
-
-    monkeypatch.setattr(Fit, "_step", stops)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            distill(asked, tmp_path / "broken")
-    distill(asked, tmp_path / "broken")
-    assert run == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3, 4, 3, 4, 5]
-    monkeypatch.setattr(Fit, "_step", step)
-    distill(asked, tmp_path / "whole")
-    for file in ("student.safetensors", "heads.safetensors", LAST):
-        one, other = (read(tmp_path / home / file) for home in ("broken", "whole"))
-        assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_a_resnet_student_learns_by_convlora(tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """Two gloo processes with half a batch each: the gradients of one process with all of it."""
 
-import os
-import socket
-
 import pytest
 import torch
 from torch import nn
@@ -65,10 +62,10 @@ def halves():
     return torch.randn(4, 5, 12, generator=torch.Generator().manual_seed(1)).double().chunk(2)
 
 
-def process(rank, port, folder, both):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def process(rank, folder, both):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    meet = f"file://{folder}/meet"  # a port may be taken between its choice and its use
+    torch.distributed.init_process_group("gloo", meet, rank=rank, world_size=2)
     for bucket_view in (False, True):
         ddp = DistributedDataParallel(both, gradient_as_bucket_view=bucket_view)
         for _ in range(2):  # the second time into gradients that are there
@@ -80,11 +77,8 @@ def process(rank, port, folder, both):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     both = Both()
-    torch.multiprocessing.spawn(process, (port, str(tmp_path), both), nprocs=2)
+    torch.multiprocessing.spawn(process, (str(tmp_path), both), nprocs=2)
     for half in halves():
         both(half).backward()
     for bucket_view in (False, True):

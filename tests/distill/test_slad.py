@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from fused_lora.distill.heads import ClassificationHead, SegmentationHead
-from fused_lora.distill.slad import prepare
-from fused_lora.distill.slad_loss import (
+from fused_lora.distill.slad import (
     IGNORE,
     JOINT,
     STUDENT_ONLY,
     TEACHER_ONLY,
     Logits,
     Terms,
+    prepare,
     slad_losses,
 )
 from fused_lora.nn import AdaptedLinear

@@ -26,7 +26,7 @@ from fused_lora.bench.rows import append, read_as
 from fused_lora.bench.shapes import SHAPES, Grid, ModelShape
 from fused_lora.bench.table import aligned, milliseconds
 from fused_lora.bench.workload import STORED
-from fused_lora.distill.slad_loss import Logits, slad_losses
+from fused_lora.distill.slad import Logits, slad_losses
 from fused_lora.nn import AdaptedLinear, shared_parameters
 from fused_lora.testing.yardstick import error
 

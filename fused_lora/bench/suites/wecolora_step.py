@@ -10,8 +10,7 @@ from fused_lora.bench.shapes import ModelShape
 from fused_lora.bench.suites.train_step import TrainStep
 from fused_lora.bench.workload import blocks
 from fused_lora.distill import copy_layers
-from fused_lora.distill.stack import tokens_in
-from fused_lora.distill.taps import pairs_of, tokens_of
+from fused_lora.distill.stack import pairs_of, tokens_in, tokens_of
 from fused_lora.distill.wecolora import token_loss
 
 REDUCTION = 2

@@ -1,17 +1,74 @@
-"""From an image to what a model takes: resized, augmented, normalised, the same for a seed."""
+"""From an image to what a model takes: resized, augmented, normalised, the same for a seed.
+
+Random numbers are a function of where a run is, so that there is no state to save. They do not come
+by ``torch.manual_seed``, which queues a call with its traceback for a GPU that may never be used: a
+millisecond each time, and never freed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from fused_lora.distill.data.scans import ScanView
 from fused_lora.distill.data.sets import DataError, ImageSet
-from fused_lora.distill.seeds import seeded
+
+
+def seed(number: int) -> None:
+    """Seed the CPU's generator, and the GPU's where there is one in use."""
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)
+
+
+@contextmanager
+def seeded(number: int) -> Iterator[None]:
+    """Within the block the CPU draws the numbers of ``number``; afterwards it goes on as before."""
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+MEAN, STD = 0.5, 0.5
+TURN, SHIFT, ZOOM = 10.0, 1 / 8, 0.1  # degrees; share of the side; share of the size, at most
+
+
+class ScanView:
+    """A uint8 tensor [1, h, w] as a model's [channels, side, side]."""
+
+    def __init__(self, side: int, channels: int, augment: str) -> None:
+        if augment not in ("none", "shift"):
+            raise ValueError(f"data.augment = {augment!r} is for photographs; scans take 'shift'")
+        self.side, self.channels, self.augment = side, channels, augment
+
+    def __call__(self, scan: Tensor) -> Tensor:
+        """Resized, perhaps moved a little, normalised."""
+        image = scan.float()[None] / 255  # [1, 1, h, w]
+        if scan.shape[-1] != self.side:
+            size = (self.side, self.side)
+            image = F.interpolate(image, size, mode="bilinear", align_corners=False)
+        if self.augment == "shift":
+            image = F.grid_sample(image, _moved(image), align_corners=False)
+        return ((image[0] - MEAN) / STD).expand(self.channels, -1, -1)
+
+
+def _moved(image: Tensor) -> Tensor:
+    """The sampling grid of a random rotation, shift and zoom."""
+    turn, right, down, zoom = (2 * torch.rand(4) - 1).tolist()
+    angle, size = math.radians(TURN * turn), 1 + ZOOM * zoom
+    cos, sin = math.cos(angle) * size, math.sin(angle) * size
+    matrix = [[cos, -sin, 2 * SHIFT * right], [sin, cos, 2 * SHIFT * down]]
+    return F.affine_grid(torch.tensor([matrix]), list(image.shape), align_corners=False)
+
 
 View = Callable[..., Any]  # of an image; of an image and its mask, where the set has masks
 Seen = tuple[Tensor, int | Tensor]  # image [C, H, W], and its label or its mask [H, W]

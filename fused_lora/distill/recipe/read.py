@@ -8,17 +8,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fused_lora.distill.recipe.checked import RecipeError, Table, unknown
 from fused_lora.distill.recipe.tables import (
     Data,
     Evaluate,
     Family,
     Loss,
     Recipe,
+    RecipeError,
     SladTable,
     Student,
+    Table,
     Teacher,
     Train,
+    unknown,
 )
 
 TABLES: dict[str, type[Table]] = {

@@ -1,4 +1,4 @@
-"""The loop of a run: steps, looks at the loss, checkpoints."""
+"""The loop of a run: the learning rate, steps, looks at the loss, checkpoints."""
 
 from __future__ import annotations
 
@@ -11,17 +11,40 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.distill.data.batches import Batch, Order, loaded
-from fused_lora.distill.data.views import Viewed
+from fused_lora.distill.data.views import Viewed, seed
 from fused_lora.distill.features import Wanted
 from fused_lora.distill.recipe.tables import Train
-from fused_lora.distill.seeds import seed
 from fused_lora.distill.train import checkpoint
+from fused_lora.distill.train.devices import Precision, World, spread
 from fused_lora.distill.train.log import Log, StepProgress, log_of
-from fused_lora.distill.train.parallel import spread
-from fused_lora.distill.train.precision import Precision
-from fused_lora.distill.train.schedule import Cosine
-from fused_lora.distill.train.world import World
 from fused_lora.ops.operand import is_sharded
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """lr = blr x effective batch / 256, up a line in the warm-up, down half a cosine to 0.
+
+    A function of the step alone, so that there is nothing to save of it.
+    """
+
+    blr: float
+    effective_batch: int
+    steps: int
+    warmup: float  # share of the steps
+
+    @property
+    def peak(self) -> float:
+        """The learning rate where the warm-up ends."""
+        return self.blr * self.effective_batch / 256
+
+    def at(self, step: int) -> float:
+        """The learning rate of ``step``, counted from 0."""
+        rising = round(self.warmup * self.steps)
+        if step < rising:
+            return self.peak * (step + 1) / rising
+        done = (step - rising) / max(1, self.steps - rising)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
 
 LAST = "last.safetensors"
 TINY = 1e-6  # a first loss of nothing is no yardstick

@@ -1,8 +1,9 @@
-"""A recipe on masks from end to end, and what it refuses."""
+"""Runs on masks: students of U-Nets, what is refused, windows over large images, scores."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,14 @@ import torch
 
 from fused_lora.distill import load_student
 from fused_lora.distill.evaluate import likeness
+from fused_lora.distill.models import load
 from fused_lora.distill.recipe import RecipeError
+from fused_lora.distill.report import text
 from fused_lora.distill.run import distill
-from fused_lora.distill.segment_run import SegmentRun
-from fused_lora.distill.table import text
-from fused_lora.distill.taps import tokens_of
-from fused_lora.distill.train.fit import Fit
-from fused_lora.distill.train.world import World
-from fused_lora.distill.weights import load, read
-from tests.distill.runs import MODEL
-from tests.distill.unets import CLASSES, OPTIONS, segmenting, unet
+from fused_lora.distill.segmentation import MeanIoU, SegmentRun, sliding_window
+from fused_lora.distill.stack import tokens_of
+from fused_lora.distill.train.devices import World
+from tests.distill.runs import CLASSES, MODEL, UNET, segmenting, unet
 
 
 def test_wecolora_leaves_an_ordinary_smaller_unet(tmp_path: Path) -> None:
@@ -71,29 +70,9 @@ def test_methods(tmp_path: Path, tables: dict) -> None:
     assert head == bool(tables.get("loss", {}).get("labels"))
 
 
-@pytest.mark.parametrize("method", ["finetune", "wecolora"])
-def test_a_killed_run_ends_in_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    asked = segmenting(tmp_path, method=method, data={"augment": "shift"})
-    distill(asked, tmp_path / "whole")
-    save = Fit._save
-
-    def killed(fit: Fit, done: int) -> None:
-        save(fit, done)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Fit, "_save", killed)
-        distill(asked, tmp_path / "killed")
-    assert distill(asked, tmp_path / "killed")["figures"]["steps"] == 6
-    one, other = (read(tmp_path / name / "student.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_a_teacher_recipe_is_run_first(tmp_path: Path) -> None:
     inner = segmenting(tmp_path, method="finetune", train={"steps": 2, "batch_size": 8})
-    options = "\n".join(f"{key} = {json.dumps(value)}" for key, value in OPTIONS.items())
+    options = "\n".join(f"{key} = {json.dumps(value)}" for key, value in UNET.items())
     (tmp_path / "t.toml").write_text(
         f'method = "finetune"\n[teacher]\nmodel = "unet"\n[teacher.options]\n{options}\n'
         '[data]\nsource = "digit_masks"\nimage_size = 16\n[train]\nsteps = 2\nbatch_size = 8\n'
@@ -123,7 +102,7 @@ def test_likeness_of_maps_is_over_their_channels(tmp_path: Path) -> None:
     ("tables", "message"),
     [
         ({"teacher": {"model": "resnet18", "options": {"in_chans": 1}}}, r"puts out \(8, 1000\)"),
-        ({"teacher": {"options": OPTIONS | {"num_classes": 3}}}, r"\(8, 3, 16, 16\).*11 classes"),
+        ({"teacher": {"options": UNET | {"num_classes": 3}}}, r"\(8, 3, 16, 16\).*11 classes"),
         ({"teacher": {"checkpoint": "", "pretrained": True}}, "encoder of 'unet' alone"),
         ({"student": {"targets": ["q"]}}, r"student.targets = \('q',\) is for the projections"),
         ({"student": {"dropout": 0.5}}, "student.dropout = 0.5 is for the projections"),
@@ -141,7 +120,7 @@ def test_refuses(tmp_path: Path, monkeypatch, tables: dict, message: str) -> Non
         about = dict(tables)
         if "teacher" in about:
             model = about["teacher"].get("model", "unet")
-            options = OPTIONS | {"num_classes": CLASSES} if model == "unet" else {}
+            options = UNET | {"num_classes": CLASSES} if model == "unet" else {}
             about["teacher"] = {"options": options} | about["teacher"]
             if "checkpoint" not in about["teacher"]:
                 about["teacher"]["checkpoint"] = of_teacher(tmp_path, about["teacher"])
@@ -150,8 +129,8 @@ def test_refuses(tmp_path: Path, monkeypatch, tables: dict, message: str) -> Non
 
 def of_teacher(folder: Path, table: dict) -> str:
     """A file of the weights of a teacher's own shape."""
+    from fused_lora.distill.models import build
     from fused_lora.distill.recipe.tables import Teacher
-    from fused_lora.distill.weights import build
 
     about = Teacher(model=table.get("model", "unet"), options=table["options"])
     torch.save(build(about).state_dict(), folder / "own.pth")
@@ -175,8 +154,8 @@ def test_a_recipe_error_is_one(tmp_path: Path) -> None:
 
 def test_a_unet_of_the_library_from_a_recipe(tmp_path: Path) -> None:
     pytest.importorskip("segmentation_models_pytorch")
+    from fused_lora.distill.models import build
     from fused_lora.distill.recipe.tables import Teacher
-    from fused_lora.distill.weights import build
 
     given = {"encoder_name": "tu-resnet18", "encoder_depth": 3, "decoder_channels": [16, 8, 8]}
     given |= {"in_channels": 1, "num_classes": CLASSES}
@@ -185,3 +164,67 @@ def test_a_unet_of_the_library_from_a_recipe(tmp_path: Path) -> None:
     asked = segmenting(tmp_path, teacher=teacher, train={"steps": 2, "log_every": 1})
     assert distill(asked, tmp_path / "run")["figures"]["steps"] == 2
     assert len(load_student(tmp_path / "run").encoder.model.layer2) == 1
+
+
+class TestSlidingWindow:
+    @pytest.mark.parametrize(
+        ("size", "window", "stride"), [((8, 8), 8, 8), ((11, 13), 4, 3), ((9, 5), 5, 5)]
+    )
+    def test_a_prediction_per_pixel_comes_back(self, size, window, stride):
+        images = torch.randn(2, 3, *size, dtype=torch.float64)
+        seen = []
+
+        def predict(part):
+            seen.append(part.shape)
+            return torch.cat([part, part.sum(1, keepdim=True)], 1)
+
+        torch.testing.assert_close(sliding_window(predict, images, window, stride), predict(images))
+        assert set(seen[:-1]) == {(2, 3, window, window)}
+
+    def test_overlaps_are_averaged(self):
+        calls = iter([10.0, 20.0, 40.0])
+        images = torch.zeros(1, 1, 2, 5, dtype=torch.float64)  # windows from columns 0, 2 and 3
+        y = sliding_window(lambda part: part + next(calls), images, 2, 2)
+        assert y[0, 0, 0].tolist() == [10.0, 10.0, 20.0, 30.0, 40.0]
+
+    @pytest.mark.parametrize(
+        ("window", "stride", "message"),
+        [
+            (4, 5, "stride must lie in 1 to window = 4, got 5"),
+            (4, 0, "got 0"),
+            (9, 1, "images of 8 x 12 are smaller than a window of 9"),
+        ],
+    )
+    def test_bad_windows(self, window, stride, message):
+        with pytest.raises(ValueError, match=message):
+            sliding_window(lambda part: part, torch.zeros(1, 3, 8, 12), window, stride)
+
+    def test_predictions_of_another_size(self):
+        with pytest.raises(ValueError, match=r"predictions are \(1, 3, 2, 2\), the window 4"):
+            sliding_window(lambda part: part[..., ::2, ::2], torch.zeros(1, 3, 8, 8), 4, 4)
+
+
+class TestMeanIoU:
+    def test_by_hand(self):
+        score = MeanIoU(4)
+        guess = torch.tensor([[[0, 0, 1], [1, 2, 2]]])
+        labels = torch.tensor([[[0, 1, 1], [1, 255, 2]]])
+        logits = torch.nn.functional.one_hot(guess, 4).movedim(-1, 1).float()
+        for _ in range(2):  # twice the same changes nothing
+            score.update(logits, labels)
+        *known, absent = score.per_class().tolist()
+        assert known == [1 / 2, 2 / 3, 1.0]
+        assert math.isnan(absent)
+        assert score.mean() == pytest.approx((1 / 2 + 2 / 3 + 1) / 3)
+
+    def test_what_does_not_fit(self):
+        score = MeanIoU(3)
+        labels = torch.zeros(1, 2, 2, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"logits \(1, 4, 2, 2\) .* do not fit 3 classes"):
+            score.update(torch.zeros(1, 4, 2, 2), labels)
+        with pytest.raises(ValueError, match=r"labels \(1, 2, 3\)"):
+            score.update(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 3, dtype=torch.int64))
+        with pytest.raises(ValueError, match="labels run from 0 to 3, classes to 2"):
+            labels[0, 0, 0] = 3
+            score.update(torch.zeros(1, 3, 2, 2), labels)
+        assert not score.confusion.any()
