@@ -15,7 +15,7 @@ from fused_lora.bench.registry import Method, register
 from fused_lora.bench.workload import blocks, projections, thirds
 
 
-def let_gradient_in(module: nn.Module, args: tuple, tokens: Tensor) -> None:
+def let_gradient_in(module: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> None:
     """A forward hook of the embedding: its output asks for a gradient."""
     tokens.requires_grad_()
 

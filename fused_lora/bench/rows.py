@@ -132,7 +132,7 @@ def read_as(folder: Path, suites: Iterable[str], parse: Callable[[str], _R]) -> 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
     """The latest row of each device, case and method, in the order first met."""
-    latest: dict[tuple, Row] = {}
+    latest: dict[tuple[object, ...], Row] = {}
     for row in rows:
         key = (row.provenance.device, row.case, row.method)
         if key not in latest or row.provenance.time_utc >= latest[key].provenance.time_utc:

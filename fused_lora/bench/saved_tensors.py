@@ -110,7 +110,9 @@ class WideCopies(TorchDispatchMode):
         self.min_elements = min_elements  # smaller tensors are weights of adapters, not x
         self.count = self.nbytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         """Run ``func``; count it when it is a widening copy."""
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and out.dtype is torch.float32:

@@ -109,7 +109,7 @@ def share(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, kept)
 
 
-def precision(dtype: str, device: str) -> AbstractContextManager:
+def precision(dtype: str, device: str) -> AbstractContextManager[object]:
     """Autocast when the dtype asks for it."""
     if dtype != "amp":
         return nullcontext()
@@ -137,7 +137,7 @@ class Workload:
         """Elements of one [M, d] tensor."""
         return self.batch * self.shape.tokens * self.shape.width
 
-    def precision(self) -> AbstractContextManager:
+    def precision(self) -> AbstractContextManager[object]:
         """Autocast when the dtype asks for it."""
         return precision(self.dtype, self.device)
 

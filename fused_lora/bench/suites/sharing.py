@@ -6,12 +6,13 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch as substituted
 
 import torch
@@ -138,7 +139,7 @@ class Variant:
     """One variant: its models, and what they run under."""
 
     models: nn.ModuleList  # teacher, student
-    inside: Callable[[], AbstractContextManager] = nullcontext
+    inside: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Both forwards, SLAD's loss, one backward; gradients are dropped first."""
@@ -187,7 +188,9 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.count = self.nbytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         """Run ``func``; count it unless all it made are views."""
         held = {t.untyped_storage().data_ptr() for t in _tensors((*args, *(kwargs or {}).values()))}
         out = func(*args, **(kwargs or {}))
@@ -200,7 +203,7 @@ class Launches(TorchDispatchMode):
         return out
 
 
-def _tensors(values) -> Iterator[Tensor]:
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -266,7 +269,9 @@ def measured(
     ]
 
 
-def agree(found: dict[str, Variant], steps: dict, close: float) -> bool:
+def agree(
+    found: dict[str, Variant], steps: Mapping[str, Callable[[], object]], close: float
+) -> bool:
     """Whether both variants of sharing give the teacher's adapters the same gradients."""
     grads = []
     for name in ("slices", "shared"):
