@@ -35,7 +35,7 @@ def selftests(folder: Path) -> Iterator[str]:
         yield f"\n{path.stem}: {', '.join(f'{n} {word}' for word, n in counts.items())}"
         for row in rows:
             if row["verdict"] == "FAILED":
-                yield f"- {row['backend']} {row['kernel']} ({row['configuration']}): {row['said']}"
+                yield f"- {row['backend']} {row['kernel']} ({row['configuration']}): {row['reason']}"
 
 
 def timed(folder: Path) -> Iterator[str]:

@@ -257,7 +257,7 @@ class PeftCheckpoint(Peft):
 
 @register
 class FusedLinearLevel(Method):
-    """``fused_lora.patch`` on a model; on a bare layer set, its modules one by one."""
+    """``fused_lora.patch`` on a model; on a set of layers, its modules one by one."""
 
     name, title = "fused", "fused_lora"
     ours = True

@@ -52,10 +52,10 @@ def overview(folder: Path) -> str:
         _column(steps, "error", "{:.1e}", **{**vit_s, "dtype": "bf16"}, batch=2, rank=16),
     ]
     lines = [HEADS, ("---", *("---:",) * len(columns))]
-    for method, said in METHODS.items():
+    for method, title in METHODS.items():
         cells = [column(method) for column in columns]
         if set(cells) != {"-"}:
-            lines.append((said, *cells))
+            lines.append((title, *cells))
     if len(lines) == 2:
         return "No rows are recorded yet."
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

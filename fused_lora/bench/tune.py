@@ -129,7 +129,7 @@ def run(argv: Sequence[str]) -> int:
     for size in sizes:
         found = dict(tuned(size, dtype, device, clock, shares.next_s()))
         winners.store(device, found)
-    print(f"kept in {winners.path()}; heard by every process that starts from now on")
+    print(f"kept in {winners.path()}; read by every process that starts from now on")
     return 0
 
 

@@ -30,7 +30,7 @@ _ADAPTER = re.compile(
 
 
 def projections(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every adapted linear by dotted name: those of ``model.blocks``, or of a bare layer set."""
+    """Every adapted linear by dotted name: those of ``model.blocks``, or of a set of layers."""
     inside = "blocks." if hasattr(model, "blocks") else ""
     return {
         name: module
@@ -183,7 +183,7 @@ class Workload:
 
 
 def trunk(model: nn.Module) -> nn.Module | None:
-    """The module that holds the blocks, however it is wrapped; None for a bare layer set."""
+    """The module that holds the blocks, however it is wrapped; None for a set of layers."""
     return next((module for module in model.modules() if "blocks" in module._modules), None)
 
 

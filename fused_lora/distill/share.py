@@ -95,7 +95,7 @@ def unshare_adapters(student: nn.Module) -> None:
 def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
     """The teacher's parameters, of those that train, of which the student has parts; each once."""
     shared = [m for m in student.modules() if isinstance(m, SharedLoRALinear)]
-    loans = [loan for module in shared for loan in module.loans.values()]
+    loans = [loan for module in shared for loan in module.shared_adapters.values()]
     halves = [half for loan in loans for half in loan.owner.adapter(loan.group)]
     found = {id(half): half for half in halves if half.requires_grad}
     return list(found.values())  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_lora.io.keys import a_key, b_key
 from fused_lora.io.peft import Settings
-from fused_lora.nn.child_adapters import FusedLoRAKernel
+from fused_lora.nn.child_adapters import FusedLoRAConvWeight
 
 Numbers = dict[str, float]
 
@@ -60,5 +60,5 @@ def from_peft(
 def _kernels(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Our name, PEFT's, and the kernel's shape, of each adapted convolution."""
     for name, module in modules.items():
-        if isinstance(module, FusedLoRAKernel):
+        if isinstance(module, FusedLoRAConvWeight):
             yield name, name.rpartition(".")[0], tuple(module._whole().shape)

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from fused_lora.nn import block_modules as parts
-from fused_lora.nn.block_modules import Fused, Half
+from fused_lora.nn.block_modules import FusedModule, Half
 from fused_lora.nn.stand_in import why_watched
 from fused_lora.ops.chain.attention import Split
 from fused_lora.ops.chain.chain import Chain
@@ -28,7 +28,7 @@ PACKED = "timm.layers.mlp.GluMlp"
 APART = "timm.layers.mlp.SwiGLU"
 
 
-class FusedLoRAMlp(Fused):
+class FusedLoRAMlp(FusedModule):
     """An MLP (timm's Mlp, GluMlp or SwiGLU) whose activations are made again in backward."""
 
     known = parts.MLPS
@@ -142,7 +142,7 @@ def mlp_options(mlp: Any) -> dict[str, Any]:
 # Each half is fused where it can be, at every call anew, and left to its modules where it cannot.
 
 
-class FusedLoRABlock(Fused):
+class FusedLoRABlock(FusedModule):
     """A pre-norm block (timm's, with or without LayerScale, drop path and qk-norm)."""
 
     known = parts.BLOCKS
@@ -226,7 +226,7 @@ class AttentionHalf(Half):
     def choose(self, block: Any, x: Tensor) -> Any:
         """One chain where torch's attention takes part in it."""
         attn, width = block.attn, block.attn.qkv.out_features
-        if why_not_lean(attn) or x.dim() != 3:
+        if why_qkv_is_kept(attn) or x.dim() != 3:
             return None
         if block.recompute != "gemm" and kernel_for(x, attn.num_heads, width) is None:
             return None  # torch's own then keeps what it needs
@@ -341,7 +341,7 @@ def why_not_mlp_half(block: Any) -> str | None:
     return why_not_mlp(block.mlp) or _why_not_around(block, "2")
 
 
-def why_not_lean(attn: Any) -> str | None:
+def why_qkv_is_kept(attn: Any) -> str | None:
     """Why q, k and v are kept even where the GEMMs are made again."""
     if not (parts.absent(attn.q_norm) and parts.absent(attn.k_norm)):
         return "qk-norm"

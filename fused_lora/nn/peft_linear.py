@@ -28,12 +28,12 @@ from fused_lora.nn.stand_in import (
     why_not_stood_in,
     why_watched,
 )
-from fused_lora.nn.weight_adapter import read_weight
+from fused_lora.nn.weight_adapter import adapted_weight
 from fused_lora.ops.lora_linear import autocasts, lora_linear
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.types import Span
 
-CLASSES = ("FusedPeftLinear", "FusedPeftRead")
+CLASSES = ("FusedPeftLinear", "FusedPeftWeight")
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -63,7 +63,7 @@ def classes() -> tuple[type[nn.Module], type[nn.Module]]:
             a, b, s = _stacked(self, names)
             return lora_linear(x, base.weight, base.bias, [a], [b], [s])
 
-    class FusedPeftRead(FusedPeftLinear):
+    class FusedPeftWeight(FusedPeftLinear):
         @property
         def weight(self) -> Tensor:
             base: Any = self.base_layer
@@ -73,11 +73,11 @@ def classes() -> tuple[type[nn.Module], type[nn.Module]]:
                 return w
             refuse_constant("w + s b a, an adapted weight,")
             a, b, s = _stacked(self, names)
-            return read_weight(w, [a], [b], [s], [Span(0, w.shape[0], len(a))])
+            return adapted_weight(w, [a], [b], [s], [Span(0, w.shape[0], len(a))])
 
-    for kind in (FusedPeftLinear, FusedPeftRead):
+    for kind in (FusedPeftLinear, FusedPeftWeight):
         kind.__module__, kind.__qualname__ = __name__, kind.__name__
-    return FusedPeftLinear, FusedPeftRead
+    return FusedPeftLinear, FusedPeftWeight
 
 
 def why_not(layer: nn.Module) -> str:

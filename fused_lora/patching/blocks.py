@@ -18,11 +18,11 @@ from fused_lora.nn.block import (
     why_not_attention_half,
     why_not_block,
     why_not_halves,
-    why_not_lean,
     why_not_mlp,
     why_not_mlp_half,
+    why_qkv_is_kept,
 )
-from fused_lora.nn.block_modules import ATTENTIONS, MLPS, Fused, kind
+from fused_lora.nn.block_modules import ATTENTIONS, MLPS, FusedModule, kind
 from fused_lora.nn.stand_in import device_hook, replaced_forward, why_not_called
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.patching.explain import plan_of
@@ -62,7 +62,7 @@ def _attention(block: Any, mode: str, rows: int) -> int:
     width, inner = attn.qkv.in_features, attn.proj.in_features
     item, stat = _sizes(attn.proj.weight.dtype.itemsize)
     normed = _keeps_output(attn.q_norm) + _keeps_output(attn.k_norm)
-    lean = mode == "gemm" and not why_not_lean(attn)
+    lean = mode == "gemm" and not why_qkv_is_kept(attn)
     columns = width + inner + (0 if lean else (3 + normed) * inner)
     columns += width if mode == "none" else 0
     statistics = attn.num_heads * (1 + 2 * normed) + (2 if mode == "none" else 0)
@@ -153,7 +153,7 @@ class BlockChoice:
             raise PatchError(f"level must be one of {LEVELS}, got {self.level!r}")
         budget, given = self.memory_budget_gb, self.recompute is not None
         if self.level == "linear" and (given or budget is not None):
-            raise PatchError("recompute and memory_budget_gb speak of blocks: use level='block'")
+            raise PatchError("recompute and memory_budget_gb are for blocks: use level='block'")
         if given and budget is not None:
             raise PatchError("give recompute or memory_budget_gb, which chooses it; not both")
         if budget is not None and not 0 < budget < float("inf"):
@@ -210,7 +210,9 @@ def fuse(
         FusedLoRABlock.adopt(block, mode)
         rows.append(BlockRow(name, "block", mode, half, need.kept[mode]))
     for name, module in model.named_modules():
-        if not isinstance(module, Fused) and not (why_not_mlp(module) or why_not_over(module)):
+        if not isinstance(module, FusedModule) and not (
+            why_not_mlp(module) or why_not_over(module)
+        ):
             mode = modes.get(name.rpartition(".")[0]) or choice.mode_of(name)
             FusedLoRAMlp.adopt(module, mode)
             if not any(name.startswith(block + ".") for block, _ in fits):
@@ -257,5 +259,5 @@ def rows_of(block: str, seen: Mapping[str, int]) -> int:
 def unfuse(model: nn.Module) -> None:
     """Give every fused module its class back."""
     for module in model.modules():
-        if isinstance(module, Fused):
+        if isinstance(module, FusedModule):
             module.release()

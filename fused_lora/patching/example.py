@@ -22,8 +22,8 @@ def examples_for(model: nn.Module) -> list[Tensor]:
     The likeliest comes first: what a configuration says, what the patch embedding was built for,
     224 x 224; then the same with as many channels as the first convolution takes.
     """
-    said = [_of_configuration(model), _of_timm(model), _of_attributes(model), RGB_224]
-    sizes = [size for size in said if size]
+    sizes_found = [_of_configuration(model), _of_timm(model), _of_attributes(model), RGB_224]
+    sizes = [size for size in sizes_found if size]
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None:
         sizes += [(*size[:-3], first.in_channels, *size[-2:]) for size in sizes]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.kernels.triton import available
-from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRAMlp, FusedLoRARead
+from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRAMlp, FusedLoRAWeight
 from fused_lora.ops.backends import refusals
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
@@ -223,12 +223,12 @@ def _first_linear(owner: nn.Module) -> AdaptedLinear:
 
 
 def _why_unplanned(module: AdaptedLinear) -> str:
-    if isinstance(module, FusedLoRARead):
+    if isinstance(module, FusedLoRAWeight):
         return (
             "the model reads these weights without calling their modules: w' = w + s b a is "
             "rebuilt at every read"
         )
-    return "added to its own forward" if module.around else ""
+    return "added to its own forward" if module.additive else ""
 
 
 def _first(names: list[str]) -> str:
@@ -241,7 +241,7 @@ def _of_blocks(
     """What fused blocks keep for backward, and what they would in the other modes."""
     from fused_lora.patching.blocks import need_of
 
-    said: dict[str, list[str]] = {}
+    names_by_words: dict[str, list[str]] = {}
     for name, block in model.named_modules():
         if isinstance(block, FusedLoRABlock):
             first = next(m for m in block.modules() if isinstance(m, AdaptedLinear))
@@ -249,8 +249,8 @@ def _of_blocks(
             kept = need_of(name, block, rows).kept
             sizes = ", ".join(f"{mode} {nbytes / 1e6:,.1f} MB" for mode, nbytes in kept.items())
             words = f"  block of {rows} rows, recompute {block.recompute}; would keep: {sizes}"
-            said.setdefault(words, []).append(name or "the model itself")
-    return [f"{_first(names)}\n{words}" for words, names in said.items()]
+            names_by_words.setdefault(words, []).append(name or "the model itself")
+    return [f"{_first(names)}\n{words}" for words, names in names_by_words.items()]
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -302,8 +302,8 @@ def _paragraph(
     for row in rows[1 : 1 + LOSERS]:
         ratio = row.plan.time_us / rows[0].plan.time_us
         estimate = f"{row.plan!s:38}  {row.plan.time_us:12,.1f} us  {ratio:5.2f}x"
-        said = "  ".join(filter(None, (_beside(row), row.note)))
-        lines.append(f"  lost    {estimate}  {said}".rstrip())
+        notes = "  ".join(filter(None, (_beside(row), row.note)))
+        lines.append(f"  lost    {estimate}  {notes}".rstrip())
     refused = [*refusals(question, compute, target), *wrong]
     lines += [f"  not     {reason}" for reason in refused]
     if module.config.dropout:

@@ -269,20 +269,20 @@ def observe(
         PatchError: the forward fails, with its error.
     """
     examples = examples_for(model) if example is None else [example]
-    said: dict[int, Exception] = {}  # by example, what its last try said
-    roads = [True] if _any_on_meta(model) else [True, False]
-    for hooks, on_meta in product((False, True) if hooked(model) else (False,), roads):
+    errors: dict[int, Exception] = {}  # by example, of its last try
+    devices = [True] if _any_on_meta(model) else [True, False]
+    for hooks, on_meta in product((False, True) if hooked(model) else (False,), devices):
         for i, each in enumerate(examples if on_meta else examples[:1]):
             try:
                 return _observed(model, found, each, on_meta, hooks)
             except PatchError:
                 raise
             except Exception as error:
-                said[i] = error
+                errors[i] = error
     raise PatchError(
-        f"a trial forward failed ({type(said[0]).__name__}: {said[0]}); pass example_input= with "
-        "one input the model accepts"
-    ) from said[0]
+        f"a trial forward failed ({type(errors[0]).__name__}: {errors[0]}); pass example_input= "
+        "with one input the model accepts"
+    ) from errors[0]
 
 
 def _observed(

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+IN_WEIGHT = "in the weight, at every read"  # the plan of a weight that is read, not called
+
 
 class PatchError(ValueError):
     """The model cannot be patched as asked; it was left as it was."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
-from fused_lora.nn.additive import opaque, why_not_around
+from fused_lora.nn.additive import hides_weight, why_not_additive
 from fused_lora.nn.child_adapters import is_convolution, why_not_kernel
 from fused_lora.nn.config import OF_WEIGHT
 from fused_lora.nn.stand_in import made_weight, offloaded, why_not_stood_in
@@ -81,7 +81,7 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[FoundProjection]:
         once.setdefault((each.module, each.tensor), each)
         if not (choice.selection.keep_forward and keeps_its_forward(each.module)):
             _check_adoptable(model, each)
-        elif why := why_not_around(each.module):
+        elif why := why_not_additive(each.module):
             raise PatchError(f"{each.name}: {why}")
     return list(once.values())
 
@@ -236,7 +236,7 @@ def _shape(found: FoundProjection) -> tuple[int, int]:
 
 def keeps_its_forward(module: nn.Module) -> bool:
     """Whether this is a linear of another class, to which adapters can only be added."""
-    return opaque(module) and type(module) not in READABLE
+    return hides_weight(module) and type(module) not in READABLE
 
 
 def _check_adoptable(model: nn.Module, found: FoundProjection) -> None:
@@ -247,8 +247,8 @@ def _check_adoptable(model: nn.Module, found: FoundProjection) -> None:
             check_adoptable(found.module, found.name)
     except TypeError as error:
         raise PatchError(str(error)) from None
-    bare = found.tensor != "weight"  # its owner keeps its forward, and reads
-    why = offloaded(found.module) if bare else why_not_stood_in(found.module)
+    is_parameter = found.tensor != "weight"  # its owner keeps its forward, and reads
+    why = offloaded(found.module) if is_parameter else why_not_stood_in(found.module)
     if why:
         raise PatchError(f"{found.name}: {why}")
     weight = _weight(found)

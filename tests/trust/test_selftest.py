@@ -10,7 +10,7 @@ from fused_lora.trust import kernel_registry, own_process, selftest, verify
 from fused_lora.types import Backend, Needs, Span
 
 CPU = torch.device("cpu")
-PARTNERS = {
+ELEMENTWISE = {
     *("extended_gelu", "extended_scale", "extended_dropout", "shrink_dropout", "grad_dropout"),
     *(
         "shrink_norm",
@@ -24,7 +24,7 @@ PARTNERS = {
     ),
 }
 COMPILED = {"lora_merge", "lora_grad", "lora_linear", "lora_linear_gelu", "lora_linear_scale"}
-KERNELS = {"shrink", "extended", "one_pass", "grad", "merge"} | PARTNERS
+KERNELS = {"shrink", "extended", "one_pass", "grad", "merge"} | ELEMENTWISE
 
 
 def test_without_a_device_it_says_why_and_shows_what_it_would_run(capsys, tmp_path):

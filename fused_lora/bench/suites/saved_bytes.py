@@ -20,8 +20,8 @@ from fused_lora.bench.provenance import Provenance, provenance
 from fused_lora.bench.registry import SUITES, job
 from fused_lora.bench.rows import append, read_as
 from fused_lora.bench.runner import MethodRun, Phases, enter
-from fused_lora.bench.saved_tensors import ledger
-from fused_lora.bench.saved_tensors import text as text_of_ledger
+from fused_lora.bench.saved_tensors import saved_tensors
+from fused_lora.bench.saved_tensors import text as text_of_saved
 from fused_lora.bench.shapes import SHAPES, Grid
 from fused_lora.bench.table import aligned, title
 from fused_lora.bench.workload import STORED, blocks, precision, shallow
@@ -166,8 +166,8 @@ def run(options: argparse.Namespace, grid: Grid) -> int:
                 print(f"refused: {method_run.method.name} ({case}): {complaints}", file=sys.stderr)
             else:
                 rows.append(record(case, method_run, origin))
-                if options.ledger:
-                    print(ledger_text(case, method_run, options.device))
+                if options.saved_tensors:
+                    print(saved_tensors_text(case, method_run, options.device))
         print(text(case, rows))
         if options.rows:
             append(rows, options.rows)
@@ -197,15 +197,15 @@ def method_runs(
             )
 
 
-def ledger_text(case: SavedCase, method_run: MethodRun, device: str) -> str:
+def saved_tensors_text(case: SavedCase, method_run: MethodRun, device: str) -> str:
     """What each operation of the middle block keeps, run by itself."""
     block = blocks(method_run.model)[case.blocks // 2]
     shape = (case.batch, case.tokens, case.width)
     x = torch.randn(shape, device=device, dtype=STORED[case.dtype], requires_grad=True)
     with precision(case.dtype, device):
-        entries = ledger(block(x), model=method_run.model)
+        entries = saved_tensors(block(x), model=method_run.model)
     title = f"{method_run.method.name}, one block ({case})"
-    return f"{title}\n{text_of_ledger(entries, case.batch * case.tokens)}\n"
+    return f"{title}\n{text_of_saved(entries, case.batch * case.tokens)}\n"
 
 
 def record(case: SavedCase, method_run: MethodRun, origin: Provenance) -> SavedRow:

@@ -130,7 +130,7 @@ STUDENTS = {
 @contextmanager
 def slices() -> Iterator[None]:
     """Inside, parts of parameters are autograd's own slices."""
-    with substituted.object(shared_parameters, "lends", lambda owner: False):
+    with substituted.object(shared_parameters, "accumulates_slices", lambda owner: False):
         yield
 
 
@@ -165,7 +165,7 @@ def variants(shape: ModelShape, rank: int, device: str, dtype: torch.dtype) -> d
     fused_lora.share_adapters(*pair)
     apart = copy.deepcopy(pair)
     fused_lora.unshare_adapters(apart[1])
-    _lend_no_more(apart[0])
+    _forget_sharers(apart[0])
     return {"apart": Variant(apart), "slices": Variant(pair, slices), "shared": Variant(pair)}
 
 
@@ -175,10 +175,10 @@ def _wake(model: nn.Module) -> None:
             nn.init.normal_(b, std=0.02)
 
 
-def _lend_no_more(model: nn.Module) -> None:
+def _forget_sharers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
-            module._lent = False
+            module._has_sharers = False
 
 
 class Launches(TorchDispatchMode):
