@@ -56,11 +56,9 @@ class WholeMlp(Half):
         return [module for module in mlp.modules() if module is not mlp]
 
     def why_not(self, mlp: Any) -> str | None:
-        """See ``Half``."""
         return why_not_mlp(mlp)
 
     def gather(self, mlp: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any, bool]:
-        """See ``Half``."""
         state, operands, held = mlp_state(mlp)
         return (mlp.__dict__["_recompute"], *state), [x, None, None, None, *operands], None, held
 
@@ -72,11 +70,9 @@ class WholeMlp(Half):
         return Chain(asked(x, **mlp_options(mlp), **options, recompute=mlp.recompute))
 
     def by_parts(self, mlp: Any, x: Tensor) -> Tensor:
-        """See ``Half``."""
         return lora_mlp(x, **mlp_options(mlp), recompute=mlp.recompute)
 
     def by_modules(self, mlp: Any, x: Tensor) -> Tensor:
-        """See ``Half``."""
         return mlp.plain.forward(mlp, x)  # type: ignore[no-any-return]
 
 
@@ -199,11 +195,9 @@ class AttentionHalf(Half):
         return [block.norm1, *block.attn.modules(), block.ls1, block.drop_path1]
 
     def why_not(self, block: Any) -> str | None:
-        """As the block says."""
         return why_not_attention_half(block)
 
     def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any, bool]:
-        """See ``Half``."""
         own = block.__dict__
         around = own["_modules"]
         attn = around["attn"].__dict__
@@ -241,7 +235,6 @@ class AttentionHalf(Half):
         return attention_by_parts(block, x, {})
 
     def by_modules(self, block: Any, x: Tensor) -> Tensor:
-        """See ``Half``."""
         return x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))  # type: ignore[no-any-return]
 
 
@@ -255,11 +248,9 @@ class MlpHalf(Half):
         return [block.norm2, *block.mlp.modules(), block.ls2, block.drop_path2]
 
     def why_not(self, block: Any) -> str | None:
-        """As the block says."""
         return why_not_mlp_half(block)
 
     def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any, bool]:
-        """See ``Half``."""
         own = block.__dict__
         around = own["_modules"]
         norm, scale, drop = around["norm2"].__dict__, around["ls2"].__dict__, around["drop_path2"]
@@ -278,7 +269,6 @@ class MlpHalf(Half):
         return Chain(mlp_asked(x, **mlp_options(block.mlp), norm=norm, **options))
 
     def by_modules(self, block: Any, x: Tensor) -> Tensor:
-        """See ``Half``."""
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
 
 

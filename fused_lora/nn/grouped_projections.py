@@ -12,6 +12,7 @@ from torch.nn.modules import module as torch_module
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.block_modules import FusedModule, fused_class, operands
 from fused_lora.nn.grouped_call import GroupedCall, open_calls
+from fused_lora.nn.stand_in import HOOKS
 from fused_lora.nn.weight_adapter import FusedLoRAWeight
 from fused_lora.ops.lora_linear import autocasts
 from fused_lora.ops.lora_linear_many import lora_linear_many
@@ -98,8 +99,7 @@ def _fits(each: AdaptedLinear, x: Tensor) -> bool:
 def _obstructed(module: nn.Module) -> bool:
     """Whether calling it does something before its forward; hooks on its result may stay."""
     own = module.__dict__
-    hooks = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in own or any(own[name] for name in hooks)
+    return "forward" in own or any(own[name] for name in HOOKS if name != "_forward_hooks")
 
 
 def _below(module: nn.Module | None, path: str) -> nn.Module | None:

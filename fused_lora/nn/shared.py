@@ -22,7 +22,7 @@ from fused_lora.nn.shared_parameters import (
     parameter_slices,
     remove_sharer,
 )
-from fused_lora.nn.stand_in import rebind
+from fused_lora.nn.stand_in import rebind, version_of
 
 
 class SharedLoRALinear(AdaptedLinear):
@@ -61,7 +61,7 @@ class SharedLoRALinear(AdaptedLinear):
         spans = {name: shared.span for name, shared in shared_adapters.items()}
         linear._describe(spans, scales, config)
         linear._shared = tuple(shared_adapters.values())
-        linear._version_seen = _version(linear.base)
+        linear._version_seen = version_of(linear.base)
         for shared in linear._shared:
             add_sharer(shared.owner, linear)
             shared.owner._has_sharers = True
@@ -84,7 +84,7 @@ class SharedLoRALinear(AdaptedLinear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_version_seen"] = _version(self.base)  # a copy's tensors count from 0
+        self.__dict__["_version_seen"] = version_of(self.base)  # a copy's tensors count from 0
 
     def _check_owners(self) -> None:
         """Raises RuntimeError where this is a copy whose base is kept up, and its adapters not.
@@ -92,7 +92,9 @@ class SharedLoRALinear(AdaptedLinear):
         An average of a student (EMA) writes what its state dict holds. Copied without its teacher,
         it computes with copies of the adapters that nothing holds but itself, and none can write.
         """
-        if torch.compiler.is_compiling() or self._version_seen == (version := _version(self.base)):
+        if torch.compiler.is_compiling() or self._version_seen == (
+            version := version_of(self.base)
+        ):
             return
         for shared in self._shared:
             if not _is_registered(shared.owner):
@@ -152,10 +154,6 @@ class SharedLoRALinear(AdaptedLinear):
     def extra_repr(self) -> str:
         """The adapted linear's line, and that it shares."""
         return f"{super().extra_repr()}, shared"
-
-
-def _version(weight: Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
 
 
 def _is_registered(owner: nn.Module) -> bool:

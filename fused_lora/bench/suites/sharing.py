@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
@@ -23,9 +22,10 @@ import fused_lora
 from fused_lora.bench.clock import clock_for, interleave
 from fused_lora.bench.provenance import Provenance, provenance
 from fused_lora.bench.registry import job
-from fused_lora.bench.rows import append, read_as
+from fused_lora.bench.rows import JsonRow, append, read_as
+from fused_lora.bench.rows import newest as latest
 from fused_lora.bench.shapes import SHAPES, Grid, ModelShape
-from fused_lora.bench.table import aligned, milliseconds
+from fused_lora.bench.table import aligned, markdown_table, milliseconds
 from fused_lora.bench.workload import STORED
 from fused_lora.distill.slad_loss import Logits, slad_losses
 from fused_lora.nn import AdaptedLinear, shared_parameters
@@ -52,7 +52,7 @@ class SharingCase:
 
 
 @dataclass(frozen=True)
-class SharingRow:
+class SharingRow(JsonRow):
     """One variant: apart (the student has adapters of its own), slices (autograd's), shared."""
 
     case: SharingCase
@@ -64,27 +64,15 @@ class SharingRow:
     ratio_apart: float  # median over rounds of the ratio within a round
     provenance: Provenance
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> SharingRow:
-        """The row that ``to_json`` wrote."""
-        fields = json.loads(line)
-        case, origin = SharingCase(**fields.pop("case")), Provenance(**fields.pop("provenance"))
-        return cls(case=case, provenance=origin, **fields)
-
 
 def read(folder: Path) -> Iterator[SharingRow]:
     """Every row of this suite below ``folder``."""
-    return read_as(folder, [SUITE], SharingRow.from_json)
+    return read_as(folder, [SUITE], SharingRow)
 
 
 def newest(rows: Iterable[SharingRow]) -> list[SharingRow]:
     """The latest row of each device, case and variant."""
-    ordered = sorted(rows, key=lambda row: row.provenance.time_utc)
-    return list({(row.provenance.device, row.case, row.variant): row for row in ordered}.values())
+    return latest(rows, lambda row: (row.provenance.device, row.case, row.variant))
 
 
 NAMES = {
@@ -111,13 +99,13 @@ def markdown_lines(rows: Sequence[SharingRow]) -> Iterator[str]:
 
 
 def _markdown(rows: Sequence[SharingRow]) -> str:
-    lines = [DOCS_HEADS, ("---", *("---:",) * (len(DOCS_HEADS) - 1))]
+    lines = []
     by_variant = {row.variant: row for row in rows}
     for row in (by_variant[variant] for variant in NAMES if variant in by_variant):
         written = f"{row.written_bytes / 1e6:.1f}"
         time = milliseconds(row.median_ms), f"{row.ratio_apart:.3f}"
         lines.append((NAMES[row.variant], str(row.launches), written, *time))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(DOCS_HEADS, lines)
 
 
 STUDENTS = {
