@@ -22,10 +22,10 @@ from fused_lora.io.keys import (
     adapted,
     b_key,
     check_keys,
-    listed,
     module_names,
     old_names,
     renamed,
+    shortened,
     unwrapped,
 )
 from fused_lora.io.peft import BLOCKS, LAYOUTS, Settings, config_for, dense, in_blocks, settings_of
@@ -149,7 +149,7 @@ def dora_of(modules: Mapping[str, AdaptedLinear]) -> bool:
     """Whether they have magnitudes; raises AdapterFileError where some have and some do not."""
     kinds = {module.config.dora for module in modules.values()}
     if len(kinds) > 1:
-        without = listed(name for name, module in modules.items() if not module.config.dora)
+        without = shortened(name for name, module in modules.items() if not module.config.dora)
         raise AdapterFileError(f"PEFT's use_dora holds of all or none, and {without} has no dora")
     return kinds.pop()
 

@@ -94,7 +94,7 @@ def unmerged(model: nn.Module) -> dict[str, AdaptedLinear]:
     return found
 
 
-def listed(names: Iterable[str]) -> str:
+def shortened(names: Iterable[str]) -> str:
     """The first three of ``names``, and how many more there are."""
     listed = sorted(names)
     more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
@@ -105,8 +105,8 @@ def check_keys(where: str, expected: Iterable[str], found: Iterable[str]) -> Non
     """Raises AdapterFileError unless both name the same keys."""
     expected, found = set(expected), set(found)
     missing, unexpected = expected - found, found - expected
-    differences = [f"missing {listed(missing)}"] * bool(missing)
-    differences += [f"unexpected {listed(unexpected)}"] * bool(unexpected)
+    differences = [f"missing {shortened(missing)}"] * bool(missing)
+    differences += [f"unexpected {shortened(unexpected)}"] * bool(unexpected)
     if differences:
         raise AdapterFileError(
             f"{where}: {'; '.join(differences)} ({len(found)} keys found, the model has "

@@ -13,9 +13,9 @@ from fused_lora.io.keys import (
     UNFOLDED,
     AdapterFileError,
     adapted,
-    listed,
     module_names,
     plain,
+    shortened,
 )
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.child_adapters import why_not_kernel
@@ -64,10 +64,12 @@ def _check_wrapped(model: nn.Module, entries: list[str]) -> None:
         clash = [t for t in targets if t == name or t.startswith(f"{name}.")]
         clash += [other for other in wrapped if other.startswith(f"{name}.")]
         if clash:
-            raise AdapterFileError(_no_place(name, f"would be saved whole, with {listed(clash)}"))
+            raise AdapterFileError(
+                _no_place(name, f"would be saved whole, with {shortened(clash)}")
+            )
     for target in targets:
         if any(re.match(rf"(^|.*\.){entry}($|\..*)", target) for entry in entries):
-            raise AdapterFileError(_no_place(listed(entries), f"would keep PEFT from {target}"))
+            raise AdapterFileError(_no_place(shortened(entries), f"would keep PEFT from {target}"))
 
 
 def wrapped_modules(model: nn.Module, entries: Iterable[str]) -> dict[str, nn.Module]:
@@ -117,7 +119,7 @@ class LeftOut:
             if not hit:
                 raise AdapterFileError(
                     f"leave_out: {pattern!r} matches nothing in the file, which has "
-                    f"{listed({module_of(key) for key in keys})}"
+                    f"{shortened({module_of(key) for key in keys})}"
                 )
             left |= hit
         return cls(frozenset(left))

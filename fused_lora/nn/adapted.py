@@ -30,7 +30,7 @@ from fused_lora.nn.stand_in import (
     offloaded,
     own_tensor,
     rebind,
-    why_not_stood_in,
+    why_not_replaceable,
 )
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.dropped import seeded
@@ -525,6 +525,6 @@ def check_adoptable(linear: nn.Module, where: str) -> nn.Linear:
             "torch.nn.Linear: its own forward would be lost; keep_forward=True keeps it and adds "
             "the adapters to its result"
         )
-    if why := why_not_stood_in(linear):
+    if why := why_not_replaceable(linear):
         raise TypeError(f"{where}: {why}")
     return linear

@@ -29,7 +29,7 @@ APART = "timm.layers.mlp.SwiGLU"
 
 
 class FusedLoRAMlp(FusedModule):
-    """An MLP (timm's Mlp, GluMlp or SwiGLU) whose activations are made again in backward."""
+    """An MLP (timm's Mlp, GluMlp or SwiGLU) whose activations are recomputed in backward."""
 
     known = parts.MLPS
     fc2: Any
@@ -332,7 +332,7 @@ def why_not_mlp_half(block: Any) -> str | None:
 
 
 def why_qkv_is_kept(attn: Any) -> str | None:
-    """Why q, k and v are kept even where the GEMMs are made again."""
+    """Why q, k and v are kept even where the GEMMs are recomputed."""
     if not (parts.absent(attn.q_norm) and parts.absent(attn.k_norm)):
         return "qk-norm"
     return "attention dropout" if parts.active_dropout(attn.attn_drop) else None

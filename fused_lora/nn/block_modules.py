@@ -29,7 +29,7 @@ class FusedModule(Unscripted, nn.Module):
 
     @property
     def recompute(self) -> str:
-        """What backward makes again: "none", "elementwise" or "gemm"."""
+        """What backward recomputes: "none", "elementwise" or "gemm"."""
         return self.__dict__.get("_recompute", RECOMPUTE[1])
 
     @recompute.setter

@@ -19,7 +19,7 @@ from fused_lora.nn.stand_in import (
     as_one_node,
     made_weight,
     own_tensor,
-    why_not_stood_in,
+    why_not_replaceable,
 )
 from fused_lora.nn.weight_adapter import (
     FusedLoRAWeight,
@@ -230,7 +230,7 @@ def why_not_kernel(conv: nn.Module) -> str | None:
         return f"a {type(conv).__name__} of {conv.groups} groups"
     if any(step != 1 for step in conv.dilation) or conv.padding_mode != "zeros":
         return "dilation or padding that PEFT's adapter of it would not have"
-    return why_not_stood_in(conv)
+    return why_not_replaceable(conv)
 
 
 # FusedLoRAConv2d: an adapter on a convolution's kernel, for students that are no transformers.

@@ -25,7 +25,7 @@ from fused_lora.nn.stand_in import (
     made_weight,
     odd_weight,
     refuse_constant,
-    why_not_stood_in,
+    why_not_replaceable,
     why_watched,
 )
 from fused_lora.nn.weight_adapter import adapted_weight
@@ -93,7 +93,7 @@ def why_not(layer: nn.Module) -> str:
         return f"its weight is {base.weight.dtype}"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out"
-    if why := bound_forward(layer) or why_not_stood_in(base):
+    if why := bound_forward(layer) or why_not_replaceable(base):
         return f"it cannot be stood in for: {why}"
     reasons = (_why_not_adapter(layer, name) for name in layer.lora_A)
     return next((reason for reason in reasons if reason), "")

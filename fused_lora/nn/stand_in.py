@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 OF_TORCH = "torch.nn.utils."  # its pre-hooks make the weight: pruning, weight and spectral norm
 
 
-def why_not_stood_in(module: nn.Module, tensor: str = "weight") -> str | None:
+def why_not_replaceable(module: nn.Module, tensor: str = "weight") -> str | None:
     """Why no class can stand in for the forward of ``module``, which reads its own ``tensor``."""
     return (
         why_not_called(module)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fused_lora.nn.adapted import STATE, AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
-from fused_lora.nn.stand_in import rebind, refuse_constant, why_not_stood_in
+from fused_lora.nn.stand_in import rebind, refuse_constant, why_not_replaceable
 from fused_lora.ops.lora_linear_checks import check_spans
 from fused_lora.programs.run import transformed, without_autocast
 
@@ -220,7 +220,7 @@ class FusedLoRAWeight(AdaptedLinear):
         config = check_weight_config(AdapterConfig(**options))
         if type(linear) not in READABLE:
             raise TypeError(f"a {type(linear).__name__} cannot be adopted, {READABLE} can")
-        if why := why_not_stood_in(linear):
+        if why := why_not_replaceable(linear):
             raise TypeError(f"the linear to adopt: {why}")
         was = type(linear)
         linear.__class__ = cls

@@ -35,28 +35,15 @@ def _of_configuration(model: nn.Module) -> tuple[int, ...] | None:
     """transformers: ``config``, or the vision part of it."""
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", None) or config
-    image = next(
-        (s for name in ("image_size", "crop_size") if (s := getattr(config, name, None))), None
-    )
-    sides = _sides(image)
-    if sides is None:
+
+    def first(*names: str, kind: type = object) -> Any:
+        values = (getattr(config, name, None) for name in names)
+        return next((value for value in values if value and isinstance(value, kind)), None)
+
+    if (sides := _sides(first("image_size", "crop_size"))) is None:
         return None
-    channels = next(
-        (
-            c
-            for name in ("num_channels", "in_channels", "in_chans")
-            if isinstance(c := getattr(config, name, None), int)
-        ),
-        3,
-    )
-    frames = next(
-        (
-            f
-            for name in ("num_frames", "frames_per_clip")
-            if isinstance(f := getattr(config, name, None), int)
-        ),
-        None,
-    )
+    channels = first("num_channels", "in_channels", "in_chans", kind=int) or 3
+    frames = first("num_frames", "frames_per_clip", kind=int)
     return (channels, *sides) if frames is None else (frames, channels, *sides)
 
 

@@ -14,6 +14,7 @@ from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.lora_linear_fp8 import why_not_triton
 from fused_lora.ops.planning import expected, explained, halves_of, problem
+from fused_lora.patching.report import first_and_more
 from fused_lora.plan.choose import RankedPlan, traced_keep
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
@@ -122,7 +123,7 @@ def explain(
         _paragraph(question, names, where[question], dtype, device)
         for question, names in shapes.items()
     ]
-    planned += [f"{_first(names)}\n  {why}" for why, names in unplanned.items()]
+    planned += [f"{first_and_more(names)}\n  {why}" for why, names in unplanned.items()]
     planned += _of_blocks(model, rows_per_image, batch_size)
     return "\n\n".join(planned)
 
@@ -231,10 +232,6 @@ def _why_unplanned(module: AdaptedLinear) -> str:
     return "added to its own forward" if module.additive else ""
 
 
-def _first(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
 def _of_blocks(
     model: nn.Module, rows_per_image: dict[nn.Module, int], batch_size: int
 ) -> list[str]:
@@ -250,7 +247,7 @@ def _of_blocks(
             sizes = ", ".join(f"{mode} {nbytes / 1e6:,.1f} MB" for mode, nbytes in kept.items())
             words = f"  block of {rows} rows, recompute {block.recompute}; would keep: {sizes}"
             names_by_words.setdefault(words, []).append(name or "the model itself")
-    return [f"{_first(names)}\n{words}" for words, names in names_by_words.items()]
+    return [f"{first_and_more(names)}\n{words}" for words, names in names_by_words.items()]
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -287,7 +284,7 @@ def _paragraph(
     compute = dtype or module.weight.dtype
     ranks = "|".join(str(span.rank) for span in question.spans)
     lines = [
-        _first(names),
+        first_and_more(names),
         f"  M {question.m}  K {question.k}  N {question.n}  rank {ranks}  {question.dtype} on "
         f"{limits.name} ({limits.matmul_gflops:,.0f} GFLOP/s, {limits.bandwidth_gbs:,.0f} GB/s, "
         f"{'measured' if limits.measured else 'from the table'})",

@@ -94,19 +94,20 @@ def patch(
         allow_large_rank: accept ranks above min(in_features, columns), which cost more than they
             can express; otherwise they are an error.
         level: "block" stands in for the forward of blocks and MLPs that are known, so that norms
-            and activations are not kept but made again in backward, and leaves others to their
+            and activations are not kept but recomputed in backward, and leaves others to their
             modules, with the reason in the report; separate q, k and v that are given one x are
             computed in one call. "linear" adapts each linear and nothing else.
-        recompute: of fused blocks: "none", "elementwise" (the default) or "gemm", which makes qkv
-            and fc1's output again as well; or a mapping from regular expression on a block's name
-            to one of them.
+        recompute: of fused blocks: "none", "elementwise" (the default) or "gemm", which
+            recomputes qkv and fc1's output as well; or a mapping from regular expression on a
+            block's name to one of them.
         memory_budget_gb: in its place, choose for each block what lets a step of ``batch_size``
             images fit: weights, gradients, Adam's moments and what blocks keep. What autocast
             saves, and what lies outside the blocks or in modules unknown here, is not counted.
         layers: numbers of the blocks to adapt; None for all of them.
         exclude: regular expressions of dotted names to leave out.
         keep_forward: adapt linears of other classes too (8 or 4 bits, fp8): their own forward
-            computes the base and the adapters are added to its result; these cannot be merged.
+            computes the base and the adapters are added to its result; merging them needs a base
+            with an ordinary weight.
         **options: fields of ``fused_lora.nn.AdapterConfig`` (alpha, scale, dropout, init, ...).
 
     Returns:

@@ -243,7 +243,7 @@ class Sweep:
         return all(standard_error(ratios) < SETTLED for ratios in close)
 
     def drop_slow(self, eligible: Collection[str]) -> None:
-        """Send home the plans that were never within reach of the best so far."""
+        """Drop the plans that were never within reach of the best so far."""
         limit = DROP.get(self.rounds)
         if limit is None:
             return
