@@ -97,5 +97,18 @@ def test_the_issue_template_asks_for_what_there_is() -> None:
             main([command, "--help"])
 
 
+def test_the_table_of_steps_leads_to_code() -> None:
+    lines = _text("CONTRIBUTING.md").partition("| step |")[2].partition("\n\n")[0].splitlines()
+    heads = ("fused_lora/kernels/aten/lora_linear.py", "fused_lora/kernels/triton", "csrc")
+    torch_code = _text(heads[0])
+    for line in lines[2:]:
+        for folder, cell in zip(heads, line.split("|")[2:], strict=False):
+            for name in re.findall(r"`([^`]+)`", cell):
+                if "." not in name:
+                    assert f"def {name}(" in torch_code, name
+                else:
+                    assert (ROOT / name).is_file() or (ROOT / folder / name).is_file(), name
+
+
 def _text(path: str) -> str:
     return (ROOT / path).read_text()

@@ -30,7 +30,7 @@ class JsonRow:
     def from_json(cls: type[_R], line: str) -> _R:
         """The row that ``to_json`` wrote."""
         fields = json.loads(line)
-        for name, (kind, many) in _nested(cls).items():
+        for name, (kind, many) in _nested(cls).items():  # type: ignore[arg-type]
             if name in fields:
                 value = fields[name]
                 fields[name] = [kind(**each) for each in value] if many else kind(**value)
@@ -42,7 +42,11 @@ def _nested(cls: type[JsonRow]) -> dict[str, tuple[type, bool]]:
     """The fields that are dataclasses, or lists of one: its class, and whether it is a list."""
     hints = {name: (hint, get_args(hint)) for name, hint in get_type_hints(cls).items()}
     found = {name: (args[0] if args else hint, bool(args)) for name, (hint, args) in hints.items()}
-    return {name: (kind, many) for name, (kind, many) in found.items() if is_dataclass(kind)}
+    return {
+        name: (kind, many)
+        for name, (kind, many) in found.items()
+        if isinstance(kind, type) and is_dataclass(kind)
+    }
 
 
 @dataclass(frozen=True)
