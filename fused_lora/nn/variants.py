@@ -160,7 +160,6 @@ class WithVariants(nn.Linear):
         return self._base[0] if self._base else self.base
 
     def _merge_job(self, rounding: str, seed: int) -> Job:
-        """What is to be merged."""
         wide = self.base
         if self.config.dora and rounding == "nearest":  # scaled before it is rounded
             wide = wide.to(torch.promote_types(wide.dtype, torch.float32))

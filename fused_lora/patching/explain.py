@@ -201,7 +201,6 @@ def explain_program(
 
 
 def _why_modules(half: Any, owner: Any) -> str:
-    """Why a half ran no program just now."""
     why = getattr(half, "why_not", lambda _: None)(owner)
     return f"it goes through its modules ({why})"
 
