@@ -87,7 +87,7 @@ def test_one_wrong_kernel_is_an_exit_status(kernels, capsys, name, tmp_path):
     assert failed == {name}
     wrong = next(row for row in rows if row["verdict"] == "FAILED")
     assert float(wrong["error"]) > float(wrong["budget"]) > 0
-    assert "is over the budget" in wrong["said"] and wrong["said"] in capsys.readouterr().out
+    assert "is over the budget" in wrong["reason"] and wrong["reason"] in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("few")
