@@ -299,8 +299,6 @@ for _method in (
     FusedLoRA("fused_block", "fused_lora (block)", "separate", "block", "elementwise"),
     FusedLoRA("fused_block_joint", "fused_lora (block, joint)", "joint", "block", "elementwise"),
     FusedLoRA("fused_block_none", "fused_lora (block, keeps all)", "separate", "block", "none"),
-    FusedLoRA(
-        "fused_block_gemm", "fused_lora (block, recompute gemm)", "separate", "block", "gemm"
-    ),
+    FusedLoRA("fused_block_gemm", "fused_lora (recompute gemm)", "separate", "block", "gemm"),
 ):
     METHODS[_method.name] = _method
