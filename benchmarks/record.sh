@@ -122,7 +122,7 @@ print(".".join(map(str, torch.cuda.get_device_capability())))')
   tests='tests/kernels/cuda/test_lora_grad.py tests/kernels/cuda/test_lora_merge.py
     tests/kernels/triton/test_on_device.py tests/kernels/triton/test_fp8_on_device.py
     tests/ops/test_parity.py tests/ops/test_lora_merge.py tests/ops/test_triton_on_device.py
-    tests/kernels/aten/test_attention.py tests/nn/test_borrow.py tests/stacks/test_cuda_graphs.py
+    tests/kernels/aten/test_attention.py tests/nn/test_shared_parameters.py tests/stacks/test_cuda_graphs.py
     tests/bench/test_roofline.py'
   grid="$bench --suite six_projections --models $base,$small,$large --batch 128,32,100,256 --ranks 16,64,256,512 --methods frozen,naive,peft,fused --dtype bf16 --budget-seconds 60 --out \$OUT/report-grid.html"
   choice="$bench --suite plan_choice --models $base --batch 128 --ranks 16,64,256,512 --dtype bf16 --budget-seconds 60"

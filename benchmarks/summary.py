@@ -35,7 +35,8 @@ def selftests(folder: Path) -> Iterator[str]:
         yield f"\n{path.stem}: {', '.join(f'{n} {word}' for word, n in counts.items())}"
         for row in rows:
             if row["verdict"] == "FAILED":
-                yield f"- {row['backend']} {row['kernel']} ({row['configuration']}): {row['said']}"
+                kernel = f"{row['backend']} {row['kernel']} ({row['configuration']})"
+                yield f"- {kernel}: {row['reason']}"
 
 
 def timed(folder: Path) -> Iterator[str]:

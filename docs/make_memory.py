@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from fused_lora.bench.shapes import SHAPES
+from fused_lora.bench.table import markdown_table
 
 BEGIN, END = "<!-- memory:begin -->\n", "<!-- memory:end -->"
 DEPTHS = {"vit_small_patch16_224": 12, "vit_base_patch16_224": 12, "vit_large_patch16_224": 24}
@@ -33,7 +34,7 @@ def units(method: str, rank: int, width: int) -> float:
 def table() -> str:
     """A line for each model, number of images and rank."""
     heads = ["model", "images", "rank", *(title for title, _, _ in UNITS.values())]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    lines = []
     for name, depth in DEPTHS.items():
         shape = SHAPES[name]
         for batch in BATCHES:
@@ -41,7 +42,7 @@ def table() -> str:
             for rank in RANKS:
                 kept = [f"{units(method, rank, shape.width) * unit:.1f}" for method in UNITS]
                 lines.append([f"`{name}`", str(batch), str(rank), *kept])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown_table(heads, lines) + "\n"
 
 
 def main(path: Path) -> None:

@@ -1,5 +1,7 @@
 """Low-rank adaptation of vision transformers at the cost of the frozen network."""
 
+from typing import Any
+
 from fused_lora.distill.share import share_adapters, unshare_adapters
 from fused_lora.io import (
     AdapterFileError,
@@ -9,7 +11,7 @@ from fused_lora.io import (
     lora_state_dict,
     save,
 )
-from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear, adopt_around
+from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear, adopt_additive
 from fused_lora.ops.lora_expand import expand_add
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.lora_shrink import shrink
@@ -29,7 +31,7 @@ __all__ = [
     "PatchReport",
     "Prepared",
     "__version__",
-    "adopt_around",
+    "adopt_additive",
     "disable",
     "enable_input_grads",
     "expand_add",
@@ -50,3 +52,11 @@ __all__ = [
     "unpatch",
     "unshare_adapters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "adopt_around":  # before 0.2; warns
+        from fused_lora import nn
+
+        return nn.adopt_around
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

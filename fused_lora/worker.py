@@ -141,9 +141,9 @@ class Worker:
             os.close(answers)
         if (line := self._line(self._start_s)) != READY:
             why = f"was not ready within {self._start_s:g} s"
-            said = str(self._end()) if line == "" else why
+            how = str(self._end()) if line == "" else why
             self.close()
-            raise CannotStart(f"the process for it {said}")
+            raise CannotStart(f"the process for it {how}")
 
     def _send(self, request: bytes) -> bool:
         try:
@@ -178,15 +178,15 @@ class Worker:
             status = process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             status = 0
-        said = self._last_words()
+        last_line = self._last_words()
         self.close()
         if status == -signal.SIGKILL:
-            return Killed(f"was killed from outside{said}")
+            return Killed(f"was killed from outside{last_line}")
         if status == -signal.SIGALRM:
             return TimedOut("did not end within its time and was killed")
         if status < 0:
-            return Died(f"ended its process by {signal.Signals(-status).name}{said}")
-        return Died(f"ended its process with status {status}{said}")
+            return Died(f"ended its process by {signal.Signals(-status).name}{last_line}")
+        return Died(f"ended its process with status {status}{last_line}")
 
     def _last_words(self) -> str:
         self._said.seek(0, os.SEEK_END)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora.bench.registry import Method, register
+from fused_lora.bench.registry import METHODS, Method, register
 from fused_lora.bench.workload import blocks, projections, thirds
 
 
-def let_gradient_in(module: nn.Module, args: tuple, tokens: Tensor) -> None:
+def let_gradient_in(module: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> None:
     """A forward hook of the embedding: its output asks for a gradient."""
     tokens.requires_grad_()
 
@@ -255,39 +255,34 @@ class PeftCheckpoint(Peft):
         return wrapped
 
 
-@register
-class FusedLinearLevel(Method):
-    """``fused_lora.patch`` on a model; on a bare layer set, its modules one by one."""
+class FusedLoRA(Method):
+    """``fused_lora.patch`` on a model; on a set of layers, its modules one by one.
 
-    name, title = "fused", "fused_lora"
+    Attributes:
+        level, recompute: The choices of ``patch`` that tell these methods apart.
+    """
+
     ours = True
-    level: str = "linear"
-    recompute: str | None = None  # the choices of ``patch`` that tell these apart
 
-    def why_not(self, dtype: str) -> str | None:
-        """The patcher is a room of its own."""
-        found = find_spec("fused_lora.patching")
-        return None if found else "this build of fused_lora has no patching room"
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        form: str = "separate",
+        level: str = "linear",
+        recompute: str | None = None,
+    ) -> None:
+        self.name, self.title, self.form = name, title, form
+        self.level, self.recompute = level, recompute
 
     def install(self, model: nn.Module, rank: int) -> nn.Module:
         """Adapt every projection; adapters are fp32 by default."""
         if hasattr(model, "blocks"):
             import fused_lora
 
-            fused_lora.patch(
-                model,
-                rank,
-                qkv=self.form,
-                scale=1.0,
-                allow_large_rank=True,
-                level=self.level,
-                recompute=self.recompute,
-            )
-        else:
-            self._adopt(model, rank)
-        return model
-
-    def _adopt(self, model: nn.Module, rank: int) -> None:
+            choice = {"qkv": self.form, "level": self.level, "recompute": self.recompute}
+            fused_lora.patch(model, rank, scale=1.0, allow_large_rank=True, **choice)  # type: ignore[arg-type]
+            return model
         from fused_lora.nn import FusedLoRAGroupedLinear, FusedLoRALinear
 
         for name, linear in projections(model).items():
@@ -295,42 +290,15 @@ class FusedLinearLevel(Method):
                 FusedLoRAGroupedLinear.adopt(linear, spans=thirds(linear), rank=rank, scale=1.0)
             else:
                 FusedLoRALinear.adopt(linear, rank=rank, scale=1.0)
+        return model
 
 
-@register
-class FusedJoint(FusedLinearLevel):
-    """The same with one adapter on a fused qkv, as PEFT has it."""
-
-    name, title, form = "fused_joint", "fused_lora (joint)", "joint"
-
-
-@register
-class FusedBlock(FusedLinearLevel):
-    """Whole blocks, which make norms and activations again in backward."""
-
-    name, title = "fused_block", "fused_lora (block)"
-    level, recompute = "block", "elementwise"
-
-
-@register
-class FusedBlockJoint(FusedLinearLevel):
-    """The same with one adapter on a fused qkv."""
-
-    name, title, form = "fused_block_joint", "fused_lora (block, joint)", "joint"
-    level, recompute = "block", "elementwise"
-
-
-@register
-class FusedBlockNone(FusedLinearLevel):
-    """Whole blocks that keep everything."""
-
-    name, title = "fused_block_none", "fused_lora (block, keeps all)"
-    level, recompute = "block", "none"
-
-
-@register
-class FusedBlockGemm(FusedLinearLevel):
-    """Whole blocks, which make qkv and the output of fc1 again as well."""
-
-    name, title = "fused_block_gemm", "fused_lora (block, GEMMs again)"
-    level, recompute = "block", "gemm"
+for _method in (
+    FusedLoRA("fused", "fused_lora"),
+    FusedLoRA("fused_joint", "fused_lora (joint)", "joint"),  # as PEFT has it
+    FusedLoRA("fused_block", "fused_lora (block)", "separate", "block", "elementwise"),
+    FusedLoRA("fused_block_joint", "fused_lora (block, joint)", "joint", "block", "elementwise"),
+    FusedLoRA("fused_block_none", "fused_lora (block, keeps all)", "separate", "block", "none"),
+    FusedLoRA("fused_block_gemm", "fused_lora (recompute gemm)", "separate", "block", "gemm"),
+):
+    METHODS[_method.name] = _method

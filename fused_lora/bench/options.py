@@ -75,9 +75,10 @@ def parser() -> argparse.ArgumentParser:
     add("--cache", type=_listed("cache", CACHES), metavar="NAMES", help="warm, cold: a GPU's L2")
     names = _listed("method", list(METHODS))
     add("--methods", type=names, metavar="NAMES")
-    add("--contenders", type=names, dest="methods", help=argparse.SUPPRESS)  # as 0.1 called them
+    add("--contenders", type=names, dest="methods", help=argparse.SUPPRESS)  # in 0.1
     add("--budget-seconds", type=seconds_of, metavar="S", help="in all; rounds are at least 3")
-    add("--ledger", action="store_true", help="saved_bytes: also which operation keeps what")
+    add("--saved-tensors", action="store_true", help="saved_bytes: also which operation keeps what")
+    add("--ledger", action="store_true", dest="saved_tensors", help=argparse.SUPPRESS)  # in 0.1
     add("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("report.html"), help="the report (report.html)")
     add("--prepare", action="store_true", help="compile, check and time for it; no rows")
@@ -98,7 +99,7 @@ def chosen(options: argparse.Namespace) -> Grid:
         raise ValueError(f"{', '.join(sorted(beyond))}: a GPU's, got --device {options.device}")
     if "graph" in beyond and options.suite != "six_projections":
         raise ValueError(f"only six_projections is recorded as a graph, not {options.suite}")
-    said = {
+    terms = {
         "models": options.models,
         "ranks": options.ranks,
         "batches": options.batch,
@@ -111,4 +112,4 @@ def chosen(options: argparse.Namespace) -> Grid:
         "budget_s": options.budget_seconds,
     }
     found = grid(options.suite, options.device)
-    return replace(found, **{name: value for name, value in said.items() if value is not None})
+    return replace(found, **{name: value for name, value in terms.items() if value is not None})

@@ -15,7 +15,7 @@ from fused_lora.bench.suites import sharing as sharing_rows
 from fused_lora.bench.suites.plan_choice import summary
 from fused_lora.bench.suites.saved_bytes import markdown_lines
 from fused_lora.bench.suites.sharing import markdown_lines as sharing_lines
-from fused_lora.bench.table import TITLES, host_lines, markdown, ratio_rows
+from fused_lora.bench.table import TITLES, host_lines, markdown, markdown_table, ratio_rows
 
 METHODS = {
     "frozen": "frozen network",
@@ -51,14 +51,12 @@ def overview(folder: Path) -> str:
         _column(steps, "ratio_naive", "{:.2f}", **vit_s, batch=2, rank=16),
         _column(steps, "error", "{:.1e}", **{**vit_s, "dtype": "bf16"}, batch=2, rank=16),
     ]
-    lines = [HEADS, ("---", *("---:",) * len(columns))]
-    for method, said in METHODS.items():
+    lines = []
+    for method, title in METHODS.items():
         cells = [column(method) for column in columns]
         if set(cells) != {"-"}:
-            lines.append((said, *cells))
-    if len(lines) == 2:
-        return "No rows are recorded yet."
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            lines.append((title, *cells))
+    return markdown_table(HEADS, lines) if lines else "No rows are recorded yet."
 
 
 def _column(found: Sequence[Any], value: str, form: str, **case: Any) -> Callable[[str], str]:

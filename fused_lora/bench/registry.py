@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+if TYPE_CHECKING:  # they import this file
+    from fused_lora.bench.shapes import Grid
+    from fused_lora.bench.workload import Workload
+
+_T = TypeVar("_T")
 Form = str  # "separate": three adapters on a fused qkv; "joint": one; "none": no adapters
 
 
@@ -40,14 +46,14 @@ class Method:
         raise NotImplementedError(self.name)
 
 
-class Registry(dict):
+class Registry(dict[str, _T]):
     """Things by name, each added by one decorator."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
 
-    def pick(self, names: Iterable[str]) -> list:
+    def pick(self, names: Iterable[str]) -> list[_T]:
         """The entries called ``names``.
 
         Raises:
@@ -60,12 +66,13 @@ class Registry(dict):
         return [self[name] for name in names]
 
 
-METHODS: Registry = Registry("method")
-SUITES: Registry = Registry("suite")
-JOBS: Registry = Registry("job")  # suites that time no methods and run by themselves
+METHODS: Registry[Method] = Registry("method")
+SUITES: Registry[Callable[..., Workload]] = Registry("suite")
+# Suites that time no methods and run by themselves.
+JOBS: Registry[Callable[[argparse.Namespace, Grid], int]] = Registry("job")
 
 _C = TypeVar("_C", bound=type[Method])
-_S = TypeVar("_S", bound=Callable)
+_S = TypeVar("_S", bound=Callable[..., Any])
 
 
 def register(method: _C) -> _C:

@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from fused_lora.bench.correctness_gate import Errors
 from fused_lora.bench.provenance import Provenance, slug
 
 TIMED = ("host", "six_projections", "train_step", "wecolora_step")  # rows are those of methods
-_R = TypeVar("_R")
+_R = TypeVar("_R", bound="JsonRow")
+
+
+class JsonRow:
+    """A dataclass that is kept as one line of JSON; its fields may be dataclasses, or lists."""
+
+    case: Any
+    provenance: Provenance
+
+    def to_json(self) -> str:
+        """The line."""
+        return json.dumps(asdict(self))  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls: type[_R], line: str) -> _R:
+        """The row that ``to_json`` wrote."""
+        fields = json.loads(line)
+        for name, (kind, many) in _nested(cls).items():  # type: ignore[arg-type]
+            if name in fields:
+                value = fields[name]
+                fields[name] = [kind(**each) for each in value] if many else kind(**value)
+        return cls(**fields)
+
+
+@cache
+def _nested(cls: type[JsonRow]) -> dict[str, tuple[type, bool]]:
+    """The fields that are dataclasses, or lists of one: its class, and whether it is a list."""
+    hints = {name: (hint, get_args(hint)) for name, hint in get_type_hints(cls).items()}
+    found = {name: (args[0] if args else hint, bool(args)) for name, (hint, args) in hints.items()}
+    return {
+        name: (kind, many)
+        for name, (kind, many) in found.items()
+        if isinstance(kind, type) and is_dataclass(kind)
+    }
 
 
 @dataclass(frozen=True)
@@ -35,7 +69,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(JsonRow):
     """One method in one case, measured."""
 
     case: Case
@@ -60,17 +94,6 @@ class Row:
     host_ms: float | None = None  # of the step, until its last launch is queued; None off CUDA
     operations: int | None = None  # that torch's dispatcher is asked for; None: not counted
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> Row:
-        """The row that ``to_json`` wrote."""
-        fields = json.loads(line)
-        case, origin = Case(**fields.pop("case")), Provenance(**fields.pop("provenance"))
-        return cls(case=case, provenance=origin, **fields)
-
 
 @dataclass(frozen=True)
 class Refusal:
@@ -81,30 +104,7 @@ class Refusal:
     reason: str
 
 
-class Suited(Protocol):
-    """A case of any suite."""
-
-    @property
-    def suite(self) -> str:
-        """Which."""
-
-
-class Record(Protocol):
-    """What can be appended: a row of any suite."""
-
-    @property
-    def case(self) -> Suited:
-        """What it is about."""
-
-    @property
-    def provenance(self) -> Provenance:
-        """Where it is from."""
-
-    def to_json(self) -> str:
-        """One line."""
-
-
-def append(rows: Iterable[Record], folder: Path) -> list[Path]:
+def append(rows: Iterable[JsonRow], folder: Path) -> list[Path]:
     """Add each row to ``folder/<device>/<suite>.jsonl``; the files touched."""
     touched: dict[Path, None] = {}
     for row in rows:
@@ -118,23 +118,26 @@ def append(rows: Iterable[Record], folder: Path) -> list[Path]:
 
 def read(folder: Path) -> Iterator[Row]:
     """Every row of timed methods below ``folder``, oldest first within a file."""
-    return read_as(folder, TIMED, Row.from_json)
+    return read_as(folder, TIMED, Row)
 
 
-def read_as(folder: Path, suites: Iterable[str], parse: Callable[[str], _R]) -> Iterator[_R]:
-    """The rows of ``suites`` below ``folder``, each read by ``parse``."""
+def read_as(folder: Path, suites: Iterable[str], kind: type[_R]) -> Iterator[_R]:
+    """The rows of ``suites`` below ``folder``, which are of ``kind``."""
     wanted = set(suites)
     for path in sorted(folder.glob("*/*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines() if path.stem in wanted else ():
             if line.strip():
-                yield parse(line)
+                yield kind.from_json(line)
 
 
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """The latest row of each device, case and method, in the order first met."""
-    latest: dict[tuple, Row] = {}
+def newest(
+    rows: Iterable[_R],
+    key: Callable[[_R], Hashable] = lambda row: (row.provenance.device, row.case, row.method),  # type: ignore[attr-defined]
+) -> list[_R]:
+    """The latest row of each device, case and method, or of each ``key``; in order of the first."""
+    latest: dict[Hashable, _R] = {}
     for row in rows:
-        key = (row.provenance.device, row.case, row.method)
-        if key not in latest or row.provenance.time_utc >= latest[key].provenance.time_utc:
-            latest[key] = row
+        known = latest.get(key(row))
+        if known is None or row.provenance.time_utc >= known.provenance.time_utc:
+            latest[key(row)] = row
     return list(latest.values())

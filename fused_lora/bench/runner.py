@@ -124,7 +124,7 @@ def step_of(workload: Workload, model: nn.Module) -> Callable[..., None]:
     """One whole step of ``model``: what the clock sees; ``watch`` is entered for its forward."""
     optimizer = workload.optimizer(model)
 
-    def step(watch: AbstractContextManager | None = None) -> None:
+    def step(watch: AbstractContextManager[object] | None = None) -> None:
         with watch or nullcontext(), workload.precision():
             outputs = workload.forward(model, workload.inputs)
         workload.backward(outputs)

@@ -110,7 +110,9 @@ class WideCopies(TorchDispatchMode):
         self.min_elements = min_elements  # smaller tensors are weights of adapters, not x
         self.count = self.nbytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         """Run ``func``; count it when it is a widening copy."""
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and out.dtype is torch.float32:
@@ -133,7 +135,7 @@ def step_peak_bytes(step: Step, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-# The ledger behind the counts: which operation of a graph keeps which tensor for backward.
+# The saved_tensors behind the counts: which operation of a graph keeps which tensor for backward.
 #
 # The graph itself is asked, from its outputs back: torch's own nodes name what they saved, of a
 # program's the call that made it is known. A storage is booked once, on the first that is met.
@@ -143,18 +145,20 @@ PREFIX = "_saved_"
 
 
 @dataclass(frozen=True)
-class Entry:
+class SavedTensor:
     """One tensor that one operation keeps."""
 
     op: str  # the autograd node
     tensor: str  # what it calls it
     shape: tuple[int, ...]
     dtype: str
-    nbytes: int  # of its storage; 0 where another entry, or the model, holds that already
+    nbytes: int  # of its storage; 0 where another one, or the model, holds that already
     held_by: str = ""  # who does
 
 
-def ledger(y: Tensor, living: Iterable[Tensor] = (), model: nn.Module | None = None) -> list[Entry]:
+def saved_tensors(
+    y: Tensor, living: Iterable[Tensor] = (), model: nn.Module | None = None
+) -> list[SavedTensor]:
     """Every tensor kept for the backward of ``y``.
 
     Args:
@@ -171,7 +175,9 @@ def ledger(y: Tensor, living: Iterable[Tensor] = (), model: nn.Module | None = N
         holder = holders.get(storage.data_ptr(), "")
         holders.setdefault(storage.data_ptr(), f"{op} {name}")
         shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-        entries.append(Entry(op, name, shape, dtype, 0 if holder else storage.nbytes(), holder))
+        entries.append(
+            SavedTensor(op, name, shape, dtype, 0 if holder else storage.nbytes(), holder)
+        )
     return entries
 
 
@@ -203,7 +209,7 @@ def _of(node: Any) -> Iterator[tuple[str, Tensor]]:
                     yield name.removeprefix(PREFIX), part
 
 
-def text(entries: Iterable[Entry], tokens: int, everything: bool = False) -> str:
+def text(entries: Iterable[SavedTensor], tokens: int, everything: bool = False) -> str:
     """A table, largest first, with its sum; what is held already is left out unless asked for."""
     entries = sorted(entries, key=lambda entry: -entry.nbytes)
     shown = [entry for entry in entries if everything or entry.nbytes]

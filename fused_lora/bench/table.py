@@ -111,6 +111,12 @@ def _line(words: Sequence[str], widths: Sequence[int]) -> str:
     return "  " + "  ".join([first, *rest])
 
 
+def markdown_table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table: ``left`` columns aligned to the left, the others to the right."""
+    rule = (*("---",) * left, *("---:",) * (len(heads) - left))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines))
+
+
 TITLES = {
     "train_step": "one training step: forward, loss, backward, AdamW",
     "wecolora_step": "one WeCoLoRA step: teacher forward, half of its blocks trained",
@@ -177,11 +183,7 @@ def _order(case: Case) -> tuple[int, str, int, int, int]:
 
 def markdown(lines: Sequence[RatioRow]) -> str:
     """The ratio_rows as a table."""
-    rule = ("---", *("---:",) * (len(RATIO_HEADS) - 1))
-    return "\n".join(
-        f"| {' | '.join(cells)} |"
-        for cells in (RATIO_HEADS, rule, *(each.cells() for each in lines))
-    )
+    return markdown_table(RATIO_HEADS, [each.cells() for each in lines])
 
 
 HOST_HEADS = ("", "precision", "ms", "x frozen", "x PEFT", "Python calls", "operations")
@@ -202,6 +204,4 @@ def host_lines(rows: Iterable[Row]) -> str:
         for row in sorted(rows, key=lambda row: (row.case.dtype != "fp32", row.median_ms))
         if row.case.suite == "host"
     ]
-    rule = ("---", "---", *("---:",) * (len(HOST_HEADS) - 2))
-    lines = [f"| {' | '.join(cells)} |" for cells in (HOST_HEADS, rule, *found)]
-    return "\n".join(lines) if found else ""
+    return markdown_table(HOST_HEADS, found, left=2) if found else ""

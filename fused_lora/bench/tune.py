@@ -48,7 +48,9 @@ def launched(size: Linear, dtype: torch.dtype, device: torch.device) -> Iterator
     m, k, n, r = size.m, size.k, size.n, size.rank
     p = TuneOperands(size, dtype, device)
 
-    def of(kernel: str, rows: int, columns: int, depth: int, run: Callable[[Any], object]):
+    def of(
+        kernel: str, rows: int, columns: int, depth: int, run: Callable[[Any], object]
+    ) -> Launched:
         return Launched(kernel, (rows, columns, depth), dtype, run)
 
     x, w, bias, dy, own, h, dh = p.x, p.w, p.bias, p.dy, p.adapters, p.h, p.dh
@@ -127,7 +129,7 @@ def run(argv: Sequence[str]) -> int:
     for size in sizes:
         found = dict(tuned(size, dtype, device, clock, shares.next_s()))
         winners.store(device, found)
-    print(f"kept in {winners.path()}; heard by every process that starts from now on")
+    print(f"kept in {winners.path()}; read by every process that starts from now on")
     return 0
 
 
@@ -163,7 +165,7 @@ def _times(
     return {right[int(name)]: times for name, times in found.items()}
 
 
-def _step(job: Launched, launch: Launch):
+def _step(job: Launched, launch: Launch) -> Callable[[], None]:
     def step() -> None:
         job.run(launch.tile)
 

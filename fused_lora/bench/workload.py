@@ -30,7 +30,7 @@ _ADAPTER = re.compile(
 
 
 def projections(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every adapted linear by dotted name: those of ``model.blocks``, or of a bare layer set."""
+    """Every adapted linear by dotted name: those of ``model.blocks``, or of a set of layers."""
     inside = "blocks." if hasattr(model, "blocks") else ""
     return {
         name: module
@@ -109,7 +109,7 @@ def share(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, kept)
 
 
-def precision(dtype: str, device: str) -> AbstractContextManager:
+def precision(dtype: str, device: str) -> AbstractContextManager[object]:
     """Autocast when the dtype asks for it."""
     if dtype != "amp":
         return nullcontext()
@@ -137,7 +137,7 @@ class Workload:
         """Elements of one [M, d] tensor."""
         return self.batch * self.shape.tokens * self.shape.width
 
-    def precision(self) -> AbstractContextManager:
+    def precision(self) -> AbstractContextManager[object]:
         """Autocast when the dtype asks for it."""
         return precision(self.dtype, self.device)
 
@@ -183,7 +183,7 @@ class Workload:
 
 
 def trunk(model: nn.Module) -> nn.Module | None:
-    """The module that holds the blocks, however it is wrapped; None for a bare layer set."""
+    """The module that holds the blocks, however it is wrapped; None for a set of layers."""
     return next((module for module in model.modules() if "blocks" in module._modules), None)
 
 

@@ -17,7 +17,7 @@ from fused_lora.distill.blocks import Block, Part, blocks_of
 from fused_lora.nn import AdaptedLinear, AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.nn.shared import SharedLoRALinear
-from fused_lora.nn.shared_parameters import Loan
+from fused_lora.nn.shared_parameters import SharedAdapter
 from fused_lora.patching.explain import check_batch_size, plan_words
 from fused_lora.patching.observe import observe
 from fused_lora.patching.options import patterns_of
@@ -34,7 +34,7 @@ class Deal:
     name: str  # dotted
     linear: nn.Linear
     keys: tuple[str, ...]  # the parts that share: "q", "v"
-    loans: dict[str, Loan]
+    loans: dict[str, SharedAdapter]
     config: AdapterConfig
 
 
@@ -55,7 +55,7 @@ def deals(pairs: Iterable[tuple[Block, Block]], rank: int | None) -> list[Deal]:
     return list(found.values())
 
 
-def _offered(block: Block) -> dict[str, tuple[Part, Loan]]:
+def _offered(block: Block) -> dict[str, tuple[Part, SharedAdapter]]:
     """The parts of a teacher's block that carry an adapter, each as a loan of the whole of it."""
     offered = {}
     for key, part in block.parts.items():
@@ -64,7 +64,10 @@ def _offered(block: Block) -> dict[str, tuple[Part, Loan]]:
             if span.start <= part.start and part.stop <= span.stop:
                 whole = Span(part.start, part.stop, span.rank)
                 assert isinstance(part.module, AdaptedLinear)
-                offered[key] = part, Loan(part.module, group, part.start - span.start, whole)
+                offered[key] = (
+                    part,
+                    SharedAdapter(part.module, group, part.start - span.start, whole),
+                )
             elif span.start < part.stop and part.start < span.stop:
                 raise PatchError(
                     f"the teacher's {part.name}: the adapter {group!r} acts on columns "
@@ -74,7 +77,7 @@ def _offered(block: Block) -> dict[str, tuple[Part, Loan]]:
     return offered
 
 
-def _check_keys(mine: Block, theirs: Block, offered: dict[str, tuple[Part, Loan]]) -> None:
+def _check_keys(mine: Block, theirs: Block, offered: dict[str, tuple[Part, SharedAdapter]]) -> None:
     roles = {key.partition("_")[0] for key in offered}
     wanted = {key for key in mine.parts if key.partition("_")[0] in roles}
     if unmatched := sorted(wanted ^ set(offered)):
@@ -95,7 +98,7 @@ def _packed(block: Block, key: str) -> bool:
 
 
 def _deal(
-    name: str, parts: list[Part], offered: dict[str, tuple[Part, Loan]], rank: int | None
+    name: str, parts: list[Part], offered: dict[str, tuple[Part, SharedAdapter]], rank: int | None
 ) -> Deal:
     try:
         linear = check_adoptable(parts[0].module, f"the student's {name}")
@@ -112,7 +115,9 @@ def _deal(
     return Deal(name, linear, tuple(part.key for part in shared), loans, configs[0])
 
 
-def _loan(linear: nn.Linear, mine: Part, theirs: Part, whole: Loan, rank: int | None) -> Loan:
+def _loan(
+    linear: nn.Linear, mine: Part, theirs: Part, whole: SharedAdapter, rank: int | None
+) -> SharedAdapter:
     k, n = linear.in_features, mine.stop - mine.start
     wide, tall = whole.owner.in_features, whole.span.width
     if k > wide or n > tall:
@@ -134,7 +139,7 @@ def _loan(linear: nn.Linear, mine: Part, theirs: Part, whole: Loan, rank: int | 
         raise PatchError(
             f"the student's {mine.name} is on {linear.weight.device}, the teacher's on {a.device}"
         )
-    return Loan(whole.owner, whole.group, whole.first, Span(mine.start, mine.stop, r))
+    return SharedAdapter(whole.owner, whole.group, whole.first, Span(mine.start, mine.stop, r))
 
 
 MAPPINGS: Mapping[str, Callable[[int, int, int], int]] = {
@@ -210,7 +215,7 @@ def unshare_adapters(student: nn.Module) -> None:
 def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
     """The teacher's parameters, of those that train, of which the student has parts; each once."""
     shared = [m for m in student.modules() if isinstance(m, SharedLoRALinear)]
-    loans = [loan for module in shared for loan in module.loans.values()]
+    loans = [loan for module in shared for loan in module.shared_adapters.values()]
     halves = [half for loan in loans for half in loan.owner.adapter(loan.group)]
     found = {id(half): half for half in halves if half.requires_grad}
     return list(found.values())  # type: ignore[arg-type]

@@ -10,10 +10,7 @@ Source: PEFT 0.21, ``peft.tuners.lora.layer.MultiheadAttention``, which adds s b
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +66,7 @@ def from_peft(
     Raises:
         AdapterFileError: an adapter on a projection that the model adapts not, or a half of one.
     """
-    adapters, ranks, alphas = dict(adapters), {}, {}
+    adapters, found = dict(adapters), {}
     for name, parts in _attentions(modules, modules):
         scale = settings.scale_of(name)
         for part, theirs in PARTS.items():
@@ -87,14 +84,8 @@ def from_peft(
             assert isinstance(module, AdaptedLinear)
             a, b = _cut(a, b, sum(span.rank for span in module.groups.values()))
             adapters[a_key(parts[part])], adapters[b_key(parts[part])] = a, b
-            pattern = f"^{re.escape(parts[part])}"
-            ranks[pattern] = rank = len(a)
-            alphas[pattern] = scale * (math.sqrt(rank) if settings.rank_stabilized else rank)
-    return adapters, replace(
-        settings,
-        rank_pattern=ranks | dict(settings.rank_pattern),
-        alpha_pattern=alphas | dict(settings.alpha_pattern),
-    )
+            found[parts[part]] = len(a), scale
+    return adapters, settings.with_modules(found)
 
 
 def _attentions(

@@ -6,16 +6,13 @@ PEFT's  <conv>          lora_A [R, C, window]     lora_B [N, R, 1, ...]
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from torch import Tensor, nn
 
 from fused_lora.io.keys import a_key, b_key
 from fused_lora.io.peft import Settings
-from fused_lora.nn.child_adapters import FusedLoRAKernel
+from fused_lora.nn.child_adapters import FusedLoRAConvWeight
 
 Numbers = dict[str, float]
 
@@ -40,25 +37,19 @@ def from_peft(
     modules: Mapping[str, nn.Module], adapters: dict[str, Tensor], settings: Settings
 ) -> tuple[dict[str, Tensor], Settings]:
     """The tensors under our names, and settings that know these; what fits not stays as it is."""
-    adapters, ranks, alphas = dict(adapters), {}, {}
+    adapters, found = dict(adapters), {}
     for ours, theirs, shape in _kernels(modules):
         a, b = adapters.pop(a_key(theirs), None), adapters.pop(b_key(theirs), None)
         if a is not None:
             adapters[a_key(ours)] = a.flatten(1) if a.shape[1:] == shape[1:] else a
         if b is not None:
             adapters[b_key(ours)] = b.flatten(1) if b[0, 0].numel() == 1 else b
-        rank, pattern = settings.rank_of(theirs), f"^{re.escape(ours)}"
-        times = math.sqrt(rank) if settings.rank_stabilized else rank
-        ranks[pattern], alphas[pattern] = rank, settings.scale_of(theirs) * times
-    return adapters, replace(
-        settings,
-        rank_pattern=ranks | dict(settings.rank_pattern),
-        alpha_pattern=alphas | dict(settings.alpha_pattern),
-    )
+        found[ours] = settings.rank_of(theirs), settings.scale_of(theirs)
+    return adapters, settings.with_modules(found)
 
 
 def _kernels(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Our name, PEFT's, and the kernel's shape, of each adapted convolution."""
     for name, module in modules.items():
-        if isinstance(module, FusedLoRAKernel):
+        if isinstance(module, FusedLoRAConvWeight):
             yield name, name.rpartition(".")[0], tuple(module._whole().shape)

@@ -15,18 +15,18 @@ from fused_lora.io.attention import from_peft, to_peft
 from fused_lora.io.files import CONFIG, TENSORS, Content, pack, read_pair, unpack, write_pair
 from fused_lora.io.fuse import Group, groups_of, outer_scale, total_rank
 from fused_lora.io.keys import (
-    ASIDE,
     PREFIX,
+    UNFOLDED,
     AdapterFileError,
     a_key,
     adapted,
     b_key,
-    bare,
     check_keys,
     module_names,
     old_names,
     renamed,
-    some,
+    shortened,
+    unwrapped,
 )
 from fused_lora.io.peft import BLOCKS, LAYOUTS, Settings, config_for, dense, in_blocks, settings_of
 from fused_lora.io.state_dict import (
@@ -70,7 +70,7 @@ def save(
         AdapterFileError: no adapters, values that are not finite, a trained parameter for which
             PEFT has no place, or a file where the folder should be.
     """
-    model = bare(model)
+    model = unwrapped(model)
     if layout not in LAYOUTS:
         raise AdapterFileError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     modules = adapted(model)
@@ -127,7 +127,7 @@ def load(
         AdapterFileError: files missing, damaged or not of one save, an option that cannot be
             served, or a key, shape or value that does not fit the model; it is left as it was.
     """
-    folder, model = Path(folder), bare(model)
+    folder, model = Path(folder), unwrapped(model)
     modules = writable(model)
     text, blob = read_pair(folder)
     config = _parsed(text, str(folder / CONFIG))
@@ -149,7 +149,7 @@ def dora_of(modules: Mapping[str, AdaptedLinear]) -> bool:
     """Whether they have magnitudes; raises AdapterFileError where some have and some do not."""
     kinds = {module.config.dora for module in modules.values()}
     if len(kinds) > 1:
-        without = some(name for name, module in modules.items() if not module.config.dora)
+        without = shortened(name for name, module in modules.items() if not module.config.dora)
         raise AdapterFileError(f"PEFT's use_dora holds of all or none, and {without} has no dora")
     return kinds.pop()
 
@@ -189,7 +189,7 @@ def _changes(
     for key, tensor in content.tensors.items():
         if left_out.holds(key):
             continue
-        kind = adapters if key in own or ".lora_" in key or key.startswith(ASIDE) else others
+        kind = adapters if key in own or ".lora_" in key or key.startswith(UNFOLDED) else others
         kind[key] = tensor
     adapters, settings = from_peft(module_names(model), adapters, settings, where)
     adapters, settings = convolutions.from_peft(module_names(model), adapters, settings)

@@ -6,7 +6,7 @@
 
 Where all scales are equal, every f is 1 and the blocks hold the b_g bit for bit. Otherwise a block
 is rounded once; |f| <= 1, so it never overflows. Where dividing it by f does not give b_g back to
-the bit, b_g itself is put aside under a key of its own, which PEFT passes over.
+the bit, b_g itself is written under a key of its own, which PEFT passes over.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ def total_rank(groups: Sequence[Group]) -> int:
 def fuse(
     groups: Sequence[Group], pairs: Mapping[str, tuple[Tensor, Tensor]], columns: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(A, B, the b put aside by group name), copies of the (a_g, b_g) of each group."""
+    """(A, B, the b_g that folding would round), by copies of the (a_g, b_g) of each group."""
     a = torch.cat([pairs[group.name][0] for group in groups])
     halves = [pairs[group.name][1] for group in groups]
     dtype = torch.cat([b[:0, :0] for b in halves]).dtype  # as cat promotes
     fused = a.new_zeros(columns, len(a), dtype=dtype)
-    aside = {}
+    unfolded = {}
     for (group, block), b in zip(_blocks(fused, groups), halves, strict=True):
         block.copy_(_times(b.to(dtype), group.factor))
         if not torch.equal(_over(block, group.factor), b.to(dtype)):
-            aside[group.name] = b.clone()
-    return a, fused, aside
+            unfolded[group.name] = b.clone()
+    return a, fused, unfolded
 
 
 def split(

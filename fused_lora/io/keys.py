@@ -17,7 +17,7 @@ class AdapterFileError(ValueError):
 
 
 PREFIX = "base_model.model."
-ASIDE = "fused_lora.b."  # before <module>.<group>: a b that its fold into lora_B would round
+UNFOLDED = "fused_lora.b."  # before <module>.<group>: a b that its fold into lora_B would round
 
 
 def a_key(module: str) -> str:
@@ -35,12 +35,12 @@ def magnitude_key(module: str) -> str:
     return f"{PREFIX}{module}.lora_magnitude_vector"
 
 
-def aside_key(module: str, group: str) -> str:
+def unfolded_key(module: str, group: str) -> str:
     """The key of one group's own b; PEFT passes over it."""
-    return f"{ASIDE}{module}.{group}"
+    return f"{UNFOLDED}{module}.{group}"
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside a data-parallel wrapper, which would put ``module.`` before every name."""
     while isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model.module
@@ -94,7 +94,7 @@ def unmerged(model: nn.Module) -> dict[str, AdaptedLinear]:
     return found
 
 
-def some(names: Iterable[str]) -> str:
+def shortened(names: Iterable[str]) -> str:
     """The first three of ``names``, and how many more there are."""
     listed = sorted(names)
     more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
@@ -105,12 +105,12 @@ def check_keys(where: str, expected: Iterable[str], found: Iterable[str]) -> Non
     """Raises AdapterFileError unless both name the same keys."""
     expected, found = set(expected), set(found)
     missing, unexpected = expected - found, found - expected
-    said = [f"missing {some(missing)}"] * bool(missing)
-    said += [f"unexpected {some(unexpected)}"] * bool(unexpected)
-    if said:
+    differences = [f"missing {shortened(missing)}"] * bool(missing)
+    differences += [f"unexpected {shortened(unexpected)}"] * bool(unexpected)
+    if differences:
         raise AdapterFileError(
-            f"{where}: {'; '.join(said)} ({len(found)} keys found, the model has {len(expected)}): "
-            "patch the model as it was when the adapter was saved"
+            f"{where}: {'; '.join(differences)} ({len(found)} keys found, the model has "
+            f"{len(expected)}): patch the model as it was when the adapter was saved"
         )
 
 
@@ -121,7 +121,7 @@ def check_keys(where: str, expected: Iterable[str], found: Iterable[str]) -> Non
 # order, and the role at the end. Where that finds exactly one name for each, it is a translation.
 
 
-ENDINGS = (  # the first that matches decides
+SUFFIXES = (  # the first that matches decides
     (r"(q_proj|query|to_q|wq)$", "q"),
     (r"(k_proj|key|to_k|wk)$", "k"),
     (r"(v_proj|value|to_v|wv)$", "v"),
@@ -170,6 +170,6 @@ def translation(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
 
 def _place(name: str) -> tuple[tuple[int, ...], str] | None:
     numbers = tuple(int(part) for part in name.split(".") if part.isdecimal())
-    roles = (role for ending, role in ENDINGS if re.search(rf"(^|\.){ending}", name))
+    roles = (role for ending, role in SUFFIXES if re.search(rf"(^|\.){ending}", name))
     role = next(roles, None)
     return (numbers, role) if role and numbers else None

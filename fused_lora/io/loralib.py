@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fused_lora.io.keys import AdapterFileError, adapted, bare, plain
+from fused_lora.io.keys import AdapterFileError, adapted, plain, unwrapped
 from fused_lora.nn.variants import key_of
 
 
@@ -27,7 +27,7 @@ def from_loralib(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
         AdapterFileError: adapters whose sizes do not fit those of ``model``.
     """
     found = dict(state)
-    for name, module in adapted(bare(model)).items():
+    for name, module in adapted(unwrapped(model)).items():
         groups, prefix = module.groups, f"{plain(name)}."
         if "" in groups or f"{prefix}lora_A" not in found:
             continue

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,31 +131,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
 # What decides only where adapters go, how they trained, or nothing at all.
-HARMLESS = frozenset(
-    [
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "megatron_config",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "runtime_config",
-        "qalora_group_size",
-        "ensure_weight_tying",
-    ]
-)
+HARMLESS = frozenset({
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+    "qalora_group_size", "ensure_weight_tying",
+})  # fmt: skip
 BLOCKS, DORA = "use_bdlora", "use_dora"
 READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
 
@@ -181,7 +163,23 @@ class Settings:
         """The factor s of the module ``name``."""
         rank = self.rank_of(name)
         alpha = lookup(self.alpha_pattern, name, self.alpha)
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+        return alpha / self._divisor(rank)
+
+    def _divisor(self, rank: int) -> float:
+        return math.sqrt(rank) if self.rank_stabilized else rank
+
+    def with_modules(self, modules: Mapping[str, tuple[int, float]]) -> Settings:
+        """The same that also know rank and scale of ``modules``, by our names."""
+        ranks = {f"^{re.escape(name)}": rank for name, (rank, _) in modules.items()}
+        alphas = {
+            f"^{re.escape(name)}": scale * self._divisor(rank)
+            for name, (rank, scale) in modules.items()
+        }
+        return replace(
+            self,
+            rank_pattern=ranks | dict(self.rank_pattern),
+            alpha_pattern=alphas | dict(self.alpha_pattern),
+        )
 
 
 def lookup(patterns: Mapping[str, float], name: str, default: float) -> float:
@@ -203,12 +201,7 @@ def settings_of(config: Any, where: str) -> Settings:
             raise AdapterFileError(
                 f"{where}: {key} is {value!r}; only {NEUTRAL[key][0]!r} can be loaded"
             )
-        if (
-            value
-            and key not in HARMLESS
-            and key not in NEUTRAL
-            and key not in (*READ, BLOCKS, DORA)
-        ):
+        if value and key not in {*HARMLESS, *NEUTRAL, *READ, BLOCKS, DORA}:
             raise AdapterFileError(f"{where}: {key} is {value!r}, an option unknown here")
     return Settings(
         int(_number(config, "r", where, whole=True)),

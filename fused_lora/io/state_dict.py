@@ -14,12 +14,12 @@ from fused_lora.io.keys import (
     AdapterFileError,
     a_key,
     adapted,
-    aside_key,
     b_key,
-    bare,
     check_keys,
     magnitude_key,
+    unfolded_key,
     unmerged,
+    unwrapped,
 )
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.config import CHANGES_BASE, draw
@@ -160,7 +160,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         AdapterFileError: no adapters, values that are not finite, no values yet (meta), or ``mid``
             or an init (pissa, olora) that ``save`` alone can write.
     """
-    modules = adapted(bare(model))
+    modules = adapted(unwrapped(model))
     for name, module in modules.items():
         if reason := why_not_into(module):
             raise AdapterFileError(f"{name} {reason}")
@@ -181,9 +181,9 @@ def tensors_of(
     """The tensors of every module, by PEFT's keys."""
     state: dict[str, Tensor] = {}
     for name, (groups, pairs, magnitude) in held.items():
-        a, b, aside = fuse(groups, pairs, modules[name].out_features)
+        a, b, unfolded = fuse(groups, pairs, modules[name].out_features)
         state |= {a_key(name): a, b_key(name): b}
-        state |= {aside_key(name, group): tensor for group, tensor in aside.items()}
+        state |= {unfolded_key(name, group): tensor for group, tensor in unfolded.items()}
         if magnitude is not None:
             check_values(magnitude, magnitude_key(name))
             state[magnitude_key(name)] = magnitude
@@ -201,7 +201,7 @@ def load_lora_state_dict(
         AdapterFileError: not patched, merged, or a key, shape or value that does not fit; the
             model is left as it was.
     """
-    modules = writable(bare(model))
+    modules = writable(unwrapped(model))
     groups = {name: groups_of(module) for name, module in modules.items()}
     changes = adapter_changes(modules, state, groups, "the state dict")
     changes.check_rounding(allow_rounding)
@@ -256,10 +256,12 @@ def adapter_changes(
     where: str,
 ) -> Changes:
     """The changes that put ``state`` into ``modules``, each split by its ``groups``."""
-    aside = {aside_key(name, g.name) for name in modules for g in groups[name] if g.factor != 1.0}
+    unfolded = {
+        unfolded_key(name, g.name) for name in modules for g in groups[name] if g.factor != 1.0
+    }
     halves = {key(name) for name in modules for key in (a_key, b_key)}
     halves |= {magnitude_key(name) for name, module in modules.items() if module.config.dora}
-    check_keys(where, halves | (aside & set(state)), state)
+    check_keys(where, halves | (unfolded & set(state)), state)
     changes = Changes()
     for name, module in modules.items():
         _one_module(changes, name, module, state, groups[name], where)
@@ -311,9 +313,9 @@ def _one_module(
     for group in groups:
         own_a, own_b = module.adapter(group.name)
         value_a, value_b = pairs[group.name]
-        aside = aside_key(name, group.name)
+        unfolded = unfolded_key(name, group.name)
         changes.add(own_a, value_a, f"{where}: {a_key(name)}")
-        changes.add(own_b, state.get(aside, value_b), f"{where}: {b_key(name)}")
+        changes.add(own_b, state.get(unfolded, value_b), f"{where}: {b_key(name)}")
         changes.scales.append((module, group.name, group.scale))
 
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fused_lora.io.keys import ASIDE, PREFIX, AdapterFileError, adapted, module_names, plain, some
+from fused_lora.io.keys import (
+    PREFIX,
+    UNFOLDED,
+    AdapterFileError,
+    adapted,
+    module_names,
+    plain,
+    shortened,
+)
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.child_adapters import why_not_kernel
 
@@ -56,10 +64,12 @@ def _check_wrapped(model: nn.Module, entries: list[str]) -> None:
         clash = [t for t in targets if t == name or t.startswith(f"{name}.")]
         clash += [other for other in wrapped if other.startswith(f"{name}.")]
         if clash:
-            raise AdapterFileError(_no_place(name, f"would be saved whole, with {some(clash)}"))
+            raise AdapterFileError(
+                _no_place(name, f"would be saved whole, with {shortened(clash)}")
+            )
     for target in targets:
         if any(re.match(rf"(^|.*\.){entry}($|\..*)", target) for entry in entries):
-            raise AdapterFileError(_no_place(some(entries), f"would keep PEFT from {target}"))
+            raise AdapterFileError(_no_place(shortened(entries), f"would keep PEFT from {target}"))
 
 
 def wrapped_modules(model: nn.Module, entries: Iterable[str]) -> dict[str, nn.Module]:
@@ -77,13 +87,13 @@ def whole_state(model: nn.Module, entries: Iterable[str]) -> dict[str, Tensor]:
     }
 
 
-ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_A", ".lora_B")
+SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_A", ".lora_B")
 
 
 def module_of(key: str) -> str:
     """The module that a key of the file belongs to; of a whole module's, with the tensor's name."""
-    name = key.removeprefix(PREFIX).removeprefix(ASIDE)
-    return next((name.removesuffix(end) for end in ENDINGS if name.endswith(end)), name)
+    name = key.removeprefix(PREFIX).removeprefix(UNFOLDED)
+    return next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ class LeftOut:
             if not hit:
                 raise AdapterFileError(
                     f"leave_out: {pattern!r} matches nothing in the file, which has "
-                    f"{some({module_of(key) for key in keys})}"
+                    f"{shortened({module_of(key) for key in keys})}"
                 )
             left |= hit
         return cls(frozenset(left))
@@ -127,7 +137,7 @@ def check_adapted(
 ) -> None:
     """Raises AdapterFileError where the file adapts modules that are there, but not adapted."""
     adapted = set(modules)
-    strange = {module_of(key) for key in adapters if not key.startswith(ASIDE)} - adapted
+    strange = {module_of(key) for key in adapters if not key.startswith(UNFOLDED)} - adapted
     known = {name: names[name] for name in sorted(strange) if name in names}
     if not known or strange - known.keys():
         return  # names of another release, or of another model: said elsewhere

@@ -14,9 +14,14 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from fused_lora.nn.config import CHANGES_BASE, OF_WEIGHT, AdapterConfig, check_start, draw
+from fused_lora.nn.grouped_call import grouped_result
 from fused_lora.nn.linear_state import BaseCodes, settle
-from fused_lora.nn.scope import taken
-from fused_lora.nn.shared_parameters import Box, borrow, borrowers_of, let_go
+from fused_lora.nn.shared_parameters import (
+    ParameterSlice,
+    parameter_slices,
+    remove_hook,
+    sharers_of,
+)
 from fused_lora.nn.stand_in import (
     Unscripted,
     as_one_node,
@@ -25,7 +30,7 @@ from fused_lora.nn.stand_in import (
     offloaded,
     own_tensor,
     rebind,
-    why_not_stood_in,
+    why_not_replaceable,
 )
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.dropped import seeded
@@ -45,11 +50,11 @@ STATE = (  # beside the parameters
     "_spans",
     "_used",
     "_narrowed",
-    "_lent",
+    "_has_sharers",
     "_scales",
     "_base",
     "_origin",
-    "_sibling",
+    "_grouped",
     "_codes",
     "_memo",
 )
@@ -84,12 +89,10 @@ class AdaptedLinear(Unscripted, WithVariants):
 
     config: AdapterConfig
     plain: type[nn.Linear] = nn.Linear  # what it was, and becomes on release
-    around = False  # whether the base is computed by a forward of its own
+    additive = False  # whether the base is computed by a forward of its own
     _codes: BaseCodes | None = None  # of the frozen weight, where the base is in FP8
     _names: tuple[str, ...] | None = None  # of weight, bias, every a and b, where all are its own
-    _sibling = (
-        False  # whether others may have computed its y with theirs (``nn/grouped_projections.py``)
-    )
+    _grouped = False  # whether another of its group may have computed its y (``GroupedCall``)
 
     def _attach(
         self,
@@ -122,7 +125,7 @@ class AdaptedLinear(Unscripted, WithVariants):
         self._spans = tuple(spans.values())
         self._used = self._spans  # what the forward computes with: fewer ranks where narrowed
         self._narrowed = False
-        self._lent = False  # whether another module computes with parts of these adapters
+        self._has_sharers = False  # whether another module computes with parts of these adapters
         self._scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
         self._base: tuple[Tensor, ...] = ()  # the frozen weight, while merged
         self._origin: tuple[Tensor, ...] = ()  # the weight as it was, where the init changed it
@@ -229,18 +232,19 @@ class AdaptedLinear(Unscripted, WithVariants):
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         a = [getattr(self, key_of("lora_A", name)) for name in self._groups]
         b = [getattr(self, key_of("lora_B", name)) for name in self._groups]
-        return self._parts(a, b) if self._lent or self._narrowed else (a, b)
+        return self._parts(a, b) if self._has_sharers or self._narrowed else (a, b)
 
     def _parts(self, a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         used = self._used
-        boxes = [Box(0, span.rank, self.in_features) for span in used]
-        parts = borrow([*a, *b], [*boxes, *(Box(0, span.width, span.rank) for span in used)])
+        slices = [ParameterSlice(0, span.rank, self.in_features) for span in used]
+        slices += [ParameterSlice(0, span.width, span.rank) for span in used]
+        parts = parameter_slices([*a, *b], slices)
         return parts[: len(a)], parts[len(a) :]
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features], which goes by torch.nn.Linear's name."""
         x = input
-        if self._sibling and (y := taken(self, x)) is not None:
+        if self._grouped and (y := grouped_result(self, x)) is not None:
             return y
         if torch.compiler.is_compiling() or transformed():
             return self._as_written(x)
@@ -271,9 +275,9 @@ class AdaptedLinear(Unscripted, WithVariants):
     def _gather(self) -> tuple[list[Tensor | None], bool]:
         """weight, bias, every a and every b that the forward computes with, None for a seed, and
         whether all are parameters of its own, whole: not made of others by a hook, a
-        parametrisation or a loan."""
+        parametrisation or a slice of another's."""
         drops: list[Any] = [None] if self.config.dropout and self.training else []
-        if self._names is not None and not (self._lent or self._narrowed):
+        if self._names is not None and not (self._has_sharers or self._narrowed):
             own = self._parameters
             try:
                 held: list[Any] = [own[name] for name in self._names]
@@ -362,7 +366,7 @@ class AdaptedLinear(Unscripted, WithVariants):
         return bool(self._base)
 
     def merge(self, rounding: str = "nearest", seed: int = 0, impl: str = "auto") -> None:
-        """Replace ``weight`` by w' = w + s b a; the frozen weight itself is kept aside, unchanged.
+        """Replace ``weight`` by w' = w + s b a; the frozen weight is kept, unchanged.
 
         Args:
             rounding: "nearest" or "stochastic" (16-bit weights; unbiased, by ``seed``).
@@ -432,7 +436,7 @@ class AdaptedLinear(Unscripted, WithVariants):
     def check_releasable(self) -> None:
         """Raises RuntimeError where ``release`` would lose something."""
         self._refuse_sharded("release")
-        if self._lent and (students := len(borrowers_of(self))):
+        if self._has_sharers and (students := len(sharers_of(self))):
             raise RuntimeError(
                 f"release: {students} modules of a student compute with these adapters: unpatch "
                 "or unshare the student first"
@@ -449,15 +453,15 @@ class AdaptedLinear(Unscripted, WithVariants):
             )
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        aside = {name: self.__dict__[name] for name in ("_base", "_origin") if self.__dict__[name]}
-        for parameter in self.lora_parameters() if self._lent or self._narrowed else ():
-            let_go(parameter)
-        for name, (weight,) in aside.items():  # moved as any parameter is, in place if it can
+        hidden = {name: self.__dict__[name] for name in ("_base", "_origin") if self.__dict__[name]}
+        for parameter in self.lora_parameters() if self._has_sharers or self._narrowed else ():
+            remove_hook(parameter)
+        for name, (weight,) in hidden.items():  # moved as any parameter is, in place if it can
             self._parameters[name] = weight
         try:
             return super()._apply(fn, recurse)
         finally:
-            for name in aside:
+            for name in hidden:
                 self.__dict__[name] = (cast(nn.Parameter, self._parameters.pop(name)),)
             self.refresh_base()
 
@@ -521,6 +525,6 @@ def check_adoptable(linear: nn.Module, where: str) -> nn.Linear:
             "torch.nn.Linear: its own forward would be lost; keep_forward=True keeps it and adds "
             "the adapters to its result"
         )
-    if why := why_not_stood_in(linear):
+    if why := why_not_replaceable(linear):
         raise TypeError(f"{where}: {why}")
     return linear

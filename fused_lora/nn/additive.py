@@ -1,4 +1,4 @@
-"""Adapters around a linear that computes y in a way of its own: y = its forward(x) + s h bT."""
+"""Adapters added to the result of a linear with a forward of its own: y = forward(x) + s h bT."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.operand import is_sharded
 
-# Adapters around a linear that computes y in a way of its own: y = its forward(x) + s h bT.
-#
 # For bases that hold no matrix one could read (8 or 4 bits, fp8): their class stays, as the parent
 # of a class made here, and so do their forward, their state and their keys.
 
 
-class AroundLinear(AdaptedLinear):
-    """The adapters' side of the classes that ``adopt_around`` makes."""
+class AdditiveLoRALinear(AdaptedLinear):
+    """The adapters' side of the classes that ``adopt_additive`` makes."""
 
-    around = True
+    additive = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out_features] of x [..., in_features], by whatever name the linear knows it."""
@@ -101,31 +99,31 @@ class AroundLinear(AdaptedLinear):
         return _new, (self.plain,), self.__dict__.copy()
 
 
-CLASSES: dict[type[nn.Linear], type[AroundLinear]] = {}  # by the class that stays the parent
+CLASSES: dict[type[nn.Linear], type[AdditiveLoRALinear]] = {}  # by the class that stays the parent
 
 
-def around(plain: type[nn.Linear]) -> type[AroundLinear]:
+def additive_class(plain: type[nn.Linear]) -> type[AdditiveLoRALinear]:
     """The class of a ``plain`` that carries adapters."""
     if plain not in CLASSES:
         body = {"plain": plain, "__doc__": plain.__doc__, "__module__": __name__}
-        CLASSES[plain] = type(f"Around{plain.__name__}", (AroundLinear, plain), body)
+        CLASSES[plain] = type(f"Additive{plain.__name__}", (AdditiveLoRALinear, plain), body)
     return CLASSES[plain]
 
 
-def _new(plain: type[nn.Linear]) -> AroundLinear:
-    kind = around(plain)
+def _new(plain: type[nn.Linear]) -> AdditiveLoRALinear:
+    kind = additive_class(plain)
     return kind.__new__(kind)
 
 
-def adopt_around(
+def adopt_additive(
     linear: nn.Linear,
     rank: int | Mapping[str, int] = 8,
     spans: Mapping[str, tuple[int, int]] | None = None,
     *,
     generator: torch.Generator | None = None,
     **options: Any,
-) -> AroundLinear:
-    """Put adapters around ``linear``, whatever subclass of ``nn.Linear`` it is: same object.
+) -> AdditiveLoRALinear:
+    """Add adapters to what the forward of ``linear``, of any subclass, computes; same object.
 
     Args:
         linear: its own forward goes on computing the base.
@@ -140,8 +138,8 @@ def adopt_around(
     """
     config = AdapterConfig(**options)
     if not isinstance(linear, nn.Linear) or isinstance(linear, AdaptedLinear):
-        raise TypeError(f"adapters go around an nn.Linear that has none, got {type(linear)}")
-    if why := why_not_around(linear):
+        raise TypeError(f"expected an nn.Linear without adapters, got {type(linear)}")
+    if why := why_not_additive(linear):
         raise TypeError(f"the linear to adopt: {why}")
     if config.dora or config.init not in ("kaiming", "gaussian", "orthogonal"):
         read = "dora" if config.dora else f"init={config.init!r}"
@@ -155,7 +153,7 @@ def adopt_around(
     ranks = dict.fromkeys(columns, rank)
     if spans:
         ranks = ranks_of(columns, rank, linear.out_features)  # type: ignore[assignment]
-    return become(around(type(linear)), linear, columns, ranks, config, generator)  # type: ignore[arg-type]
+    return become(additive_class(type(linear)), linear, columns, ranks, config, generator)  # type: ignore[arg-type]
 
 
 def _looks(weight: Tensor | None) -> str:
@@ -164,12 +162,12 @@ def _looks(weight: Tensor | None) -> str:
     return f"a {type(weight).__name__} of {weight.dtype}, {list(weight.shape)}"
 
 
-def why_not_around(linear: nn.Module) -> str | None:
+def why_not_additive(linear: nn.Module) -> str | None:
     """Why adapters cannot even be added to the result of the linear's own forward."""
     return bound_forward(linear) or offloaded(linear) or made_weight(linear)
 
 
-def opaque(linear: nn.Module) -> bool:
+def hides_weight(linear: nn.Module) -> bool:
     """Whether ``linear`` is an ``nn.Linear`` whose weight is no matrix that one could read."""
     if not isinstance(linear, nn.Linear):
         return False
@@ -177,12 +175,12 @@ def opaque(linear: nn.Module) -> bool:
 
 
 @contextmanager
-def standing_in(linears: Iterable[nn.Module]) -> Iterator[None]:
+def with_plain_weights(linears: Iterable[nn.Module]) -> Iterator[None]:
     """Within, each has a plain weight and forward: for a trial forward on the meta device."""
     weights = {
         linear: linear.weight
         for linear in linears
-        if isinstance(linear, nn.Linear) and opaque(linear)
+        if isinstance(linear, nn.Linear) and hides_weight(linear)
     }
     for linear in weights:
         matrix = torch.empty(linear.out_features, linear.in_features, device="meta")

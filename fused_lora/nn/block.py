@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from fused_lora.nn import block_modules as parts
-from fused_lora.nn.block_modules import Fused, Half
+from fused_lora.nn.block_modules import FusedModule, Half
 from fused_lora.nn.stand_in import why_watched
 from fused_lora.ops.chain.attention import Split
 from fused_lora.ops.chain.chain import Chain
@@ -28,8 +28,8 @@ PACKED = "timm.layers.mlp.GluMlp"
 APART = "timm.layers.mlp.SwiGLU"
 
 
-class FusedLoRAMlp(Fused):
-    """An MLP (timm's Mlp, GluMlp or SwiGLU) whose activations are made again in backward."""
+class FusedLoRAMlp(FusedModule):
+    """An MLP (timm's Mlp, GluMlp or SwiGLU) whose activations are recomputed in backward."""
 
     known = parts.MLPS
     fc2: Any
@@ -56,11 +56,9 @@ class WholeMlp(Half):
         return [module for module in mlp.modules() if module is not mlp]
 
     def why_not(self, mlp: Any) -> str | None:
-        """See ``Half``."""
         return why_not_mlp(mlp)
 
     def gather(self, mlp: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any, bool]:
-        """See ``Half``."""
         state, operands, held = mlp_state(mlp)
         return (mlp.__dict__["_recompute"], *state), [x, None, None, None, *operands], None, held
 
@@ -72,11 +70,9 @@ class WholeMlp(Half):
         return Chain(asked(x, **mlp_options(mlp), **options, recompute=mlp.recompute))
 
     def by_parts(self, mlp: Any, x: Tensor) -> Tensor:
-        """See ``Half``."""
         return lora_mlp(x, **mlp_options(mlp), recompute=mlp.recompute)
 
     def by_modules(self, mlp: Any, x: Tensor) -> Tensor:
-        """See ``Half``."""
         return mlp.plain.forward(mlp, x)  # type: ignore[no-any-return]
 
 
@@ -142,7 +138,7 @@ def mlp_options(mlp: Any) -> dict[str, Any]:
 # Each half is fused where it can be, at every call anew, and left to its modules where it cannot.
 
 
-class FusedLoRABlock(Fused):
+class FusedLoRABlock(FusedModule):
     """A pre-norm block (timm's, with or without LayerScale, drop path and qk-norm)."""
 
     known = parts.BLOCKS
@@ -199,11 +195,9 @@ class AttentionHalf(Half):
         return [block.norm1, *block.attn.modules(), block.ls1, block.drop_path1]
 
     def why_not(self, block: Any) -> str | None:
-        """As the block says."""
         return why_not_attention_half(block)
 
     def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any, bool]:
-        """See ``Half``."""
         own = block.__dict__
         around = own["_modules"]
         attn = around["attn"].__dict__
@@ -226,7 +220,7 @@ class AttentionHalf(Half):
     def choose(self, block: Any, x: Tensor) -> Any:
         """One chain where torch's attention takes part in it."""
         attn, width = block.attn, block.attn.qkv.out_features
-        if why_not_lean(attn) or x.dim() != 3:
+        if why_qkv_is_kept(attn) or x.dim() != 3:
             return None
         if block.recompute != "gemm" and kernel_for(x, attn.num_heads, width) is None:
             return None  # torch's own then keeps what it needs
@@ -241,7 +235,6 @@ class AttentionHalf(Half):
         return attention_by_parts(block, x, {})
 
     def by_modules(self, block: Any, x: Tensor) -> Tensor:
-        """See ``Half``."""
         return x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))  # type: ignore[no-any-return]
 
 
@@ -255,11 +248,9 @@ class MlpHalf(Half):
         return [block.norm2, *block.mlp.modules(), block.ls2, block.drop_path2]
 
     def why_not(self, block: Any) -> str | None:
-        """As the block says."""
         return why_not_mlp_half(block)
 
     def gather(self, block: Any, x: Tensor) -> tuple[tuple[Any, ...], list[Any], Any, bool]:
-        """See ``Half``."""
         own = block.__dict__
         around = own["_modules"]
         norm, scale, drop = around["norm2"].__dict__, around["ls2"].__dict__, around["drop_path2"]
@@ -278,7 +269,6 @@ class MlpHalf(Half):
         return Chain(mlp_asked(x, **mlp_options(block.mlp), norm=norm, **options))
 
     def by_modules(self, block: Any, x: Tensor) -> Tensor:
-        """See ``Half``."""
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
 
 
@@ -341,8 +331,8 @@ def why_not_mlp_half(block: Any) -> str | None:
     return why_not_mlp(block.mlp) or _why_not_around(block, "2")
 
 
-def why_not_lean(attn: Any) -> str | None:
-    """Why q, k and v are kept even where the GEMMs are made again."""
+def why_qkv_is_kept(attn: Any) -> str | None:
+    """Why q, k and v are kept even where the GEMMs are recomputed."""
     if not (parts.absent(attn.q_norm) and parts.absent(attn.k_norm)):
         return "qk-norm"
     return "attention dropout" if parts.active_dropout(attn.attn_drop) else None

@@ -15,10 +15,10 @@ from fused_lora.ops.dropped import seeded
 from fused_lora.ops.operand import RECOMPUTE, Adapted, Norm, check_recompute, compute_dtype
 from fused_lora.programs.run import Memo, program_of, run
 
-F = TypeVar("F", bound="Fused")
+F = TypeVar("F", bound="FusedModule")
 
 
-class Fused(Unscripted, nn.Module):
+class FusedModule(Unscripted, nn.Module):
     """The half of an adopted module's class that comes first; the other is the class it had.
 
     What this half cannot compute is left to the other's own forward.
@@ -29,7 +29,7 @@ class Fused(Unscripted, nn.Module):
 
     @property
     def recompute(self) -> str:
-        """What backward makes again: "none", "elementwise" or "gemm"."""
+        """What backward recomputes: "none", "elementwise" or "gemm"."""
         return self.__dict__.get("_recompute", RECOMPUTE[1])
 
     @recompute.setter
@@ -41,7 +41,7 @@ class Fused(Unscripted, nn.Module):
     def adopt(cls: type[F], module: nn.Module, recompute: str = RECOMPUTE[1]) -> F:
         """Turn ``module`` itself into one of these; its children, keys and hooks stay."""
         check_recompute(recompute)
-        if isinstance(module, Fused):
+        if isinstance(module, FusedModule):
             raise TypeError(f"{type(module).__name__} is fused already")
         if kind(module) not in cls.known:
             raise TypeError(f"{kind(module)} is not one of {sorted(cls.known)}")
@@ -70,7 +70,7 @@ def fused_class(root: Any, plain: Any) -> Any:
     return type(f"FusedLoRA{plain.__name__}", (root, plain), names)
 
 
-def _root(made: type[Fused]) -> type[Fused]:
+def _root(made: type[FusedModule]) -> type[FusedModule]:
     return made.__mro__[1]
 
 
@@ -89,7 +89,7 @@ def kind(module: nn.Module) -> str:
 
 @lru_cache(maxsize=1024)
 def _place(cls: Any) -> str:
-    cls = cls.plain if issubclass(cls, Fused) else cls
+    cls = cls.plain if issubclass(cls, FusedModule) else cls
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

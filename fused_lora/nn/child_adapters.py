@@ -1,4 +1,4 @@
-"""Adapters as a child of a foreign module: q|k|v of torch's attention, kernels of convolutions."""
+"""Adapters on a parameter of another module: in_proj_weight, kernels of convolutions."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from fused_lora.nn.stand_in import (
     as_one_node,
     made_weight,
     own_tensor,
-    why_not_stood_in,
+    why_not_replaceable,
 )
 from fused_lora.nn.weight_adapter import (
-    FusedLoRARead,
+    FusedLoRAWeight,
+    check_weight_config,
+    delete_frozen,
     keep_deleted,
-    put,
     refuse_parametrized,
     refuse_read,
-    take,
-    watched,
-    without_x,
+    set_frozen,
+    writing_to,
 )
 from fused_lora.ops.lora_linear_checks import check_spans
 
-# Adapters on a bare parameter of another module: q|k|v of torch's own attention.
-#
-# The module that owns it is given a subclass of its class, in which the parameter's name reads w'.
+# The module that owns the parameter is given a subclass of its class, in which the parameter's name
+# reads w'.
 
 
-class FusedLoRAChild(FusedLoRARead):
-    """The same for a bare parameter of another module, as its child: q|k|v of an attention.
+class FusedLoRAParameter(FusedLoRAWeight):
+    """Adapters on a parameter of another module, as its child: ``in_proj_weight`` of an attention.
 
     Its keys are its adapters' alone; the parameter stays its owner's.
     """
@@ -54,9 +53,9 @@ class FusedLoRAChild(FusedLoRARead):
         *,
         generator: torch.Generator | None = None,
         **options: Any,
-    ) -> FusedLoRAChild:
+    ) -> FusedLoRAParameter:
         """Adapt ``owner``'s parameter ``tensor`` [N, K], which must end in ``_weight``."""
-        config = without_x(AdapterConfig(**options))
+        config = check_weight_config(AdapterConfig(**options))
         child = cls.__new__(cls)
         nn.Module.__init__(child)
         child.__dict__["_home"] = (owner, tensor)  # a tuple: no submodule, no cycle of modules
@@ -69,8 +68,8 @@ class FusedLoRAChild(FusedLoRARead):
         if name in owner._modules or hasattr(type(owner), name):
             raise TypeError(f"{type(owner).__name__} has something else named {name!r}")
         owner._modules[name] = child
-        tensors = getattr(type(owner), "_fused_lora_reads", ())
-        owner.__class__ = reading(_plain(type(owner)), (*tensors, tensor))
+        tensors = getattr(type(owner), "_fused_lora_weights", ())
+        owner.__class__ = class_reading(_plain(type(owner)), (*tensors, tensor))
         return child
 
     @property
@@ -93,8 +92,8 @@ class FusedLoRAChild(FusedLoRARead):
         if self.merged:
             own_tensor(owner, tensor).requires_grad_(self._base[0].requires_grad)
         del owner._modules[child_name(tensor)]
-        left = tuple(t for t in type(owner)._fused_lora_reads if t != tensor)
-        owner.__class__ = reading(_plain(type(owner)), left)
+        left = tuple(t for t in type(owner)._fused_lora_weights if t != tensor)
+        owner.__class__ = class_reading(_plain(type(owner)), left)
         return owner
 
 
@@ -103,7 +102,7 @@ def child_name(tensor: str) -> str:
     return "kernel" if tensor == "weight" else tensor.removesuffix("_weight")
 
 
-def reading(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
+def class_reading(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
     """``plain``, but a read of ``tensors`` gives w'; ``plain`` itself for none."""
     return _made(plain, tensors) if tensors else plain  # type: ignore[arg-type]
 
@@ -111,7 +110,7 @@ def reading(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]
 @functools.cache
 def _made(plain: Any, tensors: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {name: _property(name) for name in tensors}
-    members |= {"_fused_lora_reads": tensors, "__reduce_ex__": _reduce}
+    members |= {"_fused_lora_weights": tensors, "__reduce_ex__": _reduce}
     members["__module__"] = plain.__module__  # torch.fx leaves modules of torch's whole
     members |= {"__setattr__": _set, "__delattr__": _delete, "register_parameter": _register}
     return type(f"FusedLoRA{plain.__name__}", (plain,), members)
@@ -123,14 +122,14 @@ def _property(tensor: str) -> property:
         return base if child is None else child.read(base)  # type: ignore
 
     def write(owner: nn.Module, value: Tensor) -> None:
-        put(owner, tensor, value)
+        set_frozen(owner, tensor, value)
 
-    return property(read, write, lambda owner: take(owner, tensor))
+    return property(read, write, lambda owner: delete_frozen(owner, tensor))
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
     if name == "parametrizations":
-        refuse_parametrized(owner, *type(owner)._fused_lora_reads)
+        refuse_parametrized(owner, *type(owner)._fused_lora_weights)
     nn.Module.__setattr__(owner, name, value)
 
 
@@ -140,23 +139,23 @@ def _register(owner: Any, name: str, param: nn.Parameter | None) -> None:
 
 
 def _delete(owner: Any, name: str) -> None:
-    if name in type(owner)._fused_lora_reads:
+    if name in type(owner)._fused_lora_weights:
         keep_deleted(owner, name)
     nn.Module.__delattr__(owner, name)
 
 
 def _reduce(owner: nn.Module, _: int) -> tuple[Any, ...]:
     kind = type(owner)
-    return _remake, (_plain(kind), kind._fused_lora_reads), owner.__dict__  # type: ignore
+    return _remake, (_plain(kind), kind._fused_lora_weights), owner.__dict__  # type: ignore
 
 
 def _remake(plain: type[nn.Module], tensors: tuple[str, ...]) -> nn.Module:
-    kind = reading(plain, tensors)
+    kind = class_reading(plain, tensors)
     return kind.__new__(kind)
 
 
 def _plain(kind: type[nn.Module]) -> type[nn.Module]:
-    return kind.__mro__[1] if "_fused_lora_reads" in vars(kind) else kind
+    return kind.__mro__[1] if "_fused_lora_weights" in vars(kind) else kind
 
 
 # Adapters on a convolution's kernel: w' = w + s b a at every read, plainly, as its child.
@@ -170,13 +169,13 @@ def _plain(kind: type[nn.Module]) -> type[nn.Module]:
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class FusedLoRAKernel(FusedLoRAChild):
+class FusedLoRAConvWeight(FusedLoRAParameter):
     """a and b of a convolution, whose ``weight`` reads w'; the convolution stays what it is."""
 
     @classmethod
     def attach(  # type: ignore[override]
         cls, owner: nn.Module, rank: int, **options: Any
-    ) -> FusedLoRAKernel:
+    ) -> FusedLoRAConvWeight:
         """Adapt the kernel of ``owner``; options are those of ``AdapterConfig``.
 
         Raises:
@@ -186,7 +185,7 @@ class FusedLoRAKernel(FusedLoRAChild):
             raise TypeError(f"the convolution to adapt: {why}")
         columns: Mapping[str, tuple[int, int]] = {"": (0, len(owner._parameters["weight"]))}  # type: ignore[arg-type]
         return cast(
-            FusedLoRAKernel, super().attach(owner, "weight", columns, {"": rank}, **options)
+            FusedLoRAConvWeight, super().attach(owner, "weight", columns, {"": rank}, **options)
         )
 
     @property
@@ -214,7 +213,7 @@ class FusedLoRAKernel(FusedLoRAChild):
         """w' in the kernel's shape."""
         if not self.adapter_enabled or self._base:
             return super().read(base)
-        return watched(self._formed(base.flatten(1)).view_as(base), base)
+        return writing_to(self._formed(base.flatten(1)).view_as(base), base)
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -231,7 +230,7 @@ def why_not_kernel(conv: nn.Module) -> str | None:
         return f"a {type(conv).__name__} of {conv.groups} groups"
     if any(step != 1 for step in conv.dilation) or conv.padding_mode != "zeros":
         return "dilation or padding that PEFT's adapter of it would not have"
-    return why_not_stood_in(conv)
+    return why_not_replaceable(conv)
 
 
 # FusedLoRAConv2d: an adapter on a convolution's kernel, for students that are no transformers.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_lora.types import Impl, Span
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "svd")
-CHANGES_BASE = ("pissa", "olora")  # w becomes w - s b a, the original is kept aside
+CHANGES_BASE = ("pissa", "olora")  # w becomes w - s b a, the original is kept
 MIDS = ("diagonal", "full")
 BASE_DTYPES = ("fp8",)
 

@@ -25,15 +25,15 @@ from fused_lora.nn.stand_in import (
     made_weight,
     odd_weight,
     refuse_constant,
-    why_not_stood_in,
+    why_not_replaceable,
     why_watched,
 )
-from fused_lora.nn.weight_adapter import read_weight
+from fused_lora.nn.weight_adapter import adapted_weight
 from fused_lora.ops.lora_linear import autocasts, lora_linear
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.types import Span
 
-CLASSES = ("FusedPeftLinear", "FusedPeftRead")
+CLASSES = ("FusedPeftLinear", "FusedPeftWeight")
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -63,7 +63,7 @@ def classes() -> tuple[type[nn.Module], type[nn.Module]]:
             a, b, s = _stacked(self, names)
             return lora_linear(x, base.weight, base.bias, [a], [b], [s])
 
-    class FusedPeftRead(FusedPeftLinear):
+    class FusedPeftWeight(FusedPeftLinear):
         @property
         def weight(self) -> Tensor:
             base: Any = self.base_layer
@@ -73,11 +73,11 @@ def classes() -> tuple[type[nn.Module], type[nn.Module]]:
                 return w
             refuse_constant("w + s b a, an adapted weight,")
             a, b, s = _stacked(self, names)
-            return read_weight(w, [a], [b], [s], [Span(0, w.shape[0], len(a))])
+            return adapted_weight(w, [a], [b], [s], [Span(0, w.shape[0], len(a))])
 
-    for kind in (FusedPeftLinear, FusedPeftRead):
+    for kind in (FusedPeftLinear, FusedPeftWeight):
         kind.__module__, kind.__qualname__ = __name__, kind.__name__
-    return FusedPeftLinear, FusedPeftRead
+    return FusedPeftLinear, FusedPeftWeight
 
 
 def why_not(layer: nn.Module) -> str:
@@ -93,7 +93,7 @@ def why_not(layer: nn.Module) -> str:
         return f"its weight is {base.weight.dtype}"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out"
-    if why := bound_forward(layer) or why_not_stood_in(base):
+    if why := bound_forward(layer) or why_not_replaceable(base):
         return f"it cannot be stood in for: {why}"
     reasons = (_why_not_adapter(layer, name) for name in layer.lora_A)
     return next((reason for reason in reasons if reason), "")

@@ -1,4 +1,19 @@
-"""Parts of parameters as operands, their gradients added where the whole is, and who uses whose."""
+"""Slices of parameters as operands, their gradients added in the parameter's, and who shares whose.
+
+    autograd           dA = dA_t + pad(dA_s)              pad: a zero-filled tensor of A's size
+    parameter_slices   dA = dA_t,  dA[:R, :K_s] += dA_s   one kernel, in autograd's order
+
+A slice's backward adds its gradient to an accumulator of the running backward pass, and hands the
+parameter's edge a stride-0 zero: it costs no memory and keeps the edge alive. When all uses have
+run, a hook on the parameter replaces that zero by the sum. So ``.grad``, ``torch.autograd.grad``,
+accumulation over passes and DDP see what they always see. Accumulators belong to the pass: they are
+gone when it ends, by an exception too.
+
+Hooks that a user put on the parameter itself (``Tensor.register_hook``) before its first shared
+backward see the zero instead of the gradient; ``register_post_accumulate_grad_hook`` sees it
+whole. Under ``torch.compile`` and ``torch.func``, and where the parameter is no leaf, slices are
+autograd's own.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +35,7 @@ if TYPE_CHECKING:
     from fused_lora.nn.adapted import AdaptedLinear
 
 
-class Box(NamedTuple):
+class ParameterSlice(NamedTuple):
     """Rows [top, bottom) and columns [0, right) of an a [R, K] or a b [N, R]."""
 
     top: int
@@ -28,8 +43,8 @@ class Box(NamedTuple):
     right: int
 
     @classmethod
-    def all_of(cls, whole: Tensor) -> Box:
-        """The box that leaves nothing out."""
+    def all_of(cls, whole: Tensor) -> ParameterSlice:
+        """The slice that leaves nothing out."""
         return cls(0, *whole.shape)
 
     def of(self, whole: Tensor) -> Tensor:
@@ -39,75 +54,73 @@ class Box(NamedTuple):
             whole = whole.narrow(0, self.top, self.bottom - self.top)
         return whole if self.right == columns else whole.narrow(1, 0, self.right)
 
-    def holds(self, other: Box) -> bool:
+    def contains(self, other: ParameterSlice) -> bool:
         """Whether ``other`` lies inside."""
         rows = self.top <= other.top and other.bottom <= self.bottom
         return rows and other.right <= self.right
 
-    def place_of(self, other: Box, part: Tensor) -> Tensor:
-        """The view of ``part``, which is this box's, where ``other`` lies in it."""
-        return Box(other.top - self.top, other.bottom - self.top, other.right).of(part)
+    def view_of(self, other: ParameterSlice, values: Tensor) -> Tensor:
+        """The view of ``values``, which are this slice's, where ``other`` lies in it."""
+        return ParameterSlice(other.top - self.top, other.bottom - self.top, other.right).of(values)
 
 
-# Gradients of parts, put aside until every use of their parameter has had its backward.
-#
-# The engine names each backward pass by a number and frees the pass's callbacks when it ends or
-# fails; the accounts of a pass hang on one such callback, and are found by the number.
-
-
-class Account:
+class SliceGradAccumulator:
     """The gradient of one parameter in one backward pass, as far as it has come."""
 
     def __init__(self) -> None:
-        self.parts: dict[Box, Tensor] = {}
-        self.stream: torch.cuda.Stream | None = None  # where the parts were last worked on
+        self.sums: dict[ParameterSlice, Tensor] = {}
+        self.stream: torch.cuda.Stream | None = None  # where the sums were last worked on
 
-    def add(self, box: Box, grad: Tensor) -> None:
-        """Add ``grad`` [box] in place; it belongs to the account from here on."""
-        self.follow(grad)
-        if (part := self.parts.get(box)) is not None:
-            part.add_(grad)
+    def add(self, where: ParameterSlice, grad: Tensor) -> None:
+        """Add ``grad`` at ``where``; it may be written from here on."""
+        self.wait_for_stream(grad)
+        if (total := self.sums.get(where)) is not None:
+            total.add_(grad)
             return
-        for held, part in self.parts.items():
-            if held.holds(box):
-                held.place_of(box, part).add_(grad)
+        for held, total in self.sums.items():
+            if held.contains(where):
+                held.view_of(where, total).add_(grad)
                 return
-        for held in [held for held in self.parts if box.holds(held)]:
-            box.place_of(held, grad).add_(self.parts.pop(held))
-        self.parts[box] = grad
+        for held in [held for held in self.sums if where.contains(held)]:
+            where.view_of(held, grad).add_(self.sums.pop(held))
+        self.sums[where] = grad
 
-    def pour(self, whole: Tensor) -> Tensor:
-        """Add every part to ``whole``, in place."""
-        self.follow(whole)
-        for box, part in self.parts.items():
-            box.of(whole).add_(part)
+    def add_to(self, whole: Tensor) -> Tensor:
+        """Add every sum to ``whole``, in place."""
+        self.wait_for_stream(whole)
+        for where, total in self.sums.items():
+            where.of(whole).add_(total)
         return whole
 
-    def follow(self, grad: Tensor) -> None:
+    def wait_for_stream(self, grad: Tensor) -> None:
         """Wait for what ran on another stream: the engine waits for what comes by an edge alone."""
         if not grad.is_cuda:
             return
         now = torch.cuda.current_stream(grad.device)
         if self.stream is not None and self.stream != now:
             now.wait_stream(self.stream)
-            for part in self.parts.values():
-                part.record_stream(now)
+            for total in self.sums.values():
+                total.record_stream(now)
         self.stream = now
 
 
-class Pass:
-    """The accounts of one backward pass."""
+class BackwardPass:
+    """The accumulators of one backward pass.
+
+    The engine names each pass by a number and frees its callbacks when it ends or fails; this
+    object is held by such a callback alone, and found by the number.
+    """
 
     def __init__(self) -> None:
-        self.accounts: dict[Ledger, Account] = {}
+        self.accumulators: dict[OwnerHook, SliceGradAccumulator] = {}
 
     def close(self) -> None:
         """What no hook has asked for is not wanted: the parameter is no input of the pass."""
-        self.accounts.clear()
+        self.accumulators.clear()
 
 
-class Ledger:
-    """A parameter's hook, and the zero that its edge is handed; it lives as long as the hook."""
+class OwnerHook:
+    """The hook on a parameter whose slices are used, and the zero that its edge is handed."""
 
     def __init__(self, owner: Tensor) -> None:
         self.owner = weakref.ref(owner)
@@ -115,76 +128,76 @@ class Ledger:
         if (hooks := owner._backward_hooks) is not None:  # swapped since: torch has lost them
             owner._backward_hooks = None
             owner._backward_hooks = hooks
-        self.hook = owner.register_hook(self.settle)
+        self.handle = owner.register_hook(self.replace_zero)
 
-    def settle(self, grad: Tensor | None) -> Tensor | None:
-        """The hook: the zero that arrives, replaced by the account's sum."""
+    def replace_zero(self, grad: Tensor | None) -> Tensor | None:
+        """The hook itself: the sum in place of the zero that arrives."""
         running = _passes.get(torch._C._current_graph_task_id())
-        account = running.accounts.pop(self, None) if running is not None else None
+        found = running.accumulators.pop(self, None) if running is not None else None
         owner = self.owner()
-        if owner is None or grad is None or account is None:
+        if owner is None or grad is None or found is None:
             return None
-        if grad.data_ptr() != self.zero.data_ptr():  # someone else's gradient, added to the zero
-            return account.pour(grad)
-        account.follow(grad)
-        if (whole := account.parts.get(Box.all_of(owner))) is not None:
+        if grad.data_ptr() != self.zero.data_ptr():  # another gradient, added to the zero
+            return found.add_to(grad)
+        found.wait_for_stream(grad)
+        if (whole := found.sums.get(ParameterSlice.all_of(owner))) is not None:
             return whole
         if owner.grad is not None and _accumulates(owner):
-            account.pour(owner.grad)
+            found.add_to(owner.grad)
             return None
-        return account.pour(torch.zeros_like(owner))
+        return found.add_to(torch.zeros_like(owner))
 
 
-_passes: weakref.WeakValueDictionary[int, Pass] = weakref.WeakValueDictionary()
-_ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()  # by owner's id
+_passes: weakref.WeakValueDictionary[int, BackwardPass] = weakref.WeakValueDictionary()
+_hooks: weakref.WeakValueDictionary[int, OwnerHook] = weakref.WeakValueDictionary()  # by owner's id
 _lock = Lock()  # each device has its own engine thread
 
 
-def put_aside(
-    owners: Sequence[Tensor], boxes: Sequence[Box], grads: Sequence[Tensor | None]
+def accumulate(
+    owners: Sequence[Tensor], slices: Sequence[ParameterSlice], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Add each gradient to its owner's account, the last first, as the engine would.
+    """Add each gradient to its owner's accumulator, the last first, as the engine would.
 
     Per owner comes back what its edge is handed: the zero, once in a pass.
     """
     handed: list[Tensor | None] = [None] * len(grads)
     with _lock:
-        accounts = _current_pass().accounts
+        accumulators = _current_pass().accumulators
         for i in reversed(range(len(grads))):
             if (grad := grads[i]) is None:
                 continue
-            ledger = _ledger(owners[i])
-            if (account := accounts.get(ledger)) is None:
-                account = accounts[ledger] = Account()
-                handed[i] = ledger.zero
-            account.add(boxes[i], grad)
+            hook = _hook_of(owners[i])
+            if (found := accumulators.get(hook)) is None:
+                found = accumulators[hook] = SliceGradAccumulator()
+                handed[i] = hook.zero
+            found.add(slices[i], grad)
     return handed
 
 
-def _current_pass() -> Pass:
+def _current_pass() -> BackwardPass:
     number = torch._C._current_graph_task_id()
     found = _passes.get(number)
     if found is None:
-        found = _passes[number] = Pass()
+        found = _passes[number] = BackwardPass()
         torch.autograd.Variable._execution_engine.queue_callback(found.close)  # type: ignore
     return found
 
 
-def _ledger(owner: Tensor) -> Ledger:
-    found = _ledgers.get(id(owner))
+def _hook_of(owner: Tensor) -> OwnerHook:
+    found = _hooks.get(id(owner))
     if found is None or found.owner() is not owner:
-        found = _ledgers[id(owner)] = Ledger(owner)
+        found = _hooks[id(owner)] = OwnerHook(owner)
     zero = found.zero
     if (zero.dtype, zero.device, zero.shape) != (owner.dtype, owner.device, owner.shape):
         found.zero = _zero(owner)  # it was moved
     return found
 
 
-def let_go(owner: Tensor) -> None:
-    """Forget ``owner`` until its next backward: no weak reference may be there in a swap."""
+def remove_hook(owner: Tensor) -> None:
+    """Unhook ``owner`` until its next backward: no weak reference may be there in a swap."""
     with _lock:
-        if (found := _ledgers.pop(id(owner), None)) is not None and found.owner() is owner:
-            found.hook.remove()
+        if (found := _hooks.pop(id(owner), None)) is not None and found.owner() is owner:
+            found.handle.remove()
 
 
 def _zero(owner: Tensor) -> Tensor:
@@ -199,42 +212,25 @@ def _accumulates(owner: Tensor) -> bool:
         return False
 
 
-# Parts of parameters as operands, with gradients that are never padded to the parameter's size.
-#
-#     autograd   dA = dA_t + pad(dA_s)                pad: a zero-filled tensor of A's size, per use
-#     borrow     dA = dA_t,  dA[:R, :K_s] += dA_s     one kernel on the part, in autograd's order
-#
-# A part's backward puts its gradient aside, under the backward pass that runs, and hands the
-# parameter's edge a stride-0 zero: it costs no memory and keeps the edge alive. When all uses have
-# run, a hook on the parameter replaces that zero by the sum. So ``.grad``, ``torch.autograd.grad``,
-# accumulation over passes and DDP see what they always see. What is put aside belongs to the pass:
-# it is gone when the pass ends, by an exception too.
-#
-# Hooks that a user put on the parameter itself (``Tensor.register_hook``) before its first shared
-# backward see the zero instead of the gradient; ``register_post_accumulate_grad_hook`` sees it
-# whole. Under ``torch.compile`` and ``torch.func``, and where the parameter is no leaf, parts are
-# autograd's own slices.
-
-
-def borrow(owners: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:
-    """One view per (owner, box); an owner may come several times.
+def parameter_slices(owners: Sequence[Tensor], slices: Sequence[ParameterSlice]) -> list[Tensor]:
+    """One view per (owner, slice); an owner may come several times.
 
     Raises:
-        TypeError: an owner that is sharded over devices, of which no part can be had.
+        TypeError: an owner that is sharded over devices, of which no slice can be had.
     """
-    lent = [i for i, owner in enumerate(owners) if lends(owner)]
-    if len(lent) == len(owners):
-        return list(_Borrow.apply(boxes, *owners))
-    parts = [box.of(owner) for owner, box in zip(owners, boxes, strict=True)]
-    if lent:
-        borrowed = _Borrow.apply([boxes[i] for i in lent], *(owners[i] for i in lent))
-        for i, part in zip(lent, borrowed, strict=True):
-            parts[i] = part
-    return parts
+    ours = [i for i, owner in enumerate(owners) if accumulates_slices(owner)]
+    if len(ours) == len(owners):
+        return list(_ParameterSlices.apply(slices, *owners))
+    views = [each.of(owner) for owner, each in zip(owners, slices, strict=True)]
+    if ours:
+        found = _ParameterSlices.apply([slices[i] for i in ours], *(owners[i] for i in ours))
+        for i, view in zip(ours, found, strict=True):
+            views[i] = view
+    return views
 
 
-def lends(owner: Tensor) -> bool:
-    """Whether a part of ``owner`` is to be borrowed; otherwise it is autograd's slice."""
+def accumulates_slices(owner: Tensor) -> bool:
+    """Whether gradients of slices of ``owner`` are accumulated here; else by autograd's slices."""
     if type(owner) is not nn.Parameter and hasattr(owner, "device_mesh"):
         raise TypeError(
             f"a {type(owner).__name__} {tuple(owner.shape)} is sharded over {owner.device_mesh}: "
@@ -244,46 +240,46 @@ def lends(owner: Tensor) -> bool:
     return trains and not (torch.compiler.is_compiling() or transformed())
 
 
-class _Borrow(torch.autograd.Function):
-    """Views out; their gradients into the accounts of the owners."""
+class _ParameterSlices(torch.autograd.Function):
+    """Views out; their gradients into the accumulators of the owners."""
 
     @staticmethod
-    def forward(ctx: Any, boxes: list[Box], *owners: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, slices: list[ParameterSlice], *owners: Tensor) -> tuple[Tensor, ...]:
         """One view per owner."""
-        ctx.boxes, ctx.owners = boxes, owners
+        ctx.slices, ctx.owners = slices, owners
         ctx.set_materialize_grads(False)
-        return tuple(box.of(owner) for box, owner in zip(boxes, owners, strict=True))
+        return tuple(each.of(owner) for each, owner in zip(slices, owners, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Per owner: the zero that stands for all of its parts, once per pass."""
+        """Per owner: the zero that stands for all of its slices, once per pass."""
         refuse_double_backward()
-        return None, *put_aside(ctx.owners, ctx.boxes, grads)
+        return None, *accumulate(ctx.owners, ctx.slices, grads)
 
 
 @dataclass(frozen=True)
-class Loan:
-    """What one group of a borrower computes with: a[:R] and b[first : first + columns, :R]."""
+class SharedAdapter:
+    """What one group of a sharer computes with: a[:R] and b[first : first + columns, :R]."""
 
     owner: AdaptedLinear
     group: str  # the owner's
-    first: int  # row of the owner's b where the borrower's first column is
-    span: Span  # the borrower's columns of its y, and its rank
+    first: int  # row of the owner's b where the sharer's first column is
+    span: Span  # the sharer's columns of its y, and its rank
 
 
-_borrowers: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+_sharers: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 
 
-def note(owner: nn.Module, borrower: nn.Module) -> None:
-    """From now on ``borrower`` computes with parts of ``owner``'s adapters."""
-    _borrowers.setdefault(owner, WeakSet()).add(borrower)
+def add_sharer(owner: nn.Module, sharer: nn.Module) -> None:
+    """From now on ``sharer`` computes with slices of ``owner``'s adapters."""
+    _sharers.setdefault(owner, WeakSet()).add(sharer)
 
 
-def forget(owner: nn.Module, borrower: nn.Module) -> None:
+def remove_sharer(owner: nn.Module, sharer: nn.Module) -> None:
     """It no longer does."""
-    borrowers_of(owner).discard(borrower)
+    sharers_of(owner).discard(sharer)
 
 
-def borrowers_of(owner: nn.Module) -> WeakSet[nn.Module]:
+def sharers_of(owner: nn.Module) -> WeakSet[nn.Module]:
     """The modules that do, as far as they were not made by copying others."""
-    return _borrowers.get(owner) or WeakSet()
+    return _sharers.get(owner) or WeakSet()

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy, _symbolic_trace
+from torch.fx import _symbolic_trace
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 OF_TORCH = "torch.nn.utils."  # its pre-hooks make the weight: pruning, weight and spectral norm
 
 
-def why_not_stood_in(module: nn.Module, tensor: str = "weight") -> str | None:
+def why_not_replaceable(module: nn.Module, tensor: str = "weight") -> str | None:
     """Why no class can stand in for the forward of ``module``, which reads its own ``tensor``."""
     return (
         why_not_called(module)
@@ -150,6 +150,11 @@ def odd_weight(weight: Tensor | None) -> str | None:
     )
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often ``tensor`` was written; -1 under inference mode, where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def of_torch(hook: Callable[..., Any]) -> bool:
     """Whether a hook is one of torch's own that make a weight before each forward."""
     holder: Any = getattr(hook, "__self__", hook)
@@ -248,11 +253,6 @@ def as_one_node(module: nn.Module, proxy: Any, *args: Any, **kwargs: Any) -> Any
             "that, or unpatch first"
         )
     return tracer.create_proxy("call_module", path, args, kwargs)
-
-
-def proxy_in(*args: Any, **kwargs: Any) -> Proxy | None:
-    """The first proxy among the arguments of a call."""
-    return next((each for each in (*args, *kwargs.values()) if isinstance(each, Proxy)), None)
 
 
 def refuse_constant(what: str) -> None:

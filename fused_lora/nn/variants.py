@@ -55,7 +55,7 @@ def output_factors(
 #
 # mid           b' = b mid                          [N, R] [R, R], or diagonal: b diag(mid)
 # dora          y = (m / |w'|) (x w'T) + bias       (``nn/variants.py``)
-# pissa, olora  w - s b a stands in w's place, the original aside
+# pissa, olora  w - s b a stands in w's place, the original is kept
 
 
 def key_of(part: str, group: str) -> str:
@@ -120,7 +120,7 @@ class WithVariants(nn.Linear):
                     magnitude.copy_(whole[span.start : span.stop])
 
     def _take_from_base(self) -> None:
-        """w - s b a in w's place, rounded once; the weight as it was is kept aside."""
+        """w - s b a in w's place, rounded once; the weight as it was is kept."""
         origin, scales = self.base, [-s for s in self.scales]
         a, b = zip(*self.adapters(), strict=True)
         with torch.no_grad():
@@ -160,7 +160,6 @@ class WithVariants(nn.Linear):
         return self._base[0] if self._base else self.base
 
     def _merge_job(self, rounding: str, seed: int) -> Job:
-        """What is to be merged."""
         wide = self.base
         if self.config.dora and rounding == "nearest":  # scaled before it is rounded
             wide = wide.to(torch.promote_types(wide.dtype, torch.float32))

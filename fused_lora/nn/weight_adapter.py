@@ -12,12 +12,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fused_lora.nn.adapted import STATE, AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
-from fused_lora.nn.stand_in import rebind, refuse_constant, why_not_stood_in
+from fused_lora.nn.stand_in import rebind, refuse_constant, why_not_replaceable
 from fused_lora.ops.lora_linear_checks import check_spans
 from fused_lora.programs.run import transformed, without_autocast
 
-# Who may write a weight that reads w': what is written there goes to the frozen weight w.
-#
 # A read of the attribute gives w' = w + s b a, a tensor made for one use; a write into that would
 # be lost. So in eager mode w' and its views know w: writing in place (``nn.init``, ``copy_``,
 # ``.data = ``) writes w, as it does on a linear that is called.
@@ -37,7 +35,7 @@ FSDP1 = "torch.distributed.fsdp._flat_param"
 NO_WRITES = frozenset({"requires_grad_", "retain_grad", "share_memory_", "record_stream"})
 
 
-class WeightRead(Tensor):
+class AdaptedWeight(Tensor):
     """w' [N, K]; knows the weight that a write to it means."""
 
     _frozen: Tensor | None  # None for a part of w'
@@ -58,22 +56,22 @@ class WeightRead(Tensor):
             if _writes(name, kwargs):
                 args, kwargs = _redirected(name, args, kwargs)
             result = func(*args, **kwargs)
-        if not args or not isinstance(args[0], WeightRead):
+        if not args or not isinstance(args[0], AdaptedWeight):
             return result
         if name == "detach" or (name == "__get__" and _shares(result, args[0])):
-            return _knowing(result, args[0]._frozen)
+            return _of_frozen(result, args[0]._frozen)
         return _parts(func, args, kwargs, result) if name in VIEWS else result
 
 
-def watched(weight: Tensor, frozen: Tensor) -> Tensor:
-    """``weight``, which is w' of ``frozen``; as it is where something else watches tensors."""
+def writing_to(weight: Tensor, frozen: Tensor) -> Tensor:
+    """``weight``, w' of ``frozen``, as a tensor whose writes go to ``frozen``; plain in traces."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return weight
-    return _knowing(weight, frozen) if type(weight) is Tensor else weight
+    return _of_frozen(weight, frozen) if type(weight) is Tensor else weight
 
 
-def _knowing(weight: Tensor, frozen: Tensor | None) -> WeightRead:
-    read = weight.as_subclass(WeightRead)
+def _of_frozen(weight: Tensor, frozen: Tensor | None) -> AdaptedWeight:
+    read = weight.as_subclass(AdaptedWeight)
     read._frozen = frozen
     return read
 
@@ -91,7 +89,7 @@ def _parts(
             places = [view if _same_storage(view, frozen) else None for view in views]
     plain = (type(leaf) is Tensor and _same_storage(leaf, args[0]) for leaf in leaves)
     both = zip(leaves, places, plain, strict=True)
-    return tree_unflatten([_knowing(t, w) if view else t for t, w, view in both], tree)
+    return tree_unflatten([_of_frozen(t, w) if view else t for t, w, view in both], tree)
 
 
 def _same_storage(one: Tensor, other: Tensor) -> bool:
@@ -101,7 +99,7 @@ def _same_storage(one: Tensor, other: Tensor) -> bool:
 def _shares(result: Any, read: Tensor) -> bool:
     """Whether an attribute is ``.data``: all of the tensor, without its gradient."""
     return (
-        type(result) in (Tensor, WeightRead)
+        type(result) in (Tensor, AdaptedWeight)
         and result.shape == read.shape
         and result.data_ptr() == read.data_ptr()
     )
@@ -118,15 +116,15 @@ def _redirected(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call with w in the place that is written."""
-    if args and isinstance(args[0], WeightRead):
+    if args and isinstance(args[0], AdaptedWeight):
         return (_target(args[0], name), *args[1:]), kwargs
     for key in ("tensor", "out", "input"):
-        if isinstance(kwargs.get(key), WeightRead):
+        if isinstance(kwargs.get(key), AdaptedWeight):
             kwargs = kwargs | {key: _target(kwargs[key], name)}
     return args, kwargs
 
 
-def _target(read: WeightRead, name: str) -> Tensor:
+def _target(read: AdaptedWeight, name: str) -> Tensor:
     if read._frozen is None:
         raise RuntimeError(
             f"{name}: this part of w + s b a was made for one read, and what is written into it is "
@@ -135,10 +133,10 @@ def _target(read: WeightRead, name: str) -> Tensor:
     return read._frozen
 
 
-def put(owner: nn.Module, tensor: str, value: Tensor) -> None:
+def set_frozen(owner: nn.Module, tensor: str, value: Tensor) -> None:
     """Another frozen weight in the place of ``owner``'s: a parameter, or a copy made of one."""
     owner.__dict__.pop("_deleted", None)
-    if isinstance(value, nn.Parameter) and not isinstance(value, WeightRead):
+    if isinstance(value, nn.Parameter) and not isinstance(value, AdaptedWeight):
         owner.__dict__.pop(tensor, None)
         owner._parameters[tensor] = value
     else:
@@ -146,7 +144,7 @@ def put(owner: nn.Module, tensor: str, value: Tensor) -> None:
         owner.__dict__[tensor] = value
 
 
-def take(owner: nn.Module, tensor: str) -> None:
+def delete_frozen(owner: nn.Module, tensor: str) -> None:
     """Without a weight, until another is put there."""
     if tensor not in owner.__dict__:
         raise AttributeError(f"{type(owner).__name__} has no {tensor}")
@@ -184,7 +182,7 @@ def refuse_parametrized(owner: nn.Module, *tensors: str) -> None:
 
 def refuse_read(owner: nn.Module, name: str, parameter: Tensor | None) -> None:
     """Raises RuntimeError where w' would be registered, as pruning does, and be adapted twice."""
-    if isinstance(parameter, WeightRead):
+    if isinstance(parameter, AdaptedWeight):
         raise RuntimeError(
             f"{name} of a {type(owner).__name__} would be w + s b a, which is made for one read: "
             "prune or parametrise before patch, or unpatch the model first"
@@ -201,7 +199,7 @@ def refuse_read(owner: nn.Module, name: str, parameter: Tensor | None) -> None:
 READABLE = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-class FusedLoRARead(AdaptedLinear):
+class FusedLoRAWeight(AdaptedLinear):
     """An ``nn.Linear`` whose ``weight``, read by anybody, is w' = w + s b a, with its gradients.
 
     Called as a module, it computes as ``FusedLoRALinear`` does. Dropout cannot be served: there is
@@ -217,21 +215,21 @@ class FusedLoRARead(AdaptedLinear):
         *,
         generator: torch.Generator | None = None,
         **options: Any,
-    ) -> FusedLoRARead:
+    ) -> FusedLoRAWeight:
         """Turn ``linear`` itself into one of these; ``spans`` of {"": (0, N)} for one adapter."""
-        config = without_x(AdapterConfig(**options))
+        config = check_weight_config(AdapterConfig(**options))
         if type(linear) not in READABLE:
             raise TypeError(f"a {type(linear).__name__} cannot be adopted, {READABLE} can")
-        if why := why_not_stood_in(linear):
+        if why := why_not_replaceable(linear):
             raise TypeError(f"the linear to adopt: {why}")
         was = type(linear)
         linear.__class__ = cls
-        read = cast(FusedLoRARead, linear)
+        read = cast(FusedLoRAWeight, linear)
         try:
             read._attach(spans, rank, config, generator)
             check_spans(read._spans, read.out_features)
         except Exception:
-            _forget(read)
+            _remove_adapters(read)
             linear.__class__ = was
             raise
         read.__dict__["_was"] = was
@@ -245,11 +243,11 @@ class FusedLoRARead(AdaptedLinear):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        put(self, "weight", value)
+        set_frozen(self, "weight", value)
 
     @weight.deleter
     def weight(self) -> None:
-        take(self, "weight")
+        delete_frozen(self, "weight")
 
     def read(self, base: Tensor) -> Tensor:
         """w' of the frozen weight that stands in ``base``."""
@@ -258,13 +256,13 @@ class FusedLoRARead(AdaptedLinear):
         if self._base:
             self._refuse_training_merged()
             return base
-        return watched(self._formed(base), base)
+        return writing_to(self._formed(base), base)
 
     def _formed(self, w: Tensor) -> Tensor:  # [N, K]
         refuse_constant("w + s b a, an adapted weight,")
         a, b = self._operands()
         scales = self._scales if torch.compiler.is_compiling() else self.scales
-        return read_weight(w, a, b, scales, self._used)
+        return adapted_weight(w, a, b, scales, self._used)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ``nn.Module``'s; but w' is no parameter, whatever takes it for one."""
@@ -293,7 +291,7 @@ class FusedLoRARead(AdaptedLinear):
         return linear
 
 
-def read_weight(
+def adapted_weight(
     w: Tensor,  # [N, K]
     a: list[Tensor],  # G of [R_g, K]
     b: list[Tensor],  # G of [N_g, R_g]
@@ -315,7 +313,7 @@ def _start(item: tuple[Any, ...]) -> int:
     return item[0].start
 
 
-def without_x(config: AdapterConfig) -> AdapterConfig:
+def check_weight_config(config: AdapterConfig) -> AdapterConfig:
     """``config``; raises ValueError for options that act on x or y, which a read never sees."""
     if config.dora:
         raise ValueError("dora scales y; a weight that is read has none")
@@ -328,7 +326,7 @@ def without_x(config: AdapterConfig) -> AdapterConfig:
     return config
 
 
-def _forget(read: AdaptedLinear) -> None:
+def _remove_adapters(read: AdaptedLinear) -> None:
     for name in [name for name in read._parameters if name.startswith("lora_")]:
         del read._parameters[name]
     for name in STATE:

@@ -18,18 +18,19 @@ from fused_lora.nn.block import (
     why_not_attention_half,
     why_not_block,
     why_not_halves,
-    why_not_lean,
     why_not_mlp,
     why_not_mlp_half,
+    why_qkv_is_kept,
 )
-from fused_lora.nn.block_modules import ATTENTIONS, MLPS, Fused, kind
+from fused_lora.nn.block_modules import ATTENTIONS, MLPS, FusedModule, kind
 from fused_lora.nn.stand_in import device_hook, replaced_forward, why_not_called
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.patching.explain import plan_of
+from fused_lora.patching.options import compiled
 from fused_lora.patching.report import BlockRow, PatchError
 from fused_lora.types import Keep
 
-# What a block keeps for backward, counted from shapes; and which blocks make what again to fit.
+# What a block keeps for backward, counted from shapes; and which blocks recompute what to fit.
 #
 # Counts are those of a forward in the weights' own dtype; under autocast a block keeps less.
 
@@ -40,7 +41,7 @@ STATISTIC = 4  # bytes of a mean, a reciprocal deviation or a log-sum-exp; 8 in 
 
 @dataclass(frozen=True)
 class BlockNeed:
-    """Bytes that one block keeps for backward, by what it makes again."""
+    """Bytes that one block keeps for backward, by what it recomputes."""
 
     name: str
     kept: dict[str, int]  # by recompute mode
@@ -62,7 +63,7 @@ def _attention(block: Any, mode: str, rows: int) -> int:
     width, inner = attn.qkv.in_features, attn.proj.in_features
     item, stat = _sizes(attn.proj.weight.dtype.itemsize)
     normed = _keeps_output(attn.q_norm) + _keeps_output(attn.k_norm)
-    lean = mode == "gemm" and not why_not_lean(attn)
+    lean = mode == "gemm" and not why_qkv_is_kept(attn)
     columns = width + inner + (0 if lean else (3 + normed) * inner)
     columns += width if mode == "none" else 0
     statistics = attn.num_heads * (1 + 2 * normed) + (2 if mode == "none" else 0)
@@ -113,11 +114,11 @@ def fixed_bytes(model: nn.Module) -> int:
 def choose_modes(needs: list[BlockNeed], fixed: int, budget: int) -> dict[str, str]:
     """A mode for each block such that everything fits in ``budget`` bytes.
 
-    All blocks keep everything if that fits; else norms and activations are made again in as many
+    All blocks keep everything if that fits; else norms and activations are recomputed in as many
     blocks as it takes, first block first, and then GEMMs likewise.
 
     Raises:
-        PatchError: it does not fit even with every GEMM made again.
+        PatchError: it does not fit even with every GEMM recomputed.
     """
     modes = dict.fromkeys([need.name for need in needs], RECOMPUTE[0])
     total = fixed + sum(need.kept[RECOMPUTE[0]] for need in needs)
@@ -153,13 +154,15 @@ class BlockChoice:
             raise PatchError(f"level must be one of {LEVELS}, got {self.level!r}")
         budget, given = self.memory_budget_gb, self.recompute is not None
         if self.level == "linear" and (given or budget is not None):
-            raise PatchError("recompute and memory_budget_gb speak of blocks: use level='block'")
+            raise PatchError("recompute and memory_budget_gb are for blocks: use level='block'")
         if given and budget is not None:
             raise PatchError("give recompute or memory_budget_gb, which chooses it; not both")
         if budget is not None and not 0 < budget < float("inf"):
             raise PatchError(f"memory_budget_gb must be a positive number, got {budget!r}")
         for key, mode in self.patterns.items():
-            _check_pattern(key, mode)
+            if mode not in RECOMPUTE:
+                raise PatchError(f"recompute must be one of {RECOMPUTE}, got {mode!r}")
+            compiled("recompute", key)
 
     @property
     def patterns(self) -> Mapping[str, str]:
@@ -172,15 +175,6 @@ class BlockChoice:
         """The mode of the first pattern that matches."""
         found = (mode for key, mode in self.patterns.items() if re.search(key, name))
         return next(found, ELEMENTWISE)
-
-
-def _check_pattern(key: str, mode: str) -> None:
-    if mode not in RECOMPUTE:
-        raise PatchError(f"recompute must be one of {RECOMPUTE}, got {mode!r}")
-    try:
-        re.compile(key)
-    except re.error as error:
-        raise PatchError(f"recompute: {key!r} is no regular expression: {error}") from None
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -210,7 +204,9 @@ def fuse(
         FusedLoRABlock.adopt(block, mode)
         rows.append(BlockRow(name, "block", mode, half, need.kept[mode]))
     for name, module in model.named_modules():
-        if not isinstance(module, Fused) and not (why_not_mlp(module) or why_not_over(module)):
+        if not isinstance(module, FusedModule) and not (
+            why_not_mlp(module) or why_not_over(module)
+        ):
             mode = modes.get(name.rpartition(".")[0]) or choice.mode_of(name)
             FusedLoRAMlp.adopt(module, mode)
             if not any(name.startswith(block + ".") for block, _ in fits):
@@ -257,5 +253,5 @@ def rows_of(block: str, seen: Mapping[str, int]) -> int:
 def unfuse(model: nn.Module) -> None:
     """Give every fused module its class back."""
     for module in model.modules():
-        if isinstance(module, Fused):
+        if isinstance(module, FusedModule):
             module.release()

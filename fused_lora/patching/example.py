@@ -22,8 +22,8 @@ def examples_for(model: nn.Module) -> list[Tensor]:
     The likeliest comes first: what a configuration says, what the patch embedding was built for,
     224 x 224; then the same with as many channels as the first convolution takes.
     """
-    said = [_of_configuration(model), _of_timm(model), _of_attributes(model), RGB_224]
-    sizes = [size for size in said if size]
+    sizes_found = [_of_configuration(model), _of_timm(model), _of_attributes(model), RGB_224]
+    sizes = [size for size in sizes_found if size]
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None:
         sizes += [(*size[:-3], first.in_channels, *size[-2:]) for size in sizes]
@@ -35,28 +35,15 @@ def _of_configuration(model: nn.Module) -> tuple[int, ...] | None:
     """transformers: ``config``, or the vision part of it."""
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", None) or config
-    image = next(
-        (s for name in ("image_size", "crop_size") if (s := getattr(config, name, None))), None
-    )
-    sides = _sides(image)
-    if sides is None:
+
+    def first(*names: str, kind: type = object) -> Any:
+        values = (getattr(config, name, None) for name in names)
+        return next((value for value in values if value and isinstance(value, kind)), None)
+
+    if (sides := _sides(first("image_size", "crop_size"))) is None:
         return None
-    channels = next(
-        (
-            c
-            for name in ("num_channels", "in_channels", "in_chans")
-            if isinstance(c := getattr(config, name, None), int)
-        ),
-        3,
-    )
-    frames = next(
-        (
-            f
-            for name in ("num_frames", "frames_per_clip")
-            if isinstance(f := getattr(config, name, None), int)
-        ),
-        None,
-    )
+    channels = first("num_channels", "in_channels", "in_chans", kind=int) or 3
+    frames = first("num_frames", "frames_per_clip", kind=int)
     return (channels, *sides) if frames is None else (frames, channels, *sides)
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.kernels.triton import available
-from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRAMlp, FusedLoRARead
+from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRAMlp, FusedLoRAWeight
 from fused_lora.ops.backends import refusals
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.lora_linear_fp8 import why_not_triton
 from fused_lora.ops.planning import expected, explained, halves_of, problem
+from fused_lora.patching.report import first_and_more
 from fused_lora.plan.choose import RankedPlan, traced_keep
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
@@ -122,7 +123,7 @@ def explain(
         _paragraph(question, names, where[question], dtype, device)
         for question, names in shapes.items()
     ]
-    planned += [f"{_first(names)}\n  {why}" for why, names in unplanned.items()]
+    planned += [f"{first_and_more(names)}\n  {why}" for why, names in unplanned.items()]
     planned += _of_blocks(model, rows_per_image, batch_size)
     return "\n\n".join(planned)
 
@@ -200,7 +201,6 @@ def explain_program(
 
 
 def _why_modules(half: Any, owner: Any) -> str:
-    """Why a half ran no program just now."""
     why = getattr(half, "why_not", lambda _: None)(owner)
     return f"it goes through its modules ({why})"
 
@@ -223,16 +223,12 @@ def _first_linear(owner: nn.Module) -> AdaptedLinear:
 
 
 def _why_unplanned(module: AdaptedLinear) -> str:
-    if isinstance(module, FusedLoRARead):
+    if isinstance(module, FusedLoRAWeight):
         return (
             "the model reads these weights without calling their modules: w' = w + s b a is "
             "rebuilt at every read"
         )
-    return "added to its own forward" if module.around else ""
-
-
-def _first(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return "added to its own forward" if module.additive else ""
 
 
 def _of_blocks(
@@ -241,7 +237,7 @@ def _of_blocks(
     """What fused blocks keep for backward, and what they would in the other modes."""
     from fused_lora.patching.blocks import need_of
 
-    said: dict[str, list[str]] = {}
+    names_by_words: dict[str, list[str]] = {}
     for name, block in model.named_modules():
         if isinstance(block, FusedLoRABlock):
             first = next(m for m in block.modules() if isinstance(m, AdaptedLinear))
@@ -249,8 +245,8 @@ def _of_blocks(
             kept = need_of(name, block, rows).kept
             sizes = ", ".join(f"{mode} {nbytes / 1e6:,.1f} MB" for mode, nbytes in kept.items())
             words = f"  block of {rows} rows, recompute {block.recompute}; would keep: {sizes}"
-            said.setdefault(words, []).append(name or "the model itself")
-    return [f"{_first(names)}\n{words}" for words, names in said.items()]
+            names_by_words.setdefault(words, []).append(name or "the model itself")
+    return [f"{first_and_more(names)}\n{words}" for words, names in names_by_words.items()]
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -287,7 +283,7 @@ def _paragraph(
     compute = dtype or module.weight.dtype
     ranks = "|".join(str(span.rank) for span in question.spans)
     lines = [
-        _first(names),
+        first_and_more(names),
         f"  M {question.m}  K {question.k}  N {question.n}  rank {ranks}  {question.dtype} on "
         f"{limits.name} ({limits.matmul_gflops:,.0f} GFLOP/s, {limits.bandwidth_gbs:,.0f} GB/s, "
         f"{'measured' if limits.measured else 'from the table'})",
@@ -302,8 +298,8 @@ def _paragraph(
     for row in rows[1 : 1 + LOSERS]:
         ratio = row.plan.time_us / rows[0].plan.time_us
         estimate = f"{row.plan!s:38}  {row.plan.time_us:12,.1f} us  {ratio:5.2f}x"
-        said = "  ".join(filter(None, (_beside(row), row.note)))
-        lines.append(f"  lost    {estimate}  {said}".rstrip())
+        notes = "  ".join(filter(None, (_beside(row), row.note)))
+        lines.append(f"  lost    {estimate}  {notes}".rstrip())
     refused = [*refusals(question, compute, target), *wrong]
     lines += [f"  not     {reason}" for reason in refused]
     if module.config.dropout:

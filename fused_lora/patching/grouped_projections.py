@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from fused_lora.nn.block_modules import Fused
-from fused_lora.nn.grouped_projections import FusedLoRASiblings, why_alone
+from fused_lora.nn.block_modules import FusedModule
+from fused_lora.nn.grouped_projections import FusedLoRAGroupedProjections, why_not_grouped
 from fused_lora.nn.stand_in import bound_forward, device_hook
 from fused_lora.patching.observe import ObservedWeight
 from fused_lora.patching.report import ShareRow
@@ -35,7 +35,7 @@ def gather(
         rows.append(ShareRow(parent, tuple(_short(parent, n) for n in _flat(together)), reason))
     for parent, together in groups.items():
         paths = [[_short(parent, name) for name in names] for names in together]
-        FusedLoRASiblings.gather(model.get_submodule(parent), paths)
+        FusedLoRAGroupedProjections.gather(model.get_submodule(parent), paths)
     return rows
 
 
@@ -53,13 +53,13 @@ def _families(targets: Sequence[Target]) -> dict[str, list[str]]:
 
 def _why_apart(model: nn.Module, parent: str, names: Sequence[str]) -> str:
     holder = model.get_submodule(parent)
-    if isinstance(holder, Fused):
+    if isinstance(holder, FusedModule):
         return "fused over"
     if why := bound_forward(holder) or device_hook(holder):
         return why
     if isinstance(holder, HOLDERS):
         return f"a {type(holder).__name__} has no forward to share within"
-    alone = ((name, why_alone(model.get_submodule(name))) for name in names)
+    alone = ((name, why_not_grouped(model.get_submodule(name))) for name in names)
     return next((f"{_short(parent, name)} {why}" for name, why in alone if why), "")
 
 

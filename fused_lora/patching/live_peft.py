@@ -12,11 +12,9 @@ from fused_lora.nn.peft_linear import classes, why_not
 from fused_lora.nn.stand_in import rebind
 from fused_lora.ops.planning import expected, halves_of, problem
 from fused_lora.patching.observe import ObservedWeight, observe
-from fused_lora.patching.report import PatchError, PatchReport, ProjectionRow
+from fused_lora.patching.report import IN_WEIGHT, PatchError, PatchReport, ProjectionRow
 from fused_lora.patching.rules import FoundProjection, find
 from fused_lora.types import Needs, Span
-
-READ = "in the weight, at every read"
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
@@ -106,7 +104,7 @@ def _row(
     n, k = layer.base_layer.weight.shape
     ranks = tuple(layer.r[each] for each in layer.lora_A)
     halves = [half[each].weight for half in (layer.lora_A, layer.lora_B) for each in layer.lora_A]
-    plan = READ if observed.read else _plan(layer, observed.rows * batch_size)
+    plan = IN_WEIGHT if observed.read else _plan(layer, observed.rows * batch_size)
     return ProjectionRow(name, role, k, n, ranks, sum(p.numel() for p in halves), plan)
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from fused_lora.nn.stand_in import of_torch
+from fused_lora.nn.stand_in import GLOBAL_HOOKS, HOOKS, of_torch, version_of
 from fused_lora.patching.example import examples_for
 from fused_lora.patching.report import PatchError
 from fused_lora.patching.rules import FoundProjection
@@ -26,19 +25,7 @@ from fused_lora.patching.rules import FoundProjection
 # forwards give way to those of the classes. torch's own hooks that make a weight stay.
 
 
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
 TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *HOOKS)
-GLOBAL = (
-    "_global_forward_pre_hooks",
-    "_global_forward_hooks",
-    "_global_backward_pre_hooks",
-    "_global_backward_hooks",
-)
 
 
 @contextmanager
@@ -71,7 +58,7 @@ class _State:
         self.attributes = dict(module.__dict__)
         tables = ((name, module.__dict__.get(name)) for name in TABLES)
         self.tables = {name: table.copy() for name, table in tables if table is not None}
-        self.versions = {name: _version(tensor) for name, tensor in self._tensors()}
+        self.versions = {name: version_of(tensor) for name, tensor in self._tensors()}
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         both = self.tables["_parameters"] | self.tables["_buffers"]
@@ -89,20 +76,15 @@ class _State:
 
     def written(self) -> str:
         """The first tensor that was written; empty where none was."""
-        changed = (n for n, tensor in self._tensors() if _version(tensor) != self.versions[n])
+        changed = (n for n, tensor in self._tensors() if version_of(tensor) != self.versions[n])
         return next(changed, "")
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """Within, no hook of the user's is called; the modules themselves are put right by others."""
-    everywhere = [getattr(torch_module, name) for name in GLOBAL]
-    before = [table.copy() for table in everywhere]
-    for table in everywhere:
+    before = [table.copy() for table in GLOBAL_HOOKS]
+    for table in GLOBAL_HOOKS:
         table.clear()
     for module in model.modules():
         for name in HOOKS:
@@ -114,7 +96,7 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for table, then in zip(everywhere, before, strict=True):
+        for table, then in zip(GLOBAL_HOOKS, before, strict=True):
             table.update(then)
 
 
@@ -269,20 +251,20 @@ def observe(
         PatchError: the forward fails, with its error.
     """
     examples = examples_for(model) if example is None else [example]
-    said: dict[int, Exception] = {}  # by example, what its last try said
-    roads = [True] if _any_on_meta(model) else [True, False]
-    for hooks, on_meta in product((False, True) if hooked(model) else (False,), roads):
+    errors: dict[int, Exception] = {}  # by example, of its last try
+    devices = [True] if _any_on_meta(model) else [True, False]
+    for hooks, on_meta in product((False, True) if hooked(model) else (False,), devices):
         for i, each in enumerate(examples if on_meta else examples[:1]):
             try:
                 return _observed(model, found, each, on_meta, hooks)
             except PatchError:
                 raise
             except Exception as error:
-                said[i] = error
+                errors[i] = error
     raise PatchError(
-        f"a trial forward failed ({type(said[0]).__name__}: {said[0]}); pass example_input= with "
-        "one input the model accepts"
-    ) from said[0]
+        f"a trial forward failed ({type(errors[0]).__name__}: {errors[0]}); pass example_input= "
+        "with one input the model accepts"
+    ) from errors[0]
 
 
 def _observed(

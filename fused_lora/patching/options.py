@@ -80,16 +80,21 @@ def layer_of(name: str) -> int | None:
     return next((int(match[1]) for match in found if match), None)
 
 
+def compiled(option: str, pattern: str) -> re.Pattern[str]:
+    """``pattern``; raises PatchError, naming the option, where it is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise PatchError(f"{option}: {pattern!r} is no regular expression: {error}") from None
+
+
 def selected(names: Iterable[str], choice: Selection) -> set[str]:
     """The names that ``layers`` and ``exclude`` leave; raises PatchError where one hits nothing."""
     names = set(names)
     left = set(names)
     for key in choice.exclude:
-        try:
-            hit = {name for name in names if re.search(key, name)}
-        except (re.error, TypeError) as error:
-            raise PatchError(f"exclude: {key!r} is no regular expression: {error}") from None
-        if not hit:
+        pattern = compiled("exclude", key)
+        if not (hit := {name for name in names if pattern.search(name)}):
             raise PatchError(f"exclude: {key!r} matches no projection's name")
         left -= hit
     if choice.layers is not None:
@@ -111,12 +116,8 @@ def check_patterns(patterns: Mapping[str, float], option: str, names: Iterable[s
     for key in patterns:
         if key in {role.value for role in Role}:
             continue
-        try:
-            if any(re.search(key, name) for name in names):
-                continue
-        except re.error as error:
-            raise PatchError(f"{option}: {key!r} is no regular expression: {error}") from None
-        raise PatchError(f"{option}: {key!r} is no role and matches no projection's name")
+        if not any(map(compiled(option, key).search, names)):
+            raise PatchError(f"{option}: {key!r} is no role and matches no projection's name")
 
 
 def value_for(
@@ -335,11 +336,5 @@ def choice_of(
 
 def patterns_of(trainable: Iterable[str]) -> list[re.Pattern[str]]:
     """``trainable`` as regular expressions; raises PatchError where one is none."""
-    if isinstance(trainable, str):
-        trainable = [trainable]
-    try:
-        return [re.compile(pattern) for pattern in trainable]
-    except re.error as error:
-        raise PatchError(
-            f"trainable: {error.pattern!r} is no regular expression: {error}"
-        ) from None
+    patterns = [trainable] if isinstance(trainable, str) else trainable
+    return [compiled("trainable", pattern) for pattern in patterns]

@@ -12,15 +12,15 @@ from torch import nn
 
 from fused_lora.nn import (
     AdaptedLinear,
-    FusedLoRAChild,
     FusedLoRAGroupedLinear,
     FusedLoRALinear,
-    FusedLoRARead,
-    adopt_around,
+    FusedLoRAParameter,
+    FusedLoRAWeight,
+    adopt_additive,
 )
 from fused_lora.nn.adapted import merge_together
-from fused_lora.nn.additive import standing_in
-from fused_lora.nn.child_adapters import FusedLoRAKernel, is_convolution
+from fused_lora.nn.additive import with_plain_weights
+from fused_lora.nn.child_adapters import FusedLoRAConvWeight, is_convolution
 from fused_lora.nn.linear_state import weight_error
 from fused_lora.nn.stand_in import offloaded
 from fused_lora.ops.operand import is_sharded
@@ -32,7 +32,7 @@ from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, r
 from fused_lora.patching.observe import observe
 from fused_lora.patching.options import Named, Selection, block_numbers, choice_of, options_given
 from fused_lora.patching.originals import check_kept, first_row, forget, keep, shown
-from fused_lora.patching.report import PatchError, PatchReport, ProjectionRow
+from fused_lora.patching.report import IN_WEIGHT, PatchError, PatchReport, ProjectionRow
 from fused_lora.patching.targets import (
     Target,
     choose_targets,
@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-READ = "in the weight, at every read"  # the plan of a weight that is read, not called
-AROUND = "added to its own forward"  # the plan of a linear that computes its base itself
+ADDED = "added to its own forward"  # the plan of a linear that computes its base itself
 RECORD = "_fused_lora_report"  # attribute of the patched model that remembers how to go back
 
 
@@ -95,19 +94,20 @@ def patch(
         allow_large_rank: accept ranks above min(in_features, columns), which cost more than they
             can express; otherwise they are an error.
         level: "block" stands in for the forward of blocks and MLPs that are known, so that norms
-            and activations are not kept but made again in backward, and leaves others to their
+            and activations are not kept but recomputed in backward, and leaves others to their
             modules, with the reason in the report; separate q, k and v that are given one x are
             computed in one call. "linear" adapts each linear and nothing else.
-        recompute: of fused blocks: "none", "elementwise" (the default) or "gemm", which makes qkv
-            and fc1's output again as well; or a mapping from regular expression on a block's name
-            to one of them.
+        recompute: of fused blocks: "none", "elementwise" (the default) or "gemm", which
+            recomputes qkv and fc1's output as well; or a mapping from regular expression on a
+            block's name to one of them.
         memory_budget_gb: in its place, choose for each block what lets a step of ``batch_size``
             images fit: weights, gradients, Adam's moments and what blocks keep. What autocast
             saves, and what lies outside the blocks or in modules unknown here, is not counted.
         layers: numbers of the blocks to adapt; None for all of them.
         exclude: regular expressions of dotted names to leave out.
         keep_forward: adapt linears of other classes too (8 or 4 bits, fp8): their own forward
-            computes the base and the adapters are added to its result; these cannot be merged.
+            computes the base and the adapters are added to its result; merging them needs a base
+            with an ordinary weight.
         **options: fields of ``fused_lora.nn.AdapterConfig`` (alpha, scale, dropout, init, ...).
 
     Returns:
@@ -139,8 +139,8 @@ def patch(
     _refuse_patched(model)
     found = find_wanted(model, choice)
     check_trainable(model, trained)
-    around = (each.module for each in found if keep_forward and keeps_its_forward(each.module))
-    with standing_in(around):
+    additive = (each.module for each in found if keep_forward and keeps_its_forward(each.module))
+    with with_plain_weights(additive):
         observations = observe(model, found, example_input)
     unused = unused_beside(found, observations)
     found = [each for each in found if each.name not in unused]
@@ -304,14 +304,14 @@ def _adopt_one(target: Target, options: dict[str, Any]) -> AdaptedLinear:
         target.ranks,
     )
     if is_convolution(module):
-        return FusedLoRAKernel.attach(module, ranks[""], **options)
+        return FusedLoRAConvWeight.attach(module, ranks[""], **options)
     if tensor != "weight":
-        return FusedLoRAChild.attach(module, tensor, spans, ranks, **options)
+        return FusedLoRAParameter.attach(module, tensor, spans, ranks, **options)
     assert isinstance(module, nn.Linear)
     if target.read:
-        return FusedLoRARead.adopt(module, spans, ranks, **options)
+        return FusedLoRAWeight.adopt(module, spans, ranks, **options)
     if keeps_its_forward(module):
-        return adopt_around(
+        return adopt_additive(
             module, ranks.get("", ranks), spans if "" not in spans else None, **options
         )
     if "" in spans:
@@ -357,7 +357,7 @@ def _report(
                 module.out_features,
                 tuple(target.ranks.values()),
                 sum(p.numel() for p in module.lora_parameters()),
-                READ if target.read else AROUND if module.around else plan_words(module, m),
+                IN_WEIGHT if target.read else ADDED if module.additive else plan_words(module, m),
                 weight_error(module.base) if module.config.base_dtype else None,
             )
         )
@@ -369,7 +369,7 @@ TRAINED = ("original", "current")  # what ``disable`` shows of what trains besid
 
 
 def merge(model: nn.Module, rounding: str = "nearest", seed: int = 0, impl: str = "auto") -> None:
-    """Fold every adapter into its weight: w' = w + s b a. The frozen weights are kept aside.
+    """Fold every adapter into its weight: w' = w + s b a. The frozen weights are kept.
 
     Args:
         model: a patched model.

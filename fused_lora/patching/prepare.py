@@ -55,11 +55,11 @@ class Prepared:
     def __str__(self) -> str:
         if self.why_nothing:
             return f"nothing to prepare: {self.why_nothing}"
-        said = (
+        summary = (
             f"prepared {self.device} in {self.seconds:.0f} s: {self.checked} kernels checked, "
             f"{self.compiled} launches compiled, {self.timed} plans timed"
         )
-        return "\n".join([said, *self.wrong])
+        return "\n".join([summary, *self.wrong])
 
 
 def prepare(

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+IN_WEIGHT = "in the weight, at every read"  # the plan of a weight that is read, not called
+
 
 class PatchError(ValueError):
     """The model cannot be patched as asked; it was left as it was."""
@@ -33,7 +35,7 @@ class BlockRow:
 
     name: str  # dotted
     level: str  # "block" | "mlp" | "linear"
-    recompute: str = ""  # what backward makes again; empty at the level of linears
+    recompute: str = ""  # what backward recomputes; empty at the level of linears
     reason: str = ""  # why it, or a half of it, was left to its modules
     kept_bytes: int = 0  # of activations, for backward, at the report's batch size
 
@@ -130,10 +132,12 @@ def grouped(blocks: Sequence[BlockRow | ShareRow]) -> list[str]:
     names: dict[str, list[str]] = {}
     for row in blocks:
         names.setdefault(row.words, []).append(row.name or "the model itself")
-    return [
-        found[0] + (f" and {len(found) - 1} more" if len(found) > 1 else "") + f": {words}"
-        for words, found in names.items()
-    ]
+    return [f"{first_and_more(found)}: {words}" for words, found in names.items()]
+
+
+def first_and_more(names: Sequence[str]) -> str:
+    """The first name, and how many there are beside it."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> str:

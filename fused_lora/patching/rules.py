@@ -125,24 +125,12 @@ def _nested(names: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, ...]]:
 
 
 OUTS = (
-    "proj",
-    "out_proj",
-    "o_proj",
-    "projection",
-    "projection_layer",
-    "proj.ln",
-    "to_out.0",
-    "out",
+    "proj", "out_proj", "o_proj", "projection", "projection_layer", "proj.ln", "to_out.0", "out",
     "merge",
-)
+)  # fmt: skip
 QKV = (
-    ("qkv",),
-    ("to_qkv",),
-    ("in_proj",),
-    ("Wqkv",),
-    ("qkv_proj",),
-    ("queries_keys_values",),
-)
+    ("qkv",), ("to_qkv",), ("in_proj",), ("Wqkv",), ("qkv_proj",), ("queries_keys_values",),
+)  # fmt: skip
 SEPARATE = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
-from fused_lora.nn.additive import opaque, why_not_around
+from fused_lora.nn.additive import hides_weight, why_not_additive
 from fused_lora.nn.child_adapters import is_convolution, why_not_kernel
 from fused_lora.nn.config import OF_WEIGHT
-from fused_lora.nn.stand_in import made_weight, offloaded, why_not_stood_in
+from fused_lora.nn.stand_in import made_weight, offloaded, why_not_replaceable
 from fused_lora.nn.weight_adapter import READABLE
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.patching.observe import Columns, ObservedWeight, alike
@@ -74,14 +74,12 @@ def find_wanted(model: nn.Module, choice: Choice) -> list[FoundProjection]:
     names = [each.name for each in found]
     check_patterns(choice.rank_pattern, "rank_pattern", names)
     check_patterns(choice.alpha_pattern, "alpha_pattern", names)
-    once: dict[
-        tuple[nn.Module, str], FoundProjection
-    ] = {}  # a linear of two attentions is adapted once
+    once: dict[tuple[nn.Module, str], FoundProjection] = {}  # a linear may be of two attentions
     for each in found:
         once.setdefault((each.module, each.tensor), each)
         if not (choice.selection.keep_forward and keeps_its_forward(each.module)):
             _check_adoptable(model, each)
-        elif why := why_not_around(each.module):
+        elif why := why_not_additive(each.module):
             raise PatchError(f"{each.name}: {why}")
     return list(once.values())
 
@@ -93,8 +91,8 @@ def _named(model: nn.Module, found: list[FoundProjection], choice: Choice) -> li
     beside = named.linears_beside(each.name for each in find(model))
     if not choice.config.dropout:  # which drops from images, and not from what a read gives
         beside += named.convolutions()
-    leave = [re.compile(key) for key in choice.selection.exclude]
-    beside = [name for name in beside if not any(key.search(name) for key in leave)]
+    leave = choice.selection.exclude
+    beside = [name for name in beside if not any(re.search(key, name) for key in leave)]
     if choice.selection.layers is not None:
         beside = [name for name in beside if layer_of(name) in choice.selection.layers]
     named.check(names, [*mine, *beside])
@@ -189,21 +187,17 @@ def _target(
             f"{found.name}: init={config.init!r} divides by one scale, and alpha_pattern gives it "
             f"several alphas {alphas}; give it one"
         )
-    if read and config.dora:
-        raise PatchError(
-            f"{found.name}: dora cannot be served, since the model reads the weight without "
-            "calling the module: there is no y to scale"
-        )
-    if read and config.dropout:
-        raise PatchError(
-            f"{found.name}: dropout {config.dropout} cannot be served, since the model reads the "
-            "weight without calling the module: there is no x to drop from"
-        )
-    if read and config.base_dtype:
-        raise PatchError(
-            f"{found.name}: base_dtype={config.base_dtype!r} cannot be served, since the model "
-            "reads the weight without calling the module: there is no x to quantise"
-        )
+    options = (
+        (config.dora, "dora", "y to scale"),
+        (config.dropout, f"dropout {config.dropout}", "x to drop from"),
+        (config.base_dtype, f"base_dtype={config.base_dtype!r}", "x to quantise"),
+    )
+    for option, words, missing in options if read else ():
+        if option:
+            raise PatchError(
+                f"{found.name}: {words} cannot be served, since the model reads the weight without "
+                f"calling the module: there is no {missing}"
+            )
     return Target(found, spans, ranks, config, read, scales if several else {})
 
 
@@ -236,7 +230,7 @@ def _shape(found: FoundProjection) -> tuple[int, int]:
 
 def keeps_its_forward(module: nn.Module) -> bool:
     """Whether this is a linear of another class, to which adapters can only be added."""
-    return opaque(module) and type(module) not in READABLE
+    return hides_weight(module) and type(module) not in READABLE
 
 
 def _check_adoptable(model: nn.Module, found: FoundProjection) -> None:
@@ -247,8 +241,8 @@ def _check_adoptable(model: nn.Module, found: FoundProjection) -> None:
             check_adoptable(found.module, found.name)
     except TypeError as error:
         raise PatchError(str(error)) from None
-    bare = found.tensor != "weight"  # its owner keeps its forward, and reads
-    why = offloaded(found.module) if bare else why_not_stood_in(found.module)
+    is_parameter = found.tensor != "weight"  # its owner keeps its forward, and reads
+    why = offloaded(found.module) if is_parameter else why_not_replaceable(found.module)
     if why:
         raise PatchError(f"{found.name}: {why}")
     weight = _weight(found)

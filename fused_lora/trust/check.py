@@ -39,7 +39,7 @@ class Verdict:
     passed: bool
     error: float
     budget: float  # 0 where nothing could be compared
-    said: str  # the quantity compared, or the exception
+    reason: str  # the quantity compared, or the exception
 
     @property
     def compared(self) -> bool:
@@ -48,9 +48,9 @@ class Verdict:
 
     def __str__(self) -> str:
         if not self.compared:
-            return self.said
+            return self.reason
         word = "within" if self.passed else "over"
-        return f"error {self.error:.2e} of {self.said} is {word} the budget {self.budget:.2e}"
+        return f"error {self.error:.2e} of {self.reason} is {word} the budget {self.budget:.2e}"
 
     def row(self) -> dict[str, Any]:
         """As it is kept."""
@@ -62,7 +62,7 @@ class Verdict:
         try:
             fields = dict(row)  # type: ignore[call-overload]
             error, budget = float(fields["error"]), float(fields["budget"])
-            found = cls(fields["passed"], error, budget, str(fields["said"]))
+            found = cls(fields["passed"], error, budget, str(fields["reason"]))
         except (TypeError, ValueError, KeyError):
             return None
         return found if found.passed is (error <= budget) else None
@@ -74,9 +74,9 @@ def worst(comparisons: list[Comparison]) -> Verdict:
     return Verdict(least.passed, least.ours, least.budget, least.name)
 
 
-def broken(said: str) -> Verdict:
+def broken(reason: str) -> Verdict:
     """Of a check that could not compare."""
-    return Verdict(False, float("inf"), 0.0, said)
+    return Verdict(False, float("inf"), 0.0, reason)
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ Named = Mapping[str, Tensor]
 
 def equations(p: Operands, kernel: str = "") -> Named:
     """Every result of ``kernel`` by name, and maybe others."""
-    from fused_lora.trust.elementwise import PARTNERS
+    from fused_lora.trust.elementwise import EQUATIONS
 
-    return PARTNERS.get(kernel, products)(p)
+    return EQUATIONS.get(kernel, products)(p)
 
 
 def products(p: Operands) -> Named:
@@ -255,7 +255,7 @@ class CannotVerifyNow(Exception):
     """Nothing can be checked at this moment; asked again later, it may be."""
 
 
-class FullMemory(CannotVerifyNow):
+class OutOfMemory(CannotVerifyNow):
     """Nothing can be checked for want of memory or of a process: not worth asking at once again."""
 
 
@@ -267,7 +267,7 @@ def check(
     """The verdict on what ``cases`` yields: comparisons, or a sentence that fails the kernel.
 
     Raises:
-        FullMemory: the device's memory is full.
+        OutOfMemory: the device's memory is full.
     """
     with ThreadPoolExecutor(1, "fused_lora check") as own:
         return own.submit(_check, cases, dtype, device).result()
@@ -282,14 +282,16 @@ def _check(
         with torch.inference_mode(), own_stream(device):
             found = list(cases(dtype, device))
     except torch.OutOfMemoryError as error:
-        raise FullMemory(f"no memory is left to check a kernel in: {error}") from None
+        raise OutOfMemory(f"no memory is left to check a kernel in: {error}") from None
     except Exception as error:  # of a compiler, a launch or the device: the kernel does not serve
         if _out_of_memory(error):
-            raise FullMemory(f"no memory is left to check a kernel in: {error}") from None
+            raise OutOfMemory(f"no memory is left to check a kernel in: {error}") from None
         return broken(f"{type(error).__name__}: {_first_line(error)}")
     compared = [c for c in found if isinstance(c, Comparison)]
-    said = [line for line in found if isinstance(line, str)]
-    return broken(said[0]) if said and all(c.passed for c in compared) else worst(compared)
+    complaints = [line for line in found if isinstance(line, str)]
+    return (
+        broken(complaints[0]) if complaints and all(c.passed for c in compared) else worst(compared)
+    )
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -119,7 +119,7 @@ def apart(p: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
     return dh, dh.split([span.rank for span in p.adapters.spans], dim=1)
 
 
-PARTNERS: dict[str, Callable[[Operands], Named]] = {
+EQUATIONS: dict[str, Callable[[Operands], Named]] = {
     "extended_gelu": _extended_gelu,
     "extended_scale": _extended_scale,
     "extended_wide": _extended_scale,

@@ -86,7 +86,7 @@ class Checked:
         if self.launch is None:
             return None
         (kernel, tile), dtype = self.launch, DTYPES[self.subject.dtype]
-        if found.said.startswith("OutOfResources"):
+        if found.reason.startswith("OutOfResources"):
             spills.remember(kernel, tile, spills.precision(dtype), device, spills.TOO_LARGE)
         other = stand_in(kernel, tile, dtype, device)
         return None if other == tile else of_launch(Launch(kernel, other), self.subject.dtype)

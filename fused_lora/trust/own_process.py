@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fused_lora import env
-from fused_lora.trust.check import CannotVerifyNow, FullMemory, Verdict, broken, products_as
+from fused_lora.trust.check import CannotVerifyNow, OutOfMemory, Verdict, broken, products_as
 from fused_lora.trust.kernel_registry import Checked
 from fused_lora.worker import CannotStart, Killed, Leave, Worker, WorkerError
 
@@ -34,13 +34,13 @@ def limit_s() -> float:
     Raises:
         ValueError: it is no number of seconds above 0.
     """
-    said = env.text("FUSED_LORA_CHECK_SECONDS")
+    value = env.text("FUSED_LORA_CHECK_SECONDS")
     try:
-        found = LIMIT_S if said is None else float(said)
+        found = LIMIT_S if value is None else float(value)
     except ValueError:
         found = 0.0
     if not 0 < found < float("inf"):
-        raise ValueError(f"FUSED_LORA_CHECK_SECONDS must be seconds above 0, got {said!r}")
+        raise ValueError(f"FUSED_LORA_CHECK_SECONDS must be seconds above 0, got {value!r}")
     return found
 
 
@@ -61,11 +61,11 @@ def check(checked: Checked, device: torch.device, worker: Worker | None = None) 
     try:
         answer = (worker or _worker).call(__name__, FUNCTION, asked, limit)
     except (CannotStart, Killed) as error:
-        raise FullMemory(f"its check {error}") from None
+        raise OutOfMemory(f"its check {error}") from None
     except WorkerError as error:
         return broken(f"its check {error}")
     if "not now" in answer:
-        raise FullMemory(answer["not now"])
+        raise OutOfMemory(answer["not now"])
     found = Verdict.of_row(answer["verdict"])
     return broken("its check gave no verdict") if found is None else found
 

@@ -30,7 +30,7 @@ class Result:
 
     subject: KernelId
     verdict: Verdict | None  # None: not run
-    said: str  # the comparison, or why it was not run
+    reason: str  # the comparison, or why it was not run
     seconds: float
 
     @property
@@ -41,13 +41,13 @@ class Result:
     def row(self) -> dict[str, Any]:
         """As a line of JSON."""
         figures = {} if self.verdict is None else self.verdict.row()
-        said = {"verdict": self.word, "said": self.said, "seconds": round(self.seconds, 2)}
-        return asdict(self.subject) | figures | said
+        told = {"verdict": self.word, "reason": self.reason, "seconds": round(self.seconds, 2)}
+        return asdict(self.subject) | figures | told
 
     def __str__(self) -> str:
         s = self.subject
         name = f"{s.backend} {s.kernel}"
-        return f"  {self.word:8} {name:18} {s.configuration:34} {s.dtype:9} {self.said}"
+        return f"  {self.word:8} {name:18} {s.configuration:34} {s.dtype:9} {self.reason}"
 
 
 def selftest(
@@ -153,8 +153,8 @@ def summary(results: Sequence[Result], device: str) -> str:
     """One sentence on all of them."""
     counts = {word: sum(r.word == word for r in results) for word in WORDS.values()}
     if counts["not run"] == len(results):
-        reasons = "; ".join(dict.fromkeys(r.said for r in results))
+        reasons = "; ".join(dict.fromkeys(r.reason for r in results))
         return f"nothing can run here: {reasons}"
     took = sum(r.seconds for r in results)
-    said = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    return f"{device}: {said} in {took:.0f} s"
+    counted = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    return f"{device}: {counted} in {took:.0f} s"

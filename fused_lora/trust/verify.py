@@ -20,7 +20,7 @@ from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.identity import identity, sources
 from fused_lora.programs.record import recording
 from fused_lora.trust import own_process
-from fused_lora.trust.check import CannotVerifyNow, FullMemory, KernelId, Verdict
+from fused_lora.trust.check import CannotVerifyNow, KernelId, OutOfMemory, Verdict
 from fused_lora.trust.kernel_registry import Checked
 from fused_lora.worker import Worker
 
@@ -103,7 +103,7 @@ def verdict(checked: Checked, device: torch.device) -> Verdict:
             raise CannotVerifyNow(reason)
         try:
             return _check(checked, device, how)
-        except FullMemory as error:
+        except OutOfMemory as error:
             _later[checked.subject, device] = time.monotonic() + AGAIN_S, str(error)
             _tell_later(checked.subject, device, str(error))
             raise
@@ -218,10 +218,10 @@ def _found(checked: Checked, device: torch.device, worker: Worker | None) -> Ver
 
 def mode() -> str:
     """The value of FUSED_LORA_VERIFY."""
-    said = env.text("FUSED_LORA_VERIFY") or "first"
-    if said not in MODES:
-        raise ValueError(f"FUSED_LORA_VERIFY must be one of {MODES}, got {said!r}")
-    return said
+    value = env.text("FUSED_LORA_VERIFY") or "first"
+    if value not in MODES:
+        raise ValueError(f"FUSED_LORA_VERIFY must be one of {MODES}, got {value!r}")
+    return value
 
 
 def path() -> Path:
@@ -248,7 +248,7 @@ def _check(checked: Checked, device: torch.device, how: str) -> Verdict:
             spills.refresh(device)
             return _remember(subject, device, kept)
         if not mine:
-            raise FullMemory(f"another process has been checking it for {wait_s:g} s")
+            raise OutOfMemory(f"another process has been checking it for {wait_s:g} s")
         return _remember(subject, device, renew(checked, device))
 
 

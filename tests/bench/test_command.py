@@ -66,6 +66,6 @@ def test_a_refused_row_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {row.method for row in read(tmp_path)} == {"frozen"}
 
 
-def test_contenders_that_cannot_run_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_that_cannot_run_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert able(["frozen", "peft_bf16"], "fp32") == [METHODS["frozen"]]
     assert "peft_bf16" in capsys.readouterr().err

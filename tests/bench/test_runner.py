@@ -60,7 +60,7 @@ def wrong() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("method", ADAPTED, ids=lambda c: c.name)
-def test_contenders_agree_in_float64(method: object, workload: SixProjections) -> None:
+def test_methods_agree_in_float64(method: object, workload: SixProjections) -> None:
     gate = Gate(workload, RANK)
     truth, _ = gate.of(method.form)
     model = install(method, share(workload.base), RANK).double()
@@ -107,7 +107,7 @@ def test_rows_carry_ratios_and_memory(workload: SixProjections) -> None:
     assert naive.rounds == 3 and naive.ratio_peft is None
 
 
-def test_contenders_share_the_base(workload: SixProjections) -> None:
+def test_methods_share_the_base(workload: SixProjections) -> None:
     model = install(METHODS["naive"], share(workload.base), RANK)
     assert model.fc1.base.weight is workload.base.fc1.weight
     assert len(adapters(model)) == 12 and not adapters(workload.base)

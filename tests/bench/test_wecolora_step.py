@@ -16,7 +16,7 @@ from fused_lora.bench.workload import share
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "amp"])
-def test_contenders_agree_and_leave_the_teacher_alone(dtype: str) -> None:
+def test_methods_agree_and_leave_the_teacher_alone(dtype: str) -> None:
     shape = ModelShape("vit_tiny_patch16_224", 192, 197)
     workload = SUITES["wecolora_step"](shape, 1, dtype, "cpu")
     before = {name: value.clone() for name, value in workload.teacher.state_dict().items()}

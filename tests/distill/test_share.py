@@ -28,7 +28,7 @@ def pair(mapping="even", rank=4, options=None, share=None, **model):
 
 def plain_slicing(monkeypatch):
     """From here on parts are autograd's own slices."""
-    monkeypatch.setattr(shared_parameters, "lends", lambda owner: False)
+    monkeypatch.setattr(shared_parameters, "accumulates_slices", lambda owner: False)
 
 
 def loss(*models, x):
@@ -229,7 +229,7 @@ class TestMemory:
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             linear(torch.randn(7, 32, dtype=torch.float64, requires_grad=True))
-        owner = linear.loans["k"].owner
+        owner = linear.shared_adapters["k"].owner
         held = {t.untyped_storage().data_ptr() for t in kept}
         assert owner.lora_A_k.untyped_storage().data_ptr() in held
         assert linear.adapter("k")[1].data_ptr() == owner.lora_B_k.data_ptr()
@@ -475,10 +475,10 @@ def test_gated_mlps(layer, monkeypatch):
 def test_separate_projections_serve_a_fused_qkv(monkeypatch):
     big, small = teacher(separate=True), student()
     fused_lora.share_adapters(big, small)
-    loans = small.blocks[1].attn.qkv.loans
+    shared_adapters = small.blocks[1].attn.qkv.shared_adapters
     owners = [getattr(big.blocks[2].attn, f"{part}_proj") for part in "qkv"]
-    assert [loan.owner for loan in loans.values()] == owners
-    assert all(loan.first == 0 for loan in loans.values())
+    assert [loan.owner for loan in shared_adapters.values()] == owners
+    assert all(loan.first == 0 for loan in shared_adapters.values())
     x = images()
     loss(big, small, x=x).backward()
     mine = grads(big)

@@ -20,7 +20,7 @@ def state_of(model):
         "kinds": [type(m) for m in model.modules()],
         "values": {name: p.detach().clone() for name, p in model.named_parameters()},
         "trains": {name: p.requires_grad for name, p in model.named_parameters()},
-        "lent": [getattr(m, "_lent", None) for m in model.modules()],
+        "lent": [getattr(m, "_has_sharers", None) for m in model.modules()],
     }
 
 

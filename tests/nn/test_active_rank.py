@@ -73,7 +73,7 @@ def test_autograds_slicing_to_the_bit(monkeypatch):
         return found
 
     mine = steps()
-    monkeypatch.setattr(shared_parameters, "lends", lambda owner: False)
+    monkeypatch.setattr(shared_parameters, "accumulates_slices", lambda owner: False)
     assert all(map(torch.equal, mine, steps()))
 
 

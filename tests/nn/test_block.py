@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_lora
 from fused_lora.bench.saved_tensors import SavedBytes
 from fused_lora.nn import FusedLoRABlock, FusedLoRAMlp
-from fused_lora.nn.block_modules import BLOCKS, Fused, kind
+from fused_lora.nn.block_modules import BLOCKS, FusedModule, kind
 from fused_lora.ops.chain.chain import Chain
 from fused_lora.ops.operand import RECOMPUTE
 from tests.observe import operations
@@ -288,7 +288,7 @@ class TestIdentity:
     def test_release(self):
         base, fused = pair()
         for module in list(fused.modules()):
-            if isinstance(module, Fused):
+            if isinstance(module, FusedModule):
                 module.release()
         kinds = [[type(m) for m in model.modules()] for model in (base, fused)]
         assert kinds[0] == kinds[1]
@@ -305,7 +305,7 @@ class TestIdentity:
             FusedLoRABlock.adopt(stranger)
         with pytest.raises(TypeError, match="Sequential is not one of .*Mlp"):
             FusedLoRAMlp.adopt(nn.Sequential())
-        assert not isinstance(stranger, Fused)
+        assert not isinstance(stranger, FusedModule)
 
     def test_modes_are_checked(self):
         base, fused = pair()
@@ -313,7 +313,7 @@ class TestIdentity:
             fused.blocks[0].recompute = "all"
         with pytest.raises(ValueError, match="recompute must be one of .*, got 'all'"):
             FusedLoRABlock.adopt(base.blocks[0], "all")
-        assert not isinstance(base.blocks[0], Fused)
+        assert not isinstance(base.blocks[0], FusedModule)
 
     def test_one_layer_can_be_told_otherwise(self):
         base, fused = pair()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora.nn import FusedLoRAGroupedLinear, FusedLoRALinear, FusedLoRARead, adopt_around
+from fused_lora.nn import FusedLoRAGroupedLinear, FusedLoRALinear, FusedLoRAWeight, adopt_additive
 from fused_lora.nn.block_modules import why_not_linear
-from fused_lora.nn.grouped_projections import why_alone
+from fused_lora.nn.grouped_projections import why_not_grouped
 from fused_lora.nn.linear_state import weight_error
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
 from fused_lora.reference.lora_linear_fp8 import quantise
@@ -147,7 +147,7 @@ def test_a_base_that_the_init_changed():
 
 
 def test_it_stays_out_of_what_fuses_over_linears():
-    assert why_alone(module_of()) == "has its base in fp8"
+    assert why_not_grouped(module_of()) == "has its base in fp8"
     assert why_not_linear(module_of()) == "a base in fp8"
 
 
@@ -192,6 +192,6 @@ def test_what_reads_or_hides_its_weight_is_refused():
         pass
 
     with pytest.raises(ValueError, match="base_dtype='fp8' quantises the base weight, which Own"):
-        adopt_around(Own(12, 20), 3, base_dtype="fp8")
+        adopt_additive(Own(12, 20), 3, base_dtype="fp8")
     with pytest.raises(ValueError, match="a weight that is read has none"):
-        FusedLoRARead.adopt(nn.Linear(12, 20), {"": (0, 20)}, {"": 3}, base_dtype="fp8")
+        FusedLoRAWeight.adopt(nn.Linear(12, 20), {"": (0, 20)}, {"": 3}, base_dtype="fp8")

@@ -9,9 +9,9 @@ import torch
 
 import fused_lora
 from fused_lora.bench.methods import Frozen
-from fused_lora.bench.saved_tensors import SavedBytes, ledger, text
+from fused_lora.bench.saved_tensors import SavedBytes, saved_tensors, text
 from fused_lora.nn import FusedLoRABlock, FusedLoRAMlp
-from fused_lora.nn.block_modules import Fused
+from fused_lora.nn.block_modules import FusedModule
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.patching.blocks import need_of, rows_of
 from tests.patching.models import VARIANTS, build, images, wake
@@ -21,7 +21,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.float32}
 
 
 def fused_modules(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, FusedModule)
+    }
 
 
 class TestReport:
@@ -110,8 +112,8 @@ class TestRefusals:
             ({"recompute": {"blocks": "all"}}, "recompute must be one of .*, got 'all'"),
             ({"recompute": {"(": "none"}}, r"recompute: '\(' is no regular expression"),
             ({"recompute": {"block_9": "none"}}, "recompute: 'block_9' matches no module's name"),
-            ({"level": "linear", "recompute": "none"}, "speak of blocks: use level='block'"),
-            ({"level": "linear", "memory_budget_gb": 1}, "speak of blocks: use level='block'"),
+            ({"level": "linear", "recompute": "none"}, "are for blocks: use level='block'"),
+            ({"level": "linear", "memory_budget_gb": 1}, "are for blocks: use level='block'"),
             ({"recompute": "none", "memory_budget_gb": 1}, "give recompute or memory_budget_gb"),
             ({"memory_budget_gb": 0}, "must be a positive number, got 0"),
             ({"memory_budget_gb": 1e-4}, r"memory_budget_gb=0.0001 is not enough: .* GB"),
@@ -202,7 +204,7 @@ def test_the_ledger_adds_up():
     x = torch.randn(2, 17, 48, requires_grad=True)
     with SavedBytes(model, [x]) as saved:
         y = model.blocks[0](x)
-    entries = ledger(y, [x], model)
+    entries = saved_tensors(y, [x], model)
     assert sum(entry.nbytes for entry in entries) == saved.total
     ours = {
         entry.tensor.split()[0] for entry in entries if "LoRAProgram" in entry.op and entry.nbytes

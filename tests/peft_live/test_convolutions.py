@@ -10,7 +10,7 @@ from torch import nn
 
 import fused_lora
 from fused_lora.io import AdapterFileError
-from fused_lora.nn.child_adapters import FusedLoRAKernel, why_not_kernel
+from fused_lora.nn.child_adapters import FusedLoRAConvWeight, why_not_kernel
 from tests.patching.models import build
 from tests.peft_live.test_live import CLOSE, grads, hf, out, stir
 
@@ -69,7 +69,7 @@ def test_values_gradients_and_files_are_pefts(name, patterns, tmp_path):
     wanted.save_pretrained(tmp_path)
     model = ours(name, tmp_path, **options)
     conv = model.get_submodule(MODELS[name][2])
-    assert isinstance(conv, nn.Conv2d) and isinstance(conv.kernel, FusedLoRAKernel)
+    assert isinstance(conv, nn.Conv2d) and isinstance(conv.kernel, FusedLoRAConvWeight)
     assert conv.kernel.groups[""].rank == (2 if patterns else 4)
     found, right = grads(model, X), grads(wanted, X)
     torch.testing.assert_close(found[0], right[0], **CLOSE)
@@ -209,7 +209,7 @@ class TestLeftAlone:
 
         assert why_not_kernel(Own(3, 3, 3)) == "a Own, no plain convolution of torch's"
         with pytest.raises(TypeError, match="a Own, no plain convolution"):
-            FusedLoRAKernel.attach(Own(3, 3, 3), 2)
+            FusedLoRAConvWeight.attach(Own(3, 3, 3), 2)
 
 
 def test_a_file_that_adapts_one_says_how_to_patch(tmp_path):

@@ -151,7 +151,7 @@ class TestFx:
     def test_linears_and_convolutions_on_their_own(self):
         torch.manual_seed(0)
         conv = FusedLoRAConv2d.adopt(nn.Conv2d(3, 4, 3), rank=2)
-        around = fused_lora.nn.adopt_around(nn.Linear(4, 4), rank=2)
+        around = fused_lora.nn.adopt_additive(nn.Linear(4, 4), rank=2)
         linear = fused_lora.FusedLoRALinear(4, 4, rank=2)
         model = wake(nn.Sequential(conv, nn.Flatten(2), nn.Linear(900, 4), around, linear))
         traced = torch.fx.symbolic_trace(model)
@@ -277,8 +277,8 @@ class TestInputByName:
         adopt = {
             "linear": lambda: fused_lora.FusedLoRALinear.adopt(plain, rank=2),
             "grouped": lambda: fused_lora.nn.FusedLoRAGroupedLinear.adopt(plain, {"q": (0, 2)}, 2),
-            "read": lambda: fused_lora.nn.FusedLoRARead.adopt(plain, {"": (0, 6)}, {"": 2}),
-            "around": lambda: fused_lora.nn.adopt_around(plain, rank=2),
+            "read": lambda: fused_lora.nn.FusedLoRAWeight.adopt(plain, {"": (0, 6)}, {"": 2}),
+            "around": lambda: fused_lora.nn.adopt_additive(plain, rank=2),
         }
         linear = wake(adopt[kind]())
         assert torch.equal(linear(input=self.X), linear(self.X))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fused_lora.trust.check import FullMemory, KernelId, Verdict, broken
+from fused_lora.trust.check import KernelId, OutOfMemory, Verdict, broken
 from fused_lora.trust.kernel_registry import Checked
 
 RIGHT = Verdict(True, 0.25, 1.0, "y")
@@ -82,7 +82,7 @@ def is_killed_while_answering(_: str) -> Verdict:
 
 
 def has_no_memory(_: str) -> Verdict:
-    raise FullMemory("no memory is left to check a kernel in: CUDA out of memory")
+    raise OutOfMemory("no memory is left to check a kernel in: CUDA out of memory")
 
 
 def counts(path: str) -> Verdict:

@@ -10,7 +10,7 @@ from fused_lora.trust import kernel_registry, own_process, selftest, verify
 from fused_lora.types import Backend, Needs, Span
 
 CPU = torch.device("cpu")
-PARTNERS = {
+ELEMENTWISE = {
     *("extended_gelu", "extended_scale", "extended_dropout", "shrink_dropout", "grad_dropout"),
     *(
         "shrink_norm",
@@ -24,7 +24,7 @@ PARTNERS = {
     ),
 }
 COMPILED = {"lora_merge", "lora_grad", "lora_linear", "lora_linear_gelu", "lora_linear_scale"}
-KERNELS = {"shrink", "extended", "one_pass", "grad", "merge"} | PARTNERS
+KERNELS = {"shrink", "extended", "one_pass", "grad", "merge"} | ELEMENTWISE
 
 
 def test_without_a_device_it_says_why_and_shows_what_it_would_run(capsys, tmp_path):
@@ -87,7 +87,7 @@ def test_one_wrong_kernel_is_an_exit_status(kernels, capsys, name, tmp_path):
     assert failed == {name}
     wrong = next(row for row in rows if row["verdict"] == "FAILED")
     assert float(wrong["error"]) > float(wrong["budget"]) > 0
-    assert "is over the budget" in wrong["said"] and wrong["said"] in capsys.readouterr().out
+    assert "is over the budget" in wrong["reason"] and wrong["reason"] in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("few")

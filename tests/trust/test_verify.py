@@ -39,7 +39,7 @@ TILES = {
     "grad": GradTile(16, 128, 64, 4, 4),
     "merge": MergeTile(),
 }
-PARTNERS = {
+ELEMENTWISE = {
     "extended_gelu": TILES["extended"],
     "extended_scale": TILES["extended"],
     "extended_wide": TILES["extended"],
@@ -61,7 +61,7 @@ def plan(impl=Impl.AUTO, rank=16, dtype=torch.bfloat16):
 
 
 def verdict(name="extended", dtype="bfloat16"):
-    return verify.verdict(of_launch(Launch(name, (TILES | PARTNERS)[name]), dtype), CPU)
+    return verify.verdict(of_launch(Launch(name, (TILES | ELEMENTWISE)[name]), dtype), CPU)
 
 
 def one_element(t):
@@ -90,7 +90,7 @@ def test_right_kernels_serve_and_are_checked_once(kernels):
     ("name", "dtype"),
     [
         *product(TILES, ["bfloat16", "float16", "float32", "tf32"]),
-        *product(PARTNERS, ["bfloat16", "float32"]),
+        *product(ELEMENTWISE, ["bfloat16", "float32"]),
     ],
 )
 def test_every_kernel_and_dtype_has_a_check_that_one_wrong_element_fails(kernels, name, dtype):

@@ -141,8 +141,8 @@ Mark = Callable[[Sequence[Row]], float | None]  # where a case's line is drawn
 def time_bar(row: Row) -> Bar:
     """The median of a step."""
     over = "" if row.ratio_frozen is None else f" ({times(row.ratio_frozen)}x)"
-    said = f"{milliseconds(row.median_ms)} ms{over}"
-    return Bar(row.method, row.median_ms, said, title(row.method))
+    label = f"{milliseconds(row.median_ms)} ms{over}"
+    return Bar(row.method, row.median_ms, label, title(row.method))
 
 
 def memory_bar(row: Row) -> Bar:

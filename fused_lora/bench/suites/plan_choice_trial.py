@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from math import ceil, sqrt
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from fused_lora.bench.clock import Clock, Step, Times
 from fused_lora.bench.provenance import Provenance
-from fused_lora.bench.rows import read_as
+from fused_lora.bench.rows import JsonRow, read_as
+from fused_lora.bench.rows import newest as latest
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.ops import measured
 from fused_lora.ops.lora_linear import backward, forward
@@ -65,7 +65,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class PlanRow:
+class PlanRow(JsonRow):
     """One case, measured."""
 
     case: PlanCase
@@ -79,19 +79,6 @@ class PlanRow:
     provenance: Provenance
     by: str = "model"  # how it was chosen: model, or measure (FUSED_LORA_PLAN)
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> PlanRow:
-        """The row that ``to_json`` wrote."""
-        fields = json.loads(line)
-        candidates = [Candidate(**each) for each in fields.pop("candidates")]
-        case, ceilings = PlanCase(**fields.pop("case")), Ceilings(**fields.pop("ceilings"))
-        origin = Provenance(**fields.pop("provenance"))
-        return cls(case=case, candidates=candidates, ceilings=ceilings, provenance=origin, **fields)
-
     def of(self, plan: str) -> Candidate:
         """The candidate called ``plan``."""
         return next(each for each in self.candidates if each.plan == plan)
@@ -99,13 +86,12 @@ class PlanRow:
 
 def read(folder: Path) -> Iterator[PlanRow]:
     """Every row of this suite below ``folder``."""
-    return read_as(folder, [SUITE], PlanRow.from_json)
+    return read_as(folder, [SUITE], PlanRow)
 
 
 def newest(rows: Iterable[PlanRow]) -> list[PlanRow]:
     """The latest row of each device, way to choose, and case."""
-    ordered = sorted(rows, key=lambda row: row.provenance.time_utc)
-    return list({(row.provenance.device, row.by, row.case): row for row in ordered}.values())
+    return latest(rows, lambda row: (row.provenance.device, row.by, row.case))
 
 
 Outcome = Mapping[str, Tensor]  # y, dx, and da, db of all adapters end to end
@@ -258,7 +244,7 @@ class Sweep:
         return all(standard_error(ratios) < SETTLED for ratios in close)
 
     def drop_slow(self, eligible: Collection[str]) -> None:
-        """Send home the plans that were never within reach of the best so far."""
+        """Drop the plans that were never within reach of the best so far."""
         limit = DROP.get(self.rounds)
         if limit is None:
             return

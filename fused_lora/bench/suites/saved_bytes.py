@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
 
@@ -18,12 +17,13 @@ from fused_lora.bench.correctness_gate import Gate
 from fused_lora.bench.measure import able
 from fused_lora.bench.provenance import Provenance, provenance
 from fused_lora.bench.registry import SUITES, job
-from fused_lora.bench.rows import append, read_as
+from fused_lora.bench.rows import JsonRow, append, read_as
+from fused_lora.bench.rows import newest as latest
 from fused_lora.bench.runner import MethodRun, Phases, enter
-from fused_lora.bench.saved_tensors import ledger
-from fused_lora.bench.saved_tensors import text as text_of_ledger
+from fused_lora.bench.saved_tensors import saved_tensors
+from fused_lora.bench.saved_tensors import text as text_of_saved
 from fused_lora.bench.shapes import SHAPES, Grid
-from fused_lora.bench.table import aligned, title
+from fused_lora.bench.table import aligned, markdown_table, title
 from fused_lora.bench.workload import STORED, blocks, precision, shallow
 
 SUITE = "saved_bytes"
@@ -52,7 +52,7 @@ class SavedCase:
 
 
 @dataclass(frozen=True)
-class SavedRow:
+class SavedRow(JsonRow):
     """One method in one case, counted."""
 
     case: SavedCase
@@ -66,27 +66,15 @@ class SavedRow:
     provenance: Provenance
     bytes_in_all: int = 0  # that the network's blocks and all around them keep; 0: not recorded
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> SavedRow:
-        """The row that ``to_json`` wrote."""
-        fields = json.loads(line)
-        case, origin = SavedCase(**fields.pop("case")), Provenance(**fields.pop("provenance"))
-        return cls(case=case, provenance=origin, **fields)
-
 
 def read(folder: Path) -> Iterator[SavedRow]:
     """Every row of this suite below ``folder``."""
-    return read_as(folder, [SUITE], SavedRow.from_json)
+    return read_as(folder, [SUITE], SavedRow)
 
 
 def newest(rows: Iterable[SavedRow]) -> list[SavedRow]:
     """The latest row of each case and method; counts are the same on every device."""
-    ordered = sorted(rows, key=lambda row: row.provenance.time_utc)
-    return list({(row.case, row.method): row for row in ordered}.values())
+    return latest(rows, lambda row: (row.case, row.method))
 
 
 HEADS = (
@@ -140,11 +128,11 @@ def markdown_lines(rows: Sequence[SavedRow]) -> Iterator[str]:
 def _markdown(rows: Sequence[SavedRow]) -> str:
     dtypes = list(dict.fromkeys(row.case.dtype for row in rows))
     cells = {(row.method, row.case.dtype): _units(row) for row in rows}
-    lines = [("method", *dtypes), ("---", *("---:",) * len(dtypes))]
-    for method in dict.fromkeys(row.method for row in rows):
-        found = (cells.get((method, dtype), "-") for dtype in dtypes)
-        lines.append((title(method), *found))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [
+        (title(method), *(cells.get((method, dtype), "-") for dtype in dtypes))
+        for method in dict.fromkeys(row.method for row in rows)
+    ]
+    return markdown_table(("method", *dtypes), lines)
 
 
 def _units(row: SavedRow) -> str:
@@ -166,8 +154,8 @@ def run(options: argparse.Namespace, grid: Grid) -> int:
                 print(f"refused: {method_run.method.name} ({case}): {complaints}", file=sys.stderr)
             else:
                 rows.append(record(case, method_run, origin))
-                if options.ledger:
-                    print(ledger_text(case, method_run, options.device))
+                if options.saved_tensors:
+                    print(saved_tensors_text(case, method_run, options.device))
         print(text(case, rows))
         if options.rows:
             append(rows, options.rows)
@@ -197,15 +185,15 @@ def method_runs(
             )
 
 
-def ledger_text(case: SavedCase, method_run: MethodRun, device: str) -> str:
+def saved_tensors_text(case: SavedCase, method_run: MethodRun, device: str) -> str:
     """What each operation of the middle block keeps, run by itself."""
     block = blocks(method_run.model)[case.blocks // 2]
     shape = (case.batch, case.tokens, case.width)
     x = torch.randn(shape, device=device, dtype=STORED[case.dtype], requires_grad=True)
     with precision(case.dtype, device):
-        entries = ledger(block(x), model=method_run.model)
+        entries = saved_tensors(block(x), model=method_run.model)
     title = f"{method_run.method.name}, one block ({case})"
-    return f"{title}\n{text_of_ledger(entries, case.batch * case.tokens)}\n"
+    return f"{title}\n{text_of_saved(entries, case.batch * case.tokens)}\n"
 
 
 def record(case: SavedCase, method_run: MethodRun, origin: Provenance) -> SavedRow:

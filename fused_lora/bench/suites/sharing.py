@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch as substituted
 
 import torch
@@ -22,9 +22,10 @@ import fused_lora
 from fused_lora.bench.clock import clock_for, interleave
 from fused_lora.bench.provenance import Provenance, provenance
 from fused_lora.bench.registry import job
-from fused_lora.bench.rows import append, read_as
+from fused_lora.bench.rows import JsonRow, append, read_as
+from fused_lora.bench.rows import newest as latest
 from fused_lora.bench.shapes import SHAPES, Grid, ModelShape
-from fused_lora.bench.table import aligned, milliseconds
+from fused_lora.bench.table import aligned, markdown_table, milliseconds
 from fused_lora.bench.workload import STORED
 from fused_lora.distill.slad import Logits, slad_losses
 from fused_lora.nn import AdaptedLinear, shared_parameters
@@ -51,7 +52,7 @@ class SharingCase:
 
 
 @dataclass(frozen=True)
-class SharingRow:
+class SharingRow(JsonRow):
     """One variant: apart (the student has adapters of its own), slices (autograd's), shared."""
 
     case: SharingCase
@@ -63,27 +64,15 @@ class SharingRow:
     ratio_apart: float  # median over rounds of the ratio within a round
     provenance: Provenance
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> SharingRow:
-        """The row that ``to_json`` wrote."""
-        fields = json.loads(line)
-        case, origin = SharingCase(**fields.pop("case")), Provenance(**fields.pop("provenance"))
-        return cls(case=case, provenance=origin, **fields)
-
 
 def read(folder: Path) -> Iterator[SharingRow]:
     """Every row of this suite below ``folder``."""
-    return read_as(folder, [SUITE], SharingRow.from_json)
+    return read_as(folder, [SUITE], SharingRow)
 
 
 def newest(rows: Iterable[SharingRow]) -> list[SharingRow]:
     """The latest row of each device, case and variant."""
-    ordered = sorted(rows, key=lambda row: row.provenance.time_utc)
-    return list({(row.provenance.device, row.case, row.variant): row for row in ordered}.values())
+    return latest(rows, lambda row: (row.provenance.device, row.case, row.variant))
 
 
 NAMES = {
@@ -110,13 +99,13 @@ def markdown_lines(rows: Sequence[SharingRow]) -> Iterator[str]:
 
 
 def _markdown(rows: Sequence[SharingRow]) -> str:
-    lines = [DOCS_HEADS, ("---", *("---:",) * (len(DOCS_HEADS) - 1))]
+    lines = []
     by_variant = {row.variant: row for row in rows}
     for row in (by_variant[variant] for variant in NAMES if variant in by_variant):
         written = f"{row.written_bytes / 1e6:.1f}"
         time = milliseconds(row.median_ms), f"{row.ratio_apart:.3f}"
         lines.append((NAMES[row.variant], str(row.launches), written, *time))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(DOCS_HEADS, lines)
 
 
 STUDENTS = {
@@ -129,7 +118,7 @@ STUDENTS = {
 @contextmanager
 def slices() -> Iterator[None]:
     """Inside, parts of parameters are autograd's own slices."""
-    with substituted.object(shared_parameters, "lends", lambda owner: False):
+    with substituted.object(shared_parameters, "accumulates_slices", lambda owner: False):
         yield
 
 
@@ -138,7 +127,7 @@ class Variant:
     """One variant: its models, and what they run under."""
 
     models: nn.ModuleList  # teacher, student
-    inside: Callable[[], AbstractContextManager] = nullcontext
+    inside: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Both forwards, SLAD's loss, one backward; gradients are dropped first."""
@@ -164,7 +153,7 @@ def variants(shape: ModelShape, rank: int, device: str, dtype: torch.dtype) -> d
     fused_lora.share_adapters(*pair)
     apart = copy.deepcopy(pair)
     fused_lora.unshare_adapters(apart[1])
-    _lend_no_more(apart[0])
+    _forget_sharers(apart[0])
     return {"apart": Variant(apart), "slices": Variant(pair, slices), "shared": Variant(pair)}
 
 
@@ -174,10 +163,10 @@ def _wake(model: nn.Module) -> None:
             nn.init.normal_(b, std=0.02)
 
 
-def _lend_no_more(model: nn.Module) -> None:
+def _forget_sharers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
-            module._lent = False
+            module._has_sharers = False
 
 
 class Launches(TorchDispatchMode):
@@ -187,7 +176,9 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.count = self.nbytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         """Run ``func``; count it unless all it made are views."""
         held = {t.untyped_storage().data_ptr() for t in _tensors((*args, *(kwargs or {}).values()))}
         out = func(*args, **(kwargs or {}))
@@ -200,7 +191,7 @@ class Launches(TorchDispatchMode):
         return out
 
 
-def _tensors(values) -> Iterator[Tensor]:
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -266,7 +257,9 @@ def measured(
     ]
 
 
-def agree(found: dict[str, Variant], steps: dict, close: float) -> bool:
+def agree(
+    found: dict[str, Variant], steps: Mapping[str, Callable[[], object]], close: float
+) -> bool:
     """Whether both variants of sharing give the teacher's adapters the same gradients."""
     grads = []
     for name in ("slices", "shared"):

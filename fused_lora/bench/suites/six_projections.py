@@ -52,7 +52,7 @@ class SixProjections(Workload):
             self.inputs.append(x.to(device, torch.bfloat16 if narrow else self.stored))
             std = linear.in_features**-0.5
             linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * std)
-        self._dy: dict[tuple, Tensor] = {}
+        self._dy: dict[tuple[int, ...], Tensor] = {}
 
     def linears(self, rank: int) -> list[Linear]:
         """The four, three adapters on the first."""

@@ -15,7 +15,7 @@ from fused_lora.bench.registry import suite
 from fused_lora.bench.shapes import ModelShape
 from fused_lora.bench.workload import Workload, blocks
 
-# AdamW whose moments are lent: methods take turns, so one set of moments serves them all.
+# AdamW whose moments are shared: methods take turns, so one set of moments serves them all.
 #
 # Four methods of rank 512 on a ViT-B would hold 2.7 GB of moments; nothing that is measured or
 # judged depends on their values.
@@ -25,13 +25,13 @@ Key = tuple[torch.Size, torch.dtype, int, str]  # the last two: which of that sh
 
 
 class Moments:
-    """A pool of moments by shape; each lives as long as an optimizer that borrows it."""
+    """A pool of moments by shape; each lives as long as an optimizer that uses it."""
 
     def __init__(self) -> None:
         self._pool: WeakValueDictionary[Key, Tensor] = WeakValueDictionary()
 
     def adamw(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
-        """An optimizer of ``parameters`` with borrowed moments."""
+        """An optimizer of ``parameters`` with moments from the pool."""
         trained = list(parameters)
         optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
         seen: Counter[tuple[torch.Size, torch.dtype]] = Counter()
@@ -40,12 +40,12 @@ class Moments:
             turn = seen[parameter.shape, parameter.dtype]
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": self._lend(parameter, turn, "exp_avg"),
-                "exp_avg_sq": self._lend(parameter, turn, "exp_avg_sq"),
+                "exp_avg": self._shared(parameter, turn, "exp_avg"),
+                "exp_avg_sq": self._shared(parameter, turn, "exp_avg_sq"),
             }
         return optimizer
 
-    def _lend(self, parameter: nn.Parameter, turn: int, moment: str) -> Tensor:
+    def _shared(self, parameter: nn.Parameter, turn: int, moment: str) -> Tensor:
         key = (parameter.shape, parameter.dtype, turn, moment)
         held = self._pool.get(key)
         if held is None:

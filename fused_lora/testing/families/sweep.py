@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fused_lora.nn import FusedLoRAChild, FusedLoRARead
+from fused_lora.nn import FusedLoRAParameter, FusedLoRAWeight
 from fused_lora.patching.example import examples_for
 from fused_lora.patching.patch import adapted, patch
 from fused_lora.patching.report import PatchError
@@ -89,7 +89,7 @@ def _served(library: str, family: str, model: nn.Module, example: Any, qkv: str)
         qkv,
         tuple(roles),
         len(report.rows),
-        sum(isinstance(module, FusedLoRARead) for _, module in adapted(patched)),
+        sum(isinstance(module, FusedLoRAWeight) for _, module in adapted(patched)),
         "",
         verdicts,
         worst,
@@ -169,11 +169,11 @@ def _to(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _adapters(patched: nn.Module) -> Iterator[Adapter]:
     for name, module in adapted(patched):
         holder, tensor = name, "weight"
-        if isinstance(module, FusedLoRAChild):
+        if isinstance(module, FusedLoRAParameter):
             holder, tensor = name.rpartition(".")[0], name.rpartition(".")[2] + "_weight"
         pairs = zip(module.adapters(), module.scales, module.groups.values(), strict=True)
         for (a, b), scale, span in pairs:
-            read = isinstance(module, FusedLoRARead)
+            read = isinstance(module, FusedLoRAWeight)
             yield Adapter(holder, tensor, (span.start, span.stop), scale, a, b, read)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fused_lora
-from fused_lora.nn import AdaptedLinear, FusedLoRALinear, adopt_around
+from fused_lora.nn import AdaptedLinear, FusedLoRALinear, adopt_additive
 from tests.patching.models import build, images, wake
 
 
@@ -60,7 +60,7 @@ def quantised(model, kind):
 def test_forward_and_gradients_are_the_base_and_the_adapter(kind, dropout):
     linear = kind(nn.Linear(12, 20, dtype=torch.float64))
     base = copy.deepcopy(linear)
-    module = adopt_around(linear, 3, alpha=6, dropout=dropout, adapter_dtype=torch.float64)
+    module = adopt_additive(linear, 3, alpha=6, dropout=dropout, adapter_dtype=torch.float64)
     assert module is linear and isinstance(module, (AdaptedLinear, kind))
     nn.init.normal_(module.lora_B)
     module.train(not dropout)
@@ -104,7 +104,7 @@ def test_a_quantised_model_is_patched_trained_saved_and_taken_back(kind, tmp_pat
 
 
 def test_copies_pickles_and_keys():
-    module = adopt_around(
+    module = adopt_additive(
         Int8Linear(nn.Linear(12, 20)), {"q": 2, "v": 3}, {"q": (0, 8), "v": (9, 20)}
     )
     wake(module)
@@ -116,7 +116,7 @@ def test_copies_pickles_and_keys():
 
 
 def test_compiles_whole():
-    module = wake(adopt_around(Int8Linear(nn.Linear(12, 20)), 3))
+    module = wake(adopt_additive(Int8Linear(nn.Linear(12, 20)), 3))
     x = torch.randn(3, 12)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x))
@@ -136,15 +136,15 @@ def test_bad_options_change_nothing(options, message):
     linear = Int8Linear(nn.Linear(12, 20))
     state = set(linear.__dict__)
     with pytest.raises(ValueError, match=message):
-        adopt_around(linear, **options)
+        adopt_additive(linear, **options)
     assert type(linear) is Int8Linear and set(linear.__dict__) == state
 
 
 def test_what_cannot_be_had():
-    with pytest.raises(TypeError, match="adapters go around an nn.Linear that has none"):
-        adopt_around(FusedLoRALinear(3, 3, rank=1))
-    with pytest.raises(TypeError, match="adapters go around an nn.Linear that has none"):
-        adopt_around(nn.Conv2d(3, 3, 1))
+    with pytest.raises(TypeError, match="expected an nn.Linear without adapters"):
+        adopt_additive(FusedLoRALinear(3, 3, rank=1))
+    with pytest.raises(TypeError, match="expected an nn.Linear without adapters"):
+        adopt_additive(nn.Conv2d(3, 3, 1))
     model = quantised(build(), Int8Linear)
     with pytest.raises(fused_lora.PatchError, match="keep_forward=True keeps it and adds the"):
         fused_lora.patch(model, rank=4)
@@ -178,7 +178,7 @@ def test_torchao():
 def train_around(linear, k):
     x, kind = torch.randn(5, k), type(linear)
     y = linear(x)
-    module = wake(adopt_around(linear, 4, scale=0.5))
+    module = wake(adopt_additive(linear, 4, scale=0.5))
     expected = y + 0.5 * (x @ module.lora_A.T) @ module.lora_B.T
     torch.testing.assert_close(module(x), expected)
     module(x).square().sum().backward()
@@ -279,7 +279,18 @@ def test_what_is_not_linear_in_its_weight_is_not_merged(kind):
 
 
 def test_what_cannot_be_asked_is_not_merged():
-    module = wake(adopt_around(Particular(12, 20), 3))
+    module = wake(adopt_additive(Particular(12, 20), 3))
     with pytest.raises(RuntimeError, match="of a Particular could not be asked .ValueError"):
         module.merge()
     assert not module.merged and module(torch.randn(1, 2, 2, 12)).isfinite().all()
+
+
+@pytest.mark.parametrize("old, new", fused_lora.nn.RENAMED.items())
+def test_an_old_name_works_and_warns(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"{old} is called {new} now"):
+        assert getattr(fused_lora.nn, old) is getattr(fused_lora.nn, new)
+    if new in fused_lora.__all__:
+        with pytest.warns(DeprecationWarning, match=old):
+            assert getattr(fused_lora, old) is getattr(fused_lora, new)
+    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+        fused_lora.absent  # noqa: B018

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused_lora.nn import FusedLoRAChild, FusedLoRARead
-from fused_lora.nn.weight_adapter import read_weight
+from fused_lora.nn import FusedLoRAParameter, FusedLoRAWeight
+from fused_lora.nn.weight_adapter import adapted_weight
 from fused_lora.testing.yardstick import in_every_order, judge
 from fused_lora.types import Span
 
@@ -20,7 +20,7 @@ RANKS = {"q": 2, "v": 3}
 def linear(**options):
     """A linear of which q and v columns are adapted, b away from zero."""
     torch.manual_seed(0)
-    made = FusedLoRARead.adopt(nn.Linear(7, 15), SPANS, RANKS, scale=0.5, **options)
+    made = FusedLoRAWeight.adopt(nn.Linear(7, 15), SPANS, RANKS, scale=0.5, **options)
     [nn.init.normal_(b) for _, b in made.adapters()]
     return made
 
@@ -30,7 +30,7 @@ def attention(**options):
     torch.manual_seed(0)
     made = nn.MultiheadAttention(5, 1, batch_first=True)
     spans = {"q": (0, 5), "v": (10, 15)}
-    child = FusedLoRAChild.attach(made, "in_proj_weight", spans, RANKS, scale=0.5, **options)
+    child = FusedLoRAParameter.attach(made, "in_proj_weight", spans, RANKS, scale=0.5, **options)
     [nn.init.normal_(b) for _, b in child.adapters()]
     return made
 
@@ -40,8 +40,8 @@ def test_the_weight_is_rounded_once(dtype):
     torch.manual_seed(0)
     w, a, b = torch.randn(15, 7).to(dtype), torch.randn(2, 7), torch.randn(5, 2)
     spans = [Span(3, 8, 2)]
-    ours = read_weight(w, [a], [b], [0.3], spans)
-    truth = read_weight(w.double(), [a.double()], [b.double()], [0.3], spans)
+    ours = adapted_weight(w, [a], [b], [0.3], spans)
+    truth = adapted_weight(w.double(), [a.double()], [b.double()], [0.3], spans)
     term = lambda: 0.3 * b.to(dtype) @ a.to(dtype)  # noqa: E731
     plain = [torch.cat((w[:3], w[3:8] + each, w[8:])) for each in in_every_order(term)]
     assert ours.dtype is dtype
@@ -55,7 +55,7 @@ def test_gradcheck():
     wide = {"dtype": torch.float64, "requires_grad": True}
     w, a, b = (torch.randn(s, **wide) for s in ((6, 3), (2, 3), (4, 2)))
     assert torch.autograd.gradcheck(
-        lambda w, a, b: read_weight(w, [a], [b], [0.5], [Span(1, 5, 2)]), (w, a, b)
+        lambda w, a, b: adapted_weight(w, [a], [b], [0.5], [Span(1, 5, 2)]), (w, a, b)
     )
 
 
@@ -139,10 +139,10 @@ def test_dropout_is_refused(make):
 
 def test_what_cannot_be_adopted_is_left_as_it_was():
     with pytest.raises(TypeError, match="a Conv2d cannot be adopted"):
-        FusedLoRARead.adopt(nn.Conv2d(1, 1, 1), SPANS, RANKS)
+        FusedLoRAWeight.adopt(nn.Conv2d(1, 1, 1), SPANS, RANKS)
     plain = nn.Linear(7, 15)
     with pytest.raises(ValueError, match=r"leaves the 15 columns"):
-        FusedLoRARead.adopt(plain, {"q": (0, 16)}, {"q": 2})
+        FusedLoRAWeight.adopt(plain, {"q": (0, 16)}, {"q": 2})
     assert type(plain) is nn.Linear and list(plain.state_dict()) == ["weight", "bias"]
     assert "_groups" not in plain.__dict__
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_lora
 from fused_lora.bench.saved_tensors import SavedBytes
-from fused_lora.nn import FusedLoRALinear, FusedLoRASiblings
-from fused_lora.nn.scope import running
+from fused_lora.nn import FusedLoRAGroupedProjections, FusedLoRALinear
+from fused_lora.nn.grouped_call import open_calls
 from fused_lora.ops.lora_linear_many import LoRALinearMany
 from tests.observe import operations
 from tests.ops.plans import fix_plans
@@ -54,7 +54,7 @@ def made(dtype=torch.float64, **options) -> Attention:
 
 
 def gathered(**options) -> Attention:
-    return FusedLoRASiblings.gather(made(**options), [["q_proj", "k_proj", "v_proj"]])
+    return FusedLoRAGroupedProjections.gather(made(**options), [["q_proj", "k_proj", "v_proj"]])
 
 
 def tokens(*shape, dtype=torch.float64):
@@ -97,7 +97,7 @@ def calls(monkeypatch):
     """How many matrices each shared call had."""
     found = Counted(operations(monkeypatch, LoRALinearMany))
     yield found
-    assert not running.scopes
+    assert not open_calls.calls
 
 
 def test_one_call_gives_what_three_give(calls):
@@ -217,7 +217,7 @@ def test_nothing_is_held_beyond_the_forward(calls):
     handle = attention.k_proj.register_forward_hook(stop)
     with pytest.raises(Stop):
         attention(tokens())
-    assert not running.scopes
+    assert not open_calls.calls
     handle.remove()
     same(outcome(attention, tokens()), outcome(made(), tokens()))
 
@@ -242,7 +242,7 @@ def test_copies_pickles_and_release(calls):
         assert isinstance(other, Attention)
     assert calls == [3, 3]
     assert attention.release() is attention and type(attention) is Attention
-    assert "_sibling" not in attention.q_proj.__dict__
+    assert "_grouped" not in attention.q_proj.__dict__
     same(outcome(attention, tokens()), outcome(made(), tokens()))
     assert calls == [3, 3]
 
@@ -322,7 +322,7 @@ def test_of_other_dtypes_torch_speaks_for_the_linear_itself():
     with pytest.raises(TypeError, match=r"x is torch.float32 and w is torch.float64"):
         attention(tokens().float())
     with pytest.raises(TypeError, match="fused already"):
-        FusedLoRASiblings.gather(attention, [["q_proj", "k_proj"]])
+        FusedLoRAGroupedProjections.gather(attention, [["q_proj", "k_proj"]])
 
 
 def test_patch_finds_them_says_so_and_unpatch_undoes_it(calls):

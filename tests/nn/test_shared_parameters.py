@@ -8,9 +8,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora.nn import shared_parameters
-from fused_lora.nn.shared_parameters import Box, borrow
+from fused_lora.nn.shared_parameters import ParameterSlice, parameter_slices
 
-WHOLE, SMALL, SMALLER, LOW = Box(0, 6, 9), Box(0, 4, 5), Box(0, 2, 3), Box(4, 6, 7)
+WHOLE, SMALL, SMALLER, LOW = (
+    ParameterSlice(0, 6, 9),
+    ParameterSlice(0, 4, 5),
+    ParameterSlice(0, 2, 3),
+    ParameterSlice(4, 6, 7),
+)
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def use(part, x):
     return (x[..., : part.shape[1]] @ part.T).tanh().square().sum()
 
 
-def loss(owner, boxes, x, take=borrow):
+def loss(owner, boxes, x, take=parameter_slices):
     """One use of each box, one after the other."""
     return sum(use(take([owner], [box])[0], x) for box in boxes)
 
@@ -62,7 +67,7 @@ def test_the_gradient_is_autograds_to_the_bit(owner, x, boxes):
         total, owner.grad = owner.grad, None
         return *handed, total
 
-    assert all(map(torch.equal, runs(borrow), runs(sliced)))
+    assert all(map(torch.equal, runs(parameter_slices), runs(sliced)))
 
 
 def test_several_parts_at_once_and_the_same_twice(owner, x):
@@ -75,11 +80,11 @@ def test_several_parts_at_once_and_the_same_twice(owner, x):
         total = sum(i * use(part, x) for i, part in enumerate(parts, 1))
         return torch.autograd.grad(total, [owner, other])
 
-    assert all(map(torch.equal, grads(borrow), grads(sliced)))
+    assert all(map(torch.equal, grads(parameter_slices), grads(sliced)))
 
 
 def test_parts_are_views(owner):
-    (part,) = borrow([owner], [LOW])
+    (part,) = parameter_slices([owner], [LOW])
     assert part.data_ptr() == owner[4:6].data_ptr()
     assert part.shape == (2, 7)
 
@@ -90,7 +95,7 @@ def test_uses_that_are_not_borrowed_are_added(owner, x, foreign):
         term = {"sum": owner.sum(), "product": (owner * 3).sin().sum(), "expand": owner[0, 0]}
         return loss(owner, (WHOLE, SMALL), x, take) + term[foreign]
 
-    got = torch.autograd.grad(total(borrow), owner)
+    got = torch.autograd.grad(total(parameter_slices), owner)
     torch.testing.assert_close(got, torch.autograd.grad(total(sliced), owner), rtol=0, atol=1e-14)
 
 
@@ -142,7 +147,7 @@ def test_a_pass_that_fails_leaves_nothing(owner, x):
         def backward(ctx, grad):
             raise ZeroDivisionError
 
-    first = use(Fails.apply(borrow([owner], [WHOLE])[0]), x)  # its backward comes last
+    first = use(Fails.apply(parameter_slices([owner], [WHOLE])[0]), x)  # its backward comes last
     with pytest.raises(ZeroDivisionError):
         (first + loss(owner, (SMALL,), x)).backward()
     assert owner.grad is None
@@ -184,7 +189,7 @@ def test_checkpoint(owner, x, reentrant):
         return inner + loss(owner, (WHOLE,), x, take)
 
     grads = []
-    for take in (borrow, sliced):
+    for take in (parameter_slices, sliced):
         total(take).backward()
         grads.append(owner.grad)
         owner.grad = None
@@ -226,17 +231,17 @@ def test_a_sharded_owner():
         device_mesh = "a mesh"
 
     with pytest.raises(TypeError, match=r"Sharded \(6, 9\) is sharded over a mesh"):
-        borrow([torch.randn(6, 9).as_subclass(Sharded)], [SMALL])
+        parameter_slices([torch.randn(6, 9).as_subclass(Sharded)], [SMALL])
 
 
 @pytest.mark.gpu
 def test_uses_on_two_streams():
     owner = nn.Parameter(torch.randn(512, 4096, device="cuda"))
     x = torch.randn(4096, 4096, device="cuda")
-    box = Box(0, 256, 2048)
+    box = ParameterSlice(0, 256, 2048)
     torch.cuda.synchronize()
     got = []
-    for take in (borrow, sliced):
+    for take in (parameter_slices, sliced):
         side = torch.cuda.Stream()
         total = loss(owner, (WHOLE.all_of(owner),), x, take)
         with torch.cuda.stream(side):
