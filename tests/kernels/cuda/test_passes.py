@@ -164,11 +164,12 @@ def shown(programs: list[Program]) -> str:
 
 # At most: passes of linears, all passes, launches; forward and backward. Before dh came from the
 # gradients and h from LayerNorm: 23.7, 37.7, 11 and 44.6, 86.7, 25; 26.6, 48.6, 40 and 53.2, 103.2,
-# 45. Adapters in fp32 beside bf16 are packed: one launch of each half, in forward alone. The aim is
-# 44 passes of linears in all, 48 by the library, and 8 and 16 launches.
+# 45; 86.7 and 103.2 were 74.1 and 90.3 while GELU of u was made again for da of fc2. Adapters in fp32
+# beside bf16 are packed: one launch of each half, in forward alone. The aim is 44 passes of linears
+# in all, 48 by the library, and 8 and 16 launches.
 MOST = {
-    by_cuda: (Count(16.6, 34.7, 11), Count(36.0, 74.1, 19)),
-    by_library: (Count(20.3, 42.5, 30), Count(44.3, 90.3, 32)),
+    by_cuda: (Count(16.6, 34.7, 11), Count(36.0, 66.0, 18)),
+    by_library: (Count(20.3, 42.5, 30), Count(44.3, 82.3, 31)),
 }
 
 
@@ -218,6 +219,7 @@ def test_what_is_no_pass_of_its_own(h200, monkeypatch, serves):
         ]
         assert all(name_of(call) == "new_empty" for call in thin), shown([program])
         assert "shrink" not in back and "add_" not in back
+        assert "gelu" not in " ".join(back)  # fc2's gradients form it of u
         first = min(
             back.index(name) for name in ("mm", "extended", "extended_bulk") if name in back
         )
