@@ -164,7 +164,7 @@ def shown(programs: list[Program]) -> str:
 
 # At most: passes of linears, all passes, launches; forward and backward. Before dh came from the
 # gradients and h from LayerNorm: 23.7, 37.7, 11 and 44.6, 86.7, 25; 26.6, 48.6, 40 and 53.2, 103.2,
-# 45; 86.7 and 103.2 were 74.1 and 90.3 while GELU of u was made again for da of fc2. Adapters in fp32
+# 45. While GELU of u was made again for da of fc2, backward had 8 more of all. Adapters in fp32
 # beside bf16 are packed: one launch of each half, in forward alone. The aim is 44 passes of linears
 # in all, 48 by the library, and 8 and 16 launches.
 MOST = {
