@@ -219,7 +219,8 @@ def test_what_is_no_pass_of_its_own(h200, monkeypatch, serves):
         ]
         assert all(name_of(call) == "new_empty" for call in thin), shown([program])
         assert "shrink" not in back and "add_" not in back
-        assert "gelu" not in " ".join(back)  # fc2's gradients form it of u
+        # fc2's gradients form GELU of u; its slope is an epilogue, or the library's one pass
+        assert sum("gelu" in name for name in back) <= (serves is by_library)
         first = min(
             back.index(name) for name in ("mm", "extended", "extended_bulk") if name in back
         )
