@@ -16,6 +16,10 @@ void bind_common(py::module_& m) {
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
       .value("float16", DType::kFloat16);
+  py::enum_<Activation>(m, "Activation", py::module_local())
+      .value("none", Activation::kNone)
+      .value("erf", Activation::kErf)
+      .value("tanh", Activation::kTanh);
 }
 
 }  // namespace

@@ -28,7 +28,8 @@ inline GradProblem grad_problem(const GradPlan& plan, uintptr_t x, uintptr_t dy,
                                 uintptr_t dh, int64_t x_row, int64_t dy_row, int64_t h_row,
                                 int64_t dh_row, const std::vector<GradGroup>& groups,
                                 uintptr_t dbias, uintptr_t dh_out, int64_t dh_out_row, int64_t rows,
-                                DType type, DType adapter, DType grad, DType dbias_type, bool add) {
+                                DType type, DType adapter, DType grad, DType dbias_type, bool add,
+                                Activation activation) {
   GradProblem problem = {};
   problem.x = {pointer<void>(x), pointer<void>(h), x_row, h_row, plan.shape.k, 0};
   problem.dy = {pointer<void>(dy), pointer<void>(dh), dy_row, dh_row, plan.shape.n, 0};
@@ -42,7 +43,7 @@ inline GradProblem grad_problem(const GradPlan& plan, uintptr_t x, uintptr_t dy,
   problem.dh = pointer<void>(dh_out), problem.dh_row = dh_out_row;
   problem.type = type, problem.adapter = adapter;
   problem.grad = grad, problem.dbias_type = dbias_type;
-  problem.add = add;
+  problem.add = add, problem.activation = activation;
   return problem;
 }
 
@@ -87,7 +88,8 @@ inline void bind_lora_grad(py::module_& m) {
            py::arg("h"), py::arg("dh"), py::arg("x_row"), py::arg("dy_row"), py::arg("h_row"),
            py::arg("dh_row"), py::arg("groups"), py::arg("dbias"), py::arg("dh_out") = 0,
            py::arg("dh_out_row") = 0, py::arg("rows"), py::arg("type"), py::arg("adapter"),
-           py::arg("grad"), py::arg("dbias_type"), py::arg("add"));
+           py::arg("grad"), py::arg("dbias_type"), py::arg("add"),
+           py::arg("activation") = Activation::kNone);
 
   m.def(
       "lora_grad",

@@ -32,10 +32,6 @@ inline void bind_linear_plan(py::module_& m) {
   py::enum_<sm90::Right>(m, "Right", py::module_local())
       .value("rows", sm90::Right::kRows)
       .value("columns", sm90::Right::kColumns);
-  py::enum_<sm90::Activation>(m, "Activation", py::module_local())
-      .value("none", sm90::Activation::kNone)
-      .value("erf", sm90::Activation::kErf)
-      .value("tanh", sm90::Activation::kTanh);
 
   py::class_<sm90::LinearPlan>(m, "LinearPlan", py::module_local())
       .def_readonly("tile_rows", &sm90::LinearPlan::tile_rows)
@@ -48,7 +44,7 @@ inline void bind_linear_plan(py::module_& m) {
   m.def(
       "plan_lora_linear",
       [](int64_t rows, int32_t columns, int32_t depth, int32_t ranks, sm90::Right right,
-         sm90::Activation activation, int processors,
+         Activation activation, int processors,
          std::optional<std::pair<int, int>> tile) -> std::optional<sm90::LinearPlan> {
         const sm90::LinearShape shape = {rows, columns, depth, ranks, right, activation};
         if (!tile) return sm90::plan_lora_linear(shape, processors);

@@ -11,6 +11,8 @@ namespace fused_lora {
 // The values of the `dtype` arguments of every op; Python reads them from the module.
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+enum class Activation : int32_t { kNone = 0, kErf = 1, kTanh = 2 };  // GELU of either kind
+
 struct BFloat16 {
   uint16_t bits;
 };

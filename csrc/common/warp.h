@@ -65,6 +65,9 @@ FL_DEVICE void fence_copies() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Between what this thread wrote to shared memory and a copy to the same place.
+FL_DEVICE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 FL_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -99,6 +102,7 @@ FL_DEVICE float load_cluster(const float*, int) { return 0.0f; }
 FL_DEVICE bool elected() { return false; }
 FL_DEVICE void init_barrier(uint64_t*) {}
 FL_DEVICE void fence_copies() {}
+FL_DEVICE void fence_writes() {}
 FL_DEVICE void expect_bytes(uint64_t*, int) {}
 FL_DEVICE void copy_bulk(void*, const void*, int, uint64_t*) {}
 FL_DEVICE void wait_barrier(uint64_t*, int) {}

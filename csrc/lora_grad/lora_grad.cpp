@@ -73,6 +73,8 @@ void check(const GradProblem& problem, const GradPlan& plan) {
   check_groups(problem, shape);
   require((problem.type == DType::kFloat32) == shape.tf32,
           std::string("planned for x and dy of ") + (shape.tf32 ? "fp32" : "16 bits"));
+  require(problem.activation == Activation::kNone || !shape.tf32,
+          "x is formed of a u of 16 bits, planned for fp32");
   require(shape.needs_bias == (problem.dbias != nullptr), "dbias must be as planned");
   require(!problem.dh || shape.forms_dh(), "dh is written where it is formed, and it is given");
   require(!problem.dh || problem.dh_row >= problem.ranks, "rows of the written dh overlap");

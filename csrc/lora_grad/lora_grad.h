@@ -2,6 +2,8 @@
 //
 //   h  = x aT     dh_g = s_g dy[:, g] b_g      formed on chip, or given
 //   db_g = s_g dy[:, g]T h_g                   da = dhT x      dbias = sum over rows of dy
+//
+// x may be GELU(u) of a u that is given in its place.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +51,8 @@ struct GradProblem {
   DType type;     // of x, dy, h and dh; products of fp32 are of TF32
   DType adapter;  // of a and b
   DType grad, dbias_type;
-  bool add;  // to what da and db hold
+  bool add;               // to what da and db hold
+  Activation activation;  // x is that of what is given in its place; of 16 bits
 };
 
 // What decides whether, and how, one problem is computed.

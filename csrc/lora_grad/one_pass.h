@@ -2,7 +2,8 @@
 // 16 at a time, or of 8 where they are fp32.
 //
 //     16 columns a strip; a warp owns up to S strips, all of x or all of dy
-//      [ x | x | x | dy | dy | dy | ... ]    shrink  h or dh of these rows: each warp its share
+//      [ x | x | x | dy | dy | dy | ... ]    activate  where u is given: x = GELU(u), in its place
+//                                            shrink  h or dh of these rows: each warp its share
 //   rows                                     settle  shares added in warp order, rounded
 //                                            expand  da += xT dh, db += dyT h, in registers
 //
@@ -13,6 +14,7 @@
 
 #include <type_traits>
 
+#include "common/activation.h"
 #include "lora_grad/products.h"
 
 namespace fused_lora {
@@ -56,6 +58,7 @@ class OnePass {
     end_ = static_cast<int>(tiles * (slice + 1) / plan.slices);
     expands_ = expands(), shrinks_ = forms && shrinks(), t_mine_ = t(0, !is_dy_);
     hands_on_ = forms && problem.dh && chunk == 0;
+    activates_ = !is_dy_ && problem.activation != Activation::kNone;
     settle_where();
     hand_on_where();
     copy_whence();
@@ -71,6 +74,7 @@ class OnePass {
       if constexpr (forms) {
         sync_warp();
         copy(free);
+        if (activates_) activate(stage);
         if (shrinks_) shrink(stage);
         sync_block();
         if (clusters()) share(parity);
@@ -78,7 +82,10 @@ class OnePass {
       settle(parity);
       look_ahead();
       sync_block();
-      if constexpr (!forms) copy(free);
+      if constexpr (!forms) {
+        copy(free);
+        if (activates_) activate(stage);
+      }
       free = stage;
       if (expands_) expand(stage, parity);
       stage = stage + 1 == plan_.stages ? 0 : stage + 1;
@@ -311,6 +318,35 @@ class OnePass {
     return there ? side.at[kRankStep * turn] : Bits(0);
   }
 
+  // x of u, where this warp alone reads it. What lies beyond is zeros, and stays so.
+  FL_DEVICE void activate(int stage) {
+    if constexpr (sizeof(T) == 2) {
+      if (problem_.activation == Activation::kErf) {
+        activate_as<Activation::kErf>(stage);
+      } else {
+        activate_as<Activation::kTanh>(stage);
+      }
+      if constexpr (bulk) fence_writes();
+      sync_warp();
+    }
+  }
+
+  // A lane has 16 bytes of a strip, eight lanes eight rows, which begin in different banks.
+  template <Activation activation>
+  FL_DEVICE void activate_as(int stage) {
+    Bits* at = tile(stage) + lane() % L::kRows * L::kTilePitch + lane() / L::kRows * L::kPiece;
+    FL_UNROLL_BY(1)
+    for (int s = 0; s < strips_; ++s, at += 16) {
+      Sixteen piece = *reinterpret_cast<Sixteen*>(at);
+      FL_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const Pair u = pair_of<T>(piece.at, 2 * i);
+        piece.at[i] = packed<T>({{activated<activation>(u.at[0]), activated<activation>(u.at[1])}});
+      }
+      *reinterpret_cast<Sixteen*>(at) = piece;
+    }
+  }
+
   FL_DEVICE void shrink(int stage) {
     FL_UNROLL
     for (int first = 0; first < RB; first += L::kAtOnce) {
@@ -360,7 +396,7 @@ class OnePass {
         dh = P::rounded(given(given_now(problem_.dy), i));
       }
       if constexpr (forms) {
-        const Pair total = clusters() ? cluster_totals(parity, i) : block_totals(i);
+        const Totals total = clusters() ? cluster_totals(parity, i) : block_totals(i);
         if (plan_.shape.forms_h()) h = nearest<T>(total.h).bits;
         if (plan_.shape.forms_dh()) dh = nearest<T>(scales()[r] * total.dh).bits;
       }
@@ -372,7 +408,7 @@ class OnePass {
     if constexpr (kCursor) to_ += L::kRows * problem_.dh_row, to_left_ -= L::kRows;
   }
 
-  struct Pair {
+  struct Totals {
     float h, dh;
   };
 
@@ -393,9 +429,9 @@ class OnePass {
   }
 
   // In warp order; warps of x come first.
-  FL_DEVICE Pair block_totals(int turn) const {
+  FL_DEVICE Totals block_totals(int turn) const {
     const float* share = sums(0) + row_ * L::kSumPitch + rank_ + kRankStep * turn;
-    Pair total = {};
+    Totals total = {};
     FL_UNROLL
     for (int w = 0; w < kGradWarps; ++w) {
       const float of_warp = share[w * (L::kWarpSumBytes / 4)];
@@ -404,9 +440,9 @@ class OnePass {
     return total;
   }
 
-  FL_DEVICE Pair cluster_totals(int parity, int turn) const {
+  FL_DEVICE Totals cluster_totals(int parity, int turn) const {
     const int e = thread_ + kGradThreads * turn;
-    Pair total = {};
+    Totals total = {};
     for (int block = 0; block < plan_.chunks; ++block) {
       total.h += load_cluster(shares(parity, false) + e, block);
       total.dh += load_cluster(shares(parity, true) + e, block);
@@ -419,7 +455,7 @@ class OnePass {
     FL_UNROLL_BY(1)
     for (int i = 0; i < kTurns; ++i) {
       if (beyond(i)) break;
-      const Pair total = block_totals(i);
+      const Totals total = block_totals(i);
       const int e = thread_ + kGradThreads * i;
       shares(parity, false)[e] = total.h, shares(parity, true)[e] = total.dh;
     }
@@ -492,6 +528,7 @@ class OnePass {
   char* shared_;
   int thread_, x_warps_, strips_, first_, width_, tile_, end_;
   bool is_dy_, expands_, shrinks_;
+  bool activates_;      // what is given of x
   bool hands_on_;       // dh, where it is formed: the first block of a cluster
   Bits* to_;            // where this thread's dh of the next tile goes,
   int to_left_;         // and how many rows are left from there on, none where it is not asked for

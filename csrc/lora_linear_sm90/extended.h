@@ -9,11 +9,14 @@
 //
 // A border is zero outside its group's columns and a rank beyond the last is zero, as the copy
 // engine fills what lies outside a matrix; so a tile may hold columns of several groups, and of
-// none.
+// none. What a sum passes through on its way to y is fp32, and rounded as it is stored.
+//
+//   u = sum + bias      y = residual + factor act(u)
 #pragma once
 
+#include "common/activation.h"
 #include "common/hopper.h"
-#include "lora_linear_sm90/ending.h"
+#include "lora_linear_sm90/arguments.h"
 
 namespace fused_lora::sm90 {
 

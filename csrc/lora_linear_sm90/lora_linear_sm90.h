@@ -22,7 +22,6 @@ namespace fused_lora::sm90 {
 constexpr int kMostLinearGroups = 4;
 
 enum class Right : int32_t { kRows = 0, kColumns = 1 };  // how w and the borders lie
-enum class Activation : int32_t { kNone = 0, kErf = 1, kTanh = 2 };
 
 struct Matrix {
   const void* at;

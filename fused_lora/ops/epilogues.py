@@ -11,14 +11,18 @@ from torch import Tensor
 from fused_lora.kernels.cuda import lora_linear_ended as compiled
 from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_extended import tile_of
+from fused_lora.kernels.cuda.lora_grad_shape import shape_of
 from fused_lora.kernels.interface import Adapters, Ending
 from fused_lora.kernels.triton import available
 from fused_lora.ops import gelu
+from fused_lora.ops import lora_grad_backends as compiled_grads
 from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
 from fused_lora.ops.chain.stage import finish
 from fused_lora.ops.lora_linear import call_plan, forward
+from fused_lora.ops.planning import problem
 from fused_lora.plan.strategies import ends, slopes
 from fused_lora.trust.kernel_registry import of_compiled_product
+from fused_lora.trust.verify import untouchable
 from fused_lora.types import Backend, Beside, Halves, Impl, Needs, Plan, Span, ragged
 
 # Whether a kernel computes what lies beside a product in its own pass; a sentence if none does.
@@ -113,6 +117,26 @@ def why_not_sloped(
         return f"the slope is taken by triton:extended, and the plan is {plan}"
     n, k = w.shape
     return why_not_launch("extended_gelu", dy.shape[0], k, n, dy, dtype, ragged(spans))
+
+
+def why_not_activated(
+    dy: Tensor,  # [M, N], or as many elements in other rows
+    w: Tensor,  # [N, K]
+    spans: tuple[Span, ...],
+    needs: Needs,
+    plan: Plan,
+    dtype: torch.dtype,  # of dy as it is multiplied
+) -> str | None:
+    """One sentence why no gradients form x = GELU(u) as they read u; None when some do."""
+    if plan.grads_by is not Backend.CUDA:
+        return f"x is formed by the compiled gradients, and the plan is {plan}"
+    if needs.w:
+        return "the gradient of w reads x"
+    if reason := untouchable(dy):
+        return reason
+    n, k = w.shape
+    question = problem(dy.shape[0], k, n, spans, dtype, False, needs, device=dy.device)
+    return compiled_grads.why_not_activated(dy, shape_of(question, plan))
 
 
 # A product and what follows it: in the kernel's epilogue where one is trusted, else composed.

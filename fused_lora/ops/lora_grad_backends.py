@@ -2,8 +2,9 @@
 
 Where the plan says so they come first, and dx reads the dh that they form: dy is read twice in all.
 h and dh are handed over where the rest of the plan has them, formed on chip where a block or
-cluster can, and by the library where none can. A form of the kernel that this device has not
-checked, or found wrong, is left to the library.
+cluster can, and by the library where none can. An x that is GELU(u) need not be made again: the
+kernel forms it as it reads u, where this device has found that right. A form of the kernel that
+this device has not checked, or found wrong, is left to the library.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ why_not_on = lru_cache(maxsize=64)(native.why_not_on)
 
 
 @lru_cache(maxsize=4096)
-def checked(shape: GradShape, dtype: torch.dtype, device: torch.device) -> Checked | None:
-    """What is checked before the compiled kernel serves ``shape``; None where no check is."""
+def checked(
+    shape: GradShape, dtype: torch.dtype, device: torch.device, gelu: bool = False
+) -> Checked | None:
+    """What is checked before the compiled kernel serves ``shape``; None where no check is.
+
+    ``gelu``: before it forms x of u.
+    """
     chip = Chip.of(device)
     form, known = fitting(shape, chip).form(chip), examples(chip, shape.tf32)
     if form is None or form not in known:
         return None
     name = "tf32" if shape.tf32 else str(dtype).removeprefix("torch.")
-    return of_compiled_grads(form, known[form], name)
+    return of_compiled_grads(form, known[form], name, gelu)
 
 
 def backward(
@@ -56,6 +62,7 @@ def backward(
     plan: Plan,
     room: Any,  # the kernels that compute dx
     slope: tuple[Slope, ...] = (),  # one where dx goes on to du, for a room that takes it
+    activation: str = "none",  # erf or tanh: ``x`` is the u of x = GELU(u)
 ) -> Grads:
     """The gradients named by ``needs``."""
     dw = None
@@ -66,11 +73,12 @@ def backward(
     own = replace(needs, x=False, w=False)
     if needs.x and plan.hands_dh:
         place = aten.place_of_dh(dy, adapters.rank, plan)
-        grads = adapter_grads(dy, x, h, None, adapters, own, place.dh)
+        grads = adapter_grads(dy, x, h, None, adapters, own, place.dh, activation)
         dx, _ = room.input_grad(dy, kept, w, adapters, plan, *slope, given=place)
         return grads._replace(x=dx, w=dw)
     dx, dh = room.input_grad(dy, kept, w, adapters, plan, *slope) if needs.x else (None, None)
-    return adapter_grads(dy, x, h, dh, adapters, own)._replace(x=dx, w=dw)
+    grads = adapter_grads(dy, x, h, dh, adapters, own, None, activation)
+    return grads._replace(x=dx, w=dw)
 
 
 def adapter_grads(
@@ -81,9 +89,12 @@ def adapter_grads(
     adapters: Adapters,
     needs: Needs,
     dh_out: Tensor | None = None,  # [M, sum R], rows contiguous: a dh that is formed goes here
+    activation: str = "none",  # as above
 ) -> Grads:
     """da, db and dbias, each in its own operand's dtype."""
     call = GradCall(x, dy, adapters, needs, h, dh)
+    if activation != "none" and why_not_activated(dy, call.shape):
+        x, activation = activated(x, activation), "none"
     if why_not_dtype(dy.dtype) or not _trusted(call.shape, dy):
         low = adapters.to(dy.dtype)
         dh = dh if dh_out is None else aten.shrink_grad(dy, low, dh_out)
@@ -94,14 +105,32 @@ def adapter_grads(
     dh_out = dh_out if dh is None else None
     x, rows = (None if x is None else aligned(x)), aligned(dy)
     asked = replace(needs, bias=shape.needs_bias)
-    found = lora_grads(x, rows, adapters.uniform(ADAPTERS), asked, h, dh, dh_out=dh_out)
+    how: dict[str, Any] = dict(dh_out=dh_out, activation=activation)
+    found = lora_grads(x, rows, adapters.uniform(ADAPTERS), asked, h, dh, **how)
     if needs.bias and not shape.needs_bias:
         found = found._replace(bias=dy.sum(0))
     return found._replace(a=_as(found.a, adapters.a), b=_as(found.b, adapters.b))
 
 
-def _trusted(shape: GradShape, like: Tensor) -> bool:
-    subject = checked(shape, like.dtype, like.device)
+def why_not_activated(dy: Tensor, shape: GradShape) -> str | None:
+    """One sentence why the kernel does not form x = GELU(u) as it reads u; None when it does."""
+    if shape.tf32 or dy.dtype.itemsize != 2:
+        return f"it forms x of a u of 16 bits, not of {dy.dtype}"
+    if fitting(shape, Chip.of(dy.device)).h_given and shape.needs_b and not shape.h_given:
+        return "no block holds h, which the library forms of x"
+    return None if _trusted(shape, dy, gelu=True) else "it is not checked, or found wrong"
+
+
+def activated(u: Tensor | None, activation: str) -> Tensor:
+    """x = GELU(u), for whoever reads it."""
+    from fused_lora.ops import gelu
+
+    assert u is not None
+    return gelu.forward(u, activation)
+
+
+def _trusted(shape: GradShape, like: Tensor, gelu: bool = False) -> bool:
+    subject = checked(shape, like.dtype, like.device, gelu)
     try:
         return subject is not None and verdict(subject, like.device).passed
     except CannotVerifyNow:

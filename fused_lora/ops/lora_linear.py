@@ -264,13 +264,14 @@ def input_grads(
     needs: Needs,
     plan: Plan,
     *slope: Slope,
+    activation: str = "none",  # erf or tanh: ``rows`` are the u of x = GELU(u)
 ) -> tuple[Tensor | None, ...]:
     """dx [M, K], and a gradient for every operand; None where none is asked for."""
     given = (dy, rows, kept, w, frame.adapters(ab))
     if frame.dropout:
         found = dropped.backward(*given, frame.dropout, ab[-1], needs, plan)
         return found.x, found.w, found.bias, *found.a, *found.b, None
-    found = backward(*given, needs, plan, frame.impl, *slope)
+    found = backward(*given, needs, plan, frame.impl, *slope, activation=activation)
     return found.x, found.w, found.bias, *found.a, *found.b
 
 
@@ -350,6 +351,7 @@ def backward(
     plan: Plan,
     impl: Impl,
     *slope: Slope,  # one, where ``ops.slope`` finds that dx may go on to du
+    activation: str = "none",  # as for ``input_grads``, where the compiled gradients take that
 ) -> Grads:
     """The gradients named by ``needs``."""
     if impl is Impl.REFERENCE:
@@ -361,5 +363,10 @@ def backward(
     if plan.grads_by is Backend.CUDA:
         from fused_lora.ops import lora_grad_backends as compiled
 
-        return compiled.backward(dy, rows, kept, w, adapters, needs, plan, room, slope)
+        given = (dy, rows, kept, w, adapters, needs, plan, room, slope, activation)
+        return compiled.backward(*given)
+    if activation != "none":
+        from fused_lora.ops.lora_grad_backends import activated
+
+        rows = activated(rows, activation)
     return room.backward(dy, rows, kept, w, adapters, needs, plan, *slope)

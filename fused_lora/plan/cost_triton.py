@@ -31,7 +31,8 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the backward pass, none where nothing is asked for."""
     rank_gradient = plan.gradient is Gradient.RANK and plan.grads_by is None
-    if rank_gradient or (p.needs.x and plan.dx is not Forward.MERGE):
+    reads = rank_gradient or (p.needs.x and plan.dx is not Forward.MERGE)
+    if reads and not keeps_packed(p, plan):
         yield from _pack(p)
     if p.needs.x:
         how = (plan.keep is Keep.MERGED, p.sloped, plan.hands_dh)
@@ -85,8 +86,17 @@ def _launch(
     return Step(name, m, n, k, False, flops, elements, share * EFFICIENCY, LAUNCH_CALLS)
 
 
+def keeps_packed(p: Problem, plan: Plan) -> bool:
+    """Whether backward has what forward packed: no larger than h, and kept in its stead."""
+    columns = sum(-(-columns // 16) * 16 for columns in (p.k, p.n))
+    return plan.forward is not Forward.MERGE and plan.keep is Keep.NOTHING and columns <= p.m
+
+
 def _pack(p: Problem) -> Iterator[Step]:
-    """a and b as products read them, both in one launch, where they do not lie so."""
+    """a and b as products read them, both in one launch, where they do not lie so.
+
+    A chain packs those of all its linears at once, which is left out here.
+    """
     if p.casts() or (p.low_precision and len(p.spans) > 1):
         yield Step("pack", p.rank, p.k + p.n, calls=LAUNCH_CALLS)
 

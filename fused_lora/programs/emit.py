@@ -96,9 +96,9 @@ def merged_views(
     viewed: dict[Value, Value] = {}  # by plain ``view``: of what, laid out without gaps
     kept = []
     for call in calls:
-        call = _replaced(call, stands)
+        call = replaced(call, stands)
         for value in (*call.reads, *(out for out in call.outs if out is not None)):
-            same = shown.setdefault(_shows(value), value)
+            same = shown.setdefault(shows(value), value)
             if same is not value and value in call.outs:
                 stands[value] = same
         if call.view and all(out is None or out in stands for out in call.outs):
@@ -113,11 +113,13 @@ def merged_views(
     return fused(kept, [stands.get(value, value) for value in wanted]), stands
 
 
-def _shows(value: Value) -> tuple[Any, ...]:
+def shows(value: Value) -> tuple[Any, ...]:
+    """Which memory it shows, and how."""
     return value.storage, value.offset, value.shape, value.stride, value.dtype
 
 
-def _replaced(call: Call, stands: dict[Value, Value]) -> Call:
+def replaced(call: Call, stands: dict[Value, Value]) -> Call:
+    """``call`` with the values that stand for its own."""
     if not any(value in stands for value in call.reads):
         return call
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fused_lora.programs import emit
+from fused_lora.programs import emit, once
 from fused_lora.programs.record import Call, CannotRecord, Recorder, Value
 
 Saved = tuple[Sequence[Any], Any]  # tensors for backward, or None, and what else it must know
@@ -135,7 +135,7 @@ def _forward_only(
     result: Any,
 ) -> Program:
     single, names = isinstance(result, Tensor), emit.Names()
-    calls, stands = emit.merged_views(recorder.calls, outputs)
+    calls, stands = emit.merged_views(once.shared(recorder.calls, [], inputs).ahead, outputs)
     outputs = [stands.get(value, value) for value in outputs]
     returned = _tuple(outputs) if not single else outputs[0].name
     text = emit.function("forward", calls, inputs, returned, outputs, names)
@@ -161,13 +161,14 @@ def _both(
     (ahead, back), (inputs, outputs, dys, grads) = calls, ends
     names = emit.Names()
     wanted = [grad for grad in grads if grad is not None]
+    ahead, back, watched = once.shared(ahead, emit.needed(back, wanted), inputs)
     back = emit.needed(back, wanted)
     back = [*_views_of_inputs(ahead, inputs), *back]
     back, stands = emit.merged_views(back, wanted)
     grads = [None if grad is None else stands.get(grad, grad) for grad in grads]
     wanted = [grad for grad in grads if grad is not None]
     made = {id(out) for call in back for out in call.outs} | {id(dy) for dy in dys}
-    reads = [value for call in back for value in call.reads] + wanted
+    reads = [value for call in back for value in call.reads] + wanted + watched
     saved = list(dict.fromkeys(value for value in reads if id(value) not in made))
     forward, stands = emit.merged_views(ahead, [*outputs, *saved])
     saved_here = [stands.get(value, value) for value in saved]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from fused_lora.kernels.cuda import lora_extended
 from fused_lora.kernels.cuda.chip import Chip
@@ -46,10 +48,26 @@ def grads(p: Operands, example: GradShape) -> Named:
     return named
 
 
+def grads_gelu(p: Operands, example: GradShape) -> Named:
+    """Those of GELU(x) of both kinds, which the kernel forms as it reads x."""
+    named: dict[str, Tensor] = {}
+    for kind, approximate in KINDS.items():
+        h, dh = thin(replace(p, x=F.gelu(p.x, approximate=approximate)))
+        given = {} if example.forms else {"h": h, "dh": dh}
+        for way, chip in {"": _few(p), EVERY: Chip.of(p.x.device)}.items():
+            how: dict[str, Any] = {"activation": kind, "chip": chip, **given}
+            found = _flat(lora_grads(p.x, p.dy, p.adapters, Needs(bias=True), **how))
+            named |= {f"{name} of {kind}{way}": t for name, t in found.items()}
+    return named
+
+
+def _few(p: Operands) -> Chip:
+    chip = Chip.of(p.x.device)
+    return chip._replace(processors=min(FEW, chip.processors))
+
+
 def _named(p: Operands, way: str, h: Tensor | None, dh: Tensor | None) -> dict[str, Tensor]:
-    chip, needs = Chip.of(p.x.device), Needs(bias=True)
-    if way != EVERY:
-        chip = chip._replace(processors=min(FEW, chip.processors))
+    chip, needs = Chip.of(p.x.device) if way == EVERY else _few(p), Needs(bias=True)
     formed = p.dy.new_empty(p.dy.shape[0], p.adapters.rank) if dh is None else None
     found = lora_grads(p.x, p.dy, p.adapters, needs, h, dh, chip=chip, dh_out=formed)
     named = {f"{name}{way}": t for name, t in _flat(found).items()}
@@ -96,9 +114,7 @@ ENDINGS = {"": products, "gelu": products_gelu, "scale": products_scale}
 
 def run_product(p: Operands, behind: str, tile: Tile) -> Named:
     """Every result of the compiled product with an ending of ``ENDINGS``."""
-    chip = Chip.of(p.x.device)
-    few = chip._replace(processors=min(FEW, chip.processors))
-    return ENDINGS[behind](p, tile=tile, chip=few)
+    return ENDINGS[behind](p, tile=tile, chip=_few(p))
 
 
 def _product(p: Operands, **how: Any) -> lora_extended.CompiledOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.reference.dropout import dropout
-from fused_lora.trust.check import Named, Operands, flat, products, thin
+from fused_lora.trust.check import Named, Operands, flat, gradients, products, thin
 
 # What the partners of a product should compute of one problem, by plain torch in its own dtype.
 #
@@ -87,6 +88,15 @@ def _shrink_gelu(p: Operands) -> Named:
     """g of both kinds, and h of each."""
     made = {kind: F.gelu(p.x, approximate=approximate) for kind, approximate in KINDS.items()}
     return {**made, **{f"h of {kind}": _shrunk(p, g) for kind, g in made.items()}}
+
+
+def gradients_gelu(p: Operands) -> Named:
+    """Those of adapters on GELU(x), of both kinds."""
+    return {
+        f"{name} of {kind}": t
+        for kind, approximate in KINDS.items()
+        for name, t in gradients(replace(p, x=F.gelu(p.x, approximate=approximate))).items()
+    }
 
 
 def _shrunk(p: Operands, x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from fused_lora.trust.check import (
     stochastic,
 )
 from fused_lora.trust.cuda_checks import ENDINGS as BEHIND
+from fused_lora.trust.elementwise import gradients_gelu
 
 DTYPES = {
     "float32": torch.float32,
@@ -51,6 +52,7 @@ EXACT = (  # products and sums alone
     *("shrink", "extended", "one_pass", "grad", "merge", "merge_many"),
     *("extended_scale", "extended_wide"),
 )
+GRADIENTS = {False: gradients, True: gradients_gelu}
 TF32_BAND = 2.0**-10  # a library may form a small product in full precision where ours may round
 
 
@@ -130,13 +132,13 @@ def _compiled_merge(p: Operands) -> Named:
     return {"w'": cuda_checks.merged(p)}
 
 
-def of_compiled_grads(form: Form, example: GradShape, dtype: str) -> Checked:
-    """The compiled gradients in one form, checked on ``example``."""
-    subject = KernelId("cuda", "lora_grad", str(form), dtype)
-    run = partial(cuda_checks.grads, example=example)
-    shapes = (cuda_checks.shape_of(example),)
-    recipe = (__name__, "of_compiled_grads", form, example, dtype)
-    return Checked(subject, run, shapes=shapes, equations=gradients, exact=True, recipe=recipe)
+def of_compiled_grads(form: Form, example: GradShape, dtype: str, gelu: bool = False) -> Checked:
+    """The compiled gradients in one form, checked on ``example``; ``gelu`` where x is that of u."""
+    subject = KernelId("cuda", "lora_grad_gelu" if gelu else "lora_grad", str(form), dtype)
+    run = partial(cuda_checks.grads_gelu if gelu else cuda_checks.grads, example=example)
+    truth, shapes = GRADIENTS[gelu], (cuda_checks.shape_of(example),)
+    recipe = (__name__, "of_compiled_grads", form, example, dtype, gelu)
+    return Checked(subject, run, shapes=shapes, equations=truth, exact=not gelu, recipe=recipe)
 
 
 def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
@@ -185,11 +187,11 @@ def compiled_grads(dtype: str, device: torch.device) -> Iterator[Checked]:
 
     Of no device, or without the compiled module: in one form that stands for all.
     """
-    if why_not_on(device):
-        yield of_compiled_grads(*ANY_FORM, dtype)
-        return
-    for form, example in examples(Chip.of(device), dtype == "tf32").items():
+    known = {} if why_not_on(device) else examples(Chip.of(device), dtype == "tf32")
+    for form, example in known.items() or [ANY_FORM]:
         yield of_compiled_grads(form, example, dtype)
+        if dtype != "tf32":
+            yield of_compiled_grads(form, example, dtype, gelu=True)
 
 
 def compiled_products(dtype: str, device: torch.device) -> Iterator[Checked]:

@@ -158,26 +158,35 @@ def run(launch: Launch, p: Operands) -> Named:
     return RUNS[launch.kernel](p, launch.tile)
 
 
+def _low(p: Operands) -> Any:
+    """The adapters as products read them: where they are packed, beside others, as chains do."""
+    from fused_lora.kernels.triton.border import packed_together
+
+    return packed_together([p.adapters, p.adapters], p.x.dtype)[1]
+
+
 def _shrink(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_shrink import shrink, shrink_grad
 
-    h, dh = shrink(p.x, p.adapters, tile=tile), shrink_grad(p.dy, p.adapters, tile=tile)
+    low = _low(p)
+    h, dh = shrink(p.x, low, tile=tile), shrink_grad(p.dy, low, tile=tile)
     return {"h": h, "dh": dh}
 
 
 def _extended(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_extended import forward, input_grad
 
-    h, dh = thin(p)
-    y = forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile).y
-    return {"y": y, "dx": input_grad(p.dy, p.w, p.adapters, dh=dh, tile=tile)[0]}
+    (h, dh), low = thin(p), _low(p)
+    y = forward(p.x, p.w, p.bias, low, h=h, tile=tile).y
+    return {"y": y, "dx": input_grad(p.dy, p.w, low, dh=dh, tile=tile)[0]}
 
 
 def _one_pass(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_one_pass import forward, input_grad
 
-    y, h, _ = forward(p.x, p.w, p.bias, p.adapters, tile=tile)
-    dx, dh = input_grad(p.dy, p.w, p.adapters, tile=tile)
+    low = _low(p)
+    y, h, _ = forward(p.x, p.w, p.bias, low, tile=tile)
+    dx, dh = input_grad(p.dy, p.w, low, tile=tile)
     return {"h": h, "dh": dh, "y": y, "dx": dx}
 
 

@@ -159,8 +159,18 @@ def test_adapters_are_packed_once_a_pass_where_products_cannot_read_them(
     for plan in candidates(question, TRITON):
         names = [step.name for step in steps(question, plan)]
         passes = [plan.forward is not Forward.MERGE]
-        passes += [plan.gradient is Gradient.RANK or plan.dx is not Forward.MERGE]
+        reads = plan.gradient is Gradient.RANK or plan.dx is not Forward.MERGE
+        passes += [reads and not (passes[0] and plan.keep is Keep.NOTHING)]
         assert names.count("pack") == (sum(passes) if packs else 0)
+
+
+@pytest.mark.parametrize("m, packs", [(3072, 1), (3071, 2)])
+def test_what_is_packed_is_kept_where_it_is_no_larger_than_h(m, packs):
+    question = problem(m=m, n=2304, halves=Halves("float32"))  # K + N = 3072
+    for forward, most in ((Forward.EXTENDED, packs), (Forward.MERGE, 1)):
+        plan = Plan(forward, Forward.EXTENDED, Gradient.RANK, Keep.NOTHING, 0.0, Backend.TRITON)
+        names = [step.name for step in steps(question, plan)]
+        assert names.count("pack") == most, (forward, names)
 
 
 def test_a_kept_merge_is_not_made_again():

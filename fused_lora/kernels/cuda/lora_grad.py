@@ -6,7 +6,8 @@
 Products are of bf16, of fp16, or of fp32 rounded to TF32 where torch allows that. Sums are fp32,
 dbias that of dy as it is; each gradient is rounded once, to its tensor's dtype. No atomics. What is
 formed on chip must fit the registers of a block, or of a cluster (``fits``); with h and dh given,
-any width does.
+any width does. Of 16 bits x may be GELU(u), formed on chip from the u that is given in its place
+and rounded once, as whoever made it in forward did.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def lora_grads(
     chip: Chip | None = None,
     beta: int = 1,  # times what ``into`` holds; 0 never reads it
     dh_out: Tensor | None = None,  # [M, sum R], dy's dtype, rows contiguous: dh goes here too
+    activation: str = "none",  # erf or tanh: ``x`` is the u of x = GELU(u)
 ) -> Grads:
     """da, db and dbias as ``needs`` names them, in their operands' dtypes or ``into`` others.
 
@@ -72,6 +74,7 @@ def lora_grads(
     call = GradCall(x, dy, adapters, needs, h, dh)
     chip = chip or Chip.of(call.first.device)
     reason = call.why_not_operands() or call.why_not_written(dh_out)
+    reason = reason or call.why_not_activated(activation)
     assert reason is None, reason
     plan = call.plan(chip)
     assert plan is not None, call.too_large(chip)
@@ -79,7 +82,8 @@ def lora_grads(
     if any(grad is not None for grad in (grads.bias, *grads.a, *grads.b)):
         assert beta in (0, 1), beta
         launch = _Launch(
-            adapters.scales, adapters.spans, needs, plan, into is not None and beta == 1
+            *(adapters.scales, adapters.spans, needs, plan),
+            *(into is not None and beta == 1, activation),
         )
         halves = (tuple(adapters.a), tuple(adapters.b))
         results = (tuple(grads.a), tuple(grads.b), grads.bias)
@@ -98,6 +102,7 @@ class _Launch:
     needs: Needs
     plan: Any
     add: bool
+    activation: str = "none"
 
     __name__: ClassVar[str] = "lora_grad"
     launches: ClassVar[int] = 2  # the pass, and the sum of its slices
@@ -123,7 +128,7 @@ class _Launch:
         """On the current stream."""
         call = GradCall(x, dy, Adapters(a, b, self.scales, self.spans), self.needs, h, dh)
         grads = Grads(None, None, dbias, list(da), list(db))
-        _launch(call, self.plan, grads, self.add, dh_out)
+        _launch(call, self.plan, grads, self.add, dh_out, self.activation)
 
 
 def a_grads(
@@ -162,7 +167,12 @@ def _outputs(call: GradCall, into: Into | None) -> Grads:
 
 
 def _launch(
-    call: GradCall, plan: Any, grads: Grads, add: bool, dh_out: Tensor | None = None
+    call: GradCall,
+    plan: Any,
+    grads: Grads,
+    add: bool,
+    dh_out: Tensor | None,
+    activation: str,
 ) -> None:
     module, first = native.load(), call.first
     assert first.is_cuda or module.archs == "none", first.device
@@ -185,6 +195,7 @@ def _launch(
         rows=first.shape[0],
         **dtypes,
         add=add,
+        activation=getattr(module.Activation, activation),
     )
     partial = first.new_empty(plan.partial_floats, dtype=torch.float32)
     device, stream = _queue(first.device)

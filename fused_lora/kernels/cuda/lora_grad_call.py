@@ -86,6 +86,12 @@ class GradCall(NamedTuple):
             return f"dh is written as {wanted} {self.first.dtype}, rows contiguous, got {seen}"
         return None
 
+    def why_not_activated(self, activation: str) -> str | None:
+        """One sentence why x cannot be formed as GELU of what is given in its place."""
+        if activation == "none" or self.first.dtype.itemsize == 2:
+            return None
+        return f"x is formed of a u of 16 bits, got {self.first.dtype}"
+
     def too_large(self, chip: Chip) -> str:
         """What to say where there is no plan."""
         sizes = ", ".join(f"{name} {tuple(z.shape)}" for name, z in self.large.items())

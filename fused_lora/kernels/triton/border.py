@@ -135,35 +135,59 @@ def _pack_block(border, out, out_row, block, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def _pack(
-    a,  # [R, K]
-    b,  # [R, N]
-    a_out,  # [R, a_row]
-    a_row,
-    b_out,  # [R, b_row]
-    b_row,
+    borders,  # each [R, columns]
+    outs,  # [R, row]
+    rows,  # how long those of each are
     BLOCK_M: tl.constexpr,  # ranks
     BLOCK_N: tl.constexpr,
 ):
-    block, blocks_a = tl.program_id(0), tl.cdiv(a_row, BLOCK_N)
-    if block < blocks_a:
-        _pack_block(a, a_out, a_row, block, BLOCK_M, BLOCK_N)
-    else:
-        _pack_block(b, b_out, b_row, block - blocks_a, BLOCK_M, BLOCK_N)
+    block, first = tl.program_id(0), 0
+    for i in tl.static_range(len(rows)):  # len(borders) fails in 3.6, where one has a None in it
+        blocks = tl.cdiv(rows[i], BLOCK_N)
+        if (block >= first) & (block < first + blocks):
+            _pack_block(borders[i], outs[i], rows[i], block - first, BLOCK_M, BLOCK_N)
+        first += blocks
 
 
-def packed(adapters: Adapters | Packed, dtype: torch.dtype) -> Adapters | Packed:
-    """``adapters`` as products of ``dtype`` read them: as they are, or packed in one launch."""
-    if isinstance(adapters, Packed) or _lies_so(adapters, dtype):
-        return adapters
-    border_a, border_b = of_a(adapters), of_b(adapters)
+def packed(adapters: Adapters | Packed, dtype: torch.dtype, rows: int = 0) -> Adapters | Packed:
+    """``adapters`` as products of ``dtype`` read them: as they are, or packed in one launch.
+
+    In a program that launch is one for all adapters of its inputs; and where what it writes is no
+    larger than an h of ``rows``, it is kept for backward.
+    """
+    return packed_together([adapters], dtype, rows)[0]
+
+
+def packed_together(
+    every: Sequence[Adapters | Packed], dtype: torch.dtype, rows: int = 0
+) -> list[Adapters | Packed]:
+    """The same of several in one launch."""
+    found = [
+        each if isinstance(each, Packed) or _lies_so(each, dtype) else _place(each, dtype)
+        for each in every
+    ]
+    pieces = [
+        piece
+        for own, made in zip(every, found, strict=True)
+        if made is not own and made.rank
+        for piece in ((of_a(own), made.a), (of_b(own), made.b))  # type: ignore[union-attr]
+    ]
+    if pieces:
+        borders, outs = zip(*pieces, strict=True)
+        lengths = tuple(out.shape[1] for out in outs)
+        blocks = sum(triton.cdiv(length, PACK.block_n) for length in lengths)
+        grid = (blocks, triton.cdiv(max(out.shape[0] for out in outs), PACK.block_m))
+        args = (borders, outs, lengths)
+        keeps = sum(lengths) <= rows
+        launch(_pack, grid, outs[0].device, args, PACK.arguments(), outs, keeps)
+    return found
+
+
+def _place(adapters: Adapters, dtype: torch.dtype) -> Packed:
+    """Where ``adapters`` are to be packed: uninitialised."""
     rank, like = adapters.rank, adapters.a[0]
-    rows = [(max(border.stops) + 15) // 16 * 16 for border in (border_a, border_b)]
-    a, b = (like.new_empty((rank, row), dtype=dtype) for row in rows)
-    if rank:
-        blocks = sum(triton.cdiv(row, PACK.block_n) for row in rows)
-        grid = (blocks, triton.cdiv(rank, PACK.block_m))
-        args = (border_a, border_b, a, rows[0], b, rows[1])
-        launch(_pack, grid, like.device, args, PACK.arguments(), [a, b])
+    columns = like.shape[1], max(span.stop for span in adapters.spans)
+    a, b = (like.new_empty((rank, (c + 15) // 16 * 16), dtype=dtype) for c in columns)
     return Packed(a, b, like.shape[1], adapters.scales, adapters.spans)
 
 

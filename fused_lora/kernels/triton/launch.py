@@ -28,15 +28,19 @@ def launch(
     args: Sequence[Any],
     constants: dict[str, Any],
     writes: Sequence[Tensor | None],
+    keeps: bool | None = None,
 ) -> Any:
     """``kernel[grid](*args, **constants)`` on ``device``: the compiled kernel, if one was made now.
 
-    While a program is recorded, one of its calls, which changes the tensors ``writes``.
+    While a program is recorded, one of its calls, which changes the tensors ``writes``. ``keeps``
+    makes it one that ``programs/once`` may join with others of its kernel, whose arguments are
+    tuples with an entry for each piece, and whose blocks are those of the pieces in turn; and says
+    whether what it writes may be kept for backward.
     """
     if not recording():
         with on_device(device):
             return kernel[grid](*args, **constants)
-    bound = BoundLaunch(kernel, grid, device, [_form(arg) for arg in args], constants)
+    bound = BoundLaunch(kernel, grid, device, [_form(arg) for arg in args], constants, keeps)
     given = [_bare(arg) for arg in args]
     opaque(bound, _nothing, *given, writes=[t for t in writes if t is not None])
     return None
@@ -52,12 +56,28 @@ class BoundLaunch:
         device: torch.device,
         forms: list[Any],
         constants: dict[str, Any],
+        keeps: bool | None = None,
     ) -> None:
         self.kernel, self.grid, self.device = kernel, grid, device
-        self.forms, self.constants = forms, constants
+        self.forms, self.constants, self.keeps = forms, constants, keeps
         self.__name__ = kernel.__name__.lstrip("_")
         self.made = [i for i, form in enumerate(forms) if _is_made(form)]
         self._bound: tuple[Any, ...] | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Launches of one kind may be one."""
+        return self.kernel, self.device, tuple(self.constants.items())
+
+    def joined(self, others: Sequence[BoundLaunch]) -> BoundLaunch:
+        """One launch with the pieces of all."""
+        every = [self, *others]
+        grid = sum(each.grid[0] for each in every), max(each.grid[1] for each in every)
+        forms: list[Any] = [
+            (tuple, [piece for _, pieces in of_all for piece in pieces])
+            for of_all in zip(*(each.forms for each in every), strict=True)
+        ]
+        return BoundLaunch(self.kernel, grid, self.device, forms, self.constants, self.keeps)
 
     def __call__(self, *args: Any) -> None:
         """Launch it on the current stream."""

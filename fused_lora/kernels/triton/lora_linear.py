@@ -40,7 +40,7 @@ def forward(
     if plan.forward is Forward.MERGE:
         new = merged(w, adapters)
         return F.linear(x, new, bias), new if plan.keep is Keep.MERGED else None
-    low = packed(uniform(adapters), x.dtype)
+    low = packed(uniform(adapters), x.dtype, rows_kept(x, plan))
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if plan.forward is Forward.ONE_PASS:
         tile = _product_tile("one_pass", x, w.shape[0], adapters)
@@ -108,6 +108,11 @@ def input_grad(
     dh = given.dh if given else shrink_grad(dy, low)
     how = slope._asdict() if slope else {}
     return lora_extended.input_grad(dy, w, low, dh=dh, tile=tile, **how)
+
+
+def rows_kept(x: Tensor, plan: Plan) -> int:
+    """Of an h as large as what a forward may keep beside what ``plan`` names."""
+    return x.shape[0] if plan.keep is Keep.NOTHING else 0
 
 
 def rows(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from fused_lora.kernels.interface import Adapters, Ending
 from fused_lora.kernels.triton import lora_extended
 from fused_lora.kernels.triton.border import packed
 from fused_lora.kernels.triton.launches import tile_of
-from fused_lora.kernels.triton.lora_linear import readable, rows, shrink, uniform
+from fused_lora.kernels.triton.lora_linear import readable, rows, rows_kept, shrink, uniform
 from fused_lora.types import Keep, Plan, ragged
 
 
@@ -25,7 +25,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the ending stores it."""
     active, factor, residual, stores_u = ending
-    low = packed(uniform(adapters), x.dtype)
+    low = packed(uniform(adapters), x.dtype, rows_kept(x, plan))
     x, bias = rows(x), None if bias is None else bias.contiguous()
     n, k = w.shape
     kernel, uneven = ending.kernel(x.dtype), ragged(adapters.spans)

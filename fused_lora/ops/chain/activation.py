@@ -63,6 +63,8 @@ class Activation(Stage):
 
     name: str  # a key of ACTIVATIONS
 
+    leaves = False
+
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
         """g of u."""
         if place.makes and place.makes.adapters:

@@ -142,20 +142,23 @@ class Walk:
     def _stage(
         self, i: int, grads: Tensors, beside: Tensor | None
     ) -> tuple[Tensors | None, Optional, bool]:
-        if self.runs[i] is None:
+        stage, asked, own = self.recipe.stages[i], self.asked[i], self.own[i]
+        if self.runs[i] is None and stage.leaves:
             self.value(i + 1)
-        run, stage, asked = self.runs[i], self.recipe.stages[i], self.asked[i]
-        assert run is not None
-        x = self.value(i) if stage.reads_input(run, asked) else None
+        run, kind, x = self.runs[i] or StageRun(()), self.recipe.before[i], None
+        source = "none"
+        if stage.reads_input(run, asked):
+            if kind and i not in self.values and stage.activates(grads, run, own, asked):
+                x, source = self.value(i - 1), kind
+            else:
+                x = self.value(i)
         self.values.pop(i + 1, None)
-        kind, own = self.recipe.before[i], self.own[i]
-        if beside is not None:
-            return *stage.backward(grads, x, run, own, asked, GradEpilogue(beside=beside)), False
-        if not (kind and asked.x and stage.slopes(grads, run, own)):
-            return *stage.backward(grads, x, run, own, asked), False
-        slope = Slope(kind, self.value(i - 1)[0])
-        self.values.pop(i, None)
-        return *stage.backward(grads, x, run, own, asked, GradEpilogue(slope)), True
+        slope = None
+        if kind and asked.x and beside is None and stage.slopes(grads, run, own):
+            slope = Slope(kind, self.value(i - 1)[0])
+            self.values.pop(i, None)
+        epilogue = GradEpilogue(slope, beside, source)
+        return *stage.backward(grads, x, run, own, asked, epilogue), slope is not None
 
 
 # The autograd node of a chain of stages.

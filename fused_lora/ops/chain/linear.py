@@ -23,7 +23,13 @@ from fused_lora.ops.chain.stage import (
     consecutive,
 )
 from fused_lora.ops.dropped import FORMS_H
-from fused_lora.ops.epilogues import plan_beside, why_nobody, why_not_fused, why_not_sloped
+from fused_lora.ops.epilogues import (
+    plan_beside,
+    why_nobody,
+    why_not_activated,
+    why_not_fused,
+    why_not_sloped,
+)
 from fused_lora.ops.lora_linear import (
     Frame,
     as_rows,
@@ -134,6 +140,14 @@ class LinearStage(Stage):
         assert w is not None
         return why_not_sloped(dy[0], w, frame.spans, run.note[0], self.dtype) is None
 
+    def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: Asked) -> bool:
+        """As the compiled gradients of one frame do."""
+        frame, needs, w = self.frames[0], asked.note[0], own[0]
+        if len(self.frames) > 1 or frame.impl is Impl.REFERENCE or self.drops:
+            return False
+        assert w is not None
+        return why_not_activated(dy[0], w, frame.spans, needs, run.note[0], self.dtype) is None
+
     def backward(
         self,
         dy: Tensors,
@@ -153,7 +167,8 @@ class LinearStage(Stage):
             assert w is not None
             w, dy_i = w.to(self.dtype) if cast is None else cast, as_rows(dy[i], self.dtype)
             given = (dy_i, rows, kept, w, frame, ab, needs, run.note[i])
-            dx_i, *own_grads = input_grads(*given, *((epilogue.slope,) if epilogue.slope else ()))
+            slope = (epilogue.slope,) if epilogue.slope else ()
+            dx_i, *own_grads = input_grads(*given, *slope, activation=epilogue.source)
             down += own_grads
             dx = dx_i if dx is None or dx_i is None else dx.add_(dx_i)
         return None if dx is None else (dx,), tuple(down)

@@ -74,10 +74,11 @@ FREE = Place()
 
 
 class GradEpilogue(NamedTuple):
-    """What a backward does to dx in the pass that forms it."""
+    """What a backward does to dx in the pass that forms it, and to x as it reads it."""
 
     slope: Slope | None = None  # of x = act(u): dx goes on to du
     beside: Tensor | None = None  # [M, K], the gradient that passed by: added
+    source: str = "none"  # or GELU, erf or tanh: u is given in the place of x = GELU(u)
 
 
 PLAIN = GradEpilogue()
@@ -98,6 +99,7 @@ class Stage:
     operands = 0  # how many tensors it owns: weights and adapters
     seeds: tuple[int, ...] = ()  # which of them are drawn anew for each call
     gelu: str | None = None  # erf or tanh, where it is that and nothing else
+    leaves = True  # whether its backward reads what forward left beside the boundaries
 
     def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
         """One pass, as ``place`` has it."""
@@ -110,7 +112,7 @@ class Stage:
         run: StageRun,  # without its ``out``
         own: Optional,
         asked: Asked,
-        epilogue: GradEpilogue = PLAIN,  # of a stage that ``joins`` or ``slopes``
+        epilogue: GradEpilogue = PLAIN,  # of a stage that ``joins``, ``slopes`` or ``activates``
     ) -> tuple[Tensors | None, Optional]:
         """Gradients of what went in and of the operands."""
         raise NotImplementedError(type(self).__name__)
@@ -127,6 +129,10 @@ class Stage:
 
     def slopes(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
         """Whether its dx goes through the slope of the activation before it in its own pass."""
+        return False
+
+    def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: Asked) -> bool:
+        """Whether its backward forms x = act(u) as it reads u."""
         return False
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:

@@ -120,6 +120,7 @@ inline void copy_16(void* shared, const void* global, bool inside) {
 }
 inline void init_barrier(uint64_t* barrier) { emulated->init_barrier(barrier); }
 inline void fence_copies() { emulated->fence(); }
+inline void fence_writes() {}
 inline void expect_bytes(uint64_t* barrier, int bytes) { emulated->expect(barrier, bytes); }
 inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
   emulated->copy_bulk(shared, global, bytes, barrier);

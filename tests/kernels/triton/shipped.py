@@ -22,7 +22,7 @@ from fused_lora.kernels.triton import (
     quantise,
     row_shrink,
 )
-from fused_lora.kernels.triton.border import Packed, packed
+from fused_lora.kernels.triton.border import Packed, packed, packed_together
 from fused_lora.kernels.triton.dropout import dropout
 from fused_lora.kernels.triton.launch import multiprocessors
 from fused_lora.kernels.triton.launches import Launch as Chosen
@@ -99,10 +99,13 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
 
 
 def pack_launches(dtype: torch.dtype) -> Iterator[Launch]:
-    """Adapters in another dtype, and several in the same, of ranks that 16 divides and not."""
+    """Adapters in another dtype, and several in the same, of ranks that 16 divides and not; and
+    those of two linears."""
     three = group(64, 64, 64)
     for adapters in (group(16), three, group(12, 12, 12), three.to(dtype)):
         yield Launch("pack", PACK, lambda adapters=adapters: packed(adapters, dtype))
+    both = [three, group(16)]
+    yield Launch("pack", PACK, lambda: packed_together(both, dtype))
 
 
 def ragged_launches(x: Tensor, arch: int) -> Iterator[Launch]:

@@ -36,6 +36,21 @@ def test_each_half_is_one_matrix_with_zeros_beside_its_blocks(case, dtype, monke
         assert not wide[:, found.shape[1] :].any()
 
 
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_several_in_one_launch_are_those_of_one_each(case, monkeypatch):
+    other = build(CASES[0], torch.bfloat16, torch.float32)
+    every = [adapters(build(case, torch.bfloat16, torch.float32)), adapters(other)]
+    made = []
+    monkeypatch.setattr(border, "launch", lambda *args: (made.append(1), launch(*args))[1])
+    with fenced(monkeypatch):
+        found = border.packed_together(every, torch.bfloat16)
+    assert len(made) == 1
+    for both, own in zip(found, every, strict=True):
+        alone = border.packed(own, torch.bfloat16)
+        assert torch.equal(both.a, alone.a) and torch.equal(both.b, alone.b)
+        assert both[2:] == alone[2:]
+
+
 def test_what_products_can_read_stays_where_it_is():
     p = build(CASES[3], torch.float32, torch.float32)
     given = adapters(p)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fused_lora.kernels.triton import launch, lora_linear, lora_linear_ended
+from fused_lora.ops import backends
 from fused_lora.ops.lora_attention import lora_attention
 from fused_lora.ops.lora_linear import lora_linear as op
 from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.programs import run
 from fused_lora.programs.describe import name_of
-from fused_lora.types import Impl, Span
+from fused_lora.types import Impl, Keep, Span
 from tests.kernels.triton.interpreted.serving import serving, small_tiles  # noqa: F401
 from tests.ops.block_problems import leaves, matrix, norm
 
@@ -82,6 +84,66 @@ def test_dropout_by_a_seed_that_each_run_is_given(preferred, dtype):
     run.forget()
     first, second = call(), call()
     assert len(run.programs()) == 1 and not torch.equal(first, second)
+
+
+def packs():
+    """Launches that pack, forward and backward."""
+    (program,) = run.programs()
+    found = (program.calls, program.calls_back)
+    return [sum(name_of(call) == "pack" for call in calls) for calls in found]
+
+
+def half(preferred, images=2, rank=3):
+    """An MLP's half on x [images, 9, D], and every leaf."""
+    preferred.setattr("fused_lora.plan.strategies.ONE_PASS_RANKS", 0)
+    x = torch.randn(images, 9, D, dtype=BF16, requires_grad=True)
+    fc1, fc2 = (matrix(n, k, rank, dtype=BF16, w=False, bias=False) for n, k in ((H, D), (D, H)))
+    return lambda: lora_mlp(x, fc1, fc2), (x, fc1, fc2)
+
+
+@pytest.mark.parametrize("images, again", [(2, 1), (9, 0)])  # M = 18 and 81, K + N = 80 with pads
+def test_adapters_of_a_chain_are_packed_once(preferred, images, again):
+    """And again in backward where that is larger than an h."""
+    keep_nothing(preferred)
+    call, operands = half(preferred, images)
+    both_ways(preferred, call, operands)
+    preferred.delenv("FUSED_LORA_PROGRAMS")
+    run.forget()
+    call()
+    assert packs() == [1, again]
+
+
+def keep_nothing(monkeypatch):
+    every = backends.plans
+    kept = lambda *given: [plan for plan in every(*given) if plan.keep is Keep.NOTHING]  # noqa: E731
+    monkeypatch.setattr(backends, "plans", kept)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_write_to_packed_adapters_is_seen(preferred, name):
+    """Between forward and backward by torch, between two steps by the next pack."""
+    keep_nothing(preferred)
+    call, operands = half(preferred, images=9)
+    (adapter,) = getattr(operands[1], name)
+    before = call()
+    with torch.no_grad():
+        adapter.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.sum().backward()
+    after = call()
+    assert packs() == [1, 0] and not torch.equal(before, after)
+    preferred.setenv("FUSED_LORA_PROGRAMS", "0")
+    assert torch.equal(after, call())
+
+
+def test_adapters_that_serve_twice_are_packed_once(preferred):
+    """One adapter of two linears of a chain; a step through checkpoints packs in each forward."""
+    keep_nothing(preferred)
+    call, (x, fc1, fc2) = half(preferred, images=9)
+    same = fc2._replace(a=[fc1.b[0].t()], b=[fc1.a[0].t()])
+    again = lambda: checkpoint(lambda: lora_mlp(x, fc1, same), use_reentrant=False)  # noqa: E731
+    both_ways(preferred, again, (x, fc1))
+    both_ways(preferred, lambda: lora_mlp(x, fc1, same), (x, fc1))
 
 
 @pytest.mark.parametrize("recompute", ["none", "elementwise", "gemm"])

@@ -1,6 +1,4 @@
-// What a sum passes through on its way to y; fp32, rounded by whoever stores it.
-//
-//   u = sum + bias      y = residual + factor act(u)
+// GELU in fp32, and pairs of 16 bits to take it of.
 //
 // erf   u Phi(u), erf by Abramowitz and Stegun 7.1.26, |error| <= 1.5e-7
 // tanh  u g, g = sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)) = 0.5 (1 + tanh(half of it))
@@ -9,9 +7,9 @@
 #include <cmath>
 #include <type_traits>
 
-#include "lora_linear_sm90/arguments.h"
+#include "common/dtype.h"
 
-namespace fused_lora::sm90 {
+namespace fused_lora {
 
 // 2^x and 1 / x, within a few units in the last place; what is too small for either is zero.
 FL_DEVICE float quick_exp2(float x) {
@@ -92,4 +90,4 @@ FL_DEVICE uint32_t packed(Pair pair) {
 #endif
 }
 
-}  // namespace fused_lora::sm90
+}  // namespace fused_lora
