@@ -16,10 +16,10 @@ from fused_lora.nn.stand_in import why_watched
 from fused_lora.ops.chain.attention import Split
 from fused_lora.ops.chain.chain import Chain
 from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
-from fused_lora.ops.lora_attention import asked as attention_asked
+from fused_lora.ops.lora_attention import attention_spec as attention_asked
 from fused_lora.ops.lora_attention import kernel_for
-from fused_lora.ops.lora_mlp import asked, lora_mlp
-from fused_lora.ops.lora_mlp import asked as mlp_asked
+from fused_lora.ops.lora_mlp import mlp_spec, lora_mlp
+from fused_lora.ops.lora_mlp import mlp_spec as mlp_asked
 from fused_lora.ops.lora_residual import lora_residual
 from fused_lora.ops.operand import Adapted, compute_dtype
 from fused_lora.programs.run import attention_settings, transformed
@@ -67,7 +67,7 @@ class WholeMlp(Half):
         if x.dtype is not compute_dtype(x):
             return None
         options: dict[str, Any] = {"norm": None, "around": False, "gamma": None, "mask": None}
-        return Chain(asked(x, **mlp_options(mlp), **options, recompute=mlp.recompute))
+        return Chain(mlp_spec(x, **mlp_options(mlp), **options, recompute=mlp.recompute))
 
     def by_parts(self, mlp: Any, x: Tensor) -> Tensor:
         return lora_mlp(x, **mlp_options(mlp), recompute=mlp.recompute)

@@ -16,7 +16,7 @@ from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.launches import NO_PRODUCTS, Launch, launches, tile_of
 from fused_lora.ops import lora_grad_backends
 from fused_lora.ops.ceilings import conditions
-from fused_lora.plan.cost_cuda import may_hand_dh
+from fused_lora.plan.cost_cuda import may_write_dh
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.strategies import (
     INT32,
@@ -28,7 +28,7 @@ from fused_lora.plan.strategies import (
 )
 from fused_lora.trust.check import CannotVerifyNow, KernelId, Verdict
 from fused_lora.trust.kernel_registry import Checked, of_compiled_product, of_launch
-from fused_lora.trust.verify import announce, is_collecting, known, untouchable, verdict
+from fused_lora.trust.verify import announce, is_collecting, known, why_not_concrete, verdict
 from fused_lora.types import Backend, Impl, Plan
 
 ASKED: dict[Impl, tuple[Backend, ...]] = {
@@ -124,7 +124,7 @@ def _of_gradients(
 def _by_planner(problem: Problem, plan: Plan, dtype: torch.dtype, device: torch.device) -> Plan:
     """``plan`` as the compiled gradients' own planner has it: dh handed on if formed, slices."""
     chip, first = Chip.of(device), replace(plan, hands_dh=True)
-    if may_hand_dh(problem, plan) and fitting(shape_of(problem, first), chip).forms_dh:
+    if may_write_dh(problem, plan) and fitting(shape_of(problem, first), chip).forms_dh:
         plan = first if _of_gradients(problem, first, dtype, device) else plan
     launched = fitting(shape_of(problem, plan), chip).plan(problem.m, chip)
     return replace(plan, slices=launched.slices if launched else 0)
@@ -161,7 +161,7 @@ def known_failures(
     return [one.subject for one in needed if (said := known(one, device)) and not said.passed]
 
 
-def those(plans: Sequence[Plan], right: Callable[[Plan], bool]) -> list[Plan]:
+def matching(plans: Sequence[Plan], right: Callable[[Plan], bool]) -> list[Plan]:
     """The ``plans`` whose kernels are ``right``, without those that cannot be checked now.
 
     Raises:
@@ -206,7 +206,7 @@ def why_not_launch(
     The sizes, and which ranks are uneven, are those of ``fused_lora.kernels.triton.launches``.
     """
     dtype = dtype or t.dtype
-    if reason := _triton(t.device, dtype) or untouchable(t):
+    if reason := _triton(t.device, dtype) or why_not_concrete(t):
         return reason
     if rows * columns == 0:
         return "there is nothing to launch"

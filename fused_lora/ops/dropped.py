@@ -22,7 +22,7 @@ from fused_lora.kernels.aten import lora_dropout as aten
 from fused_lora.kernels.aten import lora_linear as library
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.ops.backends import why_not_launch
-from fused_lora.trust.verify import untouchable
+from fused_lora.trust.verify import why_not_concrete
 from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
 
 MOST_DROPOUT = 1 - 2**-17  # that 16 random bits express
@@ -70,7 +70,7 @@ def why_not_triton(rows: Tensor, r: int, dropout: float) -> str | None:
 
 def shrink(rows: Tensor, a: Tensor, dropout: float, seed: aten.Seed, by: Backend) -> Tensor:
     """h [M, R] of rows [M, K]."""
-    return _backend(by).shrink(rows, a, dropout, seed)  # type: ignore[no-any-return]
+    return _backend(by).dropout_shrink(rows, a, dropout, seed)  # type: ignore[no-any-return]
 
 
 def grads(
@@ -85,9 +85,9 @@ def grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx [M, K] and da, where asked for, through the mask of forward."""
     given = (dh, rows, a, dropout, seed, needs_x, dx)
-    if by is Backend.TRITON and untouchable(dh):
-        return aten.grads(*given, counted=True)  # the mask that the kernels drew
-    return _backend(by).grads(*given)  # type: ignore[no-any-return]
+    if by is Backend.TRITON and why_not_concrete(dh):
+        return aten.dropout_grads(*given, counted=True)  # the mask that the kernels drew
+    return _backend(by).dropout_grads(*given)  # type: ignore[no-any-return]
 
 
 def plan_of(plan: Plan, needs: Needs, by: Backend) -> Plan:

@@ -20,9 +20,9 @@ from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, wh
 from fused_lora.ops.chain.stage import finish
 from fused_lora.ops.lora_linear import call_plan, forward
 from fused_lora.ops.planning import problem
-from fused_lora.plan.strategies import ends, slopes
+from fused_lora.plan.strategies import fuses_epilogue, fuses_activation_grad
 from fused_lora.trust.kernel_registry import of_compiled_product
-from fused_lora.trust.verify import untouchable
+from fused_lora.trust.verify import why_not_concrete
 from fused_lora.types import Backend, Beside, Halves, Impl, Needs, Plan, Span, ragged
 
 # Whether a kernel computes what lies beside a product in its own pass; a sentence if none does.
@@ -34,7 +34,7 @@ from fused_lora.types import Backend, Beside, Halves, Impl, Needs, Plan, Span, r
 LIBRARY = (Impl.ATEN, Impl.REFERENCE)
 
 
-def plan_beside(
+def plan_in_context(
     x: Tensor,  # [M, K]
     w: Tensor,  # [N, K]
     bias: bool,
@@ -52,10 +52,10 @@ def plan_beside(
     ask = partial(call_plan, x, w, bias, spans, needs, halves, None, impl, dtype)
     plan = ask(beside)
     reason = None
-    if beside.activated and ends(plan):
+    if beside.activated and fuses_epilogue(plan):
         reason = why_not_fused(x, w, spans, plan, Ending("erf"), dtype)
-    if reason is None and beside.sloped and needs.x and slopes(plan):
-        reason = why_not_sloped(x, w, spans, plan, dtype)
+    if reason is None and beside.sloped and needs.x and fuses_activation_grad(plan):
+        reason = why_not_activation_grad(x, w, spans, plan, dtype)
     return ask(Beside(beside.bordered, shrunk=beside.shrunk)) if reason else plan
 
 
@@ -77,7 +77,7 @@ def why_not_fused(
     dtype: torch.dtype,  # of the product
 ) -> str | None:
     """One sentence why no epilogue serves ``ending``; None when one does."""
-    if not ends(plan):
+    if not fuses_epilogue(plan):
         return f"the epilogues are those of triton:extended and cuda:extended; the plan is {plan}"
     others = [t for t in (ending.factor, ending.residual) if t is not None]
     if ending.activation != "none" and others:
@@ -98,14 +98,14 @@ def _why_not_compiled(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:
-    if reason := compiled.why_not(dtype, ending):
+    if reason := compiled.why_not_epilogue(dtype, ending):
         return reason
     tile = tile_of(*shape, sum(span.rank for span in spans), Chip.of(device))
     name = str(dtype).removeprefix("torch.")
     return distrust(of_compiled_product(tile, name, compiled.kind(ending)), device)
 
 
-def why_not_sloped(
+def why_not_activation_grad(
     dy: Tensor,  # [M, N]
     w: Tensor,  # [N, K]
     spans: tuple[Span, ...],
@@ -113,7 +113,7 @@ def why_not_sloped(
     dtype: torch.dtype,  # of dx and u
 ) -> str | None:
     """One sentence why no epilogue of dx takes the slope of GELU; None when one does."""
-    if not slopes(plan):
+    if not fuses_activation_grad(plan):
         return f"the slope is taken by triton:extended, and the plan is {plan}"
     n, k = w.shape
     return why_not_launch("extended_gelu", dy.shape[0], k, n, dy, dtype, ragged(spans))
@@ -132,7 +132,7 @@ def why_not_activated(
         return f"x is formed by the compiled gradients, and the plan is {plan}"
     if needs.w:
         return "the gradient of w reads x"
-    if reason := untouchable(dy):
+    if reason := why_not_concrete(dy):
         return reason
     n, k = w.shape
     question = problem(dy.shape[0], k, n, spans, dtype, False, needs, device=dy.device)
@@ -144,10 +144,10 @@ def why_not_activated(
 # u = x wT + bias + s h bT      y = residual + factor act(u)
 
 
-Ended = tuple[Tensor, Tensor | None, Tensor | None]
+EpilogueResult = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def ended(
+def with_epilogue(
     rows: Tensor,  # [M, K]
     w: Tensor,  # [N, K]
     bias: Tensor | None,  # [N]
@@ -158,20 +158,20 @@ def ended(
     bordered: Tensor | None = None,  # as for ``lora_linear.forward``
     out: Tensor | None = None,  # [M, N], rows contiguous: for y behind an activation
     h: Tensor | None = None,  # [M, sum R], likewise
-) -> Ended:
+) -> EpilogueResult:
     """y [M, N], what the plan keeps, and u [M, N] where an activation follows."""
     question = (rows, w, tuple(adapters.spans), plan, ending, rows.dtype)
     if impl is not Impl.REFERENCE and why_not_fused(*question) is None:
-        return _epilogue(plan).forward(rows, w, bias, adapters, plan, ending, out, h)
+        return _epilogue(plan).forward_epilogue(rows, w, bias, adapters, plan, ending, out, h)
     y, kept = forward(rows, w, bias, adapters, plan, impl, bordered, h)
     return composed(y, kept, ending, out)
 
 
-def composed(u: Tensor, kept: Tensor | None, ending: Ending, out: Tensor | None = None) -> Ended:
+def composed(u: Tensor, kept: Tensor | None, ending: Ending, out: Tensor | None = None) -> EpilogueResult:
     """The same in passes of their own."""
     if ending.activation == "none":
         return finish(u, ending.residual, ending.factor), kept, None
-    y = gelu.forward(u, ending.activation, out)
+    y = gelu.gelu_forward(u, ending.activation, out)
     return finish(y, ending.residual, ending.factor), kept, u
 
 

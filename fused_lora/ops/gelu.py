@@ -15,7 +15,7 @@ from fused_lora.ops.partners import asks_triton, triton_serves, why_not
 from fused_lora.types import Impl
 
 
-def forward(
+def gelu_forward(
     u: Tensor,  # [M, N]
     kind: str = "erf",  # or tanh
     out: Tensor | None = None,  # [M, N]
@@ -27,14 +27,14 @@ def forward(
     Raises:
         RuntimeError: ``impl`` is "triton", which cannot serve, with the reason.
     """
-    if not _triton(impl, u, out):
-        return aten.forward(u, kind, out)
+    if not _gelu_by_triton(impl, u, out):
+        return aten.gelu_forward(u, kind, out)
     from fused_lora.kernels.triton import gelu as triton
 
-    return triton.forward(u, kind, out)
+    return triton.gelu_forward(u, kind, out)
 
 
-def input_grad(
+def gelu_input_grad(
     dy: Tensor,  # [M, N]
     u: Tensor,  # [M, N]
     kind: str = "erf",
@@ -43,17 +43,17 @@ def input_grad(
     impl: Impl = Impl.AUTO,
 ) -> Tensor:
     """du = GELU'(u) dy [M, N]; raises as ``forward`` does."""
-    if not _triton(impl, u, dy, out):
-        return aten.input_grad(dy, u, kind, out)
+    if not _gelu_by_triton(impl, u, dy, out):
+        return aten.gelu_input_grad(dy, u, kind, out)
     from fused_lora.kernels.triton import gelu as triton
 
-    return triton.input_grad(dy, u, kind, out)
+    return triton.gelu_input_grad(dy, u, kind, out)
 
 
-def places(u: Tensor, kind: str = "erf") -> bool:
+def gelu_places(u: Tensor, kind: str = "erf") -> bool:
     """Whether ``out`` costs nothing beside a new tensor."""
-    return why_not("gelu", u) is None or aten.places(u, kind)
+    return why_not("gelu", u) is None or aten.gelu_places(u, kind)
 
 
-def _triton(impl: Impl, u: Tensor, *others: Tensor | None) -> bool:
+def _gelu_by_triton(impl: Impl, u: Tensor, *others: Tensor | None) -> bool:
     return asks_triton(impl) and triton_serves(impl, why_not("gelu", u, *others))

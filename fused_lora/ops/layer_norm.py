@@ -20,7 +20,7 @@ from fused_lora.ops.partners import asks_triton, triton_serves, why_not
 from fused_lora.types import Impl
 
 
-def forward(
+def layer_norm_forward(
     x: Tensor,  # [M, D]
     weight: Tensor | None,  # [D], any float dtype
     bias: Tensor | None,  # likewise
@@ -34,14 +34,14 @@ def forward(
     Raises:
         RuntimeError: ``impl`` is "triton", which cannot serve, with the reason.
     """
-    if not _triton(impl, x, weight, bias, out):
-        return aten.forward(x, weight, bias, eps, out)
+    if not _layer_norm_by_triton(impl, x, weight, bias, out):
+        return aten.layer_norm_forward(x, weight, bias, eps, out)
     from fused_lora.kernels.triton import layer_norm as triton
 
-    return Normed(*triton.forward(x, weight, bias, eps, out))
+    return Normed(*triton.layer_norm_forward(x, weight, bias, eps, out))
 
 
-def rebuild(
+def layer_norm_rebuild(
     x: Tensor,  # [M, D]
     weight: Tensor | None,  # [D], any float dtype
     bias: Tensor | None,  # likewise
@@ -52,14 +52,14 @@ def rebuild(
     impl: Impl = Impl.AUTO,
 ) -> Tensor:
     """What ``forward`` made of x, from its statistics; raises as it does."""
-    if not _triton(impl, x, weight, bias, out):
-        return aten.rebuild(x, weight, bias, mean, rstd, out)
+    if not _layer_norm_by_triton(impl, x, weight, bias, out):
+        return aten.layer_norm_rebuild(x, weight, bias, mean, rstd, out)
     from fused_lora.kernels.triton import layer_norm as triton
 
-    return triton.rebuild(x, weight, bias, mean, rstd, out)
+    return triton.layer_norm_rebuild(x, weight, bias, mean, rstd, out)
 
 
-def input_grad(
+def layer_norm_input_grad(
     dy: Tensor,  # [M, D]
     x: Tensor,  # [M, D]
     weight: Tensor | None,  # [D]
@@ -71,14 +71,14 @@ def input_grad(
     impl: Impl = Impl.AUTO,
 ) -> Tensor:
     """dx, in dy's dtype or ``out``'s; raises as ``forward`` does."""
-    if not _triton(impl, x, weight, None, dy, residual, out):
-        return aten.input_grad(dy, x, weight, mean, rstd, residual, out)
+    if not _layer_norm_by_triton(impl, x, weight, None, dy, residual, out):
+        return aten.layer_norm_input_grad(dy, x, weight, mean, rstd, residual, out)
     from fused_lora.kernels.triton import layer_norm as triton
 
-    return triton.input_grad(dy, x, weight, mean, rstd, residual, out)
+    return triton.layer_norm_input_grad(dy, x, weight, mean, rstd, residual, out)
 
 
-def grads(
+def layer_norm_grads(
     dy: Tensor,  # [M, D]
     x: Tensor,  # [M, D]
     weight: Tensor | None,  # [D]
@@ -88,15 +88,15 @@ def grads(
     needs: Sequence[bool],  # of x, weight and bias
 ) -> list[Tensor | None]:
     """Gradients of all three, by the library: Triton has no kernel of the last two."""
-    return aten.grads(dy, x, weight, bias, mean, rstd, needs)
+    return aten.layer_norm_grads(dy, x, weight, bias, mean, rstd, needs)
 
 
-def places(x: Tensor) -> bool:
+def layer_norm_places(x: Tensor) -> bool:
     """Whether ``out`` costs nothing beside a new tensor."""
-    return why_not_triton(x) is None or aten.places(x)
+    return why_not_layer_norm(x) is None or aten.layer_norm_places(x)
 
 
-def why_not_triton(
+def why_not_layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *others: Tensor | None
 ) -> str | None:
     """One sentence why Triton cannot serve these operands; None when it can."""
@@ -108,5 +108,5 @@ def why_not_triton(
     return why_not("layer_norm", x, *others)
 
 
-def _triton(impl: Impl, *operands: Tensor | None) -> bool:
-    return asks_triton(impl) and triton_serves(impl, why_not_triton(*operands))  # type: ignore[arg-type]
+def _layer_norm_by_triton(impl: Impl, *operands: Tensor | None) -> bool:
+    return asks_triton(impl) and triton_serves(impl, why_not_layer_norm(*operands))  # type: ignore[arg-type]

@@ -35,12 +35,12 @@ def layer_norm_lora_linear(
     check_recompute(recompute)
     norm.check(x)
     linear.check(x)
-    recipe = _recipe(norm.eps, linear.frame(), compute_dtype(x), recompute)
+    recipe = _norm_linear_spec(norm.eps, linear.frame(), compute_dtype(x), recompute)
     return chain(recipe, x, (norm.gamma, norm.beta, *linear.tensors()))
 
 
 @lru_cache(maxsize=256)
-def _recipe(eps: float, frame: Frame, dtype: torch.dtype, recompute: str) -> ChainRecipe:
+def _norm_linear_spec(eps: float, frame: Frame, dtype: torch.dtype, recompute: str) -> ChainRecipe:
     keep = frozenset({1} if recompute == "none" else ())
     stages = (LayerNorm(eps, dtype), LinearStage((frame,), dtype))
     return ChainRecipe(stages, keep, recompute == "gemm")

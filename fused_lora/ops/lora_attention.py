@@ -53,12 +53,12 @@ def lora_attention(
     Raises:
         TypeError, ValueError: operands that do not fit, with the values seen.
     """
-    recipe = asked(x, norm, qkv, proj, heads, gamma, mask, recompute)
+    recipe = attention_spec(x, norm, qkv, proj, heads, gamma, mask, recompute)
     operands = (norm.gamma, norm.beta, *qkv.tensors(), *proj.tensors())
     return chain(recipe, x, operands, None, gamma, mask)
 
 
-def asked(
+def attention_spec(
     x: Tensor,
     norm: Norm,
     qkv: Adapted,
@@ -84,7 +84,7 @@ def asked(
     frames, dtype = (qkv.frame(), proj.frame()), compute_dtype(x)
     kernel = None if torch.compiler.is_compiling() else kernel_for(x, heads, width)
     attention = Attention(heads, x.shape[1], kernel)
-    return _recipe(norm.eps, *frames, attention, dtype, recompute)
+    return _attention_spec(norm.eps, *frames, attention, dtype, recompute)
 
 
 def kernel_for(x: Tensor, heads: int, width: int) -> kernels.Key | None:
@@ -100,7 +100,7 @@ def kernel_for(x: Tensor, heads: int, width: int) -> kernels.Key | None:
 
 
 @lru_cache(maxsize=256)
-def _recipe(
+def _attention_spec(
     eps: float,
     qkv: Frame,
     proj: Frame,

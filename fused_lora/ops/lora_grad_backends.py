@@ -126,7 +126,7 @@ def activated(u: Tensor | None, activation: str) -> Tensor:
     from fused_lora.ops import gelu
 
     assert u is not None
-    return gelu.forward(u, activation)
+    return gelu.gelu_forward(u, activation)
 
 
 def _trusted(shape: GradShape, like: Tensor, gelu: bool = False) -> bool:

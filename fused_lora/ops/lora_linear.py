@@ -22,12 +22,12 @@ from fused_lora.ops import dropped
 from fused_lora.ops.dropped import check_dropout, seeded
 from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import plain
-from fused_lora.ops.planning import halves_of, plan_for
+from fused_lora.ops.planning import traits_of, plan_for
 from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
 from fused_lora.reference import lora_linear as reference
-from fused_lora.trust.verify import untouchable
+from fused_lora.trust.verify import why_not_concrete
 from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span
 
 reshaped = torch.ops.aten._unsafe_view.default  # a view that autograd takes for a tensor of its own
@@ -238,7 +238,7 @@ def compute(
     bias = None if bias is None else bias.to(dtype)
     adapters, impl = frame.adapters(ab), frame.impl
     if plan is None:
-        question = (rows, w, bias is not None, frame.spans, needs, halves_of(ab, frame.scales))
+        question = (rows, w, bias is not None, frame.spans, needs, traits_of(ab, frame.scales))
         plan = call_plan(*question, impl=impl)
     if frame.dropout:
         impl = Impl.ATEN if impl is Impl.REFERENCE else impl
@@ -248,9 +248,9 @@ def compute(
     if ending is None:
         (y, kept), u = forward(rows, w, bias, adapters, plan, impl, bordered, h), None
     else:
-        from fused_lora.ops.epilogues import ended
+        from fused_lora.ops.epilogues import with_epilogue
 
-        y, kept, u = ended(rows, w, bias, adapters, plan, impl, ending, bordered, out, h)
+        y, kept, u = with_epilogue(rows, w, bias, adapters, plan, impl, ending, bordered, out, h)
     return Computed(as_leading(y, x), rows, w, kept, plan, u)
 
 
@@ -305,7 +305,7 @@ def call_plan(
     n, k = w.shape
     question = (rows.shape[0], k, n, spans, dtype or rows.dtype, bias, needs, rows.device)
     plan = plan_for(*question, keep, impl, beside, halves)
-    if plan.library_alone or not (reason := untouchable(rows)):
+    if plan.library_alone or not (reason := why_not_concrete(rows)):
         return plan
     if impl is Impl.AUTO:
         return by_library(plan)
@@ -357,7 +357,7 @@ def backward(
     if impl is Impl.REFERENCE:
         assert rows is not None and w is not None
         return reference.backward(dy, rows, w, *adapters.to(dy.dtype), needs)
-    if not plan.library_alone and untouchable(dy):
+    if not plan.library_alone and why_not_concrete(dy):
         plan = by_library(plan)
     room = _backend(plan)
     if plan.grads_by is Backend.CUDA:

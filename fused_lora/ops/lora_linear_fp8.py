@@ -27,7 +27,7 @@ from fused_lora.ops.lora_linear_checks import check
 from fused_lora.ops.lora_linear_plain import with_adapters
 from fused_lora.ops.operand import compute_dtype
 from fused_lora.ops.partners import triton_serves
-from fused_lora.ops.planning import halves_of
+from fused_lora.ops.planning import traits_of
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
@@ -155,7 +155,7 @@ def _plan(
 ) -> Plan:
     """Lora_linear's, of whose forward h alone is taken; w' is never kept."""
     k = codes.shape[1]
-    spans, halves = tuple(adapters.spans), halves_of(adapters.a, adapters.scales)
+    spans, halves = tuple(adapters.spans), traits_of(adapters.a, adapters.scales)
     keep = traced_keep(k, spans, needs)
     return base.call_plan(rows, codes, bias, spans, needs, halves, keep, impl)
 
@@ -175,8 +175,8 @@ def forward(
     if asked and triton_serves(impl, why_not_triton(m, n, k, adapters.rank, rows)):
         from fused_lora.kernels.triton import lora_linear_fp8 as triton
 
-        return triton.forward(rows, w, bias, adapters)
-    return aten.forward(rows, w, bias, adapters)
+        return triton.forward_fp8(rows, w, bias, adapters)
+    return aten.forward_fp8(rows, w, bias, adapters)
 
 
 def why_not_triton(rows: int, columns: int, depth: int, rank: int, like: Tensor) -> str | None:

@@ -21,11 +21,11 @@ from fused_lora.ops.chain.stage import consecutive
 from fused_lora.ops.dropped import FORMS_H
 from fused_lora.ops.lora_linear import Frame, as_leading, as_rows, forward, lora_linear
 from fused_lora.ops.operand import Adapted, compute_dtype
-from fused_lora.ops.planning import halves_of, plan_for
+from fused_lora.ops.planning import traits_of, plan_for
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
-from fused_lora.trust.verify import untouchable
+from fused_lora.trust.verify import why_not_concrete
 from fused_lora.types import Backend, Gradient, Impl, Keep, Needs, Plan
 
 
@@ -79,11 +79,11 @@ def _plans(
             return None
         n, k = layer.w.shape
         question = (m, k, n, frame.spans, dtype, layer.bias is not None, _needs(x, layer, frame))
-        halves = halves_of(layer.a, frame.scales)
+        halves = traits_of(layer.a, frame.scales)
         plan = plan_for(*question, x.device, impl=frame.impl, halves=halves)
         if plan.forward not in FORMS_H or plan.gradient is Gradient.FULL:
             return None
-        if plan.backend is not Backend.ATEN and untouchable(x):
+        if plan.backend is not Backend.ATEN and why_not_concrete(x):
             return None
         plans.append(plan)
     return tuple(plans)
@@ -122,7 +122,7 @@ class LoRALinearMany:
         ws = [own[0].to(dtype) for own in owned]
         given = [frame.adapters(own[2:]) for frame, own in zip(frames, owned, strict=True)]
         low = [each.to(dtype) for each in given]
-        h = aten.shrink(rows, low)
+        h = aten.shrink_many(rows, low)
         hidden = h.split([each.rank for each in low], dim=1)
         ys = []
         for i, plan in enumerate(self.plans):
@@ -151,7 +151,7 @@ class LoRALinearMany:
             layers.append(aten.Layer(as_rows(dy, self.dtype), ws[i], adapters, asked[i]))
             hidden.append(None if h is None else h[:, first : first + adapters.rank])
             first += adapters.rank
-        dx, found = aten.backward(layers, x, None if h is None else hidden)  # type: ignore[arg-type]
+        dx, found = aten.backward_many(layers, x, None if h is None else hidden)  # type: ignore[arg-type]
         down = [grad for own in found for grad in (own.w, own.bias, *own.a, *own.b)]
         return None if dx is None else dx.view(shape), *down
 

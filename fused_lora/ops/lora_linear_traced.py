@@ -22,7 +22,7 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import lora_linear as eager
 from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.lora_linear_plain import plain
-from fused_lora.ops.planning import halves_of, plan_for
+from fused_lora.ops.planning import traits_of, plan_for
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved, WithoutBackward
@@ -122,7 +122,7 @@ def _spans(flat: tuple[int, ...]) -> tuple[Span, ...]:
 def _plan(m: int, w: Tensor, adapters: Adapters, needs: int, keep: str, impl: str) -> Plan:
     n, k = w.shape
     question = (m, k, n, tuple(adapters.spans), w.dtype, True, _needs(needs), w.device)
-    halves = halves_of(adapters.a, adapters.scales)
+    halves = traits_of(adapters.a, adapters.scales)
     return plan_for(*question, Keep(keep), Impl(impl), ALONE, halves)
 
 

@@ -13,7 +13,7 @@ from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.launches import Launch, tile_of
 from fused_lora.ops.backends import distrust, why_not_launch
 from fused_lora.trust.kernel_registry import Checked, of_compiled_merge, of_launch
-from fused_lora.trust.verify import untouchable
+from fused_lora.trust.verify import why_not_concrete
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 Noise = tuple[int, int] | None  # seed and step of stochastic rounding
@@ -37,7 +37,7 @@ def server(w: Tensor, adapters: Adapters, impl: str) -> str:
 def why_not(w: Tensor, adapters: Adapters, by: str) -> str | None:
     """One sentence why ``by`` cannot merge these operands; None when it can."""
     reason = _compiled(w, adapters) if by == "cuda" else _triton(w, adapters)
-    return reason or untouchable(w) or distrust(_checked(w, adapters, by), w.device)
+    return reason or why_not_concrete(w) or distrust(_checked(w, adapters, by), w.device)
 
 
 def server_of_many(weights: Sequence[Tensor], adapters: Sequence[Adapters], impl: str) -> str:
@@ -61,7 +61,7 @@ def why_not_many(weights: Sequence[Tensor], adapters: Sequence[Adapters], by: st
     """One sentence why ``by`` cannot merge all of these in one launch; None when it can."""
     own = _compiled if by == "cuda" else _triton
     for w, group in zip(weights, adapters, strict=True):
-        if reason := own(w, group) or untouchable(w):
+        if reason := own(w, group) or why_not_concrete(w):
             return reason
     first = weights[0]
     if by == "cuda":

@@ -64,7 +64,7 @@ def lora_mlp(
         TypeError, ValueError: operands or options that do not fit, with the values seen.
     """
     given = (x, fc1, fc2, activation, gated, norm, around, gamma, mask, recompute)
-    recipe, dtype = asked(*given), compute_dtype(x)
+    recipe, dtype = mlp_spec(*given), compute_dtype(x)
     operands = list(norm[:2]) if norm else []
     for linear in (fc1, fc2) if isinstance(fc1, Adapted) else (*fc1, fc2):
         operands += linear.tensors()
@@ -72,7 +72,7 @@ def lora_mlp(
     return chain(recipe, source, operands, None, gamma, mask)
 
 
-def asked(
+def mlp_spec(
     x: Tensor,
     fc1: Adapted | tuple[Adapted, Adapted],
     fc2: Adapted,
@@ -86,7 +86,7 @@ def asked(
 ) -> ChainRecipe:
     """What ``lora_mlp`` is asked to do; raises as it does."""
     firsts = (fc1,) if isinstance(fc1, Adapted) else tuple(fc1)
-    _check(x, firsts, fc2, activation, gated, norm, recompute)
+    _check_mlp(x, firsts, fc2, activation, gated, norm, recompute)
     if around and fc2.w.shape[0] != x.shape[-1]:
         raise ValueError(f"fc2 has {fc2.w.shape[0]} columns, the x around it {x.shape[-1]}")
     check_frozen(gamma=gamma, mask=mask)
@@ -95,11 +95,11 @@ def asked(
         act = Gated(activation, gated == "last")
     frames = tuple([first.frame() for first in firsts])
     eps = norm.eps if norm else None
-    return _recipe(eps, frames, act, fc2.frame(), compute_dtype(x), recompute, around)
+    return _mlp_spec(eps, frames, act, fc2.frame(), compute_dtype(x), recompute, around)
 
 
 @lru_cache(maxsize=256)
-def _recipe(
+def _mlp_spec(
     eps: float | None,
     firsts: tuple[Frame, ...],
     act: Stage,
@@ -117,7 +117,7 @@ def _recipe(
     return ChainRecipe(tuple(stages), frozenset(keep), recompute == "gemm", around)
 
 
-def _check(
+def _check_mlp(
     x: Tensor,
     firsts: tuple[Adapted, ...],
     fc2: Adapted,

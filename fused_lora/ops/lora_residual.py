@@ -44,10 +44,10 @@ def lora_residual(
     if residual.shape != expected:
         raise ValueError(f"residual must be {expected}, got shape {tuple(residual.shape)}")
     dtype = compute_dtype(x)
-    recipe = _recipe(linear.frame(), dtype, lean)
+    recipe = _residual_spec(linear.frame(), dtype, lean)
     return chain(recipe, x.to(dtype), linear.tensors(), residual, gamma, mask)
 
 
 @lru_cache(maxsize=256)
-def _recipe(frame: Frame, dtype: torch.dtype, lean: bool) -> ChainRecipe:
+def _residual_spec(frame: Frame, dtype: torch.dtype, lean: bool) -> ChainRecipe:
     return ChainRecipe((LinearStage((frame,), dtype),), lean=lean)

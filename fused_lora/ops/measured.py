@@ -28,7 +28,7 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton.identity import identity
 from fused_lora.ops.ceilings import device_name
 from fused_lora.plan.problem import Problem
-from fused_lora.plan.race import race
+from fused_lora.plan.race import time_candidates
 from fused_lora.plan.strategies import ROUNDS_ONCE
 from fused_lora.trust.check import own_stream
 from fused_lora.trust.verify import why_not_now
@@ -237,7 +237,7 @@ def _race(question: Problem, plans: Sequence[Plan], device: torch.device) -> dic
         def once(part: PlanPart) -> float:
             return _events_us(runs[part]) if on_gpu else _clock_us(runs[part], repeats[part])
 
-        return race(by_name, once, *((ROUNDS, MOST) if on_gpu else (ROUNDS_CPU, MOST_CPU)))
+        return time_candidates(by_name, once, *((ROUNDS, MOST) if on_gpu else (ROUNDS_CPU, MOST_CPU)))
 
 
 def _events_us(run: Callable[[], object]) -> float:

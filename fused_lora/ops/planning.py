@@ -14,7 +14,7 @@ from fused_lora.ops import backends, measured
 from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.ops.measured import Way
 from fused_lora.plan.choose import RankedPlan, ordered, ranked
-from fused_lora.plan.cost import beside_us
+from fused_lora.plan.cost import context_us
 from fused_lora.plan.problem import Problem
 from fused_lora.trust.check import CannotVerifyNow
 from fused_lora.trust.verify import holds
@@ -40,13 +40,13 @@ def problem(
     return Problem(m, k, n, spans, name, bias, needs, *beside, halves, device.type)
 
 
-def halves_of(ab: Sequence[Tensor], scales: Sequence[float]) -> Halves:
+def traits_of(ab: Sequence[Tensor], scales: Sequence[float]) -> Halves:
     """What the plan asks of adapters beside their shapes; the first a speaks for all dtypes."""
-    return _halves(ab[0].dtype if ab else None, tuple(scales))
+    return _traits(ab[0].dtype if ab else None, tuple(scales))
 
 
 @lru_cache(maxsize=1024)
-def _halves(dtype: torch.dtype | None, scales: tuple[float, ...]) -> Halves:
+def _traits(dtype: torch.dtype | None, scales: tuple[float, ...]) -> Halves:
     name = "" if dtype is None else str(dtype).removeprefix("torch.")
     return Halves(name, tuple(scale != 1.0 for scale in scales), len(set(scales)) <= 1)
 
@@ -161,14 +161,14 @@ def _by_time(
     failing = partial(failures, question, dtype=dtype, key=asked[0], device=device)
     by_name = measured.load(question, plans, device, asked)
     if not by_name and times in (Way.MEASURE, Way.LOOK):
-        right = backends.those(measured.likely(plans), lambda plan: not failing(plan))
+        right = backends.matching(measured.likely(plans), lambda plan: not failing(plan))
         if times is Way.MEASURE:
             by_name = measured.times(question, right, device, asked)
         else:
             measured.collect(question, right, device)
     limits, estimates = ceilings(device, dtype), {str(plan): plan.time_us for plan in plans}
     timed = [
-        replace(plan, time_us=by_name[str(plan)] + beside_us(question, plan, limits))
+        replace(plan, time_us=by_name[str(plan)] + context_us(question, plan, limits))
         for plan in plans
         if str(plan) in by_name
     ]

@@ -26,7 +26,7 @@ class Made(NamedTuple):
     statistics: tuple[Tensor, ...] = ()  # mean and rstd [M], fp32
 
 
-def why_not(
+def why_not_shrink(
     kernel: str,  # shrink_norm or shrink_gelu
     z: Tensor,  # [M, C]
     dtype: torch.dtype,  # of x
@@ -46,7 +46,7 @@ def why_not(
     return why_not_launch(kernel, z.shape[0], rank, z.shape[1], z, dtype)
 
 
-def layer_norm(
+def layer_norm_shrink(
     z: Tensor,  # [M, C]
     weight: Tensor | None,  # [C]
     bias: Tensor | None,  # [C]
@@ -59,13 +59,13 @@ def layer_norm(
     from fused_lora.kernels.triton import row_shrink
     from fused_lora.kernels.triton.lora_linear import uniform
 
-    x, mean, rstd, h = row_shrink.layer_norm(z, weight, bias, eps, uniform(adapters), out, h)
+    x, mean, rstd, h = row_shrink.layer_norm_shrink(z, weight, bias, eps, uniform(adapters), out, h)
     return Made(x, h, (mean, rstd))
 
 
-def gelu(z: Tensor, kind: str, adapters: Adapters, out: Tensor, h: Tensor | None) -> Made:
+def gelu_shrink(z: Tensor, kind: str, adapters: Adapters, out: Tensor, h: Tensor | None) -> Made:
     """GELU of each element."""
     from fused_lora.kernels.triton import row_shrink
     from fused_lora.kernels.triton.lora_linear import uniform
 
-    return Made(*row_shrink.gelu(z, kind, uniform(adapters), out, h))
+    return Made(*row_shrink.gelu_shrink(z, kind, uniform(adapters), out, h))

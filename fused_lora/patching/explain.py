@@ -13,7 +13,7 @@ from fused_lora.ops.backends import refusals
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.lora_linear_fp8 import why_not_triton
-from fused_lora.ops.planning import expected, explained, halves_of, problem
+from fused_lora.ops.planning import expected, explained, traits_of, problem
 from fused_lora.patching.report import first_and_more
 from fused_lora.plan.choose import RankedPlan, traced_keep
 from fused_lora.plan.device import Ceilings
@@ -44,7 +44,7 @@ def problem_of(
     )
     spans = tuple(module.groups.values())
     question = (rows, k, n, spans, dtype or module.weight.dtype, module.bias is not None, needs)
-    halves = halves_of(a, module.scales)
+    halves = traits_of(a, module.scales)
     where = module.weight.device if device is None else torch.device(device)
     return problem(*question, halves=halves, device=where)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fused_lora.nn.peft_linear import classes, why_not
 from fused_lora.nn.stand_in import rebind
-from fused_lora.ops.planning import expected, halves_of, problem
+from fused_lora.ops.planning import expected, traits_of, problem
 from fused_lora.patching.observe import ObservedWeight, observe
 from fused_lora.patching.report import IN_WEIGHT, PatchError, PatchReport, ProjectionRow
 from fused_lora.patching.rules import FoundProjection, find
@@ -118,7 +118,7 @@ def _plan(layer: Any, rows: int) -> str:
     bias = layer.base_layer.bias is not None
     question = (rows, w.shape[1], w.shape[0], spans, w.dtype, bias, Needs())
     first = next(name for name in layer.active_adapters if name in layer.r)
-    halves = halves_of([layer.lora_A[first].weight], [layer.scaling[first]])
+    halves = traits_of([layer.lora_A[first].weight], [layer.scaling[first]])
     asked = problem(*question, halves=halves, device=w.device)
     return str(expected(asked, w.dtype, w.device))
 

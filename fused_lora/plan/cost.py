@@ -18,15 +18,15 @@ from fused_lora.plan import cost_aten, cost_cuda, cost_triton
 from fused_lora.plan.device import Ceilings
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.step import Step
-from fused_lora.plan.strategies import ends, slopes
+from fused_lora.plan.strategies import fuses_epilogue, fuses_activation_grad
 from fused_lora.types import Backend, Plan
 
 
-def beside_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+def context_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The passes of a GELU and of its slope, where no epilogue of the plan's has them."""
-    if p.activated and not ends(plan):
+    if p.activated and not fuses_epilogue(plan):
         yield Step("gelu", p.m, p.n)
-    if p.sloped and p.needs.x and not slopes(plan):
+    if p.sloped and p.needs.x and not fuses_activation_grad(plan):
         yield Step("gelu slope", p.m, p.k, extra_elements=p.m * p.k)
 
 
@@ -37,13 +37,13 @@ def steps(p: Problem, plan: Plan) -> list[Step]:
     if p.needs.bias and plan.grads_by is None:
         found.append(Step("dbias", 1, p.n, extra_elements=p.m * p.n))
     if plan.grads_by is Backend.CUDA:
-        found += cost_cuda.gradient_steps(p, plan)
-    return [*found, *beside_steps(p, plan)]
+        found += cost_cuda.cuda_gradient_steps(p, plan)
+    return [*found, *context_steps(p, plan)]
 
 
-def beside_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:
+def context_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:
     """Estimated time of what lies beside the products, where no epilogue has it."""
-    return sum(step.time_us(p.itemsize, ceilings) for step in beside_steps(p, plan))
+    return sum(step.time_us(p.itemsize, ceilings) for step in context_steps(p, plan))
 
 
 def time_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:

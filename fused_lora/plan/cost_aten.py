@@ -71,7 +71,7 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         return
     if plan.forward is Forward.EXTENDED:
         yield from _hidden_steps(p)
-        yield cost_cuda.product_step("extended", p, p.n, p.k, p.activated)
+        yield cost_cuda.cuda_product_step("extended", p, p.n, p.k, p.activated)
         return
     yield from cast_steps(p)
     if plan.forward is Forward.SEPARATE:
@@ -114,7 +114,7 @@ def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         for rank in _pieces(p):
             yield Step("dx expand", p.m, p.k, rank, accumulates=True)
     elif plan.dx is Forward.EXTENDED:
-        yield cost_cuda.product_step("dx extended", p, p.k, p.n)
+        yield cost_cuda.cuda_product_step("dx extended", p, p.k, p.n)
     else:
         yield Step("copy dy", p.m, p.n)
         yield Step("border w", p.n + p.rank, p.k)

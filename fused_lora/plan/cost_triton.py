@@ -12,23 +12,23 @@ from fused_lora.plan.problem import Problem
 from fused_lora.plan.step import Step
 from fused_lora.types import Forward, Gradient, Keep, Plan
 
-EFFICIENCY = 0.8  # of Triton's GEMM beside the library's; unmeasured
+TRITON_EFFICIENCY = 0.8  # of Triton's GEMM beside the library's; unmeasured
 GELU_SHARE = 0.93  # of that: its epilogue is exposed, about 14 instructions an element
-LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
+TRITON_LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
 MERGE_EFFICIENCY = 1 / 16  # of fp32 products beside 16-bit ones; unmeasured
-RANK_BLOCK = 64  # ranks whose thin product reads x once
+TRITON_RANK_BLOCK = 64  # ranks whose thin product reads x once
 TILE_COLUMNS = 128  # of y, for each of which ONE_PASS forms h anew
 PARTIAL_SUMS = 16  # slices of rows whose fp32 sums a gradient writes and reads; about
 
 
-def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+def triton_forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the forward pass."""
     if plan.forward is not Forward.MERGE:
         yield from _pack(p)
     yield from _product(p, plan.forward, "", p.k, p.n, False, p.activated, p.shrunk)
 
 
-def backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+def triton_backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the backward pass, none where nothing is asked for."""
     rank_gradient = plan.gradient is Gradient.RANK and plan.grads_by is None
     reads = rank_gradient or (p.needs.x and plan.dx is not Forward.MERGE)
@@ -83,7 +83,7 @@ def _product(
 def _launch(
     name: str, m: int, n: int, k: int, flops: int = 0, elements: int = 0, share: float = 1.0
 ) -> Step:
-    return Step(name, m, n, k, False, flops, elements, share * EFFICIENCY, LAUNCH_CALLS)
+    return Step(name, m, n, k, False, flops, elements, share * TRITON_EFFICIENCY, TRITON_LAUNCH_CALLS)
 
 
 def keeps_packed(p: Problem, plan: Plan) -> bool:
@@ -98,12 +98,12 @@ def _pack(p: Problem) -> Iterator[Step]:
     A chain packs those of all its linears at once, which is left out here.
     """
     if p.casts() or (p.low_precision and len(p.spans) > 1):
-        yield Step("pack", p.rank, p.k + p.n, calls=LAUNCH_CALLS)
+        yield Step("pack", p.rank, p.k + p.n, calls=TRITON_LAUNCH_CALLS)
 
 
 def _thin(p: Problem, name: str, depth: int) -> Step:
     """h or dh of every group in one launch, x read once per block of ranks."""
-    again = (-(-p.rank // RANK_BLOCK) - 1) * p.m * depth
+    again = (-(-p.rank // TRITON_RANK_BLOCK) - 1) * p.m * depth
     return _launch(name, p.m, p.rank, depth, elements=again)
 
 
@@ -111,13 +111,13 @@ def _gradient(p: Problem, name: str, columns: int) -> Iterator[Step]:
     """Partial sums over slices of rows, then their sum in a fixed order."""
     fp32 = 4 // min(4, p.itemsize)  # in elements of the compute dtype
     sums = PARTIAL_SUMS * p.rank * columns * fp32
-    again = (-(-p.rank // RANK_BLOCK) - 1) * p.m * columns
+    again = (-(-p.rank // TRITON_RANK_BLOCK) - 1) * p.m * columns
     yield _launch(name, p.rank, columns, p.m, elements=sums + again)
-    yield Step(f"{name} sums", p.rank, columns, extra_elements=sums, calls=LAUNCH_CALLS)
+    yield Step(f"{name} sums", p.rank, columns, extra_elements=sums, calls=TRITON_LAUNCH_CALLS)
 
 
 def _merge(p: Problem) -> Step:
     """w' in one pass over w; products are fp32 whatever the dtype."""
-    efficiency = MERGE_EFFICIENCY if p.low_precision else EFFICIENCY
+    efficiency = MERGE_EFFICIENCY if p.low_precision else TRITON_EFFICIENCY
     rank = max(span.rank for span in p.spans)
-    return Step("merge", p.n, p.k, rank, True, efficiency=efficiency, calls=LAUNCH_CALLS)
+    return Step("merge", p.n, p.k, rank, True, efficiency=efficiency, calls=TRITON_LAUNCH_CALLS)

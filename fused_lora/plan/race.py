@@ -18,7 +18,7 @@ SETTLED = 0.01  # standard error of a ratio that is small enough
 Part = TypeVar("Part")
 
 
-def race(
+def time_candidates(
     plans: Mapping[str, Sequence[Part]],  # the parts that make up each
     time_us: Callable[[Part], float],  # one run of a part
     rounds: int,

@@ -165,12 +165,12 @@ def candidates(
     return [plan for plan in plans if why_not(problem, plan) is None]
 
 
-def ends(plan: Plan) -> bool:
+def fuses_epilogue(plan: Plan) -> bool:
     """Whether its forward may write GELU(u) beside u in one pass."""
     return plan.backend is not Backend.ATEN and plan.forward is Forward.EXTENDED
 
 
-def slopes(plan: Plan) -> bool:
+def fuses_activation_grad(plan: Plan) -> bool:
     """Whether its dx may go on through a GELU's slope in one pass."""
     return plan.backend is Backend.TRITON and plan.dx is Forward.EXTENDED
 

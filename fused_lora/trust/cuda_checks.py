@@ -125,6 +125,6 @@ def _input_grad(p: Operands, **how: Any) -> Tensor:
     return lora_extended.input_grad(p.dy, p.w, p.adapters, thin(p)[1], **how)[0]
 
 
-def merged(p: Operands, noise: tuple[int, int] | None = None) -> Tensor:
+def cuda_merged(p: Operands, noise: tuple[int, int] | None = None) -> Tensor:
     """w', rounded to nearest or by ``noise``."""
     return compiled_merge(p.w, p.adapters, noise)

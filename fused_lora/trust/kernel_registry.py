@@ -110,7 +110,7 @@ class Checked:
 def of_launch(launch: Launch, dtype: str) -> Checked:
     """A Triton kernel in one tile."""
     subject = KernelId("triton", launch.kernel, launch.configuration, dtype)
-    merged = {"merge": triton_checks.merged, "merge_many": triton_checks.merged_of_many}
+    merged = {"merge": triton_checks.triton_merged, "merge_many": triton_checks.merged_of_many}
     draws = merged.get(launch.kernel)
     noisy = None if draws is None else partial(draws, tile=launch.tile, noise=NOISE)
     shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
@@ -123,13 +123,13 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
 def of_compiled_merge(dtype: str) -> Checked:
     """The compiled kernel for weights of ``dtype``."""
     subject = KernelId("cuda", "lora_merge", "any", dtype)
-    noisy = partial(cuda_checks.merged, noise=NOISE)
+    noisy = partial(cuda_checks.cuda_merged, noise=NOISE)
     run, recipe = _compiled_merge, (__name__, "of_compiled_merge", dtype)
     return Checked(subject, run, noisy, exact=True, recipe=recipe)
 
 
 def _compiled_merge(p: Operands) -> Named:
-    return {"w'": cuda_checks.merged(p)}
+    return {"w'": cuda_checks.cuda_merged(p)}
 
 
 def of_compiled_grads(form: Form, example: GradShape, dtype: str, gelu: bool = False) -> Checked:
@@ -163,15 +163,15 @@ ROWS = (197, 1 << 20)  # few and many, as tiles are chosen by
 ANY_FORM = (Form(6, 1, True, 1), GradShape(376, 376, 15, needs_bias=True))
 RANKS = (16, 32, 64)  # every block of ranks
 WIDTHS = (192, 384, 768, 1280, 4096)  # of a token, and of what lies inside its MLP
-ENDINGS = ("extended_gelu", "extended_scale", "extended_dropout")
-OF_HALVES = (*ENDINGS, "extended_wide")  # nothing is wider than fp32
+EPILOGUES = ("extended_gelu", "extended_scale", "extended_dropout")
+OF_HALVES = (*EPILOGUES, "extended_wide")  # nothing is wider than fp32
 
 
 def every_kernel(dtypes: Sequence[str], device: torch.device) -> Iterator[Checked]:
     """What a self-test of ``device`` checks, by dtype."""
     for dtype in dtypes:
         yield from (of_launch(launch, dtype) for launch in launches(DTYPES[dtype], device))
-        yield from (of_launch(launch, dtype) for launch in endings(DTYPES[dtype], device))
+        yield from (of_launch(launch, dtype) for launch in epilogues(DTYPES[dtype], device))
         if dtype != "tf32":  # these form no products, or fp32 ones whatever torch allows
             yield from (of_launch(launch, dtype) for launch in passes(DTYPES[dtype]))
             yield of_compiled_merge(dtype)
@@ -208,12 +208,12 @@ def compiled_products(dtype: str, device: torch.device) -> Iterator[Checked]:
     yield from (of_compiled_product(tile, dtype, one) for one in BEHIND for tile in tiles)
 
 
-def endings(dtype: torch.dtype, device: torch.device) -> list[Launch]:
+def epilogues(dtype: torch.dtype, device: torch.device) -> list[Launch]:
     """Products with something before or behind them, in the tiles of common widths."""
     low = dtype.itemsize == 2
     found = [
         Launch(kernel, by_rule(kernel, m, n, WIDTHS[0], dtype, device))
-        for kernel in (OF_HALVES if low else ENDINGS)
+        for kernel in (OF_HALVES if low else EPILOGUES)
         for m in ROWS
         for n in WIDTHS
     ]

@@ -21,28 +21,28 @@ def _left(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _layer_norm(p: Operands, tile: Any) -> Named:
-    from fused_lora.kernels.triton.layer_norm import forward, input_grad, rebuild
+    from fused_lora.kernels.triton.layer_norm import layer_norm_forward, layer_norm_input_grad, layer_norm_rebuild
 
-    n, mean, rstd = forward(p.x, p.gamma, p.beta, EPS, tile=tile)
-    again = rebuild(p.x, p.gamma, p.beta, mean, rstd, _left(p.x), tile)
+    n, mean, rstd = forward_extended_fp8(p.x, p.gamma, p.beta, EPS, tile=tile)
+    again = layer_norm_rebuild(p.x, p.gamma, p.beta, mean, rstd, _left(p.x), tile)
     grad = (p.x, p.gamma, mean, rstd)
-    dx = input_grad(narrow(p.x), *grad, other(p.x, 2), tile=tile)
+    dx = gelu_input_grad(narrow(p.x), *grad, other(p.x, 2), tile=tile)
     named = {"n": n, "n again": again, "dx": dx}
     if p.x.dtype is not torch.float32:
         return named
     low = _left(p.x, torch.bfloat16)  # as autocast asks for
-    named["n in bfloat16"] = forward(p.x, p.gamma, p.beta, EPS, low, tile).y
+    named["n in bfloat16"] = forward_extended_fp8(p.x, p.gamma, p.beta, EPS, low, tile).y
     dy, out = narrow(p.x).bfloat16(), torch.empty_like(p.x)
-    return named | {"dx of bfloat16": input_grad(dy, *grad, out=out, tile=tile)}
+    return named | {"dx of bfloat16": gelu_input_grad(dy, *grad, out=out, tile=tile)}
 
 
 def _gelu(p: Operands, tile: Any) -> Named:
-    from fused_lora.kernels.triton.gelu import forward, input_grad
+    from fused_lora.kernels.triton.gelu import gelu_forward, gelu_input_grad
 
     named: dict[str, Tensor] = {}
     for kind in KINDS:
-        named[f"{kind}"] = forward(p.x, kind, _left(p.x), tile)
-        named[f"{kind} du"] = input_grad(other(p.x), 4 * p.x, kind, tile=tile)
+        named[f"{kind}"] = forward_extended_fp8(p.x, kind, _left(p.x), tile)
+        named[f"{kind} du"] = gelu_input_grad(other(p.x), 4 * p.x, kind, tile=tile)
     return named
 
 
@@ -52,12 +52,12 @@ def _extended_gelu(p: Operands, tile: Any) -> Named:
     h, dh = thin(p)
     named: dict[str, Tensor] = {}
     for kind in KINDS:
-        y, _, u = forward(p.x, p.w, p.bias, p.adapters, kind, h, tile)
+        y, _, u = forward_extended_fp8(p.x, p.w, p.bias, p.adapters, kind, h, tile)
         assert u is not None
-        du, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, activation=kind, u=p.x)
+        du, _ = gelu_input_grad(p.dy, p.w, p.adapters, dh, tile, activation=kind, u=p.x)
         named |= {"u": u, f"{kind}": y, f"{kind} du": du}
         if p.x.element_size() == 2:
-            alone = forward(p.x, p.w, p.bias, p.adapters, kind, h, tile, stores_u=False).y
+            alone = forward_extended_fp8(p.x, p.w, p.bias, p.adapters, kind, h, tile, stores_u=False).y
             named[f"{kind}, u not stored"] = alone
     return named
 
@@ -69,8 +69,8 @@ def _extended_scale(p: Operands, tile: Any) -> Named:
     residual = p.dy.to(p.factor.dtype)  # where adapters are fp32, so may what goes around be
     ending: dict[str, Any] = {"factor": p.factor, "residual": residual}
     ending["out"] = torch.empty_like(residual)
-    y, _, _ = forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, **ending)
-    dx, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, residual=p.x)
+    y, _, _ = forward_extended_fp8(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, **ending)
+    dx, _ = gelu_input_grad(p.dy, p.w, p.adapters, dh, tile, residual=p.x)
     return {"y": y, "dx": dx}
 
 
@@ -93,23 +93,23 @@ def _halves(p: Operands) -> tuple[Tensor, Tensor]:
 
 
 def _shrink_norm(p: Operands, tile: Any) -> Named:
-    from fused_lora.kernels.triton.layer_norm import rebuild
-    from fused_lora.kernels.triton.row_shrink import layer_norm
+    from fused_lora.kernels.triton.layer_norm import layer_norm_rebuild
+    from fused_lora.kernels.triton.row_shrink import layer_norm_shrink
 
     named: dict[str, Tensor] = {}
     for way, z in {"": p.x, ", of float32": p.x.float()}.items():  # as autocast has it
-        n, mean, rstd, h = layer_norm(z, p.gamma, p.beta, EPS, p.adapters, *_halves(p), tile)
-        again = rebuild(z, p.gamma, p.beta, mean, rstd, _left(p.x))
+        n, mean, rstd, h = layer_norm_shrink(z, p.gamma, p.beta, EPS, p.adapters, *_halves(p), tile)
+        again = layer_norm_rebuild(z, p.gamma, p.beta, mean, rstd, _left(p.x))
         named |= {f"n{way}": n, f"h{way}": h, f"n, again{way}": again}
     return named
 
 
 def _shrink_gelu(p: Operands, tile: Any) -> Named:
-    from fused_lora.kernels.triton.row_shrink import gelu
+    from fused_lora.kernels.triton.row_shrink import gelu_shrink
 
     named: dict[str, Tensor] = {}
     for kind in KINDS:
-        named[kind], named[f"h of {kind}"] = gelu(p.x, kind, p.adapters, *_halves(p), tile)
+        named[kind], named[f"h of {kind}"] = gelu_shrink(p.x, kind, p.adapters, *_halves(p), tile)
     return named
 
 
@@ -123,8 +123,8 @@ def _extended_dropout(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_extended import input_grad
 
     dh, mask = thin(p)[1], _dropout()
-    dx, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, dropout=mask)
-    branch, _ = input_grad(p.dy[:, :0], p.w[:0], p.adapters, dh, tile, dropout=mask)
+    dx, _ = gelu_input_grad(p.dy, p.w, p.adapters, dh, tile, dropout=mask)
+    branch, _ = gelu_input_grad(p.dy[:, :0], p.w[:0], p.adapters, dh, tile, dropout=mask)
     return {"dx": dx, "dx of the adapters": branch}
 
 
@@ -135,10 +135,10 @@ def _quantise(p: Operands, tile: Any) -> Named:
 
 
 def _extended_fp8(p: Operands, tile: Any) -> Named:
-    from fused_lora.kernels.triton.lora_extended_fp8 import forward
+    from fused_lora.kernels.triton.lora_extended_fp8 import forward_extended_fp8
 
     x, w = reference.quantise(p.x), reference.quantise(p.w)
-    return {"y": forward(x, w, p.bias, p.adapters, thin(p)[0], tile)}
+    return {"y": forward_extended_fp8(x, w, p.bias, p.adapters, thin(p)[0], tile)}
 
 
 def _merge_many(p: Operands, tile: Any) -> Named:
@@ -177,16 +177,16 @@ def _extended(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_extended import forward, input_grad
 
     (h, dh), low = thin(p), _low(p)
-    y = forward(p.x, p.w, p.bias, low, h=h, tile=tile).y
-    return {"y": y, "dx": input_grad(p.dy, p.w, low, dh=dh, tile=tile)[0]}
+    y = forward_extended_fp8(p.x, p.w, p.bias, low, h=h, tile=tile).y
+    return {"y": y, "dx": gelu_input_grad(p.dy, p.w, low, dh=dh, tile=tile)[0]}
 
 
 def _one_pass(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_one_pass import forward, input_grad
 
     low = _low(p)
-    y, h, _ = forward(p.x, p.w, p.bias, low, tile=tile)
-    dx, dh = input_grad(p.dy, p.w, low, tile=tile)
+    y, h, _ = forward_extended_fp8(p.x, p.w, p.bias, low, tile=tile)
+    dx, dh = gelu_input_grad(p.dy, p.w, low, tile=tile)
     return {"h": h, "dh": dh, "y": y, "dx": dx}
 
 
@@ -199,10 +199,10 @@ def _grad(p: Operands, tile: Any) -> Named:
 
 
 def _merge(p: Operands, tile: Any) -> Named:
-    return {"w'": merged(p, tile)}
+    return {"w'": triton_merged(p, tile)}
 
 
-def merged(p: Operands, tile: Any, noise: tuple[int, int] | None = None) -> Tensor:
+def triton_merged(p: Operands, tile: Any, noise: tuple[int, int] | None = None) -> Tensor:
     """w', rounded to nearest or by ``noise``."""
     from fused_lora.kernels.triton.lora_merge import lora_merge
 

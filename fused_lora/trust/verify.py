@@ -36,7 +36,7 @@ def why_not_now(device: torch.device) -> str | None:
     return None
 
 
-def untouchable(t: Tensor) -> str | None:
+def why_not_concrete(t: Tensor) -> str | None:
     """One sentence why a kernel cannot read ``t`` by its address; None when it can."""
     if recording():  # its launches are written down
         return None

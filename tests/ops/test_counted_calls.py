@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters
-from fused_lora.ops.planning import halves_of, problem
+from fused_lora.ops.planning import traits_of, problem
 from fused_lora.plan import cost_aten
 from fused_lora.plan.cost import steps
 from fused_lora.plan.strategies import candidates, keeps_x
@@ -81,7 +81,7 @@ def test_every_plan_calls_what_is_counted(dtypes, groups, m, rank):
     seen = set()
     for needs, (bias, scale, bordered) in product(ASKED, CASES):
         scales = (scale, *[2.0] * (groups - 1))
-        given = halves_of(a, scales)
+        given = traits_of(a, scales)
         question = problem(m, K, N, spans, dtype, bias, needs, Beside(bordered), given)
         x = buffer[:, :K] if bordered else buffer[:, :K].contiguous()
         operands = (x, w, w[:, 0].contiguous() if bias else None)
@@ -106,7 +106,7 @@ def test_cuda_widens_without_a_cast():
     found = {}
     for device in ("cpu", "cuda"):
         arguments = (80, K, N, (Span(0, N, 4),), torch.bfloat16, True, Needs(), ALONE)
-        question = problem(*arguments, halves_of(a, [0.5]), torch.device(device))
+        question = problem(*arguments, traits_of(a, [0.5]), torch.device(device))
         found[device] = names(steps(question, plan))
     extra = ["lay out b", "cast db", "cast da"]
     assert [name for name in found["cpu"] if name not in extra] == found["cuda"]

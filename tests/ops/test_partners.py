@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.interface import Ending
 from fused_lora.ops import gelu, layer_norm
-from fused_lora.ops.epilogues import why_not_fused, why_not_sloped
+from fused_lora.ops.epilogues import why_not_fused, why_not_activation_grad
 from fused_lora.ops.lora_linear import NO_GRADIENT, Frame, compute
 from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
 
@@ -16,37 +16,37 @@ def test_layer_norm_is_torchs(dtype):
     x, gamma = torch.randn(5, 24, dtype=dtype), torch.randn(24)
     gamma = gamma.to(dtype) if dtype is torch.float64 else gamma
     bordered = torch.zeros(5, 32, dtype=dtype)
-    y, mean, rstd = layer_norm.forward(x, gamma, gamma, 1e-6, bordered[:, :24])
+    y, mean, rstd = layer_norm.layer_norm_forward(x, gamma, gamma, 1e-6, bordered[:, :24])
     assert y.data_ptr() == bordered.data_ptr() and not bordered[:, 24:].any()
     leaf = x.clone().requires_grad_()
     expected = F.layer_norm(leaf, (24,), gamma.to(dtype), gamma.to(dtype), 1e-6)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {}
     torch.testing.assert_close(y, expected.detach(), **tolerance)
-    torch.testing.assert_close(layer_norm.rebuild(x, gamma, gamma, mean, rstd), y, **tolerance)
+    torch.testing.assert_close(layer_norm.layer_norm_rebuild(x, gamma, gamma, mean, rstd), y, **tolerance)
     (dx,) = torch.autograd.grad(expected, leaf, x)
-    ours = layer_norm.input_grad(x, x, gamma, mean, rstd)
+    ours = layer_norm.layer_norm_input_grad(x, x, gamma, mean, rstd)
     torch.testing.assert_close(ours, dx, **tolerance)
-    first, *_ = layer_norm.grads(x, x, gamma, gamma, mean, rstd, (True, True, True))
+    first, *_ = layer_norm.layer_norm_grads(x, x, gamma, gamma, mean, rstd, (True, True, True))
     torch.testing.assert_close(first, dx, **tolerance)
 
 
 @pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
 def test_gelu_is_torchs(kind, approximate):
     u, out = torch.randn(5, 24), torch.zeros(5, 32)[:, :24]
-    torch.testing.assert_close(gelu.forward(u, kind, out), F.gelu(u, approximate=approximate))
+    torch.testing.assert_close(gelu.gelu_forward(u, kind, out), F.gelu(u, approximate=approximate))
     du = torch.ops.aten.gelu_backward(u, u, approximate=approximate)
-    assert torch.equal(gelu.input_grad(u, u, kind), du)
+    assert torch.equal(gelu.gelu_input_grad(u, u, kind), du)
 
 
 @pytest.mark.parametrize(
     ("call", "why"),
     [
-        (lambda x: layer_norm.forward(x, None, None, 1e-6, impl=Impl.TRITON), ""),
-        (lambda x: layer_norm.forward(x.t(), None, None, 1e-6, impl=Impl.TRITON), "strides|rows"),
-        (lambda x: layer_norm.forward(x, x[0, ::2], None, 0.0, impl=Impl.TRITON), "no weight"),
-        (lambda x: gelu.forward(x.double(), impl=Impl.TRITON), "float64"),
-        (lambda x: gelu.input_grad(x, x, impl=Impl.TRITON), ""),
-        (lambda x: layer_norm.forward(x.new_ones(1, 20000), None, None, 0, impl=Impl.TRITON),
+        (lambda x: layer_norm.layer_norm_forward(x, None, None, 1e-6, impl=Impl.TRITON), ""),
+        (lambda x: layer_norm.layer_norm_forward(x.t(), None, None, 1e-6, impl=Impl.TRITON), "strides|rows"),
+        (lambda x: layer_norm.layer_norm_forward(x, x[0, ::2], None, 0.0, impl=Impl.TRITON), "no weight"),
+        (lambda x: gelu.gelu_forward(x.double(), impl=Impl.TRITON), "float64"),
+        (lambda x: gelu.gelu_input_grad(x, x, impl=Impl.TRITON), ""),
+        (lambda x: layer_norm.layer_norm_forward(x.new_ones(1, 20000), None, None, 0, impl=Impl.TRITON),
          "20000 columns"),
     ],
 )  # fmt: skip
@@ -75,4 +75,4 @@ def test_no_epilogue_where_the_library_has_the_plan():
     plan = Plan(Forward.SEPARATE, Forward.SEPARATE, Gradient.NONE, Keep.NOTHING)
     x = torch.randn(4, 4)
     assert "the plan is separate/" in why_not_fused(x, x, (), plan, Ending("erf"), x.dtype)
-    assert "the plan is separate/" in why_not_sloped(x, x, (), plan, x.dtype)
+    assert "the plan is separate/" in why_not_activation_grad(x, x, (), plan, x.dtype)

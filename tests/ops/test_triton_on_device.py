@@ -151,9 +151,9 @@ def test_partners_serve_by_name():
     x, gamma = torch.randn(1576, 768, dtype=torch.bfloat16), torch.randn(768)
     bordered = x.new_zeros(1576, 784)[:, :768]
     for call in (
-        lambda impl: layer_norm.forward(x, gamma, gamma, 1e-6, bordered, impl=impl).y.clone(),
-        lambda impl: gelu.forward(x, "erf", bordered, impl=impl).clone(),
-        lambda impl: gelu.input_grad(x, x, "tanh", impl=impl),
+        lambda impl: layer_norm.layer_norm_forward(x, gamma, gamma, 1e-6, bordered, impl=impl).y.clone(),
+        lambda impl: gelu.gelu_forward(x, "erf", bordered, impl=impl).clone(),
+        lambda impl: gelu.gelu_input_grad(x, x, "tanh", impl=impl),
     ):
         ours, plain = (call(impl).double() for impl in (Impl.TRITON, Impl.ATEN))
         assert error(ours, plain) < 1e-2

@@ -13,8 +13,8 @@ from fused_lora.plan.strategies import (
     ROUNDS_ONCE,
     by_library,
     candidates,
-    ends,
-    slopes,
+    fuses_epilogue,
+    fuses_activation_grad,
     why_not,
     why_not_backend,
     why_not_strategy,
@@ -61,9 +61,9 @@ def test_what_is_chosen_for_a_vit_b_projection(rank, dtype, expected):
 def test_a_slow_kernel_is_not_chosen_and_a_fast_one_is(monkeypatch):
     from fused_lora.plan import cost_triton
 
-    monkeypatch.setattr(cost_triton, "EFFICIENCY", 0.3)
+    monkeypatch.setattr(cost_triton, "TRITON_EFFICIENCY", 0.3)
     assert chosen(problem()).backend is Backend.ATEN
-    monkeypatch.setattr(cost_triton, "EFFICIENCY", 1.0)
+    monkeypatch.setattr(cost_triton, "TRITON_EFFICIENCY", 1.0)
     assert all(chosen(problem(r)).backend is Backend.TRITON for r in (16, 64))
 
 
@@ -72,8 +72,8 @@ def test_a_gelu_in_the_epilogue_outweighs_a_slower_product(rank):
     """fc1 and fc2 of ViT-B: nothing but what lies beside them is another."""
     fc1, fc2 = problem(rank, 3072), dataclasses.replace(problem(rank), k=3072)
     assert chosen(fc1).forward is not Forward.EXTENDED
-    assert ends(chosen(dataclasses.replace(fc1, activated=True)))
-    assert slopes(chosen(dataclasses.replace(fc2, sloped=True)))
+    assert fuses_epilogue(chosen(dataclasses.replace(fc1, activated=True)))
+    assert fuses_activation_grad(chosen(dataclasses.replace(fc2, sloped=True)))
 
 
 def test_what_is_no_part_of_a_pass_is_one_of_its_own():
@@ -83,8 +83,8 @@ def test_what_is_no_part_of_a_pass_is_one_of_its_own():
         alone, beside = (steps(question, plan) for question in both)
         moved = sum(s.elements() for s in beside) - sum(s.elements() for s in alone)
         own = [s.name for s in beside if "gelu" in s.name]
-        assert own == ["gelu"] * (not ends(plan)) + ["gelu slope"] * (not slopes(plan))
-        assert moved == 25216 * 768 * ((1 if ends(plan) else 2) + (1 if slopes(plan) else 3))
+        assert own == ["gelu"] * (not fuses_epilogue(plan)) + ["gelu slope"] * (not fuses_activation_grad(plan))
+        assert moved == 25216 * 768 * ((1 if fuses_epilogue(plan) else 2) + (1 if fuses_activation_grad(plan) else 3))
 
 
 def test_without_a_gradient_of_x_there_is_no_slope():

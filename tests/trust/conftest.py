@@ -62,8 +62,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Kernels]:
     monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
     monkeypatch.delenv("FUSED_LORA_VERIFY", raising=False)
     monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)
-    monkeypatch.setattr("fused_lora.plan.cost_triton.EFFICIENCY", 1e6)  # auto prefers Triton
-    monkeypatch.setattr("fused_lora.plan.cost_triton.LAUNCH_CALLS", 0.0)
+    monkeypatch.setattr("fused_lora.plan.cost_triton.TRITON_EFFICIENCY", 1e6)  # auto prefers Triton
+    monkeypatch.setattr("fused_lora.plan.cost_triton.TRITON_LAUNCH_CALLS", 0.0)
     for name in RESULTS:
         run = lambda p, tile, name=name: made.run(name, p, tile)  # noqa: E731
         monkeypatch.setitem(triton_checks.RUNS, name, run)

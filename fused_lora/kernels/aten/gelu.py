@@ -12,22 +12,22 @@ from torch import Tensor
 APPROXIMATE = {"erf": "none", "tanh": "tanh"}
 
 
-def places(u: Tensor, kind: str = "erf") -> bool:
+def gelu_places(u: Tensor, kind: str = "erf") -> bool:
     """Whether ``out`` costs nothing beside a new tensor."""
     return not u.is_cpu or kind == "tanh"
 
 
-def forward(u: Tensor, kind: str = "erf", out: Tensor | None = None) -> Tensor:
+def gelu_forward(u: Tensor, kind: str = "erf", out: Tensor | None = None) -> Tensor:
     """GELU(u) [M, N]; ``out`` may be the left of a bordered buffer. Rows are contiguous."""
     approximate = APPROXIMATE[kind]
     if out is None:
         return torch.ops.aten.gelu(u, approximate=approximate)
-    if not places(u, kind):
+    if not gelu_places(u, kind):
         return out.copy_(torch.ops.aten.gelu(u, approximate=approximate))
     return torch.ops.aten.gelu(u, approximate=approximate, out=out)
 
 
-def input_grad(dy: Tensor, u: Tensor, kind: str = "erf", out: Tensor | None = None) -> Tensor:
+def gelu_input_grad(dy: Tensor, u: Tensor, kind: str = "erf", out: Tensor | None = None) -> Tensor:
     """du = GELU'(u) dy [M, N], likewise."""
     approximate = APPROXIMATE[kind]
     if out is None:

@@ -25,12 +25,12 @@ class Normed(NamedTuple):
     rstd: Tensor  # [M], likewise
 
 
-def places(x: Tensor) -> bool:
+def layer_norm_places(x: Tensor) -> bool:
     """Whether ``out`` costs nothing beside a new tensor."""
     return False
 
 
-def forward(
+def layer_norm_forward(
     x: Tensor,  # [M, D]
     weight: Tensor | None,  # [D], any float dtype
     bias: Tensor | None,  # likewise
@@ -44,7 +44,7 @@ def forward(
     return Normed(y, mean.view(-1), rstd.view(-1))
 
 
-def rebuild(
+def layer_norm_rebuild(
     x: Tensor,  # [M, D]
     weight: Tensor | None,  # [D], any float dtype
     bias: Tensor | None,  # likewise
@@ -60,7 +60,7 @@ def rebuild(
     return y.to(x.dtype) if out is None else out.copy_(y)
 
 
-def input_grad(
+def layer_norm_input_grad(
     dy: Tensor,  # [M, D]
     x: Tensor,  # [M, D]
     weight: Tensor | None,  # [D]
@@ -70,13 +70,13 @@ def input_grad(
     out: Tensor | None = None,  # [M, D], any float dtype
 ) -> Tensor:
     """dx, in dy's dtype or ``out``'s."""
-    dx, _, _ = grads(dy, x, weight, None, mean, rstd, (True, False, False))
+    dx, _, _ = layer_norm_grads(dy, x, weight, None, mean, rstd, (True, False, False))
     assert dx is not None
     dx = dx if residual is None else dx.add_(residual)
     return dx.to(dy.dtype) if out is None else out.copy_(dx)
 
 
-def grads(
+def layer_norm_grads(
     dy: Tensor,  # [M, D]
     x: Tensor,  # [M, D]
     weight: Tensor | None,  # [D]

@@ -23,13 +23,13 @@ from fused_lora.reference import dropout as reference
 Seed = int | Tensor  # a Tensor: an int64 on the CPU
 
 
-def shrink(x: Tensor, a: Tensor, p: float, seed: Seed) -> Tensor:
+def dropout_shrink(x: Tensor, a: Tensor, p: float, seed: Seed) -> Tensor:
     """h [M, R] in x's dtype."""
     h = x.new_empty(x.shape[0], a.shape[0])
     return accumulate(h, x * kept(x, p, seed), a.to(x.dtype).t(), inverse(p), beta=0)
 
 
-def grads(
+def dropout_grads(
     dh: Tensor,  # [M, R]
     x: Tensor | None,  # [M, K]; None where a asks for no gradient
     a: Tensor,

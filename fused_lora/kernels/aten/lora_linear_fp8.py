@@ -24,7 +24,7 @@ LEAST_CAPABILITY = (9, 0)  # of the library's product by rows
 MULTIPLE = 16  # that K and N must be of
 
 
-def forward(
+def forward_fp8(
     x: Tensor,  # [M, K], rows contiguous
     w: Quantised,  # [N, K]
     bias: Tensor | None,  # [N], x's dtype

@@ -38,12 +38,12 @@ def together(adapters: Sequence[Adapters]) -> Adapters:
     )
 
 
-def shrink(x: Tensor, adapters: Sequence[Adapters]) -> Tensor:
+def shrink_many(x: Tensor, adapters: Sequence[Adapters]) -> Tensor:
     """h [M, sum R] of x [M, K] and adapters in x's dtype."""
     return aten.shrink(x, together(adapters))
 
 
-def backward(
+def backward_many(
     layers: Sequence[Layer],
     x: Tensor | None,  # [M, K]; None where no gradient reads it
     h: Sequence[Tensor] | None,  # [M, R_i] of each layer; None to form it of x

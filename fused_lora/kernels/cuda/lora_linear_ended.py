@@ -17,7 +17,7 @@ def kind(ending: Ending) -> str:
     return "scale" if ending.activation == "none" else "gelu"
 
 
-def why_not(dtype: torch.dtype, ending: Ending) -> str | None:
+def why_not_epilogue(dtype: torch.dtype, ending: Ending) -> str | None:
     """One sentence why a product of ``dtype`` cannot end so; None when it can."""
     for name, t in (("factor", ending.factor), ("residual", ending.residual)):
         if t is not None and t.dtype is not dtype:
@@ -27,7 +27,7 @@ def why_not(dtype: torch.dtype, ending: Ending) -> str | None:
     return None
 
 
-def forward(
+def forward_epilogue(
     x: Tensor,  # [M, K], rows contiguous
     w: Tensor,  # [N, K], x's dtype
     bias: Tensor | None,  # [N], x's dtype

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_lora.kernels.triton.gelu import gelu, gelu_slope
+from fused_lora.kernels.triton.gelu import gelu, gelu_grad
 
 
-class Epilogue(NamedTuple):
+class EpilogueOperands(NamedTuple):
     """Its operands; Triton takes it apart as a kernel argument, None a constant."""
 
     bias: Tensor | None = None  # [N], contiguous
@@ -47,19 +47,19 @@ class Epilogue(NamedTuple):
         return "extended_scale" if same else "extended_wide"
 
 
-def epilogue(
+def epilogue_operands(
     bias: Tensor | None = None,
     factor: Tensor | None = None,
     residual: Tensor | None = None,
     u: Tensor | None = None,
-) -> Epilogue:
+) -> EpilogueOperands:
     """With the strides of its operands."""
     for vector in (bias, factor):
         assert vector is None or vector.is_contiguous(), vector.stride()
     rows = [0 if t is None else t.stride(0) for t in (residual, u)]
     for matrix in (residual, u):
         assert matrix is None or matrix.stride(1) == 1, matrix.stride()
-    return Epilogue(bias, factor, residual, rows[0], u, rows[1])
+    return EpilogueOperands(bias, factor, residual, rows[0], u, rows[1])
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def finish(
         if epilogue.u is not None:
             at = epilogue.u + m64 * epilogue.u_row + n[None, :]
             if SLOPE:
-                acc *= gelu_slope(tl.load(at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+                acc *= gelu_grad(tl.load(at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
             else:
                 tl.store(at, acc.to(epilogue.u.dtype.element_ty), mask=inside)
         if not SLOPE:

@@ -60,7 +60,7 @@ def gelu(u, KIND: tl.constexpr):
 
 
 @triton.jit
-def gelu_slope(u, KIND: tl.constexpr):
+def gelu_grad(u, KIND: tl.constexpr):
     """Its derivative."""
     if KIND == "erf":
         beyond, bell = _beyond(u)
@@ -94,18 +94,18 @@ def _gelu_rows(
         value = gelu(value, KIND)
     else:
         grad = tl.load(dy + m64 * dy_row + n[None, :], mask=inside, other=0.0)
-        value = gelu_slope(value, KIND) * grad.to(tl.float32)
+        value = gelu_grad(value, KIND) * grad.to(tl.float32)
     tl.store(out + m64 * out_row + n[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-def forward(
+def gelu_forward(
     u: Tensor, kind: str = "erf", out: Tensor | None = None, tile: ElementTile = ELEMENTS
 ) -> Tensor:
     """GELU(u) [M, N]; ``out`` may be the left of a bordered buffer. Rows are contiguous."""
-    return _launch(u, None, kind, out, tile)
+    return _launch_gelu(u, None, kind, out, tile)
 
 
-def input_grad(
+def gelu_input_grad(
     dy: Tensor,
     u: Tensor,
     kind: str = "erf",
@@ -113,10 +113,10 @@ def input_grad(
     tile: ElementTile = ELEMENTS,
 ) -> Tensor:
     """du = GELU'(u) dy [M, N], likewise."""
-    return _launch(u, dy, kind, out, tile)
+    return _launch_gelu(u, dy, kind, out, tile)
 
 
-def _launch(
+def _launch_gelu(
     u: Tensor, dy: Tensor | None, kind: str, out: Tensor | None, tile: ElementTile
 ) -> Tensor:
     out = u.new_empty(tuple(u.shape)) if out is None else out

@@ -117,7 +117,7 @@ def _layer_norm_grad(
     tl.store(dx + m64 * dx_row + d[None, :], out.to(dx.dtype.element_ty), mask=inside)
 
 
-def forward(
+def layer_norm_forward(
     x: Tensor,  # [M, D], rows contiguous
     weight: Tensor | None,  # [D], contiguous, any float dtype
     bias: Tensor | None,  # likewise
@@ -130,7 +130,7 @@ def forward(
     return _launch_forward(x, weight, bias, eps, mean, rstd, False, out, tile)
 
 
-def rebuild(
+def layer_norm_rebuild(
     x: Tensor,  # [M, D], rows contiguous
     weight: Tensor | None,  # [D], contiguous
     bias: Tensor | None,  # [D], contiguous
@@ -143,7 +143,7 @@ def rebuild(
     return _launch_forward(x, weight, bias, 0.0, mean, rstd, True, out, tile).y
 
 
-def input_grad(
+def layer_norm_input_grad(
     dy: Tensor,  # [M, D], rows contiguous
     x: Tensor,  # [M, D], rows contiguous
     weight: Tensor | None,  # [D], contiguous

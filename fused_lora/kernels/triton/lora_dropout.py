@@ -23,13 +23,13 @@ from fused_lora.types import Span
 STEP = 0  # a seed is drawn for every call
 
 
-def shrink(x: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
+def dropout_shrink(x: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """h [M, R] in x's dtype."""
     tile = _tile("shrink_dropout", x, x.shape[0], a.shape[0], x.shape[1])
     return lora_shrink.shrink(x, _alone(a), tile=tile, dropout=dropout(p, seed, STEP))
 
 
-def grads(
+def dropout_grads(
     dh: Tensor,  # [M, R]
     x: Tensor | None,  # [M, K]; None where a asks for no gradient
     a: Tensor,
@@ -40,12 +40,12 @@ def grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx [M, K] in dh's dtype and da [R, K] in a's, where asked for."""
     if needs_x:
-        through = input_grad(dh, a, p, seed)
+        through = dropout_input_grad(dh, a, p, seed)
         dx = through if dx is None else dx.add_(through)
-    return dx, None if x is None else a_grad(dh, x, a, p, seed)
+    return dx, None if x is None else dropout_a_grad(dh, x, a, p, seed)
 
 
-def input_grad(dh: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
+def dropout_input_grad(dh: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """dx [M, K] in dh's dtype."""
     columns = a.shape[1]
     tile = _tile("extended_dropout", dh, dh.shape[0], columns, 0)
@@ -53,7 +53,7 @@ def input_grad(dh: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
     return lora_extended.input_grad(dy, w, _alone(a), dh, tile, dropout=mask)[0]
 
 
-def a_grad(dh: Tensor, x: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
+def dropout_a_grad(dh: Tensor, x: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """da [R, K] in a's dtype."""
     tile = _tile("grad_dropout", x, a.shape[0], x.shape[1], x.shape[0])
     mask = dropout(p, seed, STEP)

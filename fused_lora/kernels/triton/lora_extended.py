@@ -28,7 +28,7 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import lora_extended_bulk, spills
 from fused_lora.kernels.triton.border import Border, Packed, of_a, of_b, packed
 from fused_lora.kernels.triton.dropout import Dropout
-from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
+from fused_lora.kernels.triton.epilogue import EpilogueOperands, epilogue_operands, finish
 from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.lora_shrink import shrink, shrink_grad
 from fused_lora.kernels.triton.primitives import expand, grouped_tile
@@ -116,7 +116,7 @@ def forward(
     h = shrink(x, adapters, dropout=dropout) if h is None else h
     y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
     u = x.new_empty(x.shape[0], w.shape[0]) if stores_u and activation != "none" else None
-    ending = epilogue(bias, factor, residual, u)
+    ending = epilogue_operands(bias, factor, residual, u)
     _launch(x, w, h, of_b(adapters), y, ending, None, activation, False, tile)
     return Output(y, h, u)
 
@@ -139,7 +139,7 @@ def input_grad(
     adapters = packed(adapters, dy.dtype)
     dh = shrink_grad(dy, adapters) if dh is None else dh
     dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out
-    ending = epilogue(residual=residual, u=u)
+    ending = epilogue_operands(residual=residual, u=u)
     _launch(dy, w.t(), dh, of_a(adapters), dx, ending, dropout, activation, True, tile)
     return dx, dh
 
@@ -150,7 +150,7 @@ def _launch(
     h: Tensor,
     border: Border,
     y: Tensor,
-    ending: Epilogue,
+    ending: EpilogueOperands,
     dropout: Dropout | None,
     activation: str,
     slope: bool,
@@ -172,7 +172,7 @@ def _launch(
     tile = tile or gemm_tile(rows, columns, x.element_size(), heavy, x.device, bulk, active)
     if isinstance(tile, BulkTile):
         assert bulk, (x.stride(), w.stride())
-        lora_extended_bulk.launch(x, w, h, border, y, ending, activation, slope, tile)
+        lora_extended_bulk.launch_bulk(x, w, h, border, y, ending, activation, slope, tile)
         return
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     args = (x, x.stride(0), w, w.stride(0), w.stride(1), h, h.stride(0), border)

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border
-from fused_lora.kernels.triton.epilogue import Epilogue, finish
+from fused_lora.kernels.triton.epilogue import EpilogueOperands, finish
 from fused_lora.kernels.triton.launch import input_precision, multiprocessors
 from fused_lora.kernels.triton.launch import launch as start
 from fused_lora.kernels.triton.primitives import expand, grouped_tile
@@ -99,13 +99,13 @@ def _describable(matrix: Tensor) -> bool:
     return aligned and least == 1 and matrix.numel() > 0
 
 
-def launch(
+def launch_bulk(
     x: Tensor,
     w: Tensor,
     h: Tensor,
     border: Border,
     y: Tensor,
-    ending: Epilogue,
+    ending: EpilogueOperands,
     activation: str,
     slope: bool,
     tile: BulkTile,

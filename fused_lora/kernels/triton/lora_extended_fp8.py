@@ -25,7 +25,7 @@ from torch import Tensor
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border, of_b
-from fused_lora.kernels.triton.epilogue import Epilogue, epilogue, finish
+from fused_lora.kernels.triton.epilogue import EpilogueOperands, epilogue_operands, finish
 from fused_lora.kernels.triton.launch import architecture, launch
 from fused_lora.kernels.triton.primitives import (
     column_scales,
@@ -107,7 +107,7 @@ def _extended_fp8(
     finish(acc, epilogue, y, y_row, m, n, rows, columns, "none", False)
 
 
-def forward(
+def forward_extended_fp8(
     x: Quantised,  # [M, K], rows contiguous
     w: Quantised,  # [N, K], rows contiguous
     bias: Tensor | None,  # [N], contiguous
@@ -117,7 +117,7 @@ def forward(
 ) -> Tensor:
     """y = x^ w^T + bias + s h bT [M, N], in h's dtype."""
     y = h.new_empty(h.shape[0], w.codes.shape[0])
-    _launch(x, w, h, of_b(adapters), y, epilogue(bias), tile)
+    _launch(x, w, h, of_b(adapters), y, epilogue_operands(bias), tile)
     return y
 
 
@@ -127,7 +127,7 @@ def _launch(
     h: Tensor,
     border: Border,
     y: Tensor,
-    ending: Epilogue,
+    ending: EpilogueOperands,
     tile: Tile | None,
 ) -> None:
     (rows, depth), columns = x.codes.shape, w.codes.shape[0]

@@ -13,7 +13,7 @@ from fused_lora.kernels.triton.lora_linear import readable, rows, rows_kept, shr
 from fused_lora.types import Keep, Plan, ragged
 
 
-def forward(
+def forward_epilogue(
     x: Tensor,  # [M, K]
     w: Tensor,  # [N, K], x's dtype
     bias: Tensor | None,  # [N], x's dtype

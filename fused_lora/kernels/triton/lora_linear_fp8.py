@@ -15,7 +15,7 @@ from fused_lora.kernels.triton.quantise import quantise
 from fused_lora.reference.lora_linear_fp8 import Quantised
 
 
-def forward(
+def forward_fp8(
     x: Tensor,  # [M, K], bf16 or fp16
     w: Quantised,  # [N, K]
     bias: Tensor | None,  # [N], x's dtype
@@ -29,5 +29,5 @@ def forward(
     h = shrink(x, adapters)
     x8 = quantise(x, tile_of("quantise", m, k, 0, x.dtype, x.device))
     tile = tile_of("extended_fp8", m, n, k, x.dtype, x.device)
-    y = lora_extended_fp8.forward(x8, w, bias, adapters, h, tile)
+    y = lora_extended_fp8.forward_extended_fp8(x8, w, bias, adapters, h, tile)
     return y, h

@@ -149,7 +149,7 @@ def pack(merges: Sequence[Merge], tile: MergeTile = TILE) -> MergeTable:
     return MergeTable(merges, torch.tensor(rows, dtype=torch.int64, device=device), tiles, tile)
 
 
-def launch(table: MergeTable, noise: tuple[int, int] | None = None) -> None:
+def launch_many(table: MergeTable, noise: tuple[int, int] | None = None) -> None:
     """Run a packed table, to nearest or by the bits of ``noise``, (seed, step)."""
     if not table.merges:
         return

@@ -26,7 +26,7 @@ from torch import Tensor
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import Border, Packed, of_a, of_b, packed
-from fused_lora.kernels.triton.epilogue import epilogue, finish
+from fused_lora.kernels.triton.epilogue import epilogue_operands, finish
 from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.lora_extended import Output
 from fused_lora.kernels.triton.primitives import grouped_tile, load_border, rank_scales
@@ -132,7 +132,7 @@ def _launch(
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     args = (
         *(x, x.stride(0), w, w.stride(0), w.stride(1), shrink, expand),
-        *(y, y.stride(0), h, epilogue(bias), rows, columns, depth, ranks),
+        *(y, y.stride(0), h, epilogue_operands(bias), rows, columns, depth, ranks),
     )
     constants = dict(
         PRECISION=input_precision(x.dtype),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton.lora_merge import TILE
-from fused_lora.kernels.triton.lora_merge_many import Merge, launch, pack
+from fused_lora.kernels.triton.lora_merge_many import Merge, launch_many, pack
 from fused_lora.kernels.triton.tiles import MergeTile
 
 
@@ -21,7 +21,7 @@ def merged_together(
     """Every w', a new tensor, rounded to nearest or stochastically."""
     made = [w.new_empty(tuple(w.shape)) for w in weights]
     rows = zip(weights, made, adapters, strict=True)
-    launch(pack([merge for row in rows for merge in _blocks(*row)], tile), noise)
+    launch_many(pack([merge for row in rows for merge in _blocks(*row)], tile), noise)
     return made
 
 

@@ -109,7 +109,7 @@ def _row_shrink(
     tl.store(h_tile, acc.to(h.dtype.element_ty), mask=inside_m & (r < ranks)[None, :])
 
 
-def layer_norm(
+def layer_norm_shrink(
     z: Tensor,  # [M, C], rows contiguous, any float dtype
     weight: Tensor | None,  # [C], contiguous, any float dtype
     bias: Tensor | None,  # likewise
@@ -121,11 +121,11 @@ def layer_norm(
 ) -> Shrunk:
     """LayerNorm of each row and its statistics, and h of the result."""
     mean, rstd = (z.new_empty((z.shape[0],), dtype=torch.float32) for _ in range(2))
-    h = _launch(z, (weight, bias), out, (mean, rstd), eps, "norm", adapters, h, tile)
+    h = _launch_rows(z, (weight, bias), out, (mean, rstd), eps, "norm", adapters, h, tile)
     return Shrunk(out, mean, rstd, h)
 
 
-def gelu(
+def gelu_shrink(
     z: Tensor,  # [M, C], rows contiguous
     kind: str,  # erf or tanh
     adapters: Adapters,
@@ -135,10 +135,10 @@ def gelu(
 ) -> tuple[Tensor, Tensor]:
     """GELU of each element, and h of the result."""
     assert kind in ("erf", "tanh"), kind
-    return out, _launch(z, (None, None), out, (None, None), 0.0, kind, adapters, h, tile)
+    return out, _launch_rows(z, (None, None), out, (None, None), 0.0, kind, adapters, h, tile)
 
 
-def _launch(
+def _launch_rows(
     z: Tensor,
     vectors: tuple[Tensor | None, Tensor | None],
     x: Tensor,

@@ -30,8 +30,8 @@ Backward = Callable[[Tensor, Tensor], Tensor]  # of the gradient and of what wen
 
 def _gelu(kind: str) -> tuple[Forward, Backward]:
     return (
-        lambda u, out: gelu.forward(u, kind, out),
-        lambda dg, u: gelu.input_grad(dg, u, kind),
+        lambda u, out: gelu.gelu_forward(u, kind, out),
+        lambda dg, u: gelu.gelu_input_grad(dg, u, kind),
     )
 
 
@@ -71,7 +71,7 @@ class Activation(Stage):
             assert self.gelu is not None
             out = torch.empty_like(x[0]) if place.out is None else place.out
             given = (x[0], self.gelu, place.makes.adapters, out, place.makes.right)
-            made = row_shrink.gelu(*given)
+            made = row_shrink.gelu_shrink(*given)
             return StageRun((made.x,), h=made.h)
         return StageRun((ACTIVATIONS[self.name][0](x[0], place.out),))
 
@@ -94,12 +94,12 @@ class Activation(Stage):
 
     def places(self, x: Tensors) -> bool:
         """As the kernel does; silu's and sigmoid's do."""
-        return self.gelu is None or gelu.places(x[0], self.gelu)
+        return self.gelu is None or gelu.gelu_places(x[0], self.gelu)
 
     def shrinks(self, x: Tensors, own: Optional, adapters: Adapters) -> bool:
         """As GELU's kernel does."""
         asked = ("shrink_gelu", x[0], x[0].dtype, adapters.rank)
-        return self.gelu is not None and row_shrink.why_not(*asked) is None
+        return self.gelu is not None and row_shrink.why_not_shrink(*asked) is None
 
     @property
     def gelu(self) -> str | None:  # type: ignore[override]

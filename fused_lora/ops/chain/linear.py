@@ -24,11 +24,11 @@ from fused_lora.ops.chain.stage import (
 )
 from fused_lora.ops.dropped import FORMS_H
 from fused_lora.ops.epilogues import (
-    plan_beside,
+    plan_in_context,
     why_nobody,
     why_not_activated,
     why_not_fused,
-    why_not_sloped,
+    why_not_activation_grad,
 )
 from fused_lora.ops.lora_linear import (
     Frame,
@@ -38,8 +38,8 @@ from fused_lora.ops.lora_linear import (
     input_grads,
     lora_linear,
 )
-from fused_lora.ops.planning import halves_of
-from fused_lora.plan.strategies import ends, keeps_x
+from fused_lora.ops.planning import traits_of
+from fused_lora.plan.strategies import fuses_epilogue, keeps_x
 from fused_lora.types import ALONE, Beside, Forward, Impl, Keep, Needs, Plan
 
 
@@ -107,7 +107,7 @@ class LinearStage(Stage):
     ) -> Plan | None:
         """One product does, where an epilogue of its plan's serves."""
         plan = room.plan if room else self._plan(x[0], own, asked)
-        if plan is None or not ends(plan):
+        if plan is None or not fuses_epilogue(plan):
             return None
         assert own[0] is not None
         given = (self.frames[0].spans, plan, ending, self.dtype)
@@ -126,9 +126,9 @@ class LinearStage(Stage):
         if self.drops or self.beside == ALONE or why_nobody(like, self.dtype, frame.impl):
             return None
         assert w is not None
-        halves = halves_of(own[2:], frame.scales)  # type: ignore[arg-type]
+        halves = traits_of(own[2:], frame.scales)  # type: ignore[arg-type]
         question = (like, w, own[1] is not None, frame.spans, asked.note[0], halves, frame.impl)
-        return plan_beside(
+        return plan_in_context(
             *question, self.dtype, self.beside._replace(bordered=bordered, shrunk=shrunk)
         )
 
@@ -138,7 +138,7 @@ class LinearStage(Stage):
         if len(self.frames) > 1 or frame.impl is Impl.REFERENCE or self.drops:
             return False
         assert w is not None
-        return why_not_sloped(dy[0], w, frame.spans, run.note[0], self.dtype) is None
+        return why_not_activation_grad(dy[0], w, frame.spans, run.note[0], self.dtype) is None
 
     def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: Asked) -> bool:
         """As the compiled gradients of one frame do."""
@@ -220,7 +220,7 @@ class LinearStage(Stage):
             return plan
         frame, w, (needs,) = self.frames[0], own[0], asked.note
         assert w is not None
-        halves = halves_of(own[2:], frame.scales)  # type: ignore[arg-type]
+        halves = traits_of(own[2:], frame.scales)  # type: ignore[arg-type]
         question = (like, w, own[1] is not None, frame.spans, needs, halves, None, frame.impl)
         return call_plan(*question, self.dtype, Beside(bordered=bordered, shrunk=shrunk))
 

@@ -43,10 +43,10 @@ class LayerNorm(Stage):
         if place.makes and place.makes.adapters:
             n = torch.empty_like(x[0], dtype=self.dtype) if place.out is None else place.out
             norm = (x[0], gamma, beta, self.eps)
-            made = row_shrink.layer_norm(*norm, place.makes.adapters, n, place.makes.right)
+            made = row_shrink.layer_norm_shrink(*norm, place.makes.adapters, n, place.makes.right)
             return StageRun((made.x,), made.statistics, h=made.h)
         out = self._as(x[0], self.dtype) if place.out is None else place.out
-        n, mean, rstd = layer_norm.forward(x[0], gamma, beta, self.eps, out)
+        n, mean, rstd = layer_norm.layer_norm_forward(x[0], gamma, beta, self.eps, out)
         return StageRun((n.to(self.dtype),), (mean, rstd))
 
     def backward(
@@ -66,10 +66,10 @@ class LayerNorm(Stage):
         if not any(asked.own):
             out = self._as(dy[0], x[0].dtype)
             dz = dy[0].to(x[0].dtype) if out is None else dy[0]
-            dx = layer_norm.input_grad(dz, x[0], gamma, mean, rstd, epilogue.beside, out)
+            dx = layer_norm.layer_norm_input_grad(dz, x[0], gamma, mean, rstd, epilogue.beside, out)
             return (dx,), (None, None)
         needs = (asked.x, *asked.own)
-        wide, *down = layer_norm.grads(dy[0], x[0], gamma, beta, mean, rstd, needs)
+        wide, *down = layer_norm.layer_norm_grads(dy[0], x[0], gamma, beta, mean, rstd, needs)
         return None if wide is None else (wide.to(x[0].dtype),), tuple(down)
 
     def joins(self, asked: Asked) -> bool:
@@ -83,13 +83,13 @@ class LayerNorm(Stage):
 
     def _as(self, like: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Where the kernel writes rows like these in ``dtype``, if a pass to cast is saved so."""
-        casts = like.dtype is not dtype and layer_norm.places(like)
+        casts = like.dtype is not dtype and layer_norm.layer_norm_places(like)
         return torch.empty_like(like, dtype=dtype) if casts else None
 
     def places(self, x: Tensors) -> bool:
         """As the kernel does."""
-        return layer_norm.places(x[0])
+        return layer_norm.layer_norm_places(x[0])
 
     def shrinks(self, x: Tensors, own: Optional, adapters: Adapters) -> bool:
         """As a kernel does."""
-        return row_shrink.why_not("shrink_norm", x[0], self.dtype, adapters.rank, *own) is None
+        return row_shrink.why_not_shrink("shrink_norm", x[0], self.dtype, adapters.rank, *own) is None

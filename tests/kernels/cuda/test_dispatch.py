@@ -218,8 +218,8 @@ def test_x_of_fc2_is_formed_of_u(served: Served, monkeypatch, tmp_path, kind, re
     fc1, fc2 = (matrix(n, k, 6, dtype=BF16, w=False) for n, k in ((40, 24), (24, 40)))
     x = torch.randn(19, 24).to(BF16).requires_grad_()
     trained = [x, *fc1.a, *fc1.b, *fc2.a, *fc2.b]
-    made, right = [], gelu.forward
-    monkeypatch.setattr(gelu, "forward", lambda *given: (made.append(1), right(*given))[1])
+    made, right = [], gelu.gelu_forward
+    monkeypatch.setattr(gelu, "gelu_forward", lambda *given: (made.append(1), right(*given))[1])
 
     def grads(impl: str):
         both = (fc1._replace(impl=impl), fc2._replace(impl=impl))
@@ -257,8 +257,8 @@ def test_beside_triton(unchecked: Served, monkeypatch: pytest.MonkeyPatch) -> No
     from fused_lora.kernels.triton import available
 
     monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)
-    monkeypatch.setattr("fused_lora.plan.cost_triton.EFFICIENCY", 1e6)
-    monkeypatch.setattr("fused_lora.plan.cost_triton.LAUNCH_CALLS", 0.0)
+    monkeypatch.setattr("fused_lora.plan.cost_triton.TRITON_EFFICIENCY", 1e6)
+    monkeypatch.setattr("fused_lora.plan.cost_triton.TRITON_LAUNCH_CALLS", 0.0)
     forget()
     for impl in (Impl.AUTO, Impl.CUDA):
         chosen = plan(impl)

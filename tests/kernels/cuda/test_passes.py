@@ -94,8 +94,8 @@ def halves(recompute: str) -> list[Program]:
     qkv, proj, fc1, fc2 = frame(3 * WIDTH, 3), frame(WIDTH), frame(4 * WIDTH), frame(WIDTH)
     kernel = Attention(HEADS, TOKENS, FLASH)
     eps, dtype = 1e-6, torch.bfloat16
-    first = lora_attention._recipe(eps, qkv, proj, kernel, dtype, recompute)
-    second = lora_mlp._recipe(eps, (fc1,), Activation("gelu"), fc2, dtype, recompute, True)
+    first = lora_attention._attention_spec(eps, qkv, proj, kernel, dtype, recompute)
+    second = lora_mlp._mlp_spec(eps, (fc1,), Activation("gelu"), fc2, dtype, recompute, True)
     sizes = [(qkv, 3 * WIDTH, WIDTH), (proj, WIDTH, WIDTH)]
     sizes += [(fc1, 4 * WIDTH, WIDTH), (fc2, WIDTH, 4 * WIDTH)]
     tensors = [list(operands(*size)) for size in sizes]

@@ -177,9 +177,9 @@ def test_a_broken_ending_never_serves(
 
 def test_why_not() -> None:
     t = torch.zeros(8, 16)
-    assert room.why_not(BF16, Ending("erf")) is None
+    assert room.why_not_epilogue(BF16, Ending("erf")) is None
     assert "a residual of torch.bfloat16, got torch.float32" in str(
-        room.why_not(BF16, Ending(residual=t))
+        room.why_not_epilogue(BF16, Ending(residual=t))
     )
-    assert "a factor of" in str(room.why_not(BF16, Ending(factor=t[0], residual=t.to(BF16))))
-    assert "16 bytes" in str(room.why_not(BF16, Ending(residual=t.to(BF16)[:, 1:])))
+    assert "a factor of" in str(room.why_not_epilogue(BF16, Ending(factor=t[0], residual=t.to(BF16))))
+    assert "16 bytes" in str(room.why_not_epilogue(BF16, Ending(residual=t.to(BF16)[:, 1:])))

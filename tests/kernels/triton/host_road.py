@@ -34,7 +34,7 @@ ARCH = 90
 def serve() -> None:
     """Triton's kernels serve CPU tensors, unchecked, and win every plan."""
     stub.serve(ARCH, told="--times" not in sys.argv)
-    cost_triton.EFFICIENCY, cost_triton.LAUNCH_CALLS = 1e6, 0.0
+    cost_triton.TRITON_EFFICIENCY, cost_triton.TRITON_LAUNCH_CALLS = 1e6, 0.0
     cost_triton.MERGE_EFFICIENCY = 1e-9
     strategies.ONE_PASS_RANKS = 0
 

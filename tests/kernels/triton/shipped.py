@@ -130,7 +130,7 @@ def fp8_launches(x: Tensor, arch: int, adapters: Adapters) -> Iterator[Launch]:
     x8, h = Quantised(w.codes[:M], w.scales[:M]), x.new_zeros(M, adapters.rank)
     yield Launch("quantise", row_tile(K), lambda: quantise.quantise(x))
     for t in FP8:
-        run = lambda t=t: lora_extended_fp8.forward(x8, w, bias, adapters, h, t)  # noqa: E731
+        run = lambda t=t: lora_extended_fp8.forward_extended_fp8(x8, w, bias, adapters, h, t)  # noqa: E731
         yield Launch("extended_fp8", t, run)
 
 
@@ -157,7 +157,7 @@ def merge_launches(x: Tensor) -> Iterator[Launch]:
             run = lambda t=t, a=a, how=how: lora_merge(w, *a, noise=how, tile=t)  # noqa: E731
             yield Launch("merge", t, run)
     table = lora_merge_many.pack([lora_merge_many.Merge(w, w, torch.zeros(64, K), w[:, :64])])
-    yield Launch("merge_many", table.tile, lambda: lora_merge_many.launch(table, noise))
+    yield Launch("merge_many", table.tile, lambda: lora_merge_many.launch_many(table, noise))
 
 
 def row_shrink_launches(x: Tensor) -> Iterator[Launch]:
@@ -165,7 +165,7 @@ def row_shrink_launches(x: Tensor) -> Iterator[Launch]:
     if x.element_size() != 2:
         return
     v, out = torch.zeros(K), torch.empty_like(x)
-    norm, gelu_too = row_shrink.layer_norm, row_shrink.gelu
+    norm, gelu_too = row_shrink.layer_norm_shrink, row_shrink.gelu_shrink
     for a in (group(16), group(32), group(16, 16, 16), group(64)):
         for t, z in product(and_smaller(row_shrink_tile(a.rank, norm=True)), (x, x.float())):
             run = lambda t=t, z=z, a=a: norm(z, v, v, 1e-6, a, out, tile=t)  # noqa: E731
@@ -237,12 +237,12 @@ def row_launches(x: Tensor) -> Iterator[Launch]:
     """LayerNorm and GELU, forward and backward, at the narrowest and the widest of ViT-S to L."""
     for width in (384, 4096):
         z, v, s, t = x.new_zeros(M, width), torch.zeros(width), torch.zeros(M), row_tile(width)
-        yield Launch("layer_norm", t, lambda z=z, v=v: layer_norm.forward(z, v, v, 1e-6))
-        yield Launch("layer_norm", t, lambda z=z, v=v, s=s: layer_norm.rebuild(z, v, v, s, s))
-        run = lambda z=z, v=v, s=s: layer_norm.input_grad(z, z, v, s, s, z)  # noqa: E731
+        yield Launch("layer_norm", t, lambda z=z, v=v: layer_norm.layer_norm_forward(z, v, v, 1e-6))
+        yield Launch("layer_norm", t, lambda z=z, v=v, s=s: layer_norm.layer_norm_rebuild(z, v, v, s, s))
+        run = lambda z=z, v=v, s=s: layer_norm.layer_norm_input_grad(z, z, v, s, s, z)  # noqa: E731
         yield Launch("layer_norm", t, run)
-    yield Launch("gelu", ELEMENTS, lambda: gelu.forward(x))
-    yield Launch("gelu", ELEMENTS, lambda: gelu.input_grad(x, x))
+    yield Launch("gelu", ELEMENTS, lambda: gelu.gelu_forward(x))
+    yield Launch("gelu", ELEMENTS, lambda: gelu.gelu_input_grad(x, x))
 
 
 def and_smaller(tile: object) -> tuple[object, ...]:

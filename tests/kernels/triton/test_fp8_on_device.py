@@ -57,10 +57,10 @@ def test_every_tile(case, dtype, monkeypatch):
     truth = equation(p.double())
     for tile in FP8:
         with fenced(monkeypatch):
-            y = lora_extended_fp8.forward(x, w, p.bias, group, h, tile)
+            y = lora_extended_fp8.forward_extended_fp8(x, w, p.bias, group, h, tile)
         verdict = judge(f"{tile}", y, plain, truth, dtype)
         assert verdict.passed, str(verdict)
-        assert torch.equal(y, lora_extended_fp8.forward(x, w, p.bias, group, h, tile))
+        assert torch.equal(y, lora_extended_fp8.forward_extended_fp8(x, w, p.bias, group, h, tile))
 
 
 @DTYPE
@@ -77,7 +77,7 @@ def test_the_library_s_product_by_rows():
     w = reference.quantise(p.w)
     if not aten.scales_rows(p.x, w.codes):
         pytest.skip("this torch has none for this device")
-    y, _ = aten.forward(p.x, w, p.bias, adapters(p))
+    y, _ = aten.forward_fp8(p.x, w, p.bias, adapters(p))
     assert error(y, equation(p.double())) < 2.0**-7
 
 

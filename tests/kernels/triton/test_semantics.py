@@ -88,7 +88,7 @@ def _(monkeypatch):
     w, x = reference_fp8.quantise(p.w), quantise.quantise(p.x)
     assert fp8.same(x, reference_fp8.quantise(p.x))
     h = lora_shrink.shrink(p.x, adapters(p), tile=THIN_TILE)
-    y = lora_extended_fp8.forward(x, w, p.bias, adapters(p), h, TILE)
+    y = lora_extended_fp8.forward_extended_fp8(x, w, p.bias, adapters(p), h, TILE)
     assert error(y, fp8.equation(p.double())) <= 4 * torch.finfo(torch.bfloat16).eps
 
 
@@ -96,11 +96,11 @@ def _(monkeypatch):
 def _(monkeypatch):
     x, dy = torch.randn(37, 71), torch.randn(37, 71)
     weight, bias = torch.randn(71), torch.randn(71)
-    y, mean, rstd = layer_norm.forward(x, weight, bias, 1e-6)
+    y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, 1e-6)
     truth = torch.nn.functional.layer_norm(x, (71,), weight, bias, 1e-6)
     torch.testing.assert_close(y, truth, rtol=1e-5, atol=1e-5)
-    assert torch.equal(layer_norm.rebuild(x, weight, bias, mean, rstd), y)
-    dx = layer_norm.input_grad(dy, x, weight, mean, rstd, dy)
+    assert torch.equal(layer_norm.layer_norm_rebuild(x, weight, bias, mean, rstd), y)
+    dx = layer_norm.layer_norm_input_grad(dy, x, weight, mean, rstd, dy)
     leaf = x.clone().requires_grad_()
     torch.nn.functional.layer_norm(leaf, (71,), weight, bias, 1e-6).backward(dy)
     torch.testing.assert_close(dx, leaf.grad + dy, rtol=1e-4, atol=1e-5)
@@ -113,8 +113,8 @@ def _(monkeypatch):
         leaf = u.clone().requires_grad_()
         truth = torch.nn.functional.gelu(leaf, approximate=approximate)
         truth.backward(dy)
-        torch.testing.assert_close(gelu.forward(u, kind, tile=tile), truth.detach())
-        torch.testing.assert_close(gelu.input_grad(dy, u, kind, tile=tile), leaf.grad)
+        torch.testing.assert_close(gelu.gelu_forward(u, kind, tile=tile), truth.detach())
+        torch.testing.assert_close(gelu.gelu_input_grad(dy, u, kind, tile=tile), leaf.grad)
 
 
 @case_of("_row_shrink")
@@ -125,11 +125,11 @@ def _(monkeypatch):
     whole = torch.empty(37, 43 + a.shape[0], dtype=torch.bfloat16)
     left, right = whole[:, :43], whole[:, 43:]
     given = (adapters(p), left, right, THIN_TILE)
-    n, *_ = row_shrink.layer_norm(p.x, weight, bias, 1e-6, *given)
+    n, *_ = row_shrink.layer_norm_shrink(p.x, weight, bias, 1e-6, *given)
     truth = torch.nn.functional.layer_norm(p.x.float(), (43,), weight, bias, 1e-6)
     assert error(n, truth.double()) <= torch.finfo(torch.bfloat16).eps
     assert error(right, n.double() @ a.T) <= 2 * torch.finfo(torch.bfloat16).eps
-    g, h = row_shrink.gelu(p.x, "erf", *given)
+    g, h = row_shrink.gelu_shrink(p.x, "erf", *given)
     assert error(g, torch.nn.functional.gelu(p.x.double())) <= torch.finfo(torch.bfloat16).eps
     assert error(h, g.double() @ a.T) <= 2 * torch.finfo(torch.bfloat16).eps
 
@@ -153,7 +153,7 @@ def _(monkeypatch):
         merges.append(Merge(w, torch.full_like(w, torch.nan), a, b, 0.5))
     table = lora_merge_many.pack(merges, MergeTile(32, 32))
     tell_of(monkeypatch, [t for m in merges for t in (m.w, m.out, m.a, m.b)])
-    lora_merge_many.launch(table)
+    lora_merge_many.launch_many(table)
     for m in merges:
         truth = reference_merge.merge(m.w, m.a, m.b, m.scale)
         torch.testing.assert_close(m.out, truth, rtol=1e-5, atol=1e-5)

@@ -17,7 +17,7 @@ from fused_lora.kernels.triton import (
     lora_shrink,
 )
 from fused_lora.ops import gelu, row_shrink
-from fused_lora.ops.epilogues import plan_beside
+from fused_lora.ops.epilogues import plan_in_context
 from fused_lora.ops.lora_linear import call_plan
 from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.operand import RECOMPUTE
@@ -60,9 +60,9 @@ def passes(serving, small_tiles) -> list[str]:  # noqa: F811
     serving.setattr(lora_linear_ended, "tile_of", lora_linear.tile_of)
     watch(serving, lora_extended, "forward", "product", ran)
     watch(serving, lora_extended, "input_grad", "dx", ran)
-    watch(serving, gelu, "forward", "gelu forward", ran)
-    watch(serving, gelu, "input_grad", "gelu slope", ran)
-    watch(serving, row_shrink, "gelu", "gelu and h", ran)
+    watch(serving, gelu, "gelu_forward", "gelu forward", ran)
+    watch(serving, gelu, "gelu_input_grad", "gelu slope", ran)
+    watch(serving, row_shrink, "gelu_shrink", "gelu and h", ran)
     return ran
 
 
@@ -296,7 +296,7 @@ def test_a_broken_epilogue_leaves_the_chain_as_it_was(passes, checking, what):
         run(given, BF16, "elementwise")
     x, w, spans = torch.zeros(38, D, dtype=BF16), given[2].w, (Span(0, H, 3),)
     question = (x, w, True, spans, Needs(), ALIKE)
-    assert plan_beside(*question, Impl.AUTO, BF16, Beside(activated=True)) == call_plan(*question)
+    assert plan_in_context(*question, Impl.AUTO, BF16, Beside(activated=True)) == call_plan(*question)
     passes.clear()
     within(run(given, BF16, "elementwise"), given, BF16)
     assert passes == [

@@ -46,7 +46,7 @@ def equation(p):
 def product(p, w):
     """y by the kernels, in small tiles."""
     h = lora_shrink.shrink(p.x, adapters(p), tile=THIN_TILE)
-    return lora_extended_fp8.forward(quantise.quantise(p.x), w, p.bias, adapters(p), h, TILE)
+    return lora_extended_fp8.forward_extended_fp8(quantise.quantise(p.x), w, p.bias, adapters(p), h, TILE)
 
 
 @pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, torch.float32), (FP16, FP16)], ids=str)

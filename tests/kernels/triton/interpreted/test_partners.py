@@ -36,19 +36,19 @@ def test_rows_in_a_bordered_buffer(checking):
     x, gamma = torch.randn(9, 40).to(BF16), torch.randn(40)
     bordered = torch.zeros(9, 48, dtype=BF16)
     runs = (
-        lambda impl: layer_norm.forward(x, gamma, gamma, 1e-6, bordered[:, :40], impl=impl).y,
-        lambda impl: gelu.forward(x, "erf", bordered[:, :40], impl=impl),
-        lambda impl: gelu.input_grad(x, x, "tanh", impl=impl),
+        lambda impl: layer_norm.layer_norm_forward(x, gamma, gamma, 1e-6, bordered[:, :40], impl=impl).y,
+        lambda impl: gelu.gelu_forward(x, "erf", bordered[:, :40], impl=impl),
+        lambda impl: gelu.gelu_input_grad(x, x, "tanh", impl=impl),
     )
     for run in runs:
         ours, plain = run(Impl.AUTO).clone(), run(Impl.ATEN).clone()
         torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
         assert not bordered[:, 40:].any()
-    assert layer_norm.places(x) and gelu.places(x)
-    *_, mean, rstd = layer_norm.forward(x, gamma, gamma, 1e-6)
+    assert layer_norm.layer_norm_places(x) and gelu.gelu_places(x)
+    *_, mean, rstd = layer_norm.layer_norm_forward(x, gamma, gamma, 1e-6)
     for impl in (Impl.TRITON, Impl.ATEN):  # statistics of one serve the other
-        layer_norm.input_grad(x, x, gamma, mean, rstd, x, impl=impl)
-        layer_norm.rebuild(x, gamma, gamma, mean, rstd, impl=impl)
+        layer_norm.layer_norm_input_grad(x, x, gamma, mean, rstd, x, impl=impl)
+        layer_norm.layer_norm_rebuild(x, gamma, gamma, mean, rstd, impl=impl)
 
 
 def test_a_broken_norm_never_serves(checking):
@@ -64,10 +64,10 @@ def test_a_broken_norm_never_serves(checking):
     checking.setattr(kernels, "forward", broken)
     x = torch.randn(9, 40)
     with pytest.warns(RuntimeWarning, match="does not use triton layer_norm"):
-        ours = layer_norm.forward(x, None, None, 1e-6).y
+        ours = layer_norm.layer_norm_forward(x, None, None, 1e-6).y
     torch.testing.assert_close(ours, torch.nn.functional.layer_norm(x, (40,), eps=1e-6))
     with pytest.raises(RuntimeError, match="cannot serve: error .* over the budget"):
-        layer_norm.forward(x, None, None, 1e-6, impl=Impl.TRITON)
+        layer_norm.layer_norm_forward(x, None, None, 1e-6, impl=Impl.TRITON)
 
 
 class Copies(TorchDispatchMode):
@@ -224,7 +224,7 @@ def jobs(dtype):
 @pytest.mark.parametrize("noise", [("nearest", 0), ("stochastic", 3)], ids=lambda n: n[0])
 def test_many_merges_in_one_launch(checking, noise):
     launches = []
-    right = launched.launch
+    right = launched.launch_many
     checking.setattr("fused_lora.kernels.triton.merged.launch",
                      lambda *arguments: (launches.append(1), right(*arguments)))  # fmt: skip
     group = list(jobs(BF16))
@@ -253,7 +253,7 @@ def test_a_whole_model(serving):  # noqa: F811
 
 
 def test_verdicts_of_partners_are_kept(checking):
-    gelu.forward(torch.randn(4, 8))
+    gelu.gelu_forward(torch.randn(4, 8))
     assert "triton gelu" in verify.path().read_text()
 
 
@@ -269,8 +269,8 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
     from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
 
     fused = []
-    right = lora_linear_ended.forward
-    serving.setattr(lora_linear_ended, "forward", lambda *a: (fused.append(1), right(*a))[1])
+    right = lora_linear_ended.forward_epilogue
+    serving.setattr(lora_linear_ended, "forward_epilogue", lambda *a: (fused.append(1), right(*a))[1])
     serving.setattr(lora_linear_ended, "tile_of", lambda *shape: TILE)
     plan = Plan(Forward.EXTENDED, Forward.EXTENDED, Gradient.RANK, Keep.HIDDEN, 0, Backend.TRITON)
     serving.setattr("fused_lora.ops.lora_linear.call_plan", lambda *_, **__: plan)
@@ -299,12 +299,12 @@ def test_a_chain_ends_in_the_epilogue(serving, wide):  # noqa: F811
     from fused_lora.ops.lora_residual import lora_residual
     from fused_lora.ops.operand import Adapted
 
-    serving.setattr("fused_lora.plan.cost_triton.EFFICIENCY", 1e6)
+    serving.setattr("fused_lora.plan.cost_triton.TRITON_EFFICIENCY", 1e6)
     serving.setattr("fused_lora.plan.cost_triton.MERGE_EFFICIENCY", 1e-9)
     serving.setattr("fused_lora.plan.strategies.ONE_PASS_RANKS", 0)
     fused = []
-    right = lora_linear_ended.forward
-    serving.setattr(lora_linear_ended, "forward", lambda *a: (fused.append(1), right(*a))[1])
+    right = lora_linear_ended.forward_epilogue
+    serving.setattr(lora_linear_ended, "forward_epilogue", lambda *a: (fused.append(1), right(*a))[1])
     serving.setattr(lora_linear_ended, "tile_of", lambda *shape: TILE)
     x, w, a, b = (torch.randn(*s).to(BF16) for s in ((2, 16, 32), (48, 32), (4, 32), (48, 4)))
     beside = torch.randn(2, 16, 48, dtype=torch.float32 if wide else BF16)
