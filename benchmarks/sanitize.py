@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fused_lora.kernels.cuda import native
-from fused_lora.trust import cuda_checks
+from fused_lora.trust import launch_checks
 from fused_lora.trust.kernel_registry import compiled_grads, of_compiled_merge
 
 ROWS = 53  # four tiles, the last of five rows; a racecheck takes a hundred times as long
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     if reason := native.why_not_on(device):
         print(f"nothing can run here: {reason}")
         return 0 if "--none-is-fine" in arguments else 2
-    cuda_checks.ROWS = ROWS
+    launch_checks.ROWS = ROWS
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # without which tf32 is not served
     right = True
     for dtype in dtypes:

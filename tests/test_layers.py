@@ -43,7 +43,7 @@ LATE = {"triton", "timm", "transformers", "peft", "safetensors", "torchvision", 
 
 
 def module_name(path: Path) -> str:
-    """``fused_lora.plan.cost`` of its file."""
+    """``fused_lora.plan.choose`` of its file."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -66,7 +66,7 @@ def _is_type_checking(node: ast.AST) -> bool:
 
 
 def room_of(name: str) -> str:
-    """``plan`` of ``fused_lora.plan.cost``; empty for the package itself."""
+    """``plan`` of ``fused_lora.plan.choose``; empty for the package itself."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else ""
 
@@ -138,9 +138,13 @@ def test_imports_go_down(path: Path) -> None:
 @pytest.mark.parametrize(
     "module, source, why",
     [
-        ("fused_lora.plan.cost", "import torch", "plan never sees"),
-        ("fused_lora.plan.cost", "def f():\n    from torch import Tensor", "plan never sees"),
-        ("fused_lora.plan.cost", "from fused_lora.reference import philox", "does not stand below"),
+        ("fused_lora.plan.choose", "import torch", "plan never sees"),
+        ("fused_lora.plan.choose", "def f():\n    from torch import Tensor", "plan never sees"),
+        (
+            "fused_lora.plan.choose",
+            "from fused_lora.reference import philox",
+            "does not stand below",
+        ),
         ("fused_lora.reference.philox", "import fused_lora.plan", "does not stand below"),
         ("fused_lora.ops.lora_linear", "from fused_lora import nn", "does not stand below"),
         ("fused_lora.io.peft", "from fused_lora.patching import walk", "does not stand below"),

@@ -16,11 +16,11 @@ from fused_lora.bench.roofline import Linear
 from fused_lora.bench.runner import Shares
 from fused_lora.bench.shapes import SHAPES
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import available, winners
-from fused_lora.kernels.triton.launches import Launch, tile_of
-from fused_lora.kernels.triton.winners import MeasuredTile, key
+from fused_lora.kernels.triton import available, launches
+from fused_lora.kernels.triton.launches import Launch, MeasuredTile, key, tile_of
 from fused_lora.plan.strategies import ONE_PASS_RANKS
-from fused_lora.trust.kernel_registry import launches, of_launch
+from fused_lora.trust.kernel_registry import launches as every_launch
+from fused_lora.trust.kernel_registry import of_launch
 from fused_lora.trust.verify import verdict
 from fused_lora.types import Span
 
@@ -128,8 +128,8 @@ def run(argv: Sequence[str]) -> int:
     shares = Shares([float(s.m * s.k * s.n) for s in sizes], options.budget_seconds, clock)
     for size in sizes:
         found = dict(tuned(size, dtype, device, clock, shares.next_s()))
-        winners.store(device, found)
-    print(f"kept in {winners.path()}; read by every process that starts from now on")
+        launches.store(device, found)
+    print(f"kept in {launches.path()}; read by every process that starts from now on")
     return 0
 
 
@@ -155,7 +155,7 @@ def _times(
     key = str(dtype).removeprefix("torch.")
     right = [
         launch
-        for launch in launches(dtype, device)
+        for launch in every_launch(dtype, device)
         if launch.kernel == job.kernel and verdict(of_launch(launch, key), device).passed
     ]
     steps = {str(i): _step(job, launch) for i, launch in enumerate(right)}

@@ -1,8 +1,7 @@
 """Adapters on disk and as tensors: PEFT's keys, PEFT's folder."""
 
 from fused_lora.io.folder import load, save
-from fused_lora.io.keys import AdapterFileError
-from fused_lora.io.loralib import from_loralib
+from fused_lora.io.keys import AdapterFileError, from_loralib
 from fused_lora.io.state_dict import load_lora_state_dict, lora_state_dict
 
 __all__ = [

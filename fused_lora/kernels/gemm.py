@@ -1,4 +1,4 @@
-"""Small GEMM forms that library calls leave slow, imprecise or, for vectors, wrong."""
+"""Products into given memory, thin ones laid out for the library, and who computes in TF32."""
 
 from __future__ import annotations
 
@@ -62,3 +62,8 @@ def product(p: Tensor, q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     widens = dtype is torch.float32 and p.dtype in (torch.bfloat16, torch.float16)
     y = torch.mm(p, q, out_dtype=dtype) if widens and p.is_cuda else torch.mm(p, q).to(dtype)
     return y if scale == 1.0 else y.mul_(scale)
+
+
+def is_tf32(dtype: torch.dtype) -> bool:
+    """Whether products of ``dtype`` may be of TF32: fp32 where torch allows it."""
+    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -33,10 +33,10 @@ from fused_lora.nn.stand_in import (
     why_not_replaceable,
 )
 from fused_lora.nn.variants import WithVariants, key_of
-from fused_lora.ops.dropped import seeded
+from fused_lora.ops.lora_dropout import seeded
 from fused_lora.ops.lora_linear import asked, lora_linear
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
-from fused_lora.ops.lora_merge_many import Job, lora_merge_many
+from fused_lora.ops.lora_merge import Job, lora_merge_many
 from fused_lora.ops.operand import is_sharded
 from fused_lora.programs.run import Memo, program_of, run, transformed
 from fused_lora.types import Span

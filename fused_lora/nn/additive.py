@@ -18,7 +18,7 @@ from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.linear import become, ranks_of
 from fused_lora.nn.stand_in import as_one_node, bound_forward, made_weight, offloaded
 from fused_lora.ops.lora_expand import lora_add
-from fused_lora.ops.lora_linear_checks import DTYPES
+from fused_lora.ops.lora_linear_plain import DTYPES
 from fused_lora.ops.operand import is_sharded
 
 # For bases that hold no matrix one could read (8 or 4 bits, fp8): their class stays, as the parent

@@ -13,14 +13,17 @@ from torch.nn import functional as F
 from fused_lora.nn import block_modules as parts
 from fused_lora.nn.block_modules import FusedModule, Half
 from fused_lora.nn.stand_in import why_watched
-from fused_lora.ops.chain.attention import Split
 from fused_lora.ops.chain.chain import Chain
-from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
-from fused_lora.ops.lora_attention import attention_spec as attention_asked
-from fused_lora.ops.lora_attention import kernel_for
-from fused_lora.ops.lora_mlp import mlp_spec, lora_mlp
-from fused_lora.ops.lora_mlp import mlp_spec as mlp_asked
-from fused_lora.ops.lora_residual import lora_residual
+from fused_lora.ops.chain.stages import Split
+from fused_lora.ops.lora_block import attention_spec as attention_asked
+from fused_lora.ops.lora_block import (
+    kernel_for,
+    layer_norm_lora_linear,
+    lora_mlp,
+    lora_residual,
+    mlp_spec,
+)
+from fused_lora.ops.lora_block import mlp_spec as mlp_asked
 from fused_lora.ops.operand import Adapted, compute_dtype
 from fused_lora.programs.run import attention_settings, transformed
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.stand_in import Unscripted, Watch, rebind
-from fused_lora.ops.dropped import seeded
+from fused_lora.ops.lora_dropout import seeded
 from fused_lora.ops.operand import RECOMPUTE, Adapted, Norm, check_recompute, compute_dtype
 from fused_lora.programs.run import Memo, program_of, run
 

@@ -31,7 +31,7 @@ from fused_lora.nn.weight_adapter import (
     set_frozen,
     writing_to,
 )
-from fused_lora.ops.lora_linear_checks import check_spans
+from fused_lora.ops.lora_linear_plain import check_spans
 
 # The module that owns the parameter is given a subclass of its class, in which the parameter's name
 # reads w'.

@@ -30,7 +30,7 @@ from fused_lora.nn.stand_in import (
 )
 from fused_lora.nn.weight_adapter import adapted_weight
 from fused_lora.ops.lora_linear import autocasts, lora_linear
-from fused_lora.ops.lora_linear_checks import DTYPES
+from fused_lora.ops.lora_linear_plain import DTYPES
 from fused_lora.types import Span
 
 CLASSES = ("FusedPeftLinear", "FusedPeftWeight")

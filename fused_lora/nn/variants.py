@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.nn.config import AdapterConfig
-from fused_lora.ops.lora_merge import lora_merge
-from fused_lora.ops.lora_merge_many import Job
+from fused_lora.ops.lora_merge import Job, lora_merge
 from fused_lora.programs.run import without_autocast
 from fused_lora.types import Span
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from fused_lora.nn.adapted import STATE, AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.stand_in import rebind, refuse_constant, why_not_replaceable
-from fused_lora.ops.lora_linear_checks import check_spans
+from fused_lora.ops.lora_linear_plain import check_spans
 from fused_lora.programs.run import transformed, without_autocast
 
 # A read of the attribute gives w' = w + s b a, a tensor made for one use; a write into that would

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_linear as hopper
-from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad_shape import fitting, shape_of
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.launches import NO_PRODUCTS, Launch, launches, tile_of
 from fused_lora.ops import lora_grad_backends
 from fused_lora.ops.ceilings import conditions
-from fused_lora.plan.cost_cuda import may_write_dh
+from fused_lora.plan.cost_kernels import may_write_dh
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.strategies import (
     INT32,
@@ -28,7 +28,7 @@ from fused_lora.plan.strategies import (
 )
 from fused_lora.trust.check import CannotVerifyNow, KernelId, Verdict
 from fused_lora.trust.kernel_registry import Checked, of_compiled_product, of_launch
-from fused_lora.trust.verify import announce, is_collecting, known, why_not_concrete, verdict
+from fused_lora.trust.verify import announce, is_collecting, known, verdict, why_not_concrete
 from fused_lora.types import Backend, Impl, Plan
 
 ASKED: dict[Impl, tuple[Backend, ...]] = {

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.cuda import lora_linear_ended as compiled
-from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda import lora_linear as compiled
 from fused_lora.kernels.cuda.lora_extended import tile_of
 from fused_lora.kernels.cuda.lora_grad_shape import shape_of
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters, Ending
 from fused_lora.kernels.triton import available
-from fused_lora.ops import gelu
+from fused_lora.ops import elementwise
 from fused_lora.ops import lora_grad_backends as compiled_grads
 from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
 from fused_lora.ops.chain.stage import finish
 from fused_lora.ops.lora_linear import call_plan, forward
 from fused_lora.ops.planning import problem
-from fused_lora.plan.strategies import fuses_epilogue, fuses_activation_grad
+from fused_lora.plan.strategies import fuses_activation_grad, fuses_epilogue
 from fused_lora.trust.kernel_registry import of_compiled_product
 from fused_lora.trust.verify import why_not_concrete
 from fused_lora.types import Backend, Beside, Halves, Impl, Needs, Plan, Span, ragged
@@ -167,17 +167,19 @@ def with_epilogue(
     return composed(y, kept, ending, out)
 
 
-def composed(u: Tensor, kept: Tensor | None, ending: Ending, out: Tensor | None = None) -> EpilogueResult:
+def composed(
+    u: Tensor, kept: Tensor | None, ending: Ending, out: Tensor | None = None
+) -> EpilogueResult:
     """The same in passes of their own."""
     if ending.activation == "none":
         return finish(u, ending.residual, ending.factor), kept, None
-    y = gelu.gelu_forward(u, ending.activation, out)
+    y = elementwise.gelu_forward(u, ending.activation, out)
     return finish(y, ending.residual, ending.factor), kept, u
 
 
 def _epilogue(plan: Plan) -> Any:
     if plan.backend is Backend.CUDA:
         return compiled
-    from fused_lora.kernels.triton import lora_linear_ended as triton
+    from fused_lora.kernels.triton import lora_linear as triton
 
     return triton

@@ -18,15 +18,17 @@ from torch import Tensor
 
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad import lora_grads
-from fused_lora.kernels.cuda.lora_grad_call import (
+from fused_lora.kernels.cuda.lora_grad_shape import (
     ADAPTERS,
     GradCall,
+    GradShape,
     aligned,
+    examples,
+    fitting,
     why_not_dtype,
 )
-from fused_lora.kernels.cuda.lora_grad_shape import GradShape, examples, fitting
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters, Grads, Slope
 from fused_lora.trust.check import CannotVerifyNow
 from fused_lora.trust.kernel_registry import Checked, of_compiled_grads
@@ -123,10 +125,10 @@ def why_not_activated(dy: Tensor, shape: GradShape) -> str | None:
 
 def activated(u: Tensor | None, activation: str) -> Tensor:
     """x = GELU(u), for whoever reads it."""
-    from fused_lora.ops import gelu
+    from fused_lora.ops import elementwise
 
     assert u is not None
-    return gelu.gelu_forward(u, activation)
+    return elementwise.gelu_forward(u, activation)
 
 
 def _trusted(shape: GradShape, like: Tensor, gelu: bool = False) -> bool:

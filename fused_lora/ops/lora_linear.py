@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from fused_lora import env
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters, Ending, Grads, Slope
-from fused_lora.ops import dropped
-from fused_lora.ops.dropped import check_dropout, seeded
-from fused_lora.ops.lora_linear_checks import check
-from fused_lora.ops.lora_linear_plain import plain
-from fused_lora.ops.planning import traits_of, plan_for
+from fused_lora.ops import lora_dropout
+from fused_lora.ops.lora_dropout import check_dropout, seeded
+from fused_lora.ops.lora_linear_plain import check, plain
+from fused_lora.ops.planning import plan_for, traits_of
 from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
@@ -242,9 +241,9 @@ def compute(
         plan = call_plan(*question, impl=impl)
     if frame.dropout:
         impl = Impl.ATEN if impl is Impl.REFERENCE else impl
-        by = dropped.server(rows, adapters.rank, frame.dropout)
-        plan = dropped.plan_of(plan, needs, by)
-        h = dropped.hidden(rows, adapters, frame.dropout, ab[-1], plan)
+        by = lora_dropout.server(rows, adapters.rank, frame.dropout)
+        plan = lora_dropout.plan_of(plan, needs, by)
+        h = lora_dropout.hidden(rows, adapters, frame.dropout, ab[-1], plan)
     if ending is None:
         (y, kept), u = forward(rows, w, bias, adapters, plan, impl, bordered, h), None
     else:
@@ -269,7 +268,7 @@ def input_grads(
     """dx [M, K], and a gradient for every operand; None where none is asked for."""
     given = (dy, rows, kept, w, frame.adapters(ab))
     if frame.dropout:
-        found = dropped.backward(*given, frame.dropout, ab[-1], needs, plan)
+        found = lora_dropout.backward(*given, frame.dropout, ab[-1], needs, plan)
         return found.x, found.w, found.bias, *found.a, *found.b, None
     found = backward(*given, needs, plan, frame.impl, *slope, activation=activation)
     return found.x, found.w, found.bias, *found.a, *found.b

@@ -1,10 +1,4 @@
-"""lora_linear_fp8: y = x^ w^T + bias + s (x aT) bT on a frozen base in FP8, with its gradients.
-
-x^ and w^ are e4m3 codes times a scale for each row (``reference/lora_linear_fp8.py``): those of w
-are given, x is quantised on the fly. What adapters see of x, and every gradient, is not FP8:
-backward is lora_linear's own, by its own plan, over w^ in the compute dtype, which two passes over
-the codes make for as long as it lasts. The rounding of x is passed straight through.
-"""
+"""lora_linear over an FP8 base, eager and traced."""
 
 from __future__ import annotations
 
@@ -17,24 +11,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.kernels.aten import lora_linear_fp8 as aten
+from fused_lora.kernels.aten import lora_linear_cases as aten
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.tiles import MOST_WIDTH
 from fused_lora.ops import lora_linear as base
+from fused_lora.ops import lora_linear_traced as traced_base
 from fused_lora.ops.backends import why_not_launch
-from fused_lora.ops.lora_linear_checks import check
-from fused_lora.ops.lora_linear_plain import with_adapters
+from fused_lora.ops.elementwise import triton_serves
+from fused_lora.ops.lora_linear import Frame
+from fused_lora.ops.lora_linear_plain import check, with_adapters
 from fused_lora.ops.operand import compute_dtype
-from fused_lora.ops.partners import triton_serves
 from fused_lora.ops.planning import traits_of
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
-from fused_lora.programs.run import call, transformed
+from fused_lora.programs.run import call, refuse_double_backward, transformed
 from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.reference.lora_linear_fp8 import CODES, Quantised, quantise
 from fused_lora.types import Impl, Keep, Needs, Plan, Span
+
+# lora_linear_fp8: y = x^ w^T + bias + s (x aT) bT on a frozen base in FP8, with its gradients.
+#
+# x^ and w^ are e4m3 codes times a scale for each row (``reference/lora_linear_fp8.py``): those of w
+# are given, x is quantised on the fly. What adapters see of x, and every gradient, is not FP8:
+# backward is lora_linear's own, by its own plan, over w^ in the compute dtype, which two passes
+# over the codes make for as long as it lasts. The rounding of x is passed straight through.
 
 
 def lora_linear_fp8(
@@ -79,8 +81,6 @@ def lora_linear_fp8(
     check_codes(codes, row_scales)
     dtype, impl = compute_dtype(x), base.resolve(impl)
     if torch.compiler.is_compiling():
-        from fused_lora.ops.lora_linear_fp8_traced import traced
-
         return traced(x, w, bias, a, b, scales, spans, dtype, impl)
     numbers = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
     if transformed():
@@ -213,3 +213,108 @@ def plain(
     x8 = x + (rounded - x).detach()
     y = F.linear(x8, w.widened(dtype), None if bias is None else bias.to(dtype))
     return with_adapters(y, x, a, b, scales, spans)
+
+
+# lora_linear_fp8 under ``torch.compile``: a registered op; backward is lora_linear's, over w^.
+#
+# Importing this module registers the op, and those of ``lora_linear_traced``.
+
+
+traced_base.LIBRARY.define(
+    "lora_linear_fp8(Tensor x, Tensor codes, Tensor row_scales, Tensor? bias, Tensor[] a, "
+    "Tensor[] b, Tensor scales, int[] spans, int needs, str keep, str impl) "
+    "-> (Tensor, Tensor)"
+)
+
+
+def traced(
+    x: Tensor,
+    w: Quantised,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Tensor | Sequence[float],
+    spans: tuple[Span, ...],
+    dtype: torch.dtype,
+    impl: Impl,
+) -> Tensor:
+    """lora_linear_fp8 as one node of the graph."""
+    if impl is Impl.REFERENCE:
+        return plain(x, w, bias, a, b, scales, spans, dtype)
+    if not isinstance(scales, Tensor):
+        scales = torch.tensor(scales, dtype=torch.float64, device="cpu")
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    n, k = w.codes.shape
+    needs = traced_base._asked(rows, w.scales, bias, a, b)
+    keep = traced_keep(k, spans, needs)
+    settled = (traced_base._flat(spans), traced_base._bits(needs), keep.value, impl.value)
+    y, _ = torch.ops.fused_lora.lora_linear_fp8(rows, *w, bias, list(a), list(b), scales, *settled)
+    return y.reshape(*x.shape[:-1], n)
+
+
+def _forward(
+    x: Tensor,
+    codes: Tensor,
+    row_scales: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: Tensor,
+    spans: list[int],
+    needs: int,
+    keep: str,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    frame = Frame(tuple(scales.tolist()), traced_base._spans(tuple(spans)), Impl(impl))
+    adapters = frame.adapters([*a, *b])
+    y, h = forward(x, Quantised(codes, row_scales), bias, adapters, Impl(impl))
+    return y, x.new_empty(0) if keep != Keep.HIDDEN.value or h is None else h
+
+
+def _forward_fake(
+    x: Tensor,
+    codes: Tensor,
+    row_scales: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: Tensor,
+    spans: list[int],
+    needs: int,
+    keep: str,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return traced_base._forward_fake(x, codes, bias, a, b, scales, spans, needs, keep, impl)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, codes, row_scales, _, a, b, scales, *settled = inputs
+    reads_x = keeps_x(traced_base._needs(settled[1]), traced_base._any_plan(settled[2]))
+    ctx.meta = (x.dtype, len(a), settled)
+    ctx.save_for_backward(x if reads_x else None, codes, row_scales, output[1], scales, *a, *b)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    refuse_double_backward()
+    if dy is None:
+        return (None,) * 11
+    dtype, groups, settled = ctx.meta
+    x, codes, row_scales, kept, scales, *ab = ctx.saved_tensors
+    a, b = ab[:groups], ab[groups:]
+    w = Quantised(codes, row_scales).widened(dtype)
+    grads = iter(torch.ops.fused_lora.lora_linear_backward(dy, x, w, kept, a, b, scales, *settled))
+    asked = traced_base._needs(settled[1])
+    dx, dbias = (next(grads) if ask else None for ask in (asked.x, asked.bias))
+    da = [next(grads) if asked.a else None for _ in a]
+    db = [next(grads) if asked.b else None for _ in b]
+    return dx, None, None, dbias, da, db, None, None, None, None, None
+
+
+traced_base.LIBRARY.impl("lora_linear_fp8", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_lora::lora_linear_fp8", _forward_fake, lib=traced_base.LIBRARY)
+torch.library.register_autograd(
+    "fused_lora::lora_linear_fp8", _autograd, setup_context=_setup_context, lib=traced_base.LIBRARY
+)

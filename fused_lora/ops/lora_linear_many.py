@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.aten import lora_linear_many as aten
+from fused_lora.kernels.aten import lora_linear_cases as aten
 from fused_lora.ops.chain.stage import consecutive
-from fused_lora.ops.dropped import FORMS_H
+from fused_lora.ops.lora_dropout import FORMS_H
 from fused_lora.ops.lora_linear import Frame, as_leading, as_rows, forward, lora_linear
 from fused_lora.ops.operand import Adapted, compute_dtype
-from fused_lora.ops.planning import traits_of, plan_for
+from fused_lora.ops.planning import plan_for, traits_of
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed

@@ -22,7 +22,7 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.ops import lora_linear as eager
 from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.lora_linear_plain import plain
-from fused_lora.ops.planning import traits_of, plan_for
+from fused_lora.ops.planning import plan_for, traits_of
 from fused_lora.plan.choose import traced_keep
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved, WithoutBackward

@@ -1,19 +1,123 @@
-"""lora_merge: w' = w + s b a, formed in fp32 and rounded once, w itself untouched."""
+"""lora_merge: w' = w + s b a, of one weight or of many, and who serves it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.aten.lora_merge import lora_merge as aten_merge
-from fused_lora.kernels.cuda.merged import merged as compiled
+from fused_lora.kernels.aten.lora_linear import lora_merge as aten_merge
+from fused_lora.kernels.cuda import native
+from fused_lora.kernels.cuda.lora_merge import merged as cuda_merged
+from fused_lora.kernels.cuda.lora_merge import merged_together as cuda_merged_together
 from fused_lora.kernels.interface import Adapters
-from fused_lora.ops.lora_merge_backends import server, triton
+from fused_lora.kernels.triton import available
+from fused_lora.kernels.triton.launches import Launch, tile_of
+from fused_lora.ops.backends import distrust, why_not_launch
 from fused_lora.programs.run import without_autocast
 from fused_lora.reference.lora_merge import merge as reference_merge
+from fused_lora.trust.kernel_registry import Checked, of_compiled_merge, of_launch
+from fused_lora.trust.verify import why_not_concrete
 from fused_lora.types import Span
+
+SERVED = (torch.float32, torch.bfloat16, torch.float16)
+Noise = tuple[int, int] | None  # seed and step of stochastic rounding
+INT32 = 1 << 31
+
+
+def server(w: Tensor, adapters: Adapters, impl: str) -> str:
+    """ "cuda", "triton" or "aten", as ``impl`` says or, for auto, the first that serves.
+
+    Raises:
+        RuntimeError: ``impl`` cannot serve, with the reason.
+    """
+    if impl == "auto":
+        others = ("cuda", "triton") if w.is_cuda else ()
+        return next((by for by in others if why_not(w, adapters, by) is None), "aten")
+    if reason := why_not(w, adapters, impl):
+        raise RuntimeError(f"impl={impl!r} cannot serve: {reason}")
+    return impl
+
+
+def why_not(w: Tensor, adapters: Adapters, by: str) -> str | None:
+    """One sentence why ``by`` cannot merge these operands; None when it can."""
+    reason = _compiled(w, adapters) if by == "cuda" else _triton(w, adapters)
+    return reason or why_not_concrete(w) or distrust(_checked(w, adapters, by), w.device)
+
+
+def server_of_many(weights: Sequence[Tensor], adapters: Sequence[Adapters], impl: str) -> str:
+    """As ``server``, of who merges all of them in one launch; they are of one device and dtype.
+
+    Raises:
+        RuntimeError: ``impl`` cannot serve, with the reason.
+    """
+    if len(weights) == 1:
+        return server(weights[0], adapters[0], impl)
+    if impl == "auto":
+        others = ("cuda", "triton") if weights[0].is_cuda else ()
+        serving = (by for by in others if why_not_many(weights, adapters, by) is None)
+        return next(serving, "aten")
+    if reason := why_not_many(weights, adapters, impl):
+        raise RuntimeError(f"impl={impl!r} cannot serve: {reason}")
+    return impl
+
+
+def why_not_many(weights: Sequence[Tensor], adapters: Sequence[Adapters], by: str) -> str | None:
+    """One sentence why ``by`` cannot merge all of these in one launch; None when it can."""
+    own = _compiled if by == "cuda" else _triton
+    for w, group in zip(weights, adapters, strict=True):
+        if reason := own(w, group) or why_not_concrete(w):
+            return reason
+    first = weights[0]
+    if by == "cuda":
+        return distrust(_checked(first, adapters[0], by), first.device)
+    n, k = first.shape
+    return why_not_launch("merge_many", n, k, adapters[0].rank, first)
+
+
+def triton_many(
+    weights: Sequence[Tensor], adapters: Sequence[Adapters], noise: Noise
+) -> list[Tensor]:
+    """Every w' by Triton's kernel, in one launch."""
+    from fused_lora.kernels.triton.lora_linear import rows, uniform
+    from fused_lora.kernels.triton.lora_merge import merged_together
+
+    return merged_together([rows(w) for w in weights], [uniform(a) for a in adapters], noise)
+
+
+def triton(w: Tensor, adapters: Adapters, noise: Noise) -> Tensor:
+    """w' by Triton's kernel."""
+    from fused_lora.kernels.triton.lora_linear import merged
+
+    return merged(w, adapters, noise)
+
+
+def _compiled(w: Tensor, adapters: Adapters) -> str | None:
+    if reason := native.why_not(w.device if w.is_cuda else None):
+        return reason
+    if not w.is_cuda:
+        return f"w is on {w.device}"
+    dtypes = {half.dtype for halves in (adapters.a, adapters.b) for half in halves}
+    if w.dtype not in SERVED or len(dtypes) > 1 or not dtypes <= set(SERVED):
+        return f"it takes w and one dtype of adapters out of {SERVED}, got {w.dtype} and {dtypes}"
+    return None
+
+
+def _triton(w: Tensor, adapters: Adapters) -> str | None:
+    if adapters.rank * max(w.shape) >= INT32:
+        return f"it counts in 32 bits, w is {tuple(w.shape)} and the ranks sum to {adapters.rank}"
+    return available.why_not(w.device, w.dtype)
+
+
+def _checked(w: Tensor, adapters: Adapters, by: str) -> Checked:
+    key = str(w.dtype).removeprefix("torch.")
+    if by == "cuda":
+        return of_compiled_merge(key)
+    tile = tile_of("merge", *w.shape, adapters.rank, w.dtype, w.device)
+    return of_launch(Launch("merge", tile), key)
+
 
 IMPLS = ("auto", "aten", "reference", "triton", "cuda")
 ROUNDINGS = ("nearest", "stochastic")
@@ -59,7 +163,7 @@ def lora_merge(
             return _reference(w, adapters, rounding, seed, step)
     if by == "aten":
         return aten_merge(w, a, b, scales, spans, noise)
-    return {"cuda": compiled, "triton": triton}[by](w.detach(), adapters, noise)
+    return {"cuda": cuda_merged, "triton": triton}[by](w.detach(), adapters, noise)
 
 
 def check_rounding(rounding: str, dtype: torch.dtype, impl: str) -> None:
@@ -79,3 +183,68 @@ def _reference(w: Tensor, adapters: Adapters, rounding: str, seed: int, step: in
         offset = span.start * w.shape[1]
         merged[rows] = reference_merge(w[rows], a_g, b_g, s_g, rounding, seed, step, offset=offset)
     return merged
+
+
+class Job(NamedTuple):
+    """The operands of one ``lora_merge``."""
+
+    w: Tensor  # [N, K]
+    a: Sequence[Tensor]  # G of [R_g, K]
+    b: Sequence[Tensor]  # G of [N_g, R_g]
+    scales: Sequence[float]  # G
+    spans: Sequence[Span]  # G
+    seed: int = 0  # of stochastic rounding
+
+    @property
+    def adapters(self) -> Adapters:
+        """All but w."""
+        return Adapters(self.a, self.b, self.scales, self.spans)
+
+
+def lora_merge_many(
+    jobs: Sequence[Job], rounding: str = "nearest", step: int = 0, *, impl: str = "auto"
+) -> list[Tensor]:
+    """Every w' [N, K], with the bits of one ``lora_merge`` each.
+
+    Layers of one device and the same dtypes share a launch; by stochastic rounding, of one seed.
+
+    Args:
+        jobs: the layers.
+        rounding: as in ``lora_merge``.
+        step: likewise.
+        impl: likewise; "auto" takes the first of the compiled kernel, Triton's and the library
+            that serves every layer of a launch.
+
+    Raises:
+        ValueError: as ``lora_merge``.
+        RuntimeError: ``impl`` names a kernel that cannot serve, with the reason.
+    """
+    done: dict[int, Tensor] = {}
+    for together in _groups(jobs, rounding == "stochastic").values():
+        group = [jobs[i] for i in together]
+        done.update(zip(together, _merged(group, rounding, step, impl), strict=True))
+    return [done[i] for i in range(len(jobs))]
+
+
+def _groups(jobs: Sequence[Job], seeded: bool) -> dict[tuple[object, ...], list[int]]:
+    """The indices of the jobs of each launch."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for i, job in enumerate(jobs):
+        dtypes = (frozenset(t.dtype for t in half) for half in (job.a, job.b))
+        key = (job.w.device, job.w.dtype, *dtypes, job.seed if seeded else 0)
+        found.setdefault(key, []).append(i)
+    return found
+
+
+def _merged(group: Sequence[Job], rounding: str, step: int, impl: str) -> list[Tensor]:
+    first = group[0]
+    check_rounding(rounding, first.w.dtype, impl)
+    weights, adapters = [job.w for job in group], [job.adapters for job in group]
+    by = impl if impl in ("aten", "reference") else server_of_many(weights, adapters, impl)
+    if by in ("aten", "reference") or len(group) == 1:
+        alone = (rounding, first.seed, step) if rounding == "stochastic" else (rounding,)
+        return [lora_merge(*job[:5], *alone, impl=by) for job in group]
+    noise = (first.seed, step) if rounding == "stochastic" else None
+    weights = [w.detach() for w in weights]
+    with torch.no_grad():
+        return {"cuda": cuda_merged_together, "triton": triton_many}[by](weights, adapters, noise)

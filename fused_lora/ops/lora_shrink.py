@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.ops import dropped
+from fused_lora.ops import lora_dropout
 from fused_lora.ops.lora_linear import as_rows, autocasts
 from fused_lora.programs.run import refuse_double_backward, transformed, without_autocast
 from fused_lora.types import Backend
@@ -36,7 +36,7 @@ MAKERS = tuple(Backend)
 def traced(x: Tensor, a: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
     """h [..., R] as one node of the graph, beside that of its seed."""
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    h, _ = torch.ops.fused_lora.dropped_shrink(rows, a, dropped.drawn(), dropout)
+    h, _ = torch.ops.fused_lora.dropped_shrink(rows, a, lora_dropout.drawn(), dropout)
     return h.reshape(*x.shape[:-1], a.shape[0])
 
 
@@ -44,8 +44,8 @@ def _forward(x: Tensor, a: Tensor, seed: Tensor, p: float) -> tuple[Tensor, Tens
     number = int(seed)
     with without_autocast(x.device):
         rows = as_rows(x, x.dtype)
-        by = dropped.server(rows, a.shape[0], p)
-        h = dropped.shrink(rows, a, p, number, by)
+        by = lora_dropout.server(rows, a.shape[0], p)
+        h = lora_dropout.shrink(rows, a, p, number, by)
     return h, torch.tensor((number, MAKERS.index(by)), dtype=torch.int64, device="cpu")
 
 
@@ -59,7 +59,7 @@ def _backward(
     seed, by = mask.tolist()
     rows = None if x is None else as_rows(x, x.dtype)
     with without_autocast(dh.device):
-        grads = dropped.grads(as_rows(dh, dh.dtype), rows, a, p, seed, MAKERS[by], needs_x)
+        grads = lora_dropout.grads(as_rows(dh, dh.dtype), rows, a, p, seed, MAKERS[by], needs_x)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
@@ -121,7 +121,7 @@ def shrink(x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
     """
     if a.dim() != 2 or x.dim() == 0 or x.shape[-1] != a.shape[1]:
         raise ValueError(f"shrink: x {tuple(x.shape)} must end in K of a {tuple(a.shape)} = [R, K]")
-    dropped.check_dropout(dropout, "shrink")
+    lora_dropout.check_dropout(dropout, "shrink")
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
     if not dropout or transformed():
         x = F.dropout(x, dropout) if dropout else x
@@ -134,11 +134,11 @@ def shrink(x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
 class _DroppedShrink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
-        rows, seed = as_rows(x, dtype), int(dropped.drawn())
+        rows, seed = as_rows(x, dtype), int(lora_dropout.drawn())
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, a)
         with without_autocast(x.device):
-            by = dropped.server(rows, a.shape[0], dropout)
-            h = dropped.shrink(rows, a, dropout, seed, by)
+            by = lora_dropout.server(rows, a.shape[0], dropout)
+            h = lora_dropout.shrink(rows, a, dropout, seed, by)
         ctx.meta = (x.shape, dropout, seed, by)
         return h.view(*x.shape[:-1], a.shape[0])
 
@@ -149,5 +149,5 @@ class _DroppedShrink(torch.autograd.Function):
         rows, a = ctx.saved_tensors
         mask = (dropout, seed, by, ctx.needs_input_grad[0])
         with without_autocast(dh.device):
-            dx, da = dropped.grads(as_rows(dh, dh.dtype), rows, a, *mask)
+            dx, da = lora_dropout.grads(as_rows(dh, dh.dtype), rows, a, *mask)
         return None if dx is None else dx.view(shape), da, None, None

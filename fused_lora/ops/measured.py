@@ -25,11 +25,11 @@ from torch import Tensor
 
 from fused_lora import disk, env
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton.identity import identity
+from fused_lora.kernels.triton.available import identity
 from fused_lora.ops.ceilings import device_name
 from fused_lora.plan.problem import Problem
-from fused_lora.plan.race import time_candidates
 from fused_lora.plan.strategies import ROUNDS_ONCE
+from fused_lora.plan.timing import time_candidates
 from fused_lora.trust.check import own_stream
 from fused_lora.trust.verify import why_not_now
 from fused_lora.types import Backend, Forward, Impl, Keep, Plan
@@ -237,7 +237,9 @@ def _race(question: Problem, plans: Sequence[Plan], device: torch.device) -> dic
         def once(part: PlanPart) -> float:
             return _events_us(runs[part]) if on_gpu else _clock_us(runs[part], repeats[part])
 
-        return time_candidates(by_name, once, *((ROUNDS, MOST) if on_gpu else (ROUNDS_CPU, MOST_CPU)))
+        return time_candidates(
+            by_name, once, *((ROUNDS, MOST) if on_gpu else (ROUNDS_CPU, MOST_CPU))
+        )
 
 
 def _events_us(run: Callable[[], object]) -> float:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.ops.chain.stage import Optional
-from fused_lora.ops.dropped import check_dropout
+from fused_lora.ops.lora_dropout import check_dropout
 from fused_lora.ops.lora_linear import Frame, autocasts, resolve
-from fused_lora.ops.lora_linear_checks import check
+from fused_lora.ops.lora_linear_plain import check
 from fused_lora.types import Impl, Span
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from fused_lora.ops import backends, measured
 from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.ops.measured import Way
-from fused_lora.plan.choose import RankedPlan, ordered, ranked
-from fused_lora.plan.cost import context_us
+from fused_lora.plan.choose import RankedPlan, context_us, ordered, ranked
 from fused_lora.plan.problem import Problem
 from fused_lora.trust.check import CannotVerifyNow
 from fused_lora.trust.verify import holds

@@ -11,13 +11,12 @@ from fused_lora.kernels.triton import available
 from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRAMlp, FusedLoRAWeight
 from fused_lora.ops.backends import refusals
 from fused_lora.ops.ceilings import ceilings
-from fused_lora.ops.lora_linear_checks import DTYPES
 from fused_lora.ops.lora_linear_fp8 import why_not_triton
-from fused_lora.ops.planning import expected, explained, traits_of, problem
+from fused_lora.ops.lora_linear_plain import DTYPES
+from fused_lora.ops.planning import expected, explained, problem, traits_of
 from fused_lora.patching.report import first_and_more
 from fused_lora.plan.choose import RankedPlan, traced_keep
-from fused_lora.plan.device import Ceilings
-from fused_lora.plan.problem import Problem
+from fused_lora.plan.problem import Ceilings, Problem
 from fused_lora.programs.describe import Estimate, words
 from fused_lora.programs.program import Program
 from fused_lora.types import Needs, Plan

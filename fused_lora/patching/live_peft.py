@@ -10,7 +10,7 @@ from torch import nn
 
 from fused_lora.nn.peft_linear import classes, why_not
 from fused_lora.nn.stand_in import rebind
-from fused_lora.ops.planning import expected, traits_of, problem
+from fused_lora.ops.planning import expected, problem, traits_of
 from fused_lora.patching.observe import ObservedWeight, observe
 from fused_lora.patching.report import IN_WEIGHT, PatchError, PatchReport, ProjectionRow
 from fused_lora.patching.rules import FoundProjection, find

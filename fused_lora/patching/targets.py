@@ -17,7 +17,7 @@ from fused_lora.nn.child_adapters import is_convolution, why_not_kernel
 from fused_lora.nn.config import OF_WEIGHT
 from fused_lora.nn.stand_in import made_weight, offloaded, why_not_replaceable
 from fused_lora.nn.weight_adapter import READABLE
-from fused_lora.ops.lora_linear_checks import DTYPES
+from fused_lora.ops.lora_linear_plain import DTYPES
 from fused_lora.patching.observe import Columns, ObservedWeight, alike
 from fused_lora.patching.options import (
     QKV_MODES,

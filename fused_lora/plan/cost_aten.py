@@ -1,17 +1,49 @@
-"""What a library's plan costs: every call that kernels/aten makes, views and allocations aside.
-
-Vectors (one row, one column, rank 1) cost a copy or two more, which nobody counts here.
-"""
+"""What the library's plans do, step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fused_lora.plan import cost_cuda
-from fused_lora.plan.full import cast_steps, finished, full_steps
-from fused_lora.plan.problem import Problem
-from fused_lora.plan.step import Step
+from fused_lora.plan import cost_kernels
+from fused_lora.plan.problem import Problem, Step
 from fused_lora.types import Forward, Gradient, Keep, Plan, even
+
+
+def full_steps(p: Problem, plan: Plan) -> Iterator[Step]:
+    """dw where it is asked for or FULL wants it, then db and da from it."""
+    full = plan.gradient is Gradient.FULL
+    if p.needs.w:
+        yield Step("dw", p.n, p.k, p.m)
+    for g, span in enumerate(p.spans if full else ()):
+        if not p.needs.w:
+            yield Step("dw", span.width, p.k, p.m)
+        if p.needs.b:
+            yield from finished(p, Step("db", span.width, span.rank, p.k), p.scaled(g))
+        if p.needs.a:
+            yield from finished(p, Step("da", span.rank, p.k, span.width), p.scaled(g))
+
+
+def cast_steps(p: Problem, dtype: str = "") -> Iterator[Step]:
+    """a and b as ``dtype`` or the products have them."""
+    for span in p.spans if p.casts(dtype) else ():
+        yield Step("cast a", span.rank, p.k)
+        yield Step("cast b", span.width, span.rank)
+
+
+def finished(p: Problem, product: Step, scaled: bool) -> Iterator[Step]:
+    """A gradient in its operand's dtype and scale; CUDA's accumulator is fp32 without a cast."""
+    yield product
+    widens = p.low_precision and p.halves.dtype == "float32" and p.device != "cpu"
+    if p.casts() and not widens:
+        yield Step(f"cast {product.name}", product.m, product.n)
+    if scaled:
+        yield Step(f"scale {product.name}", product.m, product.n)
+
+
+# What a library's plan costs: every call that kernels/aten makes, views and allocations aside.
+#
+# Vectors (one row, one column, rank 1) cost a copy or two more, which nobody counts here.
+
 
 FEW = 64  # stacked ranks that are copied sooner than a product is launched: kernels/aten
 THIN = 16  # ranks below it have b laid out anew on a CPU: kernels/gemm.py
@@ -71,7 +103,7 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         return
     if plan.forward is Forward.EXTENDED:
         yield from _hidden_steps(p)
-        yield cost_cuda.cuda_product_step("extended", p, p.n, p.k, p.activated)
+        yield cost_kernels.cuda_product_step("extended", p, p.n, p.k, p.activated)
         return
     yield from cast_steps(p)
     if plan.forward is Forward.SEPARATE:
@@ -114,7 +146,7 @@ def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         for rank in _pieces(p):
             yield Step("dx expand", p.m, p.k, rank, accumulates=True)
     elif plan.dx is Forward.EXTENDED:
-        yield cost_cuda.cuda_product_step("dx extended", p, p.k, p.n)
+        yield cost_kernels.cuda_product_step("dx extended", p, p.k, p.n)
     else:
         yield Step("copy dy", p.m, p.n)
         yield Step("border w", p.n + p.rank, p.k)

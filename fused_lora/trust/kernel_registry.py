@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_linear as hopper
-from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_extended import TILES, Tile
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
-from fused_lora.kernels.cuda.native import why_not_on
+from fused_lora.kernels.cuda.native import Chip, why_not_on
 from fused_lora.kernels.triton import spills, tiles
 from fused_lora.kernels.triton.launch import architecture
 from fused_lora.kernels.triton.launches import Launch, by_rule, stand_in
 from fused_lora.testing.yardstick import Comparison, in_every_order
-from fused_lora.trust import cuda_checks, triton_checks
+from fused_lora.trust import launch_checks
 from fused_lora.trust.check import (
     ALIGNED,
     NOISE,
@@ -39,8 +38,8 @@ from fused_lora.trust.check import (
     problems,
     stochastic,
 )
-from fused_lora.trust.cuda_checks import ENDINGS as BEHIND
 from fused_lora.trust.elementwise import gradients_gelu
+from fused_lora.trust.launch_checks import ENDINGS as BEHIND
 
 DTYPES = {
     "float32": torch.float32,
@@ -110,12 +109,12 @@ class Checked:
 def of_launch(launch: Launch, dtype: str) -> Checked:
     """A Triton kernel in one tile."""
     subject = KernelId("triton", launch.kernel, launch.configuration, dtype)
-    merged = {"merge": triton_checks.triton_merged, "merge_many": triton_checks.merged_of_many}
+    merged = {"merge": launch_checks.triton_merged, "merge_many": launch_checks.merged_of_many}
     draws = merged.get(launch.kernel)
     noisy = None if draws is None else partial(draws, tile=launch.tile, noise=NOISE)
     shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
     truth = partial(equations, kernel=launch.kernel)
-    run, exact = partial(triton_checks.run, launch), launch.kernel in EXACT
+    run, exact = partial(launch_checks.run, launch), launch.kernel in EXACT
     recipe = (__name__, "of_launch", launch, dtype)
     return Checked(subject, run, noisy, shapes, truth, exact, launch, recipe)
 
@@ -123,20 +122,20 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
 def of_compiled_merge(dtype: str) -> Checked:
     """The compiled kernel for weights of ``dtype``."""
     subject = KernelId("cuda", "lora_merge", "any", dtype)
-    noisy = partial(cuda_checks.cuda_merged, noise=NOISE)
+    noisy = partial(launch_checks.cuda_merged, noise=NOISE)
     run, recipe = _compiled_merge, (__name__, "of_compiled_merge", dtype)
     return Checked(subject, run, noisy, exact=True, recipe=recipe)
 
 
 def _compiled_merge(p: Operands) -> Named:
-    return {"w'": cuda_checks.cuda_merged(p)}
+    return {"w'": launch_checks.cuda_merged(p)}
 
 
 def of_compiled_grads(form: Form, example: GradShape, dtype: str, gelu: bool = False) -> Checked:
     """The compiled gradients in one form, checked on ``example``; ``gelu`` where x is that of u."""
     subject = KernelId("cuda", "lora_grad_gelu" if gelu else "lora_grad", str(form), dtype)
-    run = partial(cuda_checks.grads_gelu if gelu else cuda_checks.grads, example=example)
-    truth, shapes = GRADIENTS[gelu], (cuda_checks.shape_of(example),)
+    run = partial(launch_checks.grads_gelu if gelu else launch_checks.grads, example=example)
+    truth, shapes = GRADIENTS[gelu], (launch_checks.shape_of(example),)
     recipe = (__name__, "of_compiled_grads", form, example, dtype, gelu)
     return Checked(subject, run, shapes=shapes, equations=truth, exact=not gelu, recipe=recipe)
 
@@ -145,11 +144,11 @@ def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
     """The compiled product in one tile; ``behind`` it gelu, scale or nothing."""
     kernel = f"lora_linear_{behind}" if behind else "lora_linear"
     subject = KernelId("cuda", kernel, "{} x {}".format(*tile), dtype)
-    run = partial(cuda_checks.run_product, behind=behind, tile=tile)
+    run = partial(launch_checks.run_product, behind=behind, tile=tile)
     truth = partial(equations, kernel=f"extended_{behind}")
     exact = behind != "gelu"
     recipe = (__name__, "of_compiled_product", tile, dtype, behind)
-    shapes = cuda_checks.PRODUCTS
+    shapes = launch_checks.PRODUCTS
     return Checked(subject, run, shapes=shapes, equations=truth, exact=exact, recipe=recipe)
 
 

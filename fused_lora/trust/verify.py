@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_lora import disk, env
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import spills
-from fused_lora.kernels.triton.identity import identity, sources
+from fused_lora.kernels.triton.available import identity, sources
 from fused_lora.programs.record import recording
 from fused_lora.trust import own_process
 from fused_lora.trust.check import CannotVerifyNow, KernelId, OutOfMemory, Verdict

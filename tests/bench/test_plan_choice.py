@@ -22,8 +22,7 @@ from fused_lora.bench.suites.plan_choice_trial import (
     sweep,
 )
 from fused_lora.plan.choose import ranked
-from fused_lora.plan.device import known, unmeasured
-from fused_lora.plan.problem import Problem
+from fused_lora.plan.problem import Problem, known, unmeasured
 from fused_lora.plan.strategies import STRATEGIES
 from fused_lora.types import Backend, Forward, Gradient, Span
 

@@ -1,4 +1,4 @@
-"""The command line of tune, and the file of winners."""
+"""The command line of tune, and the file of launches."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_lora import cli
-from fused_lora.kernels.triton import available, identity, launches, winners
+from fused_lora.kernels.triton import available, launches
 from fused_lora.kernels.triton.tiles import BulkTile, Tile
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def folder(monkeypatch, tmp_path):
 
 
 def fresh():
-    winners._winners.cache_clear()
+    launches._winners.cache_clear()
     launches.tile_of.cache_clear()
 
 
@@ -31,13 +31,13 @@ def fresh():
 def test_a_winner_is_what_is_launched(tile):
     usual = launches.tile_of(*SHAPE, CPU)
     assert usual != tile
-    winners.store(CPU, {winners.key(*SHAPE): tile})
-    winners.store(CPU, {winners.key("extended", 1, 2, 3, torch.float32): WINNER})
+    launches.store(CPU, {launches.key(*SHAPE): tile})
+    launches.store(CPU, {launches.key("extended", 1, 2, 3, torch.float32): WINNER})
     fresh()
     assert launches.tile_of(*SHAPE, CPU) == tile and type(launches.tile_of(*SHAPE, CPU)) is type(
         tile
     )
-    assert len(winners._winners(CPU)) == 2
+    assert len(launches._winners(CPU)) == 2
 
 
 @pytest.mark.parametrize(
@@ -47,23 +47,23 @@ def test_a_winner_is_what_is_launched(tile):
     ],
 )  # fmt: skip
 def test_odd_rows_are_passed_over(change):
-    winners.store(CPU, {winners.key(*SHAPE): WINNER})
-    rows = json.loads(winners.path().read_text())
+    launches.store(CPU, {launches.key(*SHAPE): WINNER})
+    rows = json.loads(launches.path().read_text())
     ((here, kept),) = rows.items()
-    row = kept[winners.key(*SHAPE)]
-    rows[here] = {winners.key(*SHAPE): None if change is None else row | change}
-    winners.path().write_text(json.dumps(rows))
+    row = kept[launches.key(*SHAPE)]
+    rows[here] = {launches.key(*SHAPE): None if change is None else row | change}
+    launches.path().write_text(json.dumps(rows))
     assert launches.tile_of(*SHAPE, CPU) != WINNER
 
 
 def test_winners_of_other_sources_or_torn_files_are_passed_over(monkeypatch):
-    winners.store(CPU, {winners.key(*SHAPE): WINNER})
-    monkeypatch.setattr(winners, "identity", lambda device: "another")
+    launches.store(CPU, {launches.key(*SHAPE): WINNER})
+    monkeypatch.setattr(launches, "identity", lambda device: "another")
     assert launches.tile_of(*SHAPE, CPU) != WINNER
-    winners.path().write_text("{")
+    launches.path().write_text("{")
     fresh()
     assert launches.tile_of(*SHAPE, CPU) != WINNER
-    assert "kernels" in identity.identity(CPU)
+    assert "kernels" in available.identity(CPU)
 
 
 @pytest.mark.parametrize(

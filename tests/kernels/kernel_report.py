@@ -71,11 +71,11 @@ class Row(NamedTuple):
 def triton_kernels(arch: int) -> Iterator[Taken]:
     """Every kernel that ships in every tile, once each."""
     os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
-    from fused_lora.kernels.triton import lora_extended_fp8, tiles
+    from fused_lora.kernels.triton import lora_linear_fp8, tiles
     from tests.kernels.triton import shipped
     from tests.kernels.triton.compiler import compiled
 
-    for module in (tiles, lora_extended_fp8):
+    for module in (tiles, lora_linear_fp8):
         module.architecture = lambda device: arch
     seen = set()
     with compiled(arch, kept := []):
@@ -100,8 +100,8 @@ def taken(which: tuple[str, str], arch: int, kernel: Any) -> Taken:
 
 def native_kernels(arch: int) -> Iterator[Taken]:
     """Every compiled kernel with code for the chip."""
-    from fused_lora.kernels.cuda.chip import Chip
     from fused_lora.kernels.cuda.lora_grad_shape import examples
+    from fused_lora.kernels.cuda.native import Chip
     from tests.kernels.cuda.conftest import CSRC, digest
     from tests.kernels.cuda.test_resources import SOURCES, ptxas_report, serves
 

@@ -9,12 +9,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fused_lora.bench.saved_tensors import SavedBytes
 from fused_lora.ops.chain import chain, linear
-from fused_lora.ops.chain.attention import packed, split
 from fused_lora.ops.chain.chain import composed
-from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
-from fused_lora.ops.lora_attention import lora_attention
-from fused_lora.ops.lora_mlp import lora_mlp
-from fused_lora.ops.lora_residual import lora_residual
+from fused_lora.ops.chain.stages import packed, split
+from fused_lora.ops.lora_block import (
+    layer_norm_lora_linear,
+    lora_attention,
+    lora_mlp,
+    lora_residual,
+)
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.types import Forward, Gradient, Keep, Plan

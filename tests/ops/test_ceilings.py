@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fused_lora.kernels.aten import probe
+from fused_lora.ops import ceilings
 from fused_lora.ops import ceilings as resolving
-from fused_lora.plan import device as plan_device
+from fused_lora.plan import problem as plan_device
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def measured(monkeypatch, steady):
     """Count the measurements; each is ``steady`` or not."""
     calls = []
     figures = plan_device.Ceilings("here", "float32", 100.0, 8.0, 20.0, 3.0, True)
-    monkeypatch.setattr(probe, "measure", lambda *a: calls.append(a) or (figures, steady))
+    monkeypatch.setattr(ceilings, "measure", lambda *a: calls.append(a) or (figures, steady))
     return calls
 
 
@@ -70,10 +70,10 @@ def test_the_thread_count_is_part_of_the_name(monkeypatch):
 
 
 def test_a_real_measurement_is_plausible():
-    figures, steady = probe.measure(CPU, torch.float32, "here")
+    figures, steady = ceilings.measure(CPU, torch.float32, "here")
     assert figures.measured
     assert 0.1 < figures.matmul_gflops < 1e6
-    assert probe.HALF_RANKS[0] <= figures.half_rank <= probe.HALF_RANKS[1]
+    assert ceilings.HALF_RANKS[0] <= figures.half_rank <= ceilings.HALF_RANKS[1]
     assert 0.1 < figures.bandwidth_gbs < 1e5
     assert 0 < figures.call_us < 1e5
     assert isinstance(steady, bool)
@@ -117,7 +117,7 @@ def test_what_the_caller_has_switched_on_does_not_reach_the_measurement(monkeypa
         seen.append((product.dtype, isinstance(product, FakeTensor)))
         return plan_device.unmeasured("here", "float32"), False
 
-    monkeypatch.setattr(probe, "measure", measure)
+    monkeypatch.setattr(ceilings, "measure", measure)
     with torch.autocast("cpu", torch.bfloat16):
         again()
     with FakeTensorMode():
@@ -151,8 +151,8 @@ class Device:
         monkeypatch.setattr(torch.cuda, "_sleep", self._sleep)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 8 << 30))
-        monkeypatch.setattr(probe, "_probes", lambda *_: [lambda: None] * 4)
-        monkeypatch.setattr(probe, "BUDGET_S", 0.0)
+        monkeypatch.setattr(ceilings, "_probes", lambda *_: [lambda: None] * 4)
+        monkeypatch.setattr(ceilings, "BUDGET_S", 0.0)
 
     def _sleep(self, cycles):
         self.sleeps += 1
@@ -169,17 +169,17 @@ class Device:
 
 def test_a_gpu_is_probed_by_device_events_behind_a_sleep(monkeypatch):
     device = Device(monkeypatch)
-    figures, steady = probe.measure(GPU, torch.bfloat16, "a GPU")
+    figures, steady = ceilings.measure(GPU, torch.bfloat16, "a GPU")
     assert steady and device.sleeps == 4 * 4 + 3  # whatever the host took
     assert figures.matmul_gflops == pytest.approx(2 * 8192 * 2048**2 / 1e-3 * 1e-9)
-    assert figures.gap_us == pytest.approx(1e3 / probe.QUEUED)
+    assert figures.gap_us == pytest.approx(1e3 / ceilings.QUEUED)
     assert figures.call_us < 1e3  # the host's own clock
 
 
 def test_a_gpu_is_probed_on_sizes_that_fill_it_and_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 8 << 30))
-    assert probe._that_fit(GPU) == probe.Sizes(8192, 2048, 16, 128 << 20)
-    tiles = probe.GPU.rows * probe.GPU.width // 128**2
+    assert ceilings._that_fit(GPU) == ceilings.Sizes(8192, 2048, 16, 128 << 20)
+    tiles = ceilings.GPU.rows * ceilings.GPU.width // 128**2
     assert tiles > 2 * 148  # of the largest chip's processors
 
 

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters
-from fused_lora.ops.planning import traits_of, problem
+from fused_lora.ops.planning import problem, traits_of
 from fused_lora.plan import cost_aten
-from fused_lora.plan.cost import steps
+from fused_lora.plan.choose import steps
 from fused_lora.plan.strategies import candidates, keeps_x
 from fused_lora.types import ALONE, Beside, Forward, Gradient, Keep, Needs, Plan, Span
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fused_lora.kernels.aten import lora_dropout as library
+from fused_lora.kernels.aten import lora_linear_cases as library
 from fused_lora.ops.lora_expand import expand_add, lora_add
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.lora_shrink import shrink

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from fused_lora.ops import lora_merge_backends as backends
-from fused_lora.ops import lora_merge_many as module
-from fused_lora.ops.lora_merge import lora_merge
-from fused_lora.ops.lora_merge_many import Job, lora_merge_many
+from fused_lora.ops import lora_merge as backends
+from fused_lora.ops import lora_merge as module
+from fused_lora.ops.lora_merge import Job, lora_merge, lora_merge_many
 from fused_lora.types import Span
 
 SPANS = (Span(0, 10, 3), Span(14, 20, 2))  # rows 10..13 are nobody's

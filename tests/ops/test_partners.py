@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from fused_lora.kernels.interface import Ending
-from fused_lora.ops import gelu, layer_norm
-from fused_lora.ops.epilogues import why_not_fused, why_not_activation_grad
+from fused_lora.ops import elementwise
+from fused_lora.ops.epilogues import why_not_activation_grad, why_not_fused
 from fused_lora.ops.lora_linear import NO_GRADIENT, Frame, compute
 from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
 
@@ -16,37 +16,41 @@ def test_layer_norm_is_torchs(dtype):
     x, gamma = torch.randn(5, 24, dtype=dtype), torch.randn(24)
     gamma = gamma.to(dtype) if dtype is torch.float64 else gamma
     bordered = torch.zeros(5, 32, dtype=dtype)
-    y, mean, rstd = layer_norm.layer_norm_forward(x, gamma, gamma, 1e-6, bordered[:, :24])
+    y, mean, rstd = elementwise.layer_norm_forward(x, gamma, gamma, 1e-6, bordered[:, :24])
     assert y.data_ptr() == bordered.data_ptr() and not bordered[:, 24:].any()
     leaf = x.clone().requires_grad_()
     expected = F.layer_norm(leaf, (24,), gamma.to(dtype), gamma.to(dtype), 1e-6)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {}
     torch.testing.assert_close(y, expected.detach(), **tolerance)
-    torch.testing.assert_close(layer_norm.layer_norm_rebuild(x, gamma, gamma, mean, rstd), y, **tolerance)
+    torch.testing.assert_close(
+        elementwise.layer_norm_rebuild(x, gamma, gamma, mean, rstd), y, **tolerance
+    )
     (dx,) = torch.autograd.grad(expected, leaf, x)
-    ours = layer_norm.layer_norm_input_grad(x, x, gamma, mean, rstd)
+    ours = elementwise.layer_norm_input_grad(x, x, gamma, mean, rstd)
     torch.testing.assert_close(ours, dx, **tolerance)
-    first, *_ = layer_norm.layer_norm_grads(x, x, gamma, gamma, mean, rstd, (True, True, True))
+    first, *_ = elementwise.layer_norm_grads(x, x, gamma, gamma, mean, rstd, (True, True, True))
     torch.testing.assert_close(first, dx, **tolerance)
 
 
 @pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
 def test_gelu_is_torchs(kind, approximate):
     u, out = torch.randn(5, 24), torch.zeros(5, 32)[:, :24]
-    torch.testing.assert_close(gelu.gelu_forward(u, kind, out), F.gelu(u, approximate=approximate))
+    torch.testing.assert_close(
+        elementwise.gelu_forward(u, kind, out), F.gelu(u, approximate=approximate)
+    )
     du = torch.ops.aten.gelu_backward(u, u, approximate=approximate)
-    assert torch.equal(gelu.gelu_input_grad(u, u, kind), du)
+    assert torch.equal(elementwise.gelu_input_grad(u, u, kind), du)
 
 
 @pytest.mark.parametrize(
     ("call", "why"),
     [
-        (lambda x: layer_norm.layer_norm_forward(x, None, None, 1e-6, impl=Impl.TRITON), ""),
-        (lambda x: layer_norm.layer_norm_forward(x.t(), None, None, 1e-6, impl=Impl.TRITON), "strides|rows"),
-        (lambda x: layer_norm.layer_norm_forward(x, x[0, ::2], None, 0.0, impl=Impl.TRITON), "no weight"),
-        (lambda x: gelu.gelu_forward(x.double(), impl=Impl.TRITON), "float64"),
-        (lambda x: gelu.gelu_input_grad(x, x, impl=Impl.TRITON), ""),
-        (lambda x: layer_norm.layer_norm_forward(x.new_ones(1, 20000), None, None, 0, impl=Impl.TRITON),
+        (lambda x: elementwise.layer_norm_forward(x, None, None, 1e-6, impl=Impl.TRITON), ""),
+        (lambda x: elementwise.layer_norm_forward(x.t(), None, None, 1e-6, impl=Impl.TRITON), "strides|rows"),
+        (lambda x: elementwise.layer_norm_forward(x, x[0, ::2], None, 0.0, impl=Impl.TRITON), "no weight"),
+        (lambda x: elementwise.gelu_forward(x.double(), impl=Impl.TRITON), "float64"),
+        (lambda x: elementwise.gelu_input_grad(x, x, impl=Impl.TRITON), ""),
+        (lambda x: elementwise.layer_norm_forward(x.new_ones(1, 20000), None, None, 0, impl=Impl.TRITON),
          "20000 columns"),
     ],
 )  # fmt: skip

@@ -7,12 +7,11 @@ import torch
 
 from fused_lora.kernels.interface import Ending
 from fused_lora.kernels.triton import available
-from fused_lora.ops import gelu, layer_norm, planning
-from fused_lora.ops.dropped import why_not_triton
+from fused_lora.ops import elementwise, planning
+from fused_lora.ops.lora_block import lora_mlp
+from fused_lora.ops.lora_dropout import why_not_triton
 from fused_lora.ops.lora_linear import NO_GRADIENT, Frame, compute, lora_linear
-from fused_lora.ops.lora_merge import lora_merge
-from fused_lora.ops.lora_merge_many import Job, lora_merge_many
-from fused_lora.ops.lora_mlp import lora_mlp
+from fused_lora.ops.lora_merge import Job, lora_merge, lora_merge_many
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.programs import run as programs
 from fused_lora.testing.yardstick import error, in_every_order, judge_all
@@ -151,9 +150,11 @@ def test_partners_serve_by_name():
     x, gamma = torch.randn(1576, 768, dtype=torch.bfloat16), torch.randn(768)
     bordered = x.new_zeros(1576, 784)[:, :768]
     for call in (
-        lambda impl: layer_norm.layer_norm_forward(x, gamma, gamma, 1e-6, bordered, impl=impl).y.clone(),
-        lambda impl: gelu.gelu_forward(x, "erf", bordered, impl=impl).clone(),
-        lambda impl: gelu.gelu_input_grad(x, x, "tanh", impl=impl),
+        lambda impl: elementwise.layer_norm_forward(
+            x, gamma, gamma, 1e-6, bordered, impl=impl
+        ).y.clone(),
+        lambda impl: elementwise.gelu_forward(x, "erf", bordered, impl=impl).clone(),
+        lambda impl: elementwise.gelu_input_grad(x, x, "tanh", impl=impl),
     ):
         ours, plain = (call(impl).double() for impl in (Impl.TRITON, Impl.ATEN))
         assert error(ours, plain) < 1e-2

@@ -204,7 +204,7 @@ def recorded(monkeypatch):
     """A program with launches, on a CPU that passes for a GPU until it would run."""
     monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
     monkeypatch.setattr("fused_lora.kernels.triton.available.why_not", lambda d=None, t=None: None)
-    monkeypatch.setattr("fused_lora.plan.cost_triton.TRITON_EFFICIENCY", 1e6)
+    monkeypatch.setattr("fused_lora.plan.cost_kernels.TRITON_EFFICIENCY", 1e6)
     backends._triton.cache_clear()
     model, x = patched(level="linear"), images(build())
     with verify.collecting(), run.looking() as seen:

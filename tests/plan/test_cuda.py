@@ -5,11 +5,9 @@ import dataclasses
 import pytest
 
 from fused_lora.kernels.cuda import native
-from fused_lora.plan import cost_cuda
-from fused_lora.plan.choose import ranked
-from fused_lora.plan.cost import steps, time_us
-from fused_lora.plan.device import Ceilings
-from fused_lora.plan.problem import Problem
+from fused_lora.plan import cost_kernels
+from fused_lora.plan.choose import ranked, steps, time_us
+from fused_lora.plan.problem import Ceilings, Problem
 from fused_lora.plan.strategies import (
     GRADIENT_GROUPS,
     GRADIENT_RANKS,
@@ -81,7 +79,7 @@ def test_the_limits_are_the_kernels():
 def test_x_and_dy_are_read_once_and_what_is_not_given_is_formed():
     question = problem()
     formed, given = (
-        [*cost_cuda.cuda_gradient_steps(question, plan)]
+        [*cost_kernels.cuda_gradient_steps(question, plan)]
         for plan in (compiled(Keep.NOTHING, Forward.MERGE), compiled())
     )
     assert [step.name for step in given] == ["one pass db da", "sums db da"]
@@ -106,7 +104,7 @@ def test_a_dh_that_the_gradients_form_is_not_formed_for_dx(backend, dx):
     question = problem(n=3072)
     alone = compiled(dx=dx, backend=backend)
     first = dataclasses.replace(alone, hands_dh=True)
-    assert cost_cuda.may_write_dh(question, alone) and str(first) == str(alone)
+    assert cost_kernels.may_write_dh(question, alone) and str(first) == str(alone)
     formed, given = ({step.name: step for step in steps(question, plan)} for plan in (alone, first))
     assert formed.keys() - given.keys() == {"dx shrink" if dx is EXTENDED else "dy shrink"}
     before, after = (sum(s.elements() for s in each.values()) for each in (formed, given))
@@ -117,11 +115,11 @@ def test_a_dh_that_the_gradients_form_is_not_formed_for_dx(backend, dx):
 
 def test_who_hands_no_dh_on():
     plan = compiled()
-    assert not cost_cuda.may_write_dh(problem(needs=Needs(x=False)), plan)
-    assert not cost_cuda.may_write_dh(problem(needs=Needs(a=False)), plan)
-    assert not cost_cuda.may_write_dh(problem(), dataclasses.replace(plan, grads_by=None))
+    assert not cost_kernels.may_write_dh(problem(needs=Needs(x=False)), plan)
+    assert not cost_kernels.may_write_dh(problem(needs=Needs(a=False)), plan)
+    assert not cost_kernels.may_write_dh(problem(), dataclasses.replace(plan, grads_by=None))
     for dx in (Forward.MERGE, Forward.ONE_PASS):  # which form none, or theirs on the way
-        assert not cost_cuda.may_write_dh(problem(), dataclasses.replace(plan, dx=dx))
+        assert not cost_kernels.may_write_dh(problem(), dataclasses.replace(plan, dx=dx))
 
 
 @pytest.mark.parametrize("backend", Backend)
@@ -138,24 +136,24 @@ def test_h_that_comes_with_x_costs_no_pass(backend):
 def test_a_slice_is_a_tile_at_least(dtype, slices):
     """Of 16 rows, or of 8 of fp32."""
     question = problem(m=64, dtype=dtype)
-    sums = [*cost_cuda.cuda_gradient_steps(question, compiled())][1]
+    sums = [*cost_kernels.cuda_gradient_steps(question, compiled())][1]
     partial_bytes = slices * 16 * (768 + 768) * 4
     assert sums.extra_elements * question.itemsize == partial_bytes
 
 
 def test_one_side_reads_one_operand():
     only_b = problem(needs=Needs(a=False))
-    step, _ = cost_cuda.cuda_gradient_steps(only_b, compiled())
+    step, _ = cost_kernels.cuda_gradient_steps(only_b, compiled())
     assert step.n == only_b.n
     only_a = problem(needs=Needs(b=False))
-    step, _ = cost_cuda.cuda_gradient_steps(only_a, compiled(Keep.NOTHING))
+    step, _ = cost_kernels.cuda_gradient_steps(only_a, compiled(Keep.NOTHING))
     assert step.n == only_a.k
 
 
 @pytest.mark.parametrize("efficiency", [0.01, 1.0])
 def test_a_slow_one_is_not_chosen_and_a_fast_one_is(monkeypatch, efficiency):
-    monkeypatch.setattr(cost_cuda, "CUDA_EFFICIENCY", efficiency)
-    monkeypatch.setattr(cost_cuda, "SLICES", 16)
+    monkeypatch.setattr(cost_kernels, "CUDA_EFFICIENCY", efficiency)
+    monkeypatch.setattr(cost_kernels, "SLICES", 16)
     best = ranked(problem(), H200, None, candidates(problem(), ALL))[0].plan
     assert (best.grads_by is Backend.CUDA) == (efficiency == 1.0)
 
@@ -215,15 +213,15 @@ def test_a_step_takes_the_device_or_the_host_whichever_is_longer():
 def test_the_host_packs_a_launch_of_the_gradients_once():
     gpu = dataclasses.replace(H200, gap_us=1.5, call_us=5.0)
     one, two = (s for s in steps(problem(), compiled()) if "db da" in s.name)
-    assert one.host_us(gpu) == 5.0 * cost_cuda.PACKING_CALLS and two.host_us(gpu) == 0
+    assert one.host_us(gpu) == 5.0 * cost_kernels.PACKING_CALLS and two.host_us(gpu) == 0
 
 
 def test_slices_are_those_of_the_kernels_planner():
     """On an H200: 132 for what one block holds, fewer for what takes a cluster."""
     if native.why_not_here():
         pytest.skip("the compiled module is not built")
-    from fused_lora.kernels.cuda.chip import Chip
     from fused_lora.kernels.cuda.lora_grad_shape import fitting, shape_of
+    from fused_lora.kernels.cuda.native import Chip
 
     chip, found = Chip(90, 132), {}
     for k, n in ((768, 768), (768, 2304), (768, 3072)):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from fused_lora.plan.device import Ceilings, known, load, store, unmeasured
+from fused_lora.plan.problem import Ceilings, known, load, store, unmeasured
 
 MEASURED = Ceilings("a box", "float32", 100.0, 8.0, 20.0, 3.0, True)
 

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from fused_lora.plan.race import time_candidates, standard_error
+from fused_lora.plan.timing import standard_error, time_candidates
 
 PLANS = {"a": ("f1", "b1"), "b": ("f1", "b2"), "c": ("f2", "b1"), "d": ("f2", "b3")}
 TRUE = {"f1": 10.0, "f2": 12.0, "f3": 17.0, "b1": 20.0, "b2": 18.0, "b3": 90.0}

@@ -5,16 +5,15 @@ import dataclasses
 import pytest
 
 from fused_lora.plan import choose as choosing
-from fused_lora.plan.choose import ranked
-from fused_lora.plan.cost import Step, steps
-from fused_lora.plan.device import Ceilings
-from fused_lora.plan.problem import Problem
+from fused_lora.plan import cost_kernels
+from fused_lora.plan.choose import Step, ranked, steps
+from fused_lora.plan.problem import Ceilings, Problem
 from fused_lora.plan.strategies import (
     ROUNDS_ONCE,
     by_library,
     candidates,
-    fuses_epilogue,
     fuses_activation_grad,
+    fuses_epilogue,
     why_not,
     why_not_backend,
     why_not_strategy,
@@ -59,11 +58,10 @@ def test_what_is_chosen_for_a_vit_b_projection(rank, dtype, expected):
 
 
 def test_a_slow_kernel_is_not_chosen_and_a_fast_one_is(monkeypatch):
-    from fused_lora.plan import cost_triton
 
-    monkeypatch.setattr(cost_triton, "TRITON_EFFICIENCY", 0.3)
+    monkeypatch.setattr(cost_kernels, "TRITON_EFFICIENCY", 0.3)
     assert chosen(problem()).backend is Backend.ATEN
-    monkeypatch.setattr(cost_triton, "TRITON_EFFICIENCY", 1.0)
+    monkeypatch.setattr(cost_kernels, "TRITON_EFFICIENCY", 1.0)
     assert all(chosen(problem(r)).backend is Backend.TRITON for r in (16, 64))
 
 
@@ -83,8 +81,12 @@ def test_what_is_no_part_of_a_pass_is_one_of_its_own():
         alone, beside = (steps(question, plan) for question in both)
         moved = sum(s.elements() for s in beside) - sum(s.elements() for s in alone)
         own = [s.name for s in beside if "gelu" in s.name]
-        assert own == ["gelu"] * (not fuses_epilogue(plan)) + ["gelu slope"] * (not fuses_activation_grad(plan))
-        assert moved == 25216 * 768 * ((1 if fuses_epilogue(plan) else 2) + (1 if fuses_activation_grad(plan) else 3))
+        assert own == ["gelu"] * (not fuses_epilogue(plan)) + ["gelu slope"] * (
+            not fuses_activation_grad(plan)
+        )
+        assert moved == 25216 * 768 * (
+            (1 if fuses_epilogue(plan) else 2) + (1 if fuses_activation_grad(plan) else 3)
+        )
 
 
 def test_without_a_gradient_of_x_there_is_no_slope():

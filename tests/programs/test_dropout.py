@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fused_lora.kernels.aten.lora_dropout import inverse, kept
+from fused_lora.kernels.aten.lora_linear_cases import inverse, kept
 from fused_lora.nn import FusedLoRALinear
-from fused_lora.ops.dropped import drawn
+from fused_lora.ops.lora_dropout import drawn
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.programs.run import forget, programs
 from fused_lora.testing.yardstick import in_every_order, judge_all

@@ -10,17 +10,17 @@ import torch
 
 from fused_lora import env
 from fused_lora.nn import block, block_modules, stand_in
-from fused_lora.ops import backends, epilogues, layer_norm, measured, partners, planning
+from fused_lora.ops import backends, elementwise, epilogues, measured, planning
 from fused_lora.ops import lora_linear as op
-from fused_lora.plan import choose, cost, race, strategies
+from fused_lora.plan import choose, strategies, timing
 from fused_lora.programs import run
 from fused_lora.programs.describe import name_of
 from fused_lora.trust import check, own_process, verify
 from tests.patching.models import build, images
 from tests.programs.test_signature import patched
 
-DECIDERS = (choose, cost, strategies, planning, backends, epilogues, partners, layer_norm)
-DECIDERS += (verify, check, env, own_process, measured, race)
+DECIDERS = (choose, strategies, planning, backends, epilogues, elementwise)
+DECIDERS += (verify, check, env, own_process, measured, timing)
 
 
 def forbid(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 
 from fused_lora.kernels.triton import available
 from fused_lora.ops import backends, planning
-from fused_lora.trust import triton_checks, verify
+from fused_lora.trust import launch_checks, verify
 from fused_lora.trust.check import equations
 
 RESULTS = {
@@ -62,19 +62,21 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Kernels]:
     monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
     monkeypatch.delenv("FUSED_LORA_VERIFY", raising=False)
     monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)
-    monkeypatch.setattr("fused_lora.plan.cost_triton.TRITON_EFFICIENCY", 1e6)  # auto prefers Triton
-    monkeypatch.setattr("fused_lora.plan.cost_triton.TRITON_LAUNCH_CALLS", 0.0)
+    monkeypatch.setattr(
+        "fused_lora.plan.cost_kernels.TRITON_EFFICIENCY", 1e6
+    )  # auto prefers Triton
+    monkeypatch.setattr("fused_lora.plan.cost_kernels.TRITON_LAUNCH_CALLS", 0.0)
     for name in RESULTS:
         run = lambda p, tile, name=name: made.run(name, p, tile)  # noqa: E731
-        monkeypatch.setitem(triton_checks.RUNS, name, run)
+        monkeypatch.setitem(launch_checks.RUNS, name, run)
     for name in ("merged", "merged_of_many"):
-        monkeypatch.setattr(triton_checks, name, _stochastic)
+        monkeypatch.setattr(launch_checks, name, _stochastic)
     forget()
     yield made
     forget()
 
 
 def _stochastic(p, tile=None, noise=None) -> torch.Tensor:
-    from fused_lora.kernels.aten.lora_merge import lora_merge
+    from fused_lora.kernels.aten.lora_linear import lora_merge
 
     return lora_merge(p.w, *p.adapters, noise)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fused_lora import disk
-from fused_lora.kernels.triton import identity as identities
+from fused_lora.kernels.triton import available as identities
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
@@ -24,7 +24,7 @@ from fused_lora.kernels.triton.tiles import (
     row_tile,
 )
 from fused_lora.ops.planning import plan_for
-from fused_lora.trust import triton_checks, verify
+from fused_lora.trust import launch_checks, verify
 from fused_lora.trust.check import CannotVerifyNow
 from fused_lora.trust.kernel_registry import of_launch
 from fused_lora.types import Backend, Forward, Impl, Needs, Span
@@ -119,7 +119,7 @@ def test_every_mutant_fails_its_check(kernels, monkeypatch, name, mutant, dtype)
         found = wrong(p)
         return {key: found[key] for key in RESULTS[name]}
 
-    monkeypatch.setitem(triton_checks.RUNS, name, run)
+    monkeypatch.setitem(launch_checks.RUNS, name, run)
     with pytest.warns(RuntimeWarning):
         assert not verdict(name, dtype).passed
 

@@ -21,10 +21,9 @@ from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.ops import measured
 from fused_lora.ops.lora_linear import backward, forward
 from fused_lora.ops.planning import checked_plans
-from fused_lora.plan.device import Ceilings
-from fused_lora.plan.problem import Problem
-from fused_lora.plan.race import standard_error
+from fused_lora.plan.problem import Ceilings, Problem
 from fused_lora.plan.strategies import ROUNDS_ONCE
+from fused_lora.plan.timing import standard_error
 from fused_lora.reference import lora_linear as reference
 from fused_lora.testing.yardstick import Comparison, in_every_order, judge
 from fused_lora.types import Forward, Impl, Keep, Plan

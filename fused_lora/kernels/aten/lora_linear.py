@@ -1,24 +1,14 @@
-"""Grouped LoRA linear from library GEMMs.
-
-    forward   SEPARATE  y = addmm(bias, x, wT); y[:, g] += s_g h_g b_gT in place   (y rounds twice)
-              BORDERED  y = [x | h] [w | s b]T + bias                              (y rounds once)
-              MERGE     y = x w'T + bias, w' = w + s b a                           (w' rounds)
-    dx        the same three, on [dy | dh] and [w ; a]
-    gradients RANK  db = s dyT h, da = dhT x     FULL  dw = dyT x, db = s dw aT, da = s bT dw
-
-BORDERED copies x and w unless x already lies in a bordered buffer: it pays where y is wider than x,
-or where the second rounding of SEPARATE costs the adapter's signal; in fp32 on a CPU it never does.
-"""
+"""lora_linear and lora_merge by the library's GEMMs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.kernels.aten.lora_merge import lora_merge
 from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.gemm import (
     accumulate,
@@ -30,7 +20,40 @@ from fused_lora.kernels.gemm import (
     thin_rows,
 )
 from fused_lora.kernels.interface import Adapters, Grads, HiddenGrad
-from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, even
+from fused_lora.reference.philox import stochastic_round
+from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, Span, even
+
+
+def lora_merge(
+    w: Tensor,  # [N, K]
+    a: Sequence[Tensor],  # G of [R_g, K], any strides, any float dtype
+    b: Sequence[Tensor],  # G of [N_g, R_g], any strides, any float dtype
+    scales: Sequence[float],  # G
+    spans: Sequence[Span],  # G
+    noise: tuple[int, int] | None = None,  # (seed, step) of stochastic rounding
+) -> Tensor:
+    """w' [N, K], a new tensor in w's dtype, rounded to nearest unless ``noise`` is given."""
+    wide = torch.promote_types(w.dtype, torch.float32)
+    if w.dtype is wide and spans[0].width == w.shape[0]:  # one pass over w instead of two
+        return torch.addmm(w, b[0].to(wide), a[0].to(wide), alpha=scales[0])
+    merged = w.to(wide, copy=True)
+    for a_g, b_g, s_g, span in zip(a, b, scales, spans, strict=True):
+        accumulate(merged[span.start : span.stop], b_g.to(wide), a_g.to(wide), s_g)
+    return merged.to(w.dtype) if noise is None else stochastic_round(merged, w.dtype, *noise)
+
+
+# Grouped LoRA linear from library GEMMs.
+#
+#     forward   SEPARATE  y = addmm(bias, x, wT); y[:, g] += s_g h_g b_gT in place   (y rounds twice)
+#               BORDERED  y = [x | h] [w | s b]T + bias                              (y rounds once)
+#               MERGE     y = x w'T + bias, w' = w + s b a                           (w' rounds)
+#     dx        the same three, on [dy | dh] and [w ; a]
+#     gradients RANK  db = s dyT h, da = dhT x     FULL  dw = dyT x, db = s dw aT, da = s bT dw
+#
+# BORDERED copies x and w unless x already lies in a bordered buffer: it pays where y is wider than
+# x, or where the second rounding of SEPARATE costs the adapter's signal; in fp32 on a CPU it never
+# does.
+
 
 FEW = 64  # stacked ranks that are copied sooner than another product is launched
 

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.cuda.chip import Chip
-from fused_lora.kernels.cuda.lora_grad_call import ADAPTERS, GradCall
-from fused_lora.kernels.cuda.lora_grad_shape import GradShape
+from fused_lora.kernels.cuda.lora_grad_shape import ADAPTERS, GradCall, GradShape
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.programs.record import opaque
 from fused_lora.types import Needs, Span

@@ -1,7 +1,4 @@
-"""Which compiled kernel serves which sizes of ``lora_grads``: its form, and an example of each.
-
-A form is what a check stands for: one compiled kernel, and how many blocks hold a problem together.
-"""
+"""One call of the compiled gradients: dtypes and layout of its operands, and the form that fits."""
 
 from __future__ import annotations
 
@@ -9,11 +6,23 @@ from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.cuda.chip import Chip
-from fused_lora.plan.cost_cuda import dh_given
+from fused_lora.kernels.cuda.native import Chip
+from fused_lora.kernels.gemm import is_tf32
+from fused_lora.kernels.interface import Adapters
+from fused_lora.plan.cost_kernels import dh_given
 from fused_lora.plan.problem import Problem
-from fused_lora.types import Keep, Plan
+from fused_lora.programs.record import begins_at
+from fused_lora.types import Keep, Needs, Plan
+
+# Which compiled kernel serves which sizes of ``lora_grads``: its form, and an example of each.
+#
+# A form is what a check stands for: one compiled kernel, and how many blocks hold a problem
+# together.
+
 
 STEP, WIDEST = 64, 8192  # columns of the examples, a little less than whole steps
 RANK_BLOCK = 16
@@ -108,3 +117,150 @@ def examples(chip: Chip, tf32: bool = False) -> dict[Form, GradShape]:
         if form not in found or plan.full:
             found[form] = shape
     return found
+
+
+ADAPTERS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of a and b
+
+
+LARGE = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of x, dy, h and dh
+
+
+class GradCall(NamedTuple):
+    """What ``lora_grads`` is given."""
+
+    x: Tensor | None  # [M, K]
+    dy: Tensor | None  # [M, N]
+    adapters: Adapters
+    needs: Needs
+    h: Tensor | None  # [M, sum R]
+    dh: Tensor | None  # [M, sum R]
+
+    @property
+    def large(self) -> dict[str, Tensor]:
+        """Those of the operands of M rows that are there."""
+        named = dict(x=self.x, dy=self.dy, h=self.h, dh=self.dh)
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def small(self) -> list[Tensor]:
+        """Every a and b."""
+        return [*self.adapters.a, *self.adapters.b]
+
+    @property
+    def first(self) -> Tensor:
+        """The operand that tells device, dtype and rows."""
+        return next(iter(self.large.values()))
+
+    @property
+    def shape(self) -> GradShape:
+        """Its sizes."""
+        return GradShape(
+            k=0 if self.x is None else self.x.shape[1],
+            n=0 if self.dy is None else self.dy.shape[1],
+            ranks=self.adapters.rank,
+            h_given=self.h is not None,
+            dh_given=self.dh is not None,
+            needs_a=self.needs.a,
+            needs_b=self.needs.b,
+            needs_bias=self.needs.bias,
+            tf32=self.first.dtype is torch.float32,
+        )
+
+    def plan(self, chip: Chip) -> Any:
+        """fused_lora._native.GradPlan; None where a block of this chip cannot hold the problem."""
+        return self.shape.plan(self.first.shape[0], chip)
+
+    def why_not(self, chip: Chip) -> str | None:
+        """One sentence why the compiled kernel cannot serve; None when it can."""
+        return self.why_not_operands() or (None if self.plan(chip) else self.too_large(chip))
+
+    def why_not_operands(self) -> str | None:
+        """The part of ``why_not`` that no chip enters."""
+        return self._why_not_missing() or self._why_not_types() or self._why_not_rows()
+
+    def why_not_written(self, dh_out: Tensor | None) -> str | None:
+        """One sentence why dh cannot be written to ``dh_out`` as it is formed."""
+        if dh_out is None:
+            return None
+        if not self.shape.forms_dh:
+            return "dh is not formed here: it is given, or no a needs a gradient"
+        wanted = (self.first.shape[0], self.adapters.rank)
+        if dh_out.shape != wanted or dh_out.dtype is not self.first.dtype or dh_out.stride(1) != 1:
+            seen = f"{tuple(dh_out.shape)} {dh_out.dtype} {dh_out.stride()}"
+            return f"dh is written as {wanted} {self.first.dtype}, rows contiguous, got {seen}"
+        return None
+
+    def why_not_activated(self, activation: str) -> str | None:
+        """One sentence why x cannot be formed as GELU of what is given in its place."""
+        if activation == "none" or self.first.dtype.itemsize == 2:
+            return None
+        return f"x is formed of a u of 16 bits, got {self.first.dtype}"
+
+    def too_large(self, chip: Chip) -> str:
+        """What to say where there is no plan."""
+        sizes = ", ".join(f"{name} {tuple(z.shape)}" for name, z in self.large.items())
+        return f"a block of sm_{chip.arch} cannot hold rank {self.adapters.rank} of {sizes}"
+
+    def _why_not_missing(self) -> str | None:
+        forms_h = self.needs.b and self.h is None
+        forms_dh = self.needs.a and self.dh is None
+        if self.x is None and (self.needs.a or forms_h):
+            return "x is needed"
+        if self.dy is None and (self.needs.b or self.needs.bias or forms_dh):
+            return "dy is needed"
+        most = native.load().grad_most_groups
+        if len(self.adapters.spans) > most:
+            return f"{len(self.adapters.spans)} adapters share this layer; {most} are served"
+        return None
+
+    def _why_not_types(self) -> str | None:
+        dtypes = {tensor.dtype for tensor in self.large.values()}
+        if len(dtypes) > 1 or not dtypes <= {*LARGE}:
+            return (
+                f"{', '.join(self.large)} must be all of one dtype, of float32, bfloat16 and "
+                f"float16, got {_list(dtypes)}"
+            )
+        if reason := why_not_dtype(self.first.dtype):
+            return reason
+        dtypes = {tensor.dtype for tensor in self.small}
+        if len(dtypes) > 1 or torch.float64 in dtypes:
+            return f"a and b must have one dtype, not float64, got {_list(dtypes)}"
+        devices = {tensor.device for tensor in (*self.large.values(), *self.small)}
+        return f"operands lie on {_list(devices)}" if len(devices) > 1 else None
+
+    def _why_not_rows(self) -> str | None:
+        for name, z in self.large.items():
+            if z.stride(1) != 1 and z.shape[1] > 1:
+                return f"rows of {name} are not contiguous"
+            if name in ("x", "dy") and not (_begins(z) and whole(z.shape[1], z.dtype)):
+                return f"{name} or its rows do not begin at multiples of 16 bytes"
+        return None
+
+
+def why_not_dtype(dtype: torch.dtype) -> str | None:
+    """One sentence why x and dy of ``dtype`` are not served at this moment; None when they are."""
+    if dtype is not torch.float32 or is_tf32(dtype):
+        return None
+    setting = torch.backends.cuda.matmul.fp32_precision
+    return (
+        "the compiled gradients multiply float32 as TF32, which torch does not allow: "
+        f"torch.backends.cuda.matmul.fp32_precision is {setting!r}"
+    )
+
+
+def aligned(z: Tensor) -> Tensor:
+    """``z`` [M, C], copied unless every row begins at a multiple of 16 bytes."""
+    return z if z.stride(1) == 1 and _begins(z) else z.clone(memory_format=torch.contiguous_format)
+
+
+def _begins(z: Tensor) -> bool:
+    return whole(z.stride(0), z.dtype) and begins_at(z) % 16 == 0
+
+
+def whole(elements: int, dtype: torch.dtype) -> bool:
+    """Whether so many elements are a multiple of 16 bytes."""
+    return elements * dtype.itemsize % 16 == 0
+
+
+def _list(things: set[Any]) -> str:
+    return " and ".join(sorted(map(str, things)))

@@ -1,12 +1,4 @@
-"""Grouped LoRA linear by the Hopper product, and library GEMMs around it.
-
-    forward   EXTENDED  h = x aT by the library; y = x wT + bias + s h bT in one accumulator
-    dx        EXTENDED  dh = s dy b by the library; dx = dy w + dh a in one accumulator
-    gradients RANK      db = s dyT h, da = dhT x      FULL  from dw = dyT x, by the library
-
-The face and its meaning are those of ``fused_lora.kernels.aten.lora_linear``. Served where it is
-asked for by name, on sm_90, once the device has checked it.
-"""
+"""lora_linear by compiled kernels, and with an epilogue behind its product."""
 
 from __future__ import annotations
 
@@ -14,15 +6,24 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_extended, native
-from fused_lora.kernels.cuda.chip import Chip
-from fused_lora.kernels.cuda.lora_extended import Tile
-from fused_lora.kernels.cuda.lora_extended_operands import packed, readable
+from fused_lora.kernels.cuda.lora_extended import Tile, aligned, packed, readable
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.gemm import columns, outer, product
-from fused_lora.kernels.interface import Adapters, Grads, HiddenGrad
+from fused_lora.kernels.interface import Adapters, Ending, Grads, HiddenGrad
 from fused_lora.plan.problem import Problem
 from fused_lora.programs.record import begins_at
 from fused_lora.types import Gradient, Keep, Needs, Plan
+
+# Grouped LoRA linear by the Hopper product, and library GEMMs around it.
+#
+#     forward   EXTENDED  h = x aT by the library; y = x wT + bias + s h bT in one accumulator
+#     dx        EXTENDED  dh = s dy b by the library; dx = dy w + dh a in one accumulator
+#     gradients RANK      db = s dyT h, da = dhT x      FULL  from dw = dyT x, by the library
+#
+# The face and its meaning are those of ``fused_lora.kernels.aten.lora_linear``. Served where it is
+# asked for by name, on sm_90, once the device has checked it.
+
 
 ARCH = 90  # what the kernels are written for
 
@@ -139,3 +140,41 @@ def _b_grads(
 
 def _none(adapters: Adapters) -> list[Tensor | None]:
     return [None] * len(adapters.spans)
+
+
+def kind(ending: Ending) -> str:
+    """What a check of it is called: gelu, or scale."""
+    return "scale" if ending.activation == "none" else "gelu"
+
+
+def why_not_epilogue(dtype: torch.dtype, ending: Ending) -> str | None:
+    """One sentence why a product of ``dtype`` cannot end so; None when it can."""
+    for name, t in (("factor", ending.factor), ("residual", ending.residual)):
+        if t is not None and t.dtype is not dtype:
+            return f"its ending reads a {name} of {dtype}, got {t.dtype}"
+    if ending.residual is not None and not aligned(ending.residual):
+        return "the residual or its rows do not begin at multiples of 16 bytes"
+    return None
+
+
+def forward_epilogue(
+    x: Tensor,  # [M, K], rows contiguous
+    w: Tensor,  # [N, K], x's dtype
+    bias: Tensor | None,  # [N], x's dtype
+    adapters: Adapters,
+    plan: Plan,
+    ending: Ending,
+    out: Tensor | None = None,  # [M, N] for y, rows contiguous
+    h: Tensor | None = None,  # [M, sum R] where it is there already
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] of an activation."""
+    direct = out if out is not None and aligned(out) else None
+    y, h, u = lora_extended.forward(
+        *(readable(x), readable(w), vector(bias), adapters, ending.activation, h),
+        factor=vector(ending.factor),
+        residual=ending.residual,
+        out=direct,
+    )
+    if out is not None and direct is None:
+        y = out.copy_(y)
+    return y, packed(h, adapters) if plan.keep is Keep.HIDDEN else None, u

@@ -1,10 +1,4 @@
-"""w' = w + s b a for many matrices in one launch, rounded once; see csrc/lora_merge/.
-
-    w, w' [N, K]   a [R, K]   b [N, R]
-
-The products of b and a, their sum and the addition are fp32. ``out`` may be ``w`` itself. The
-adapters of one fused matrix are merges of blocks of its rows; rank 0 copies a block.
-"""
+"""w' = w + s b a of many weights in one compiled launch."""
 
 from __future__ import annotations
 
@@ -16,6 +10,15 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.cuda import native
+from fused_lora.kernels.interface import Adapters
+
+# w' = w + s b a for many matrices in one launch, rounded once; see csrc/lora_merge/.
+#
+#     w, w' [N, K]   a [R, K]   b [N, R]
+#
+# The products of b and a, their sum and the addition are fp32. ``out`` may be ``w`` itself. The
+# adapters of one fused matrix are merges of blocks of its rows; rank 0 copies a block.
+
 
 _UINT64 = (1 << 64) - 1
 
@@ -145,3 +148,25 @@ def _item(module: object, merge: CompiledMerge) -> object:
         scale=merge.scale,
         offset=merge.offset,
     )
+
+
+def merged(w: Tensor, adapters: Adapters, noise: tuple[int, int] | None = None) -> Tensor:
+    """w' [N, K], a new tensor, rounded to nearest or stochastically by (seed, step)."""
+    (out,) = merged_together([w], [adapters], noise)
+    return out
+
+
+def merged_together(
+    weights: Sequence[Tensor],  # [N, K] each, one dtype
+    adapters: Sequence[Adapters],  # of each, all of one dtype
+    noise: tuple[int, int] | None = None,
+) -> list[Tensor]:
+    """Every w', likewise."""
+    made = [w.clone(memory_format=torch.contiguous_format) for w in weights]
+    pairs = [(out, span) for out, group in zip(made, adapters, strict=True) for span in group.spans]
+    blocks = [out[span.start : span.stop] for out, span in pairs]
+    offsets = [span.start * out.shape[1] for out, span in pairs]
+    a, b, scales = ([t for group in adapters for t in group[i]] for i in range(3))
+    rounding, words = ("nearest", (0, 0)) if noise is None else ("stochastic", noise)
+    lora_merge(blocks, blocks, a, b, scales, rounding, *words, offsets)  # type: ignore[arg-type]
+    return made

@@ -1,11 +1,13 @@
-"""The compiled module: imported when first used, and why it cannot serve when it cannot."""
+"""The compiled module: whether it is there and serves a device, and what a device has for it."""
 
 from __future__ import annotations
 
 import importlib
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -96,3 +98,17 @@ def covers(entries: Sequence[str], capability: tuple[int, int]) -> bool:
         if served:
             return True
     return False
+
+
+class Chip(NamedTuple):
+    """Architecture and size; tests name their own."""
+
+    arch: int  # 90 for compute capability 9.0
+    processors: int
+
+    @staticmethod
+    @lru_cache
+    def of(device: torch.device) -> Chip:
+        """The chip of a CUDA device."""
+        properties = torch.cuda.get_device_properties(device)
+        return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)

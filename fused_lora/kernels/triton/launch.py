@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.precision import is_tf32
+from fused_lora.kernels.gemm import is_tf32
 from fused_lora.programs.program import Program
 from fused_lora.programs.record import Value, opaque, recording
 

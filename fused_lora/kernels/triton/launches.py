@@ -1,42 +1,112 @@
-"""Which kernels are launched, each in which tile: what is verified is what runs.
-
-kernel            rows  columns  depth
-extended          M     N        K       or M, K, N for dx
-one_pass          M     N        K       likewise
-shrink            M     sum R    K       or N for dh
-grad              sum R K        M       or N for db
-merge             N     K        sum R
-
-extended_gelu     M     N        K       with GELU behind it, or its slope behind dx
-extended_scale    M     N        K       with LayerScale and a residual behind it
-extended_wide     M     N        K       likewise, either of them wider than x
-extended_fp8      M     N        K       of codes; forward alone
-extended_dropout  M     K        N       dx of a dropped x; N = 0 of the adapters alone
-shrink_dropout    M     sum R    K       of a dropped x
-grad_dropout      sum R K        M       likewise
-shrink_norm       M     sum R    K       LayerNorm, which makes x, and h of it
-shrink_gelu       M     sum R    K       GELU of both kinds, likewise
-merge_many        any                    every matrix of a table
-quantise          M     K                codes and scales of x
-layer_norm        M     D                forward, rebuilding and dx
-gelu              M     N                both kinds, and their slopes
-
-The packing of a and b (border.py) has one tile, and is checked with each product that needs it.
-"""
+"""The launches that a plan makes, by name, shape and tile; tiles that were measured best."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from fused_lora import disk, env
 from fused_lora.kernels.triton import spills, tiles
+from fused_lora.kernels.triton.available import identity
 from fused_lora.kernels.triton.launch import architecture
-from fused_lora.kernels.triton.winners import MeasuredTile, winner
+from fused_lora.kernels.triton.tiles import BulkTile, GradTile, MergeTile, ThinTile, Tile
 from fused_lora.plan.problem import Problem
 from fused_lora.types import Backend, Forward, Gradient, Keep, Plan, ragged
+
+# Tiles that were measured fastest on this device, kept by ``fused-lora tune`` in the cache folder.
+#
+#     tiles.json   {identity of device and versions: {"extended bfloat16 25216x768x768": {tile}}}
+#
+# A tile that this room no longer has, or that does not fit the chip, is passed over.
+
+
+MeasuredTile = Tile | ThinTile | GradTile | MergeTile
+FORMAT = "tiles 1"
+KINDS: dict[str, type[MeasuredTile]] = {
+    "extended": Tile,
+    "one_pass": Tile,
+    "shrink": ThinTile,
+    "grad": GradTile,
+    "merge": MergeTile,
+}
+
+
+def path() -> Path:
+    """The file of winners."""
+    return env.cache_dir() / "tiles.json"
+
+
+def key(kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype) -> str:
+    """What a winner is kept under."""
+    return f"{kernel} {str(dtype).removeprefix('torch.')} {rows}x{columns}x{depth}"
+
+
+def winner(
+    kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device
+) -> MeasuredTile | None:
+    """The measured tile of exactly this shape; None where none was."""
+    return _winners(device).get(key(kernel, rows, columns, depth, dtype))
+
+
+def store(device: torch.device, found: Mapping[str, MeasuredTile]) -> None:
+    """Keep ``found`` by key beside what the file has for ``device``; heard at the next start."""
+    here = f"{FORMAT}|{identity(device)}"
+    kept = disk.read(path()).get(here)
+    rows = (kept if isinstance(kept, dict) else {}) | {k: asdict(t) for k, t in found.items()}
+    disk.merge(path(), {here: rows})
+
+
+@lru_cache(maxsize=64)
+def _winners(device: torch.device) -> dict[str, MeasuredTile]:
+    rows = disk.read(path())
+    kept = rows.get(f"{FORMAT}|{identity(device)}") if rows else None
+    tiles = {name: _tile(name, row) for name, row in kept.items()} if isinstance(kept, dict) else {}
+    return {name: tile for name, tile in tiles.items() if tile is not None}
+
+
+def _tile(name: str, row: object) -> MeasuredTile | None:
+    kind = KINDS.get(name.split(" ")[0])
+    if kind is None or not isinstance(row, dict):
+        return None
+    if not all(isinstance(size, int) and size >= 0 for size in row.values()):
+        return None
+    kind = BulkTile if "rest_n" in row else kind
+    try:
+        return kind(**row)
+    except TypeError:  # a knob that came or went
+        return None
+
+
+# Which kernels are launched, each in which tile: what is verified is what runs.
+#
+# kernel            rows  columns  depth
+# extended          M     N        K       or M, K, N for dx
+# one_pass          M     N        K       likewise
+# shrink            M     sum R    K       or N for dh
+# grad              sum R K        M       or N for db
+# merge             N     K        sum R
+#
+# extended_gelu     M     N        K       with GELU behind it, or its slope behind dx
+# extended_scale    M     N        K       with LayerScale and a residual behind it
+# extended_wide     M     N        K       likewise, either of them wider than x
+# extended_fp8      M     N        K       of codes; forward alone
+# extended_dropout  M     K        N       dx of a dropped x; N = 0 of the adapters alone
+# shrink_dropout    M     sum R    K       of a dropped x
+# grad_dropout      sum R K        M       likewise
+# shrink_norm       M     sum R    K       LayerNorm, which makes x, and h of it
+# shrink_gelu       M     sum R    K       GELU of both kinds, likewise
+# merge_many        any                    every matrix of a table
+# quantise          M     K                codes and scales of x
+# layer_norm        M     D                forward, rebuilding and dx
+# gelu              M     N                both kinds, and their slopes
+#
+# The packing of a and b (border.py) has one tile, and is checked with each product that needs it.
+
 
 PRODUCTS = ("extended", "one_pass")  # of a big matrix and of a border, in one accumulator
 NO_PRODUCTS = (

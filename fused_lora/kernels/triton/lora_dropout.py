@@ -5,7 +5,7 @@
                 x, dx [M, K]   a, da [R, K]   h, dh [M, R]
 
 dx is the extended GEMM over no columns of y at all. The face is that of
-``fused_lora.kernels.aten.lora_dropout``.
+``fused_lora.kernels.aten.lora_linear_cases``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_shrink
 from fused_lora.kernels.triton.available import DTYPES
-from fused_lora.kernels.triton.dropout import dropout
 from fused_lora.kernels.triton.launches import tile_of
+from fused_lora.kernels.triton.philox import dropout
 from fused_lora.types import Span
 
 STEP = 0  # a seed is drawn for every call

@@ -24,10 +24,16 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
-from fused_lora.kernels.triton.border import Border, of_a, of_b
-from fused_lora.kernels.triton.dropout import Dropout, kept
+from fused_lora.kernels.triton.border import (
+    Border,
+    column_range,
+    of_a,
+    of_b,
+    rank_scales,
+    store_border,
+)
 from fused_lora.kernels.triton.launch import input_precision, launch, multiprocessors
-from fused_lora.kernels.triton.primitives import column_range, rank_scales, store_border
+from fused_lora.kernels.triton.philox import Dropout, kept
 from fused_lora.kernels.triton.tiles import CONTRACTED, GradTile, grad_tile, power_of_two
 
 MOST_SLICES = 64  # what pass 2 holds in registers

@@ -1,13 +1,4 @@
-"""Grouped LoRA linear from this room's kernels, and library GEMMs where they are frozen-sized.
-
-    forward   EXTENDED  h = x aT; y = act(x wT + bias + s h bT) in one accumulator
-              ONE_PASS  the same, h formed from the tiles of x that the product reads
-              MERGE     w' = w + s b a in one pass over w; y = x w'T + bias by the library
-    dx        the same three, on dy, dh and a
-    gradients RANK  db = s dyT h, da = dhT x     FULL  from dw = dyT x, by the library
-
-The face and its meaning are those of ``fused_lora.kernels.aten.lora_linear``.
-"""
+"""lora_linear by Triton's kernels, and with an epilogue behind its product."""
 
 from __future__ import annotations
 
@@ -16,15 +7,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.full_grads import full_grads
-from fused_lora.kernels.interface import Adapters, Grads, HiddenGrad, Slope
+from fused_lora.kernels.interface import Adapters, Ending, Grads, HiddenGrad, Slope
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.border import Packed, packed
 from fused_lora.kernels.triton.launches import tile_of
-from fused_lora.kernels.triton.lora_extended_bulk import describable
+from fused_lora.kernels.triton.lora_extended import describable
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.tiles import BulkTile
 from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, ragged
+
+# Grouped LoRA linear from this room's kernels, and library GEMMs where they are frozen-sized.
+#
+#     forward   EXTENDED  h = x aT; y = act(x wT + bias + s h bT) in one accumulator
+#               ONE_PASS  the same, h formed from the tiles of x that the product reads
+#               MERGE     w' = w + s b a in one pass over w; y = x w'T + bias by the library
+#     dx        the same three, on dy, dh and a
+#     gradients RANK  db = s dyT h, da = dhT x     FULL  from dw = dyT x, by the library
+#
+# The face and its meaning are those of ``fused_lora.kernels.aten.lora_linear``.
 
 
 def forward(
@@ -199,3 +200,37 @@ def _b_grads(
 
 def _none(adapters: Adapters) -> list[Tensor | None]:
     return [None] * len(adapters.spans)
+
+
+def forward_epilogue(
+    x: Tensor,  # [M, K]
+    w: Tensor,  # [N, K], x's dtype
+    bias: Tensor | None,  # [N], x's dtype
+    adapters: Adapters,
+    plan: Plan,
+    ending: Ending,
+    out: Tensor | None = None,  # [M, N] for y, rows contiguous
+    h: Tensor | None = None,  # [M, sum R] where it is there already
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the ending stores it."""
+    active, factor, residual, stores_u = ending
+    low = packed(uniform(adapters), x.dtype, rows_kept(x, plan))
+    x, bias = rows(x), None if bias is None else bias.contiguous()
+    n, k = w.shape
+    kernel, uneven = ending.kernel(x.dtype), ragged(adapters.spans)
+    tile = tile_of(kernel, x.shape[0], n, k, x.dtype, x.device, uneven)
+    x, w = (readable(t, tile) for t in (x, w))
+    h = shrink(x, low) if h is None else readable(h, tile)
+    dtype = x.dtype
+    for t in (factor, residual):
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    if out is None:
+        out = x.new_empty((x.shape[0], n), dtype=dtype)
+    y, _, u = lora_extended.forward(
+        *(x, w, bias, low, active, h, tile),
+        factor=factor,
+        residual=residual,
+        out=out,
+        stores_u=stores_u or x.element_size() > 2,  # without it fp32 spills in some tiles
+    )
+    return y, h.contiguous() if plan.keep is Keep.HIDDEN else None, u

@@ -25,11 +25,19 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
-from fused_lora.kernels.triton.border import Border, Packed, of_a, of_b, packed
-from fused_lora.kernels.triton.epilogue import epilogue_operands, finish
+from fused_lora.kernels.triton.border import (
+    Border,
+    Packed,
+    grouped_tile,
+    load_border,
+    of_a,
+    of_b,
+    packed,
+    rank_scales,
+)
+from fused_lora.kernels.triton.elementwise import epilogue_operands, finish
 from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.lora_extended import Output
-from fused_lora.kernels.triton.primitives import grouped_tile, load_border, rank_scales
 from fused_lora.kernels.triton.tiles import Tile, one_pass_tile, power_of_two
 
 MOST_RANKS = 64  # sum R that stands beside the accumulator

@@ -1,25 +1,39 @@
-"""The thin products with a border: h = x aT and dh_g = s_g dy[:, span_g] b_g.
-
-    out[m, r] = s_r sum_c D x[m, c] border[r, c]     x [M, C]   border [sum R, C]   out [M, sum R]
-
-All groups in one launch, x read once while sum R <= 64. The border is in x's dtype, packed before
-where it was not; sums and the scale are fp32, and each output is rounded once. D is dropout, see
-dropout.py; without it D x is x.
-"""
+"""Shrink: h = x aT from x, and from the rows that LayerNorm or GELU makes."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
-from fused_lora.kernels.triton.border import Border, Packed, of_a, of_b, packed
-from fused_lora.kernels.triton.dropout import Dropout, kept
+from fused_lora.kernels.triton.border import (
+    Border,
+    Packed,
+    column_range,
+    load_border,
+    of_a,
+    of_b,
+    packed,
+    rank_scales,
+)
+from fused_lora.kernels.triton.elementwise import column_of
+from fused_lora.kernels.triton.elementwise import gelu as gelu_of
 from fused_lora.kernels.triton.launch import input_precision, launch
-from fused_lora.kernels.triton.primitives import column_range, load_border, rank_scales
-from fused_lora.kernels.triton.tiles import ThinTile, thin_tile
+from fused_lora.kernels.triton.philox import Dropout, kept
+from fused_lora.kernels.triton.tiles import MOST_ROW_RANKS, ThinTile, row_shrink_tile, thin_tile
+
+# The thin products with a border: h = x aT and dh_g = s_g dy[:, span_g] b_g.
+#
+#     out[m, r] = s_r sum_c D x[m, c] border[r, c]     x [M, C]   border [sum R, C]   out [M, sum R]
+#
+# All groups in one launch, x read once while sum R <= 64. The border is in x's dtype, packed before
+# where it was not; sums and the scale are fp32, and each output is rounded once. D is dropout, see
+# dropout.py; without it D x is x.
 
 
 @triton.jit
@@ -104,3 +118,160 @@ def _launch(
     if not spills.seen(compiled):
         spills.look(compiled, "shrink_dropout" if dropout else "shrink", tile, x)
     return out
+
+
+# What makes x, and h of it, in one pass: LayerNorm or GELU of rows, then their thin product.
+#
+#     x^ = (z - mean) rstd weight + bias, or GELU(z)     h = x^ aT, of x^ as it was rounded
+#
+#         z, x^ [M, C]   weight, bias [C]   a [sum R, C]   h [M, sum R]   mean, rstd [M] fp32
+#
+# A program has some rows whole, block by block of their columns. For LayerNorm it walks them twice,
+# and finds z in a cache the second time: mean and variance of the blocks are combined by their
+# counts, so that no square of a mean is taken off a mean of squares. x^ may be the left and h the
+# right of one bordered buffer [M, C + sum R]. Sums are fp32, x^ and h are rounded once, to 16 bits.
+#
+# Source of the combination: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise
+# algorithm for computing sample variances" (STAN-CS-79-773).
+
+
+class Shrunk(NamedTuple):
+    """What one LayerNorm hands back."""
+
+    x: Tensor  # [M, C]
+    mean: Tensor  # [M], fp32
+    rstd: Tensor  # [M], fp32
+    h: Tensor  # [M, sum R]
+
+
+@triton.jit
+def _statistics(z_rows, inside_m, columns, eps, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean of each row, and 1 / sqrt(variance + eps)."""
+    average = tl.zeros([BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)  # of what is beside it, summed
+    for c0 in range(0, columns, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        inside = inside_m & (c < columns)[None, :]
+        z = tl.load(z_rows + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        many = tl.minimum(columns - c0, BLOCK_C).to(tl.float32)
+        share = many / (c0 + many)
+        own = tl.sum(z, axis=1) / many
+        z = tl.where(inside, z - own[:, None], 0.0)
+        apart = own - average
+        average += apart * share
+        squares += tl.sum(z * z, axis=1) + apart * apart * (share * c0)
+    return average, 1.0 / tl.sqrt_rn(squares / columns + eps)
+
+
+@triton.jit
+def _row_shrink(
+    z,  # [M, C]
+    z_row,
+    weight,  # [C] or None, of LayerNorm
+    bias,  # likewise
+    x,  # [M, C]
+    x_row,
+    mean,  # [M], of LayerNorm
+    rstd,  # [M]
+    border,  # [R, C]
+    h,  # [M, R]
+    h_row,
+    rows,
+    columns,
+    ranks,
+    eps,
+    KIND: tl.constexpr,  # norm, or GELU's erf or tanh
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m64, inside_m = m.to(tl.int64)[:, None], (m < rows)[:, None]
+    r = tl.arange(0, BLOCK_R)
+    z_rows, x_rows = z + m64 * z_row, x + m64 * x_row
+    if KIND == "norm":
+        average, inverse = _statistics(z_rows, inside_m, columns, eps, BLOCK_M, BLOCK_C)
+        tl.store(mean + m, average, mask=m < rows)
+        tl.store(rstd + m, inverse, mask=m < rows)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for c0 in range(0, columns, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        inside = inside_m & (c < columns)[None, :]
+        made = tl.load(z_rows + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        if KIND == "norm":
+            made = (made - average[:, None]) * inverse[:, None]
+            made = made * column_of(weight, c, columns, 1.0) + column_of(bias, c, columns, 0.0)
+        else:
+            made = gelu_of(made, KIND)
+        low = tl.where(inside, made, 0.0).to(x.dtype.element_ty)
+        tl.store(x_rows + c[None, :], low, mask=inside)
+        right = load_border(border, r[None, :], c[:, None], x.dtype.element_ty)
+        acc = tl.dot(low, right, acc, input_precision=PRECISION)
+    h_tile = h + m64 * h_row + r[None, :]
+    tl.store(h_tile, acc.to(h.dtype.element_ty), mask=inside_m & (r < ranks)[None, :])
+
+
+def layer_norm_shrink(
+    z: Tensor,  # [M, C], rows contiguous, any float dtype
+    weight: Tensor | None,  # [C], contiguous, any float dtype
+    bias: Tensor | None,  # likewise
+    eps: float,
+    adapters: Adapters,
+    out: Tensor,  # [M, C], rows contiguous, of 16 bits
+    h: Tensor | None = None,  # [M, sum R], rows contiguous: the right end of [x | h]
+    tile: ThinTile | None = None,
+) -> Shrunk:
+    """LayerNorm of each row and its statistics, and h of the result."""
+    mean, rstd = (z.new_empty((z.shape[0],), dtype=torch.float32) for _ in range(2))
+    h = _launch_rows(z, (weight, bias), out, (mean, rstd), eps, "norm", adapters, h, tile)
+    return Shrunk(out, mean, rstd, h)
+
+
+def gelu_shrink(
+    z: Tensor,  # [M, C], rows contiguous
+    kind: str,  # erf or tanh
+    adapters: Adapters,
+    out: Tensor,  # [M, C], rows contiguous, of 16 bits
+    h: Tensor | None = None,  # [M, sum R], as above
+    tile: ThinTile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """GELU of each element, and h of the result."""
+    assert kind in ("erf", "tanh"), kind
+    return out, _launch_rows(z, (None, None), out, (None, None), 0.0, kind, adapters, h, tile)
+
+
+def _launch_rows(
+    z: Tensor,
+    vectors: tuple[Tensor | None, Tensor | None],
+    x: Tensor,
+    statistics: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    kind: str,
+    adapters: Adapters,
+    h: Tensor | None,
+    tile: ThinTile | None,
+) -> Tensor:
+    border, (rows, columns) = of_a(adapters), z.shape
+    h = x.new_empty((rows, border.rank)) if h is None else h
+    assert x.shape == z.shape and h.shape == (rows, border.rank), (x.shape, h.shape)
+    assert z.stride(1) == x.stride(1) == h.stride(1) == 1, (z.stride(), x.stride(), h.stride())
+    assert x.element_size() == 2 and h.dtype is x.dtype, (x.dtype, h.dtype)
+    assert 0 < border.rank <= MOST_ROW_RANKS, border.rank
+    for vector in vectors:
+        assert vector is None or (vector.shape == z.shape[1:] and vector.is_contiguous())
+    if z.numel() == 0:
+        return h
+    tile = tile or row_shrink_tile(border.rank, kind == "norm")
+    assert tile.block_r >= border.rank, (tile, border.rank)
+    args = (
+        *(z, z.stride(0), *vectors, x, x.stride(0), *statistics, border, h, h.stride(0)),
+        *(rows, columns, border.rank, float(eps)),
+    )
+    constants = dict(KIND=kind, PRECISION=input_precision(x.dtype), **tile.arguments())
+    written = [t for t in (x, *statistics, h) if t is not None]
+    grid = (triton.cdiv(rows, tile.block_m),)
+    compiled = launch(_row_shrink, grid, z.device, args, constants, written)
+    if not spills.seen(compiled):
+        spills.look(compiled, "shrink_norm" if kind == "norm" else "shrink_gelu", tile, x)
+    return h

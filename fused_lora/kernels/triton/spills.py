@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fused_lora import disk, env
-from fused_lora.kernels.precision import is_tf32
-from fused_lora.kernels.triton.identity import identity
+from fused_lora.kernels.gemm import is_tf32
+from fused_lora.kernels.triton.available import identity
 
 FORMAT = "spills 1"
 TOO_LARGE = 1 << 20  # bytes, of a tile that does not fit at all

@@ -24,7 +24,7 @@ from fused_lora.ops.chain.stage import (
     finish,
     stored,
 )
-from fused_lora.ops.dropped import seeded
+from fused_lora.ops.lora_dropout import seeded
 from fused_lora.ops.lora_linear import reshaped
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed

@@ -22,14 +22,14 @@ from fused_lora.ops.chain.stage import (
     Tensors,
     consecutive,
 )
-from fused_lora.ops.dropped import FORMS_H
 from fused_lora.ops.epilogues import (
     plan_in_context,
     why_nobody,
     why_not_activated,
-    why_not_fused,
     why_not_activation_grad,
+    why_not_fused,
 )
+from fused_lora.ops.lora_dropout import FORMS_H
 from fused_lora.ops.lora_linear import (
     Frame,
     as_rows,

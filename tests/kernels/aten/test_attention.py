@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fused_lora.kernels.aten import attention
-from fused_lora.ops.chain import attention as stage
+from fused_lora.ops.chain import stages as stage
 from fused_lora.ops.chain.stage import Asked
 from fused_lora.testing.yardstick import judge
 

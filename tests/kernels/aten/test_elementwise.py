@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fused_lora.kernels.aten import gelu, layer_norm
+from fused_lora.kernels.aten import elementwise
 from fused_lora.testing.yardstick import judge
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -39,9 +39,9 @@ class TestLayerNorm:
         lay = wide_view if strided else lambda t: t
         weight = torch.randn(d) if affine in ("weight", "both") else None
         bias = torch.randn(d) if affine in ("bias", "both") else None
-        y, mean, rstd = layer_norm.layer_norm_forward(lay(x), weight, bias, EPS)
-        again = layer_norm.layer_norm_rebuild(lay(x), weight, bias, mean, rstd)
-        dx = layer_norm.layer_norm_input_grad(lay(dy), lay(x), weight, mean, rstd, lay(residual))
+        y, mean, rstd = elementwise.layer_norm_forward(lay(x), weight, bias, EPS)
+        again = elementwise.layer_norm_rebuild(lay(x), weight, bias, mean, rstd)
+        dx = elementwise.layer_norm_input_grad(lay(dy), lay(x), weight, mean, rstd, lay(residual))
         assert {y.dtype, again.dtype, dx.dtype} == {dtype} and mean.shape == rstd.shape == (m,)
 
         def plain(dtype):
@@ -62,8 +62,10 @@ class TestLayerNorm:
         y = F.layer_norm(given[0], (12,), *given[1:], EPS)
         truth = torch.autograd.grad(y, given, dy.float())
         x, weight, bias = (t.detach() for t in given)
-        _, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, EPS)
-        found = layer_norm.layer_norm_grads(dy, x, weight, bias, mean, rstd, [n > 0 for n in needs])
+        _, mean, rstd = elementwise.layer_norm_forward(x, weight, bias, EPS)
+        found = elementwise.layer_norm_grads(
+            dy, x, weight, bias, mean, rstd, [n > 0 for n in needs]
+        )
         assert [grad is not None for grad in found] == [n > 0 for n in needs]
         for grad, expected in zip(found, truth, strict=True):
             if grad is not None:
@@ -72,13 +74,13 @@ class TestLayerNorm:
     def test_a_wide_x_and_a_narrow_out(self):
         x = torch.randn(7, 12)
         buffer = torch.full((7, 17), 7.0, dtype=torch.bfloat16)
-        y, mean, rstd = layer_norm.layer_norm_forward(x, None, None, EPS, buffer[:, :12])
+        y, mean, rstd = elementwise.layer_norm_forward(x, None, None, EPS, buffer[:, :12])
         assert torch.equal(y, F.layer_norm(x, (12,), eps=EPS).bfloat16())
         assert mean.dtype is torch.float32 and y.data_ptr() == buffer.data_ptr()
-        layer_norm.layer_norm_rebuild(x, None, None, mean, rstd, buffer[:, :12])
+        elementwise.layer_norm_rebuild(x, None, None, mean, rstd, buffer[:, :12])
         torch.testing.assert_close(y.float(), F.layer_norm(x, (12,)), rtol=0.01, atol=0.01)
-        layer_norm.layer_norm_input_grad(x, x, None, mean, rstd, out=buffer[:, :12])
-        expected = layer_norm.layer_norm_input_grad(x, x, None, mean, rstd)
+        elementwise.layer_norm_input_grad(x, x, None, mean, rstd, out=buffer[:, :12])
+        expected = elementwise.layer_norm_input_grad(x, x, None, mean, rstd)
         assert torch.equal(y, expected.bfloat16()) and (buffer[:, 12:] == 7).all()
 
 
@@ -92,7 +94,10 @@ class TestGelu:
         u, dy = (3 * torch.randn(2, m, d)).to(dtype)
         buffers = torch.full((2, m, d + 5), torch.nan, dtype=dtype)
         outs = [buffer[:, :d] if bordered else None for buffer in buffers]
-        y, du = gelu.gelu_forward(u, kind, outs[0]), gelu.gelu_input_grad(dy, u, kind, outs[1])
+        y, du = (
+            elementwise.gelu_forward(u, kind, outs[0]),
+            elementwise.gelu_input_grad(dy, u, kind, outs[1]),
+        )
         if bordered:
             assert [y.data_ptr(), du.data_ptr()] == [out.data_ptr() for out in outs]
         assert buffers[:, :, d:].isnan().all()
@@ -103,4 +108,8 @@ class TestGelu:
 
     def test_who_writes_where_it_is_told(self):
         u, on_gpu = torch.randn(2, 3), torch.empty(2, 3, device="meta")
-        assert not gelu.gelu_places(u) and gelu.gelu_places(u, "tanh") and gelu.gelu_places(on_gpu)
+        assert (
+            not elementwise.gelu_places(u)
+            and elementwise.gelu_places(u, "tanh")
+            and elementwise.gelu_places(on_gpu)
+        )

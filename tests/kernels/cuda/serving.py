@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.cuda.chip import Chip
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.ops import backends, lora_grad_backends, planning
 from fused_lora.programs import run
-from fused_lora.trust import cuda_checks, kernel_registry, verify
+from fused_lora.trust import kernel_registry, launch_checks, verify
 
 
 class Served:
@@ -60,12 +60,12 @@ def served(host: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path) -> Itera
     monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip(90, 1)))
     monkeypatch.setattr(lora_grad_backends, "why_not_on", lambda device: None)
     monkeypatch.setattr(kernel_registry, "why_not_on", lambda device: None)
-    monkeypatch.setattr(cuda_checks, "ROWS", 21)
+    monkeypatch.setattr(launch_checks, "ROWS", 21)
     monkeypatch.setattr(lora_grad_backends, "examples", narrow)
-    for name, value in {"EFFICIENCY": 1e6, "LAUNCH_CALLS": 0.0, "SLICES": 0}.items():
-        monkeypatch.setattr(f"fused_lora.plan.cost_cuda.{name}", value)
+    for name, value in {"CUDA_EFFICIENCY": 1e6, "CUDA_LAUNCH_CALLS": 0.0, "SLICES": 0}.items():
+        monkeypatch.setattr(f"fused_lora.plan.cost_kernels.{name}", value)
     made.watch(monkeypatch, lora_grad_backends, "runs")
-    made.watch(monkeypatch, cuda_checks, "checks")
+    made.watch(monkeypatch, launch_checks, "checks")
     forget()
     yield made
     forget()

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_lora.kernels.cuda import lora_extended, lora_grad, lora_merge, native
-from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters
 from fused_lora.types import Needs, Span
 
@@ -122,8 +122,8 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, host):
     monkeypatch.setattr(
         lora_extended, "_placed", lambda t: (0, 0) if t is None else (4096, t.stride(0))
     )
-    monkeypatch.setattr("fused_lora.kernels.cuda.lora_extended_operands.begins_at", lambda t: 0)
-    monkeypatch.setattr("fused_lora.kernels.cuda.lora_grad_call.begins_at", lambda t: 0)
+    monkeypatch.setattr("fused_lora.kernels.cuda.lora_extended.begins_at", lambda t: 0)
+    monkeypatch.setattr("fused_lora.kernels.cuda.lora_grad_shape.begins_at", lambda t: 0)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: 4096)
     with FakeTensorMode():
         yield calls

@@ -13,9 +13,9 @@ import torch
 import fused_lora
 from fused_lora import lora_linear
 from fused_lora.kernels.interface import Adapters
-from fused_lora.ops import backends, gelu, lora_grad_backends, planning
+from fused_lora.ops import backends, elementwise, lora_grad_backends, planning
+from fused_lora.ops.lora_block import lora_mlp
 from fused_lora.ops.lora_linear import backward
-from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.planning import plan_for
 from fused_lora.testing.yardstick import error, in_every_order, judge_all
 from fused_lora.trust import selftest, verify
@@ -179,7 +179,7 @@ def test_operands_that_need_a_little_help(unchecked: Served) -> None:
 
 
 def test_what_no_block_forms_the_library_does(unchecked: Served, monkeypatch) -> None:
-    from fused_lora.kernels.cuda.chip import Chip
+    from fused_lora.kernels.cuda.native import Chip
 
     monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip(80, 1)))
     layer = Layer(9, 768, 1024, (Span(0, 1024, 40),))
@@ -218,8 +218,10 @@ def test_x_of_fc2_is_formed_of_u(served: Served, monkeypatch, tmp_path, kind, re
     fc1, fc2 = (matrix(n, k, 6, dtype=BF16, w=False) for n, k in ((40, 24), (24, 40)))
     x = torch.randn(19, 24).to(BF16).requires_grad_()
     trained = [x, *fc1.a, *fc1.b, *fc2.a, *fc2.b]
-    made, right = [], gelu.gelu_forward
-    monkeypatch.setattr(gelu, "gelu_forward", lambda *given: (made.append(1), right(*given))[1])
+    made, right = [], elementwise.gelu_forward
+    monkeypatch.setattr(
+        elementwise, "gelu_forward", lambda *given: (made.append(1), right(*given))[1]
+    )
 
     def grads(impl: str):
         both = (fc1._replace(impl=impl), fc2._replace(impl=impl))
@@ -257,8 +259,8 @@ def test_beside_triton(unchecked: Served, monkeypatch: pytest.MonkeyPatch) -> No
     from fused_lora.kernels.triton import available
 
     monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)
-    monkeypatch.setattr("fused_lora.plan.cost_triton.TRITON_EFFICIENCY", 1e6)
-    monkeypatch.setattr("fused_lora.plan.cost_triton.TRITON_LAUNCH_CALLS", 0.0)
+    monkeypatch.setattr("fused_lora.plan.cost_kernels.TRITON_EFFICIENCY", 1e6)
+    monkeypatch.setattr("fused_lora.plan.cost_kernels.TRITON_LAUNCH_CALLS", 0.0)
     forget()
     for impl in (Impl.AUTO, Impl.CUDA):
         chosen = plan(impl)
@@ -322,8 +324,8 @@ class TestElsewhere:
 
 
 def test_the_self_test_lists_every_form(served: Served, monkeypatch) -> None:  # noqa: F811
-    from fused_lora.kernels.cuda.chip import Chip
     from fused_lora.kernels.cuda.lora_grad_shape import examples
+    from fused_lora.kernels.cuda.native import Chip
     from fused_lora.trust.kernel_registry import compiled_grads
 
     for dtype, least in (("bfloat16", 40), ("tf32", 12)):

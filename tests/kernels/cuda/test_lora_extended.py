@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.cuda import lora_extended as cuda
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.testing.yardstick import error, in_every_order, judge
 
 from .linear_cases import BF16, CASES, F16, Case, Problem, one

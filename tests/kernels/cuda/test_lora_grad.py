@@ -15,8 +15,8 @@ from torch.nn.functional import gelu
 
 from fused_lora.kernels.cuda import lora_grad as cuda
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.cuda.chip import Chip
-from fused_lora.kernels.cuda.lora_grad_call import GradCall
+from fused_lora.kernels.cuda.lora_grad_shape import GradCall
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.reference import lora_linear as reference
 from fused_lora.testing.yardstick import error, in_every_order, judge_all

@@ -18,10 +18,9 @@ from torch.nn.attention import SDPBackend
 
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import available
-from fused_lora.ops import backends, lora_attention, lora_grad_backends, lora_mlp
-from fused_lora.ops.chain.activation import Activation
-from fused_lora.ops.chain.attention import Attention
+from fused_lora.ops import backends, lora_block, lora_grad_backends
 from fused_lora.ops.chain.chain import Chain
+from fused_lora.ops.chain.stages import Activation, Attention
 from fused_lora.ops.lora_linear import Frame
 from fused_lora.programs.describe import described, is_view, launches, name_of, work
 from fused_lora.programs.program import Given, Program, build
@@ -94,8 +93,8 @@ def halves(recompute: str) -> list[Program]:
     qkv, proj, fc1, fc2 = frame(3 * WIDTH, 3), frame(WIDTH), frame(4 * WIDTH), frame(WIDTH)
     kernel = Attention(HEADS, TOKENS, FLASH)
     eps, dtype = 1e-6, torch.bfloat16
-    first = lora_attention._attention_spec(eps, qkv, proj, kernel, dtype, recompute)
-    second = lora_mlp._mlp_spec(eps, (fc1,), Activation("gelu"), fc2, dtype, recompute, True)
+    first = lora_block._attention_spec(eps, qkv, proj, kernel, dtype, recompute)
+    second = lora_block._mlp_spec(eps, (fc1,), Activation("gelu"), fc2, dtype, recompute, True)
     sizes = [(qkv, 3 * WIDTH, WIDTH), (proj, WIDTH, WIDTH)]
     sizes += [(fc1, 4 * WIDTH, WIDTH), (fc2, WIDTH, 4 * WIDTH)]
     tensors = [list(operands(*size)) for size in sizes]

@@ -11,12 +11,12 @@ import torch
 from fused_lora import lora_linear
 from fused_lora.kernels.cuda import lora_extended, native
 from fused_lora.kernels.cuda import lora_linear as room
-from fused_lora.kernels.cuda.chip import Chip
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.ops import backends, planning
 from fused_lora.plan.strategies import PRODUCT_GROUPS
 from fused_lora.programs import run
 from fused_lora.testing.yardstick import in_every_order, judge_all
-from fused_lora.trust import cuda_checks, kernel_registry
+from fused_lora.trust import kernel_registry, launch_checks
 from fused_lora.types import Backend, Gradient, Impl, Needs, Span
 
 from .serving import Served, one_element, served  # noqa: F401
@@ -37,7 +37,7 @@ def hopper(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noq
     """The names of the products that ran, on what passes for an H100."""
     ran: list[str] = []
     monkeypatch.setattr(backends, "_product", lambda device: None)
-    monkeypatch.setattr(cuda_checks, "PRODUCTS", cuda_checks.PRODUCTS[1:])
+    monkeypatch.setattr(launch_checks, "PRODUCTS", launch_checks.PRODUCTS[1:])
     for name in ("forward", "input_grad"):
         watch(monkeypatch, name, ran)
     return ran

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_extended
-from fused_lora.kernels.cuda import lora_linear_ended as room
+from fused_lora.kernels.cuda import lora_linear as room
 from fused_lora.kernels.interface import Ending
-from fused_lora.ops import gelu
-from fused_lora.ops.lora_mlp import lora_mlp
-from fused_lora.ops.lora_residual import lora_residual
+from fused_lora.ops import elementwise
+from fused_lora.ops.lora_block import lora_mlp, lora_residual
 from fused_lora.programs import run
 from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.trust import verify
@@ -39,7 +38,11 @@ def ends(hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # no
     """What the products that ran ended in, and GELUs of their own; checks are let pass."""
     ran: list[str] = []
     monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
-    for module, name in ((lora_extended, "_launch"), (gelu, "forward"), (gelu, "input_grad")):
+    for module, name in (
+        (lora_extended, "_launch"),
+        (elementwise, "forward"),
+        (elementwise, "input_grad"),
+    ):
         monkeypatch.setattr(module, name, told(getattr(module, name), name, ran))
     return ran
 
@@ -181,5 +184,7 @@ def test_why_not() -> None:
     assert "a residual of torch.bfloat16, got torch.float32" in str(
         room.why_not_epilogue(BF16, Ending(residual=t))
     )
-    assert "a factor of" in str(room.why_not_epilogue(BF16, Ending(factor=t[0], residual=t.to(BF16))))
+    assert "a factor of" in str(
+        room.why_not_epilogue(BF16, Ending(factor=t[0], residual=t.to(BF16)))
+    )
     assert "16 bytes" in str(room.why_not_epilogue(BF16, Ending(residual=t.to(BF16)[:, 1:])))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fused_lora
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import launch, lora_extended, tiles
-from fused_lora.plan import cost_triton, strategies
+from fused_lora.plan import cost_kernels, strategies
 from fused_lora.programs import run
 from fused_lora.programs.describe import name_of
 from fused_lora.types import Span
@@ -34,8 +34,8 @@ ARCH = 90
 def serve() -> None:
     """Triton's kernels serve CPU tensors, unchecked, and win every plan."""
     stub.serve(ARCH, told="--times" not in sys.argv)
-    cost_triton.TRITON_EFFICIENCY, cost_triton.TRITON_LAUNCH_CALLS = 1e6, 0.0
-    cost_triton.MERGE_EFFICIENCY = 1e-9
+    cost_kernels.TRITON_EFFICIENCY, cost_kernels.TRITON_LAUNCH_CALLS = 1e6, 0.0
+    cost_kernels.MERGE_EFFICIENCY = 1e-9
     strategies.ONE_PASS_RANKS = 0
 
 

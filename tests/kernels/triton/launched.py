@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from fused_lora.kernels.triton import lora_extended_fp8, tiles
+from fused_lora.kernels.triton import lora_linear_fp8, tiles
 from tests.kernels.triton import shipped, stub
 from tests.kernels.triton.matrix import KINDS, fp32_products
 
@@ -20,7 +20,7 @@ from tests.kernels.triton.matrix import KINDS, fp32_products
 def main(kind: str, arch: int) -> None:
     """See above."""
     torch.set_num_threads(1)
-    for module in (tiles, lora_extended_fp8):
+    for module in (tiles, lora_linear_fp8):
         module.architecture = lambda device: arch
     driver = stub.serve(arch)
     x = torch.zeros(shipped.M, shipped.K, dtype=KINDS[kind])

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fused_lora.kernels.triton import lora_extended_fp8, tiles
+from fused_lora.kernels.triton import lora_linear_fp8, tiles
 from tests.kernels.triton import shipped
 from tests.kernels.triton.compiler import Resources, compiled
 
@@ -69,7 +69,7 @@ def key() -> str:
 
 def compile_column(kind: str, arch: int) -> list[Resources]:
     """What every launch takes, compiled in this process, which compiles for no other chip."""
-    for module in (tiles, lora_extended_fp8):
+    for module in (tiles, lora_linear_fp8):
         module.architecture = lambda device: arch
     x = torch.zeros(shipped.M, shipped.K, dtype=KINDS[kind])
     with fp32_products("tf32" if kind == "tf32" else "ieee"), compiled(arch) as kernels:

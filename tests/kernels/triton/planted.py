@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import gelu, lora_extended, lora_extended_bulk, tiles
+from fused_lora.kernels.triton import elementwise, lora_extended, tiles
 from fused_lora.types import Span
 from tests.kernels.triton import stub
 
@@ -63,12 +63,12 @@ def launch(
 ) -> None:
     """GELU, by the compiled kernel and the launcher made for it, with what is not None replaced."""
     given, out = rows(), rows()
-    compiled = gelu._gelu_rows[(16, 2)](*arguments(given, out), **constants())
+    compiled = elementwise._gelu_rows[(16, 2)](*arguments(given, out), **constants())
     metadata = list(compiled.packed_metadata)
     metadata[0] = metadata[0] if warps is None else warps
     metadata[2] = metadata[2] if shared is None else shared
     args = arguments(given if u is None else u, out)
-    after = [constants()[p.name] for p in gelu._gelu_rows.params[len(args) :]]
+    after = [constants()[p.name] for p in elementwise._gelu_rows.params[len(args) :]]
     called = function or compiled.function
     compiled.run(*grid, 1, 0, called, tuple(metadata), None, None, None, *args, *after)
 
@@ -89,7 +89,7 @@ def bulk(change: Callable[[Any], None] | None = None) -> Any:
     a, b = torch.zeros(16, 128).bfloat16(), torch.zeros(256, 16).bfloat16()
     adapters = Adapters([a], [b], [0.5], [Span(0, 256, 16)])
     tile = next(t for t in tiles.candidates(ARCH, 2, bulk=True) if isinstance(t, tiles.BulkTile))
-    right = lora_extended_bulk._descriptor
+    right = lora_extended._descriptor
 
     def spoiled(matrix: Tensor, *block: int) -> Any:
         made = right(matrix, *block)
@@ -97,11 +97,11 @@ def bulk(change: Callable[[Any], None] | None = None) -> Any:
             change(made)
         return made
 
-    lora_extended_bulk._descriptor = spoiled
+    lora_extended._descriptor = spoiled
     try:
         return lora_extended.forward(x, w, None, adapters, h=x.new_zeros(256, 16), tile=tile)
     finally:
-        lora_extended_bulk._descriptor = right
+        lora_extended._descriptor = right
 
 
 def encode(box: list[int]) -> object:
@@ -142,7 +142,7 @@ def _() -> object:
 
 @fault("shared memory: an attribute beyond the chip")
 def _() -> object:
-    compiled = gelu._gelu_rows[(16, 2)](*arguments(rows(), rows()), **constants())
+    compiled = elementwise._gelu_rows[(16, 2)](*arguments(rows(), rows()), **constants())
     library, text = stub.served().library, ctypes.c_char_p()
     function = ctypes.c_void_p(compiled.function)
     code = library.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, 228 << 10)
@@ -156,7 +156,7 @@ def _() -> object:
 def _() -> object:
     driver.active.stub.be(80)
     try:
-        compiled = gelu._gelu_rows[(16, 2)](*arguments(rows(), rows()), **constants())
+        compiled = elementwise._gelu_rows[(16, 2)](*arguments(rows(), rows()), **constants())
         cubin, name = compiled.asm["cubin"], compiled.metadata.name
         return driver.active.utils.load_binary(name, cubin, 0, 0)
     finally:
@@ -165,13 +165,15 @@ def _() -> object:
 
 @fault("parameters: another kernel's")
 def _() -> object:
-    other = gelu._gelu_rows[(16, 2)](rows(), 1024, rows(), *arguments(0, rows())[3:], **constants())
+    other = elementwise._gelu_rows[(16, 2)](
+        rows(), 1024, rows(), *arguments(0, rows())[3:], **constants()
+    )
     return launch(function=other.function)
 
 
 @fault("parameters: a wider one")
 def _() -> object:
-    far = gelu._gelu_rows[(1, 2)](rows(), 1 << 40, *arguments(0, rows())[2:], **constants())
+    far = elementwise._gelu_rows[(1, 2)](rows(), 1 << 40, *arguments(0, rows())[2:], **constants())
     return launch(function=far.function)
 
 

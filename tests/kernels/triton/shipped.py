@@ -11,22 +11,19 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import (
-    gelu,
-    layer_norm,
+    elementwise,
     lora_extended,
-    lora_extended_fp8,
     lora_grad,
-    lora_merge_many,
+    lora_linear_fp8,
     lora_one_pass,
     lora_shrink,
-    quantise,
-    row_shrink,
 )
+from fused_lora.kernels.triton import lora_merge as merging
 from fused_lora.kernels.triton.border import Packed, packed, packed_together
-from fused_lora.kernels.triton.dropout import dropout
 from fused_lora.kernels.triton.launch import multiprocessors
 from fused_lora.kernels.triton.launches import Launch as Chosen
 from fused_lora.kernels.triton.lora_merge import lora_merge
+from fused_lora.kernels.triton.philox import dropout
 from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
     FP8,
@@ -128,9 +125,9 @@ def fp8_launches(x: Tensor, arch: int, adapters: Adapters) -> Iterator[Launch]:
         return
     w, bias = Quantised(x.new_zeros(N, K, dtype=CODES), torch.ones(N)), x.new_zeros(N)
     x8, h = Quantised(w.codes[:M], w.scales[:M]), x.new_zeros(M, adapters.rank)
-    yield Launch("quantise", row_tile(K), lambda: quantise.quantise(x))
+    yield Launch("quantise", row_tile(K), lambda: lora_linear_fp8.quantise(x))
     for t in FP8:
-        run = lambda t=t: lora_extended_fp8.forward_extended_fp8(x8, w, bias, adapters, h, t)  # noqa: E731
+        run = lambda t=t: lora_linear_fp8.forward_extended_fp8(x8, w, bias, adapters, h, t)  # noqa: E731
         yield Launch("extended_fp8", t, run)
 
 
@@ -156,8 +153,8 @@ def merge_launches(x: Tensor) -> Iterator[Launch]:
         for how in dict.fromkeys((None, noise)):
             run = lambda t=t, a=a, how=how: lora_merge(w, *a, noise=how, tile=t)  # noqa: E731
             yield Launch("merge", t, run)
-    table = lora_merge_many.pack([lora_merge_many.Merge(w, w, torch.zeros(64, K), w[:, :64])])
-    yield Launch("merge_many", table.tile, lambda: lora_merge_many.launch_many(table, noise))
+    table = merging.pack([merging.Merge(w, w, torch.zeros(64, K), w[:, :64])])
+    yield Launch("merge_many", table.tile, lambda: merging.launch_many(table, noise))
 
 
 def row_shrink_launches(x: Tensor) -> Iterator[Launch]:
@@ -165,7 +162,7 @@ def row_shrink_launches(x: Tensor) -> Iterator[Launch]:
     if x.element_size() != 2:
         return
     v, out = torch.zeros(K), torch.empty_like(x)
-    norm, gelu_too = row_shrink.layer_norm_shrink, row_shrink.gelu_shrink
+    norm, gelu_too = lora_shrink.layer_norm_shrink, lora_shrink.gelu_shrink
     for a in (group(16), group(32), group(16, 16, 16), group(64)):
         for t, z in product(and_smaller(row_shrink_tile(a.rank, norm=True)), (x, x.float())):
             run = lambda t=t, z=z, a=a: norm(z, v, v, 1e-6, a, out, tile=t)  # noqa: E731
@@ -237,12 +234,16 @@ def row_launches(x: Tensor) -> Iterator[Launch]:
     """LayerNorm and GELU, forward and backward, at the narrowest and the widest of ViT-S to L."""
     for width in (384, 4096):
         z, v, s, t = x.new_zeros(M, width), torch.zeros(width), torch.zeros(M), row_tile(width)
-        yield Launch("layer_norm", t, lambda z=z, v=v: layer_norm.layer_norm_forward(z, v, v, 1e-6))
-        yield Launch("layer_norm", t, lambda z=z, v=v, s=s: layer_norm.layer_norm_rebuild(z, v, v, s, s))
-        run = lambda z=z, v=v, s=s: layer_norm.layer_norm_input_grad(z, z, v, s, s, z)  # noqa: E731
+        yield Launch(
+            "layer_norm", t, lambda z=z, v=v: elementwise.layer_norm_forward(z, v, v, 1e-6)
+        )
+        yield Launch(
+            "layer_norm", t, lambda z=z, v=v, s=s: elementwise.layer_norm_rebuild(z, v, v, s, s)
+        )
+        run = lambda z=z, v=v, s=s: elementwise.layer_norm_input_grad(z, z, v, s, s, z)  # noqa: E731
         yield Launch("layer_norm", t, run)
-    yield Launch("gelu", ELEMENTS, lambda: gelu.gelu_forward(x))
-    yield Launch("gelu", ELEMENTS, lambda: gelu.gelu_input_grad(x, x))
+    yield Launch("gelu", ELEMENTS, lambda: elementwise.gelu_forward(x))
+    yield Launch("gelu", ELEMENTS, lambda: elementwise.gelu_input_grad(x, x))
 
 
 def and_smaller(tile: object) -> tuple[object, ...]:

@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fused_lora.kernels.aten import lora_linear_fp8 as aten
-from fused_lora.kernels.triton import lora_extended_fp8, lora_shrink, quantise
+from fused_lora.kernels.aten import lora_linear_cases as aten
+from fused_lora.kernels.triton import lora_linear_fp8 as kernels
+from fused_lora.kernels.triton import lora_shrink
 from fused_lora.kernels.triton.available import why_not_fp8
 from fused_lora.kernels.triton.tiles import FP8
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
@@ -41,7 +42,7 @@ def device(monkeypatch, tmp_path):
 def test_codes_are_the_reference_s(m, k, dtype, monkeypatch):
     x = (torch.randn(m, k + 3) * torch.logspace(-6, 4, m)[:, None]).to(dtype)[:, :k]
     with fenced(monkeypatch):
-        found = quantise.quantise(x)
+        found = kernels.quantise(x)
     assert same(found, reference.quantise(x))
 
 
@@ -57,10 +58,10 @@ def test_every_tile(case, dtype, monkeypatch):
     truth = equation(p.double())
     for tile in FP8:
         with fenced(monkeypatch):
-            y = lora_extended_fp8.forward_extended_fp8(x, w, p.bias, group, h, tile)
+            y = kernels.forward_extended_fp8(x, w, p.bias, group, h, tile)
         verdict = judge(f"{tile}", y, plain, truth, dtype)
         assert verdict.passed, str(verdict)
-        assert torch.equal(y, lora_extended_fp8.forward_extended_fp8(x, w, p.bias, group, h, tile))
+        assert torch.equal(y, kernels.forward_extended_fp8(x, w, p.bias, group, h, tile))
 
 
 @DTYPE

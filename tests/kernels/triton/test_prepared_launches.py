@@ -12,7 +12,7 @@ import fused_lora
 from fused_lora.kernels.triton import available, launch
 from fused_lora.kernels.triton.launch import BoundLaunch, _formed
 from fused_lora.ops import backends, planning
-from fused_lora.plan import cost_triton
+from fused_lora.plan import cost_kernels
 from fused_lora.programs import run
 from fused_lora.programs.record import Value
 from fused_lora.trust import verify
@@ -30,8 +30,8 @@ def programs(monkeypatch, tmp_path):
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)
-    monkeypatch.setattr(cost_triton, "TRITON_EFFICIENCY", 1e6)
-    monkeypatch.setattr(cost_triton, "TRITON_LAUNCH_CALLS", 0.0)
+    monkeypatch.setattr(cost_kernels, "TRITON_EFFICIENCY", 1e6)
+    monkeypatch.setattr(cost_kernels, "TRITON_LAUNCH_CALLS", 0.0)
     forget()
     model = build().bfloat16()
     fused_lora.patch(model, 4)

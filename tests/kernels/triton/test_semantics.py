@@ -25,18 +25,14 @@ from triton.runtime.jit import JITFunction
 
 from fused_lora.kernels import triton as room
 from fused_lora.kernels.triton import (
-    gelu,
-    layer_norm,
+    elementwise,
     lora_extended,
-    lora_extended_fp8,
-    lora_merge_many,
+    lora_linear_fp8,
     lora_shrink,
-    quantise,
-    row_shrink,
 )
+from fused_lora.kernels.triton import lora_merge as merging
 from fused_lora.kernels.triton.available import why_not
-from fused_lora.kernels.triton.lora_merge import lora_merge
-from fused_lora.kernels.triton.lora_merge_many import Merge
+from fused_lora.kernels.triton.lora_merge import Merge, lora_merge
 from fused_lora.kernels.triton.tiles import ElementTile, MergeTile
 from fused_lora.reference import lora_linear_fp8 as reference_fp8
 from fused_lora.reference import lora_merge as reference_merge
@@ -85,10 +81,10 @@ def _(monkeypatch):
 @case_of("_quantise", "_extended_fp8")
 def _(monkeypatch):
     p = build(TAILS, torch.bfloat16, torch.float32)
-    w, x = reference_fp8.quantise(p.w), quantise.quantise(p.x)
+    w, x = reference_fp8.quantise(p.w), lora_linear_fp8.quantise(p.x)
     assert fp8.same(x, reference_fp8.quantise(p.x))
     h = lora_shrink.shrink(p.x, adapters(p), tile=THIN_TILE)
-    y = lora_extended_fp8.forward_extended_fp8(x, w, p.bias, adapters(p), h, TILE)
+    y = lora_linear_fp8.forward_extended_fp8(x, w, p.bias, adapters(p), h, TILE)
     assert error(y, fp8.equation(p.double())) <= 4 * torch.finfo(torch.bfloat16).eps
 
 
@@ -96,11 +92,11 @@ def _(monkeypatch):
 def _(monkeypatch):
     x, dy = torch.randn(37, 71), torch.randn(37, 71)
     weight, bias = torch.randn(71), torch.randn(71)
-    y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, 1e-6)
+    y, mean, rstd = elementwise.layer_norm_forward(x, weight, bias, 1e-6)
     truth = torch.nn.functional.layer_norm(x, (71,), weight, bias, 1e-6)
     torch.testing.assert_close(y, truth, rtol=1e-5, atol=1e-5)
-    assert torch.equal(layer_norm.layer_norm_rebuild(x, weight, bias, mean, rstd), y)
-    dx = layer_norm.layer_norm_input_grad(dy, x, weight, mean, rstd, dy)
+    assert torch.equal(elementwise.layer_norm_rebuild(x, weight, bias, mean, rstd), y)
+    dx = elementwise.layer_norm_input_grad(dy, x, weight, mean, rstd, dy)
     leaf = x.clone().requires_grad_()
     torch.nn.functional.layer_norm(leaf, (71,), weight, bias, 1e-6).backward(dy)
     torch.testing.assert_close(dx, leaf.grad + dy, rtol=1e-4, atol=1e-5)
@@ -113,8 +109,8 @@ def _(monkeypatch):
         leaf = u.clone().requires_grad_()
         truth = torch.nn.functional.gelu(leaf, approximate=approximate)
         truth.backward(dy)
-        torch.testing.assert_close(gelu.gelu_forward(u, kind, tile=tile), truth.detach())
-        torch.testing.assert_close(gelu.gelu_input_grad(dy, u, kind, tile=tile), leaf.grad)
+        torch.testing.assert_close(elementwise.gelu_forward(u, kind, tile=tile), truth.detach())
+        torch.testing.assert_close(elementwise.gelu_input_grad(dy, u, kind, tile=tile), leaf.grad)
 
 
 @case_of("_row_shrink")
@@ -125,11 +121,11 @@ def _(monkeypatch):
     whole = torch.empty(37, 43 + a.shape[0], dtype=torch.bfloat16)
     left, right = whole[:, :43], whole[:, 43:]
     given = (adapters(p), left, right, THIN_TILE)
-    n, *_ = row_shrink.layer_norm_shrink(p.x, weight, bias, 1e-6, *given)
+    n, *_ = lora_shrink.layer_norm_shrink(p.x, weight, bias, 1e-6, *given)
     truth = torch.nn.functional.layer_norm(p.x.float(), (43,), weight, bias, 1e-6)
     assert error(n, truth.double()) <= torch.finfo(torch.bfloat16).eps
     assert error(right, n.double() @ a.T) <= 2 * torch.finfo(torch.bfloat16).eps
-    g, h = row_shrink.gelu_shrink(p.x, "erf", *given)
+    g, h = lora_shrink.gelu_shrink(p.x, "erf", *given)
     assert error(g, torch.nn.functional.gelu(p.x.double())) <= torch.finfo(torch.bfloat16).eps
     assert error(h, g.double() @ a.T) <= 2 * torch.finfo(torch.bfloat16).eps
 
@@ -151,9 +147,9 @@ def _(monkeypatch):
     for n, k, r in ((37, 43, 5), (33, 20, 20), (3, 1, 1)):
         w, a, b = torch.randn(n, k), torch.randn(r, k), torch.randn(n, r)
         merges.append(Merge(w, torch.full_like(w, torch.nan), a, b, 0.5))
-    table = lora_merge_many.pack(merges, MergeTile(32, 32))
+    table = merging.pack(merges, MergeTile(32, 32))
     tell_of(monkeypatch, [t for m in merges for t in (m.w, m.out, m.a, m.b)])
-    lora_merge_many.launch_many(table)
+    merging.launch_many(table)
     for m in merges:
         truth = reference_merge.merge(m.w, m.a, m.b, m.scale)
         torch.testing.assert_close(m.out, truth, rtol=1e-5, atol=1e-5)

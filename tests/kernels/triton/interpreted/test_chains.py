@@ -10,16 +10,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora.kernels.aten import lora_linear as aten
-from fused_lora.kernels.triton import (
-    lora_extended,
-    lora_linear,
-    lora_linear_ended,
-    lora_shrink,
-)
-from fused_lora.ops import gelu, row_shrink
+from fused_lora.kernels.triton import lora_extended, lora_shrink
+from fused_lora.ops import elementwise
 from fused_lora.ops.epilogues import plan_in_context
+from fused_lora.ops.lora_block import lora_mlp
 from fused_lora.ops.lora_linear import call_plan
-from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.types import (
@@ -54,15 +49,18 @@ def passes(serving, small_tiles) -> list[str]:  # noqa: F811
     """The products and activations that ran, in order, where Triton's EXTENDED wins."""
     ran: list[str] = []
     serving.setenv("FUSED_LORA_PROGRAMS", "0")  # what is watched are the calls themselves
-    for name, value in {"EFFICIENCY": 1e6, "LAUNCH_CALLS": 0.0, "MERGE_EFFICIENCY": 1e-9}.items():
-        serving.setattr(f"fused_lora.plan.cost_triton.{name}", value)
+    for name, value in {
+        "TRITON_EFFICIENCY": 1e6,
+        "TRITON_LAUNCH_CALLS": 0.0,
+        "MERGE_EFFICIENCY": 1e-9,
+    }.items():
+        serving.setattr(f"fused_lora.plan.cost_kernels.{name}", value)
     serving.setattr("fused_lora.plan.strategies.ONE_PASS_RANKS", 0)
-    serving.setattr(lora_linear_ended, "tile_of", lora_linear.tile_of)
     watch(serving, lora_extended, "forward", "product", ran)
     watch(serving, lora_extended, "input_grad", "dx", ran)
-    watch(serving, gelu, "gelu_forward", "gelu forward", ran)
-    watch(serving, gelu, "gelu_input_grad", "gelu slope", ran)
-    watch(serving, row_shrink, "gelu_shrink", "gelu and h", ran)
+    watch(serving, elementwise, "gelu_forward", "gelu forward", ran)
+    watch(serving, elementwise, "gelu_input_grad", "gelu slope", ran)
+    watch(serving, elementwise, "gelu_shrink", "gelu and h", ran)
     return ran
 
 
@@ -296,7 +294,9 @@ def test_a_broken_epilogue_leaves_the_chain_as_it_was(passes, checking, what):
         run(given, BF16, "elementwise")
     x, w, spans = torch.zeros(38, D, dtype=BF16), given[2].w, (Span(0, H, 3),)
     question = (x, w, True, spans, Needs(), ALIKE)
-    assert plan_in_context(*question, Impl.AUTO, BF16, Beside(activated=True)) == call_plan(*question)
+    assert plan_in_context(*question, Impl.AUTO, BF16, Beside(activated=True)) == call_plan(
+        *question
+    )
     passes.clear()
     within(run(given, BF16, "elementwise"), given, BF16)
     assert passes == [

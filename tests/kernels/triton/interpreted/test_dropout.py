@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_shrink
-from fused_lora.kernels.triton.dropout import dropout
+from fused_lora.kernels.triton.philox import dropout
 from fused_lora.reference import dropout as reference
 from fused_lora.reference import lora_linear
 from fused_lora.testing.yardstick import in_every_order, judge_all

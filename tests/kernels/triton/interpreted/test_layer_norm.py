@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm as torch_layer_norm
 
-from fused_lora.kernels.triton import layer_norm
+from fused_lora.kernels.triton import elementwise
 from fused_lora.testing.yardstick import judge
 from tests.kernels.triton.cases import DTYPES
 from tests.kernels.triton.guards import fenced
@@ -35,8 +35,8 @@ def test_parity(m, d, affine, dtype, monkeypatch):
     low, high = ([None if t is None else t.to(to) for t in (weight, bias)]
                  for to in (dtype, torch.float64))  # fmt: skip
     with fenced(monkeypatch):
-        y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, EPS)
-        dx = layer_norm.layer_norm_input_grad(dy, x, weight, mean, rstd, residual)
+        y, mean, rstd = elementwise.layer_norm_forward(x, weight, bias, EPS)
+        dx = elementwise.layer_norm_input_grad(dy, x, weight, mean, rstd, residual)
     plain = torch_layer_norm(x, (d,), *low, EPS)
     truth = torch_layer_norm(x.double(), (d,), *high, EPS)
     plain_dx = input_grad(dy, x, *low) + residual
@@ -48,7 +48,7 @@ def test_parity(m, d, affine, dtype, monkeypatch):
 def test_a_mean_far_from_zero_is_no_loss():
     """Two passes over registers: the variance is not a difference of large sums."""
     x = torch.randn(7, 300) + 1000
-    _, _, rstd = layer_norm.layer_norm_forward(x, None, None, EPS)
+    _, _, rstd = elementwise.layer_norm_forward(x, None, None, EPS)
     truth = (x.double().var(1, correction=0) + EPS).rsqrt()
     torch.testing.assert_close(rstd.double(), truth, rtol=1e-5, atol=0)
 
@@ -56,12 +56,18 @@ def test_a_mean_far_from_zero_is_no_loss():
 @DTYPE
 def test_rebuilt_bits_in_a_bordered_buffer(dtype):
     x, dy, _, weight, bias = operands(37, 48, dtype)
-    y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, EPS)
-    dx = layer_norm.layer_norm_input_grad(dy, x, weight, mean, rstd)
+    y, mean, rstd = elementwise.layer_norm_forward(x, weight, bias, EPS)
+    dx = elementwise.layer_norm_input_grad(dy, x, weight, mean, rstd)
     runs = {
-        "forward": (y, lambda out: layer_norm.layer_norm_forward(x, weight, bias, EPS, out).y),
-        "rebuild": (y, lambda out: layer_norm.layer_norm_rebuild(x, weight, bias, mean, rstd, out)),
-        "dx": (dx, lambda out: layer_norm.layer_norm_input_grad(dy, x, weight, mean, rstd, out=out)),
+        "forward": (y, lambda out: elementwise.layer_norm_forward(x, weight, bias, EPS, out).y),
+        "rebuild": (
+            y,
+            lambda out: elementwise.layer_norm_rebuild(x, weight, bias, mean, rstd, out),
+        ),
+        "dx": (
+            dx,
+            lambda out: elementwise.layer_norm_input_grad(dy, x, weight, mean, rstd, out=out),
+        ),
     }
     for name, (expected, run) in runs.items():
         buffer = torch.full((37, 48 + 16), 7.0, dtype=dtype)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_lora.kernels.triton import lora_extended, lora_extended_bulk
+from fused_lora.kernels.triton import lora_extended
 from fused_lora.testing.yardstick import error
 from fused_lora.types import Span
 from tests.kernels.triton.cases import BULK_TILE, DTYPES, TILE, Case, adapters, build
@@ -53,8 +53,8 @@ def test_w_along_either_dimension():
 
 def test_what_a_descriptor_needs():
     whole = torch.zeros(64, 64).half()
-    assert lora_extended_bulk.describable(whole, whole.t(), whole[:, :8], whole[8:, 16:])
-    assert not lora_extended_bulk.describable(whole, whole[:, 1:]), "starts at 2 bytes"
-    assert not lora_extended_bulk.describable(torch.zeros(64, 12).half()), "rows of 24 bytes"
-    assert not lora_extended_bulk.describable(whole[:, ::2]), "contiguous neither way"
-    assert not lora_extended_bulk.describable(whole[:, :0]), "nothing in it"
+    assert lora_extended.describable(whole, whole.t(), whole[:, :8], whole[8:, 16:])
+    assert not lora_extended.describable(whole, whole[:, 1:]), "starts at 2 bytes"
+    assert not lora_extended.describable(torch.zeros(64, 12).half()), "rows of 24 bytes"
+    assert not lora_extended.describable(whole[:, ::2]), "contiguous neither way"
+    assert not lora_extended.describable(whole[:, :0]), "nothing in it"

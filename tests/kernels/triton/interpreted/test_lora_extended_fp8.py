@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_lora.kernels.triton import lora_extended_fp8, lora_shrink, quantise
+from fused_lora.kernels.triton import lora_linear_fp8, lora_shrink
 from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.testing.yardstick import in_every_order, judge
 from tests.kernels.triton.cases import CASES, IDS, THIN_TILE, TILE, adapters, build, lowered
@@ -25,7 +25,7 @@ def test_codes_are_the_reference_s(m, k, dtype, monkeypatch):
     sizes = torch.logspace(-6, 4, m)[:, None]
     x = (torch.randn(m, k + 3) * sizes).to(dtype)[:, :k]
     with fenced(monkeypatch):
-        found = quantise.quantise(x)
+        found = lora_linear_fp8.quantise(x)
     assert same(found, reference.quantise(x))
 
 
@@ -33,7 +33,7 @@ def test_rows_of_zeros_and_what_is_not_finite():
     x = torch.ones(4, 20, dtype=torch.bfloat16)
     x[0] = 0
     x[1, 3], x[2, 4] = torch.inf, torch.nan
-    found = quantise.quantise(x)
+    found = lora_linear_fp8.quantise(x)
     assert not found.codes[0].float().any() and 0 < float(found.scales[0]) < 1e-20
     assert found.widened(torch.float32)[1:3].isnan().any(1).all()
     assert torch.equal(found.widened(torch.float32)[3], x[3].float())
@@ -46,7 +46,9 @@ def equation(p):
 def product(p, w):
     """y by the kernels, in small tiles."""
     h = lora_shrink.shrink(p.x, adapters(p), tile=THIN_TILE)
-    return lora_extended_fp8.forward_extended_fp8(quantise.quantise(p.x), w, p.bias, adapters(p), h, TILE)
+    return lora_linear_fp8.forward_extended_fp8(
+        lora_linear_fp8.quantise(p.x), w, p.bias, adapters(p), h, TILE
+    )
 
 
 @pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, torch.float32), (FP16, FP16)], ids=str)

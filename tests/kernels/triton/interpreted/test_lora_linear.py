@@ -181,8 +181,10 @@ class TestOperation:
     def test_a_program_that_records_gets_operations_it_can_record(self, serving):  # noqa: F811
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        serving.setattr("fused_lora.plan.cost_triton.TRITON_EFFICIENCY", 1e6)  # Triton is what auto takes
-        serving.setattr("fused_lora.plan.cost_triton.TRITON_LAUNCH_CALLS", 0.0)
+        serving.setattr(
+            "fused_lora.plan.cost_kernels.TRITON_EFFICIENCY", 1e6
+        )  # Triton is what auto takes
+        serving.setattr("fused_lora.plan.cost_kernels.TRITON_LAUNCH_CALLS", 0.0)
         p, leaves = self.operands(torch.float32)
         call = lambda x, impl: lora_linear(x, p.w, p.bias, p.a, p.b, p.scales, p.spans, impl=impl)  # noqa: E731
         eager = call(p.x, "auto")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_lora.kernels.triton import lora_extended_fp8
+from fused_lora.kernels.triton import lora_linear_fp8 as kernels
 from fused_lora.ops import lora_linear_fp8 as module
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
 from fused_lora.reference.lora_linear_fp8 import quantise
@@ -31,8 +31,8 @@ def capable(serving):  # noqa: F811
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_values_and_gradients(capable, dtype):
     launched = []
-    right = lora_extended_fp8.forward_extended_fp8
-    capable.setattr(lora_extended_fp8, "forward_extended_fp8", lambda *a: launched.append(1) or right(*a))
+    right = kernels.forward_extended_fp8
+    capable.setattr(kernels, "forward_extended_fp8", lambda *a: launched.append(1) or right(*a))
     p = build(QKV, dtype, torch.float32)
     plain = in_every_order(lambda: dict(equations(lowered(p, dtype))))
     verdict = judge_all(dict(run(p)), plain, dict(equations(p.double())), dtype)
@@ -42,14 +42,14 @@ def test_values_and_gradients(capable, dtype):
 
 def test_a_broken_kernel_is_caught_and_the_library_serves(capable):
     capable.setenv("FUSED_LORA_VERIFY", "first")
-    right = lora_extended_fp8.forward_extended_fp8
+    right = kernels.forward_extended_fp8
 
     def broken(*args):
         y = right(*args)
         y[-1, -1] = 0.0
         return y
 
-    capable.setattr(lora_extended_fp8, "forward_extended_fp8", broken)
+    capable.setattr(kernels, "forward_extended_fp8", broken)
     p = build(QKV, torch.bfloat16, torch.float32)
     call = lambda impl: lora_linear_fp8(  # noqa: E731
         p.x, quantise(p.w), p.bias, p.a, p.b, p.scales, p.spans, impl=impl

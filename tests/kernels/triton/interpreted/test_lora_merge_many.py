@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from fused_lora.kernels.triton import lora_merge_many
-from fused_lora.kernels.triton.lora_merge import lora_merge
-from fused_lora.kernels.triton.lora_merge_many import Merge
+from fused_lora.kernels.triton import lora_merge as merging
+from fused_lora.kernels.triton.lora_merge import Merge, lora_merge
 from fused_lora.kernels.triton.tiles import MergeTile
 from fused_lora.reference import lora_merge as reference
 from fused_lora.types import Span
@@ -31,9 +30,9 @@ def build(sizes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_to_nearest(sizes, dtype):
     merges = build(sizes, dtype)
-    table = lora_merge_many.pack(merges, TILE)
+    table = merging.pack(merges, TILE)
     assert all(merge.aligned for merge in table.merges) == (sizes is ALIGNED)
-    lora_merge_many.launch_many(table)
+    merging.launch_many(table)
     for m in merges:
         assert torch.equal(m.out, reference.merge(m.w, m.a, m.b, m.scale))
 
@@ -42,7 +41,7 @@ def test_to_nearest(sizes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_stochastic_rounding_has_the_references_bits(sizes, dtype):
     merges = build(sizes, dtype)
-    lora_merge_many.launch_many(lora_merge_many.pack(merges, TILE), NOISE)
+    merging.launch_many(merging.pack(merges, TILE), NOISE)
     for m in merges:
         truth = reference.merge(m.w, m.a, m.b, m.scale, "stochastic", *NOISE, offset=m.offset)
         assert torch.equal(m.out, truth)
@@ -56,7 +55,7 @@ def test_blocks_of_the_rows_of_one_matrix_in_place():
     whole = lora_merge(w, a, b, (1.0, 0.3, 2.0), spans, NOISE, tile=TILE)
     blocks = [w[span.start : span.stop] for span in spans]
     rows = zip(blocks, blocks, a, b, (1.0, 0.3, 2.0), (0, 32 * 48, 64 * 48), strict=True)
-    lora_merge_many.launch_many(lora_merge_many.pack([Merge(*row) for row in rows], TILE), NOISE)
+    merging.launch_many(merging.pack([Merge(*row) for row in rows], TILE), NOISE)
     assert torch.equal(w, whole)
 
 
@@ -64,11 +63,11 @@ def test_strided_operands_and_rows():
     wide = torch.randn(40, 100)
     w, out = wide[:, :30], torch.full((40, 50), torch.nan)
     a, b = torch.randn(30, 9)[:, :6].t(), torch.randn(8, 40)[:6].t()
-    lora_merge_many.launch_many(lora_merge_many.pack([Merge(w, out[:, 10:40], a, b, 0.5)], TILE))
+    merging.launch_many(merging.pack([Merge(w, out[:, 10:40], a, b, 0.5)], TILE))
     torch.testing.assert_close(out[:, 10:40], w + 0.5 * b @ a)
     assert out[:, :10].isnan().all() and out[:, 40:].isnan().all()
 
 
 def test_nothing_to_do():
-    lora_merge_many.launch_many(lora_merge_many.pack([]))
-    lora_merge_many.launch_many(lora_merge_many.pack(build(ALIGNED[-1:], torch.float32)))
+    merging.launch_many(merging.pack([]))
+    merging.launch_many(merging.pack(build(ALIGNED[-1:], torch.float32)))

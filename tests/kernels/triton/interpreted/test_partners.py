@@ -8,17 +8,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_lora
 from fused_lora.kernels.aten import lora_linear as aten_linear
 from fused_lora.kernels.interface import Ending
-from fused_lora.kernels.triton import lora_linear_ended
-from fused_lora.kernels.triton import lora_merge_many as launched
+from fused_lora.kernels.triton import lora_linear
+from fused_lora.kernels.triton import lora_merge as launched
 from fused_lora.kernels.triton import lora_shrink as shrinks
-from fused_lora.ops import gelu, layer_norm, lora_merge_backends
+from fused_lora.ops import elementwise
+from fused_lora.ops import lora_merge as merging
 from fused_lora.ops.chain import linear as linear_stage
-from fused_lora.ops.layer_norm_lora_linear import layer_norm_lora_linear
+from fused_lora.ops.lora_block import layer_norm_lora_linear, lora_mlp
 from fused_lora.ops.lora_expand import lora_add
 from fused_lora.ops.lora_linear import Frame, compute
-from fused_lora.ops.lora_merge import lora_merge
-from fused_lora.ops.lora_merge_many import Job, lora_merge_many
-from fused_lora.ops.lora_mlp import lora_mlp
+from fused_lora.ops.lora_merge import Job, lora_merge, lora_merge_many
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.reference import dropout as reference
 from fused_lora.reference import lora_linear as reference_linear
@@ -36,23 +35,25 @@ def test_rows_in_a_bordered_buffer(checking):
     x, gamma = torch.randn(9, 40).to(BF16), torch.randn(40)
     bordered = torch.zeros(9, 48, dtype=BF16)
     runs = (
-        lambda impl: layer_norm.layer_norm_forward(x, gamma, gamma, 1e-6, bordered[:, :40], impl=impl).y,
-        lambda impl: gelu.gelu_forward(x, "erf", bordered[:, :40], impl=impl),
-        lambda impl: gelu.gelu_input_grad(x, x, "tanh", impl=impl),
+        lambda impl: (
+            elementwise.layer_norm_forward(x, gamma, gamma, 1e-6, bordered[:, :40], impl=impl).y
+        ),
+        lambda impl: elementwise.gelu_forward(x, "erf", bordered[:, :40], impl=impl),
+        lambda impl: elementwise.gelu_input_grad(x, x, "tanh", impl=impl),
     )
     for run in runs:
         ours, plain = run(Impl.AUTO).clone(), run(Impl.ATEN).clone()
         torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
         assert not bordered[:, 40:].any()
-    assert layer_norm.layer_norm_places(x) and gelu.gelu_places(x)
-    *_, mean, rstd = layer_norm.layer_norm_forward(x, gamma, gamma, 1e-6)
+    assert elementwise.layer_norm_places(x) and elementwise.gelu_places(x)
+    *_, mean, rstd = elementwise.layer_norm_forward(x, gamma, gamma, 1e-6)
     for impl in (Impl.TRITON, Impl.ATEN):  # statistics of one serve the other
-        layer_norm.layer_norm_input_grad(x, x, gamma, mean, rstd, x, impl=impl)
-        layer_norm.layer_norm_rebuild(x, gamma, gamma, mean, rstd, impl=impl)
+        elementwise.layer_norm_input_grad(x, x, gamma, mean, rstd, x, impl=impl)
+        elementwise.layer_norm_rebuild(x, gamma, gamma, mean, rstd, impl=impl)
 
 
 def test_a_broken_norm_never_serves(checking):
-    from fused_lora.kernels.triton import layer_norm as kernels
+    from fused_lora.kernels.triton import elementwise as kernels
 
     right = kernels.forward
 
@@ -64,10 +65,10 @@ def test_a_broken_norm_never_serves(checking):
     checking.setattr(kernels, "forward", broken)
     x = torch.randn(9, 40)
     with pytest.warns(RuntimeWarning, match="does not use triton layer_norm"):
-        ours = layer_norm.layer_norm_forward(x, None, None, 1e-6).y
+        ours = elementwise.layer_norm_forward(x, None, None, 1e-6).y
     torch.testing.assert_close(ours, torch.nn.functional.layer_norm(x, (40,), eps=1e-6))
     with pytest.raises(RuntimeError, match="cannot serve: error .* over the budget"):
-        layer_norm.layer_norm_forward(x, None, None, 1e-6, impl=Impl.TRITON)
+        elementwise.layer_norm_forward(x, None, None, 1e-6, impl=Impl.TRITON)
 
 
 class Copies(TorchDispatchMode):
@@ -191,7 +192,7 @@ def test_dropout_reaches_the_same_kernels_when_compiled(serving):  # noqa: F811
 def test_a_backward_that_triton_cannot_run_has_the_forwards_mask(serving):  # noqa: F811
     x, a = torch.ones(16, 24, requires_grad=True), torch.ones(1, 24)
     h = shrink(x, a, 0.5)
-    serving.setattr("fused_lora.ops.dropped.untouchable", lambda t: "held elsewhere")
+    serving.setattr("fused_lora.ops.lora_dropout.why_not_concrete", lambda t: "held elsewhere")
     (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
     torch.testing.assert_close(dx.sum(1, keepdim=True), h.detach())
 
@@ -225,7 +226,7 @@ def jobs(dtype):
 def test_many_merges_in_one_launch(checking, noise):
     launches = []
     right = launched.launch_many
-    checking.setattr("fused_lora.kernels.triton.merged.launch",
+    checking.setattr("fused_lora.kernels.triton.lora_merge.launch_many",
                      lambda *arguments: (launches.append(1), right(*arguments)))  # fmt: skip
     group = list(jobs(BF16))
     lora_merge_many(group, *noise, impl="triton")  # checked now
@@ -238,8 +239,8 @@ def test_many_merges_in_one_launch(checking, noise):
 
 def test_a_whole_model(serving):  # noqa: F811
     served = []
-    right = lora_merge_backends.triton_many
-    serving.setattr("fused_lora.ops.lora_merge_many.triton_many",
+    right = merging.triton_many
+    serving.setattr("fused_lora.ops.lora_merge.triton_many",
                     lambda w, *rest: (served.append(len(w)), right(w, *rest))[1])  # fmt: skip
     linears = [fused_lora.nn.FusedLoRALinear(16, 24, rank=2) for _ in range(3)]
     model = nn.ModuleList(linears)
@@ -253,7 +254,7 @@ def test_a_whole_model(serving):  # noqa: F811
 
 
 def test_verdicts_of_partners_are_kept(checking):
-    gelu.gelu_forward(torch.randn(4, 8))
+    elementwise.gelu_forward(torch.randn(4, 8))
     assert "triton gelu" in verify.path().read_text()
 
 
@@ -269,9 +270,9 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
     from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
 
     fused = []
-    right = lora_linear_ended.forward_epilogue
-    serving.setattr(lora_linear_ended, "forward_epilogue", lambda *a: (fused.append(1), right(*a))[1])
-    serving.setattr(lora_linear_ended, "tile_of", lambda *shape: TILE)
+    right = lora_linear.forward_epilogue
+    serving.setattr(lora_linear, "forward_epilogue", lambda *a: (fused.append(1), right(*a))[1])
+    serving.setattr(lora_linear, "tile_of", lambda *shape: TILE)
     plan = Plan(Forward.EXTENDED, Forward.EXTENDED, Gradient.RANK, Keep.HIDDEN, 0, Backend.TRITON)
     serving.setattr("fused_lora.ops.lora_linear.call_plan", lambda *_, **__: plan)
     p = build(CASES[3], BF16, torch.float32)
@@ -296,16 +297,16 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
 
 @pytest.mark.parametrize("wide", [False, True], ids=["bf16", "fp32 around"])
 def test_a_chain_ends_in_the_epilogue(serving, wide):  # noqa: F811
-    from fused_lora.ops.lora_residual import lora_residual
+    from fused_lora.ops.lora_block import lora_residual
     from fused_lora.ops.operand import Adapted
 
-    serving.setattr("fused_lora.plan.cost_triton.TRITON_EFFICIENCY", 1e6)
-    serving.setattr("fused_lora.plan.cost_triton.MERGE_EFFICIENCY", 1e-9)
+    serving.setattr("fused_lora.plan.cost_kernels.TRITON_EFFICIENCY", 1e6)
+    serving.setattr("fused_lora.plan.cost_kernels.MERGE_EFFICIENCY", 1e-9)
     serving.setattr("fused_lora.plan.strategies.ONE_PASS_RANKS", 0)
     fused = []
-    right = lora_linear_ended.forward_epilogue
-    serving.setattr(lora_linear_ended, "forward_epilogue", lambda *a: (fused.append(1), right(*a))[1])
-    serving.setattr(lora_linear_ended, "tile_of", lambda *shape: TILE)
+    right = lora_linear.forward_epilogue
+    serving.setattr(lora_linear, "forward_epilogue", lambda *a: (fused.append(1), right(*a))[1])
+    serving.setattr(lora_linear, "tile_of", lambda *shape: TILE)
     x, w, a, b = (torch.randn(*s).to(BF16) for s in ((2, 16, 32), (48, 32), (4, 32), (48, 4)))
     beside = torch.randn(2, 16, 48, dtype=torch.float32 if wide else BF16)
     gamma, dy = torch.randn(48).to(beside.dtype), torch.randn(2, 16, 48, dtype=beside.dtype)

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora.kernels.triton import launch, lora_linear, lora_linear_ended
+from fused_lora.kernels.triton import launch
 from fused_lora.ops import backends
-from fused_lora.ops.lora_attention import lora_attention
+from fused_lora.ops.lora_block import lora_attention, lora_mlp
 from fused_lora.ops.lora_linear import lora_linear as op
-from fused_lora.ops.lora_mlp import lora_mlp
 from fused_lora.programs import run
 from fused_lora.programs.describe import name_of
 from fused_lora.types import Impl, Keep, Span
@@ -24,9 +23,12 @@ D, H = 24, 40
 @pytest.fixture
 def preferred(serving, small_tiles):  # noqa: F811
     """Triton's EXTENDED wins."""
-    for name, value in {"EFFICIENCY": 1e6, "LAUNCH_CALLS": 0.0, "MERGE_EFFICIENCY": 1e-9}.items():
-        serving.setattr(f"fused_lora.plan.cost_triton.{name}", value)
-    serving.setattr(lora_linear_ended, "tile_of", lora_linear.tile_of)
+    for name, value in {
+        "TRITON_EFFICIENCY": 1e6,
+        "TRITON_LAUNCH_CALLS": 0.0,
+        "MERGE_EFFICIENCY": 1e-9,
+    }.items():
+        serving.setattr(f"fused_lora.plan.cost_kernels.{name}", value)
     return serving
 
 

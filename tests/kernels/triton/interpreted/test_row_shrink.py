@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fused_lora.kernels.triton import layer_norm, row_shrink
+from fused_lora.kernels.triton import elementwise, lora_shrink
 from fused_lora.testing.yardstick import judge_all
 from tests.kernels.triton.cases import CASES, THIN_TILE, Case, adapters, build, lowered
 from tests.kernels.triton.guards import fenced
@@ -41,7 +41,7 @@ def test_layer_norm(case, dtype, wide, affine, monkeypatch):
     vectors = (weight, bias) if affine else (None, None)
     buffer, left, right = ends(p, dtype)
     with fenced(monkeypatch):
-        made = row_shrink.layer_norm_shrink(z, *vectors, EPS, adapters(p), left, right, THIN_TILE)
+        made = lora_shrink.layer_norm_shrink(z, *vectors, EPS, adapters(p), left, right, THIN_TILE)
     assert made.x is left and made.h is right and (buffer[:, -3:] == 7).all()
 
     def named(to: torch.dtype, half):
@@ -52,7 +52,9 @@ def test_layer_norm(case, dtype, wide, affine, monkeypatch):
     plain, truth = named(dtype, lowered(p, dtype)), named(torch.float64, p.double())
     verdict = judge_all({"n": made.x, "h": made.h}, [plain], truth, dtype)
     assert verdict.passed, str(verdict)
-    again = layer_norm.layer_norm_rebuild(z, *vectors, made.mean, made.rstd, torch.empty_like(left))
+    again = elementwise.layer_norm_rebuild(
+        z, *vectors, made.mean, made.rstd, torch.empty_like(left)
+    )
     assert torch.equal(again, made.x)
 
 
@@ -63,7 +65,7 @@ def test_gelu(case, dtype, kind, monkeypatch):
     p, _, _ = problem(case, dtype)
     buffer, left, right = ends(p, dtype)
     with fenced(monkeypatch):
-        g, h = row_shrink.gelu_shrink(2 * p.x, kind, adapters(p), left, right, THIN_TILE)
+        g, h = lora_shrink.gelu_shrink(2 * p.x, kind, adapters(p), left, right, THIN_TILE)
     assert g is left and h is right and (buffer[:, -3:] == 7).all()
 
     def named(to: torch.dtype, half):
@@ -79,7 +81,7 @@ def test_a_mean_far_from_zero_is_no_loss():
     """Blocks of columns are combined by their own means: no difference of large sums."""
     p, _, _ = problem(FEW[1], torch.bfloat16)
     z = torch.randn(p.x.shape) + 1000
-    made = row_shrink.layer_norm_shrink(z, None, None, EPS, adapters(p), torch.empty_like(p.x))
+    made = lora_shrink.layer_norm_shrink(z, None, None, EPS, adapters(p), torch.empty_like(p.x))
     truth = (z.double().var(1, correction=0) + EPS).rsqrt()
     torch.testing.assert_close(made.rstd.double(), truth, rtol=1e-4, atol=0)
     torch.testing.assert_close(made.mean.double(), z.double().mean(1), rtol=1e-6, atol=0)
@@ -89,7 +91,7 @@ def test_the_same_bits_whatever_the_rows():
     """A row is summed in one order, alone or among others."""
     p, weight, bias = problem(FEW[3], torch.bfloat16)
     runs = [
-        row_shrink.layer_norm_shrink(z, weight, bias, EPS, adapters(p), torch.empty_like(z))
+        lora_shrink.layer_norm_shrink(z, weight, bias, EPS, adapters(p), torch.empty_like(z))
         for z in (p.x, p.x, p.x[5:9])
     ]
     for whole, again, part in zip(*runs, strict=True):

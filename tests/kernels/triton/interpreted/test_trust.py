@@ -80,8 +80,8 @@ def corrupt(monkeypatch, module):
 
 
 def test_a_broken_kernel_is_caught_and_another_serves(checking):
-    checking.setattr("fused_lora.plan.cost_triton.TRITON_EFFICIENCY", 1e6)  # auto would take it
-    checking.setattr("fused_lora.plan.cost_triton.TRITON_LAUNCH_CALLS", 0.0)
+    checking.setattr("fused_lora.plan.cost_kernels.TRITON_EFFICIENCY", 1e6)  # auto would take it
+    checking.setattr("fused_lora.plan.cost_kernels.TRITON_LAUNCH_CALLS", 0.0)
     for module in (lora_extended, lora_one_pass):
         corrupt(checking, module)
     p = build(CASES[3], torch.bfloat16, torch.float32)

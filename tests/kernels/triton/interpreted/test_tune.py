@@ -8,9 +8,9 @@ import torch
 from fused_lora import cli
 from fused_lora.bench import tune as command
 from fused_lora.bench.tune import launched
-from fused_lora.kernels.triton import launches, winners
+from fused_lora.kernels.triton import launches
 from fused_lora.kernels.triton.tiles import GradTile, ThinTile, Tile
-from fused_lora.trust import triton_checks, verify
+from fused_lora.trust import launch_checks, verify
 from fused_lora.trust.check import equations
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
 from tests.trust.conftest import RESULTS
@@ -57,7 +57,7 @@ def tuning(serving, monkeypatch):  # noqa: F811
 
 
 def fresh():
-    winners._winners.cache_clear()
+    launches._winners.cache_clear()
     launches.tile_of.cache_clear()
 
 
@@ -87,12 +87,12 @@ def test_a_wrong_tile_cannot_win(tuning):
 
     tuning.setenv("FUSED_LORA_VERIFY", "first")
     for kernel, names in RESULTS.items():
-        tuning.setitem(triton_checks.RUNS, kernel, partial(run, names=names))
+        tuning.setitem(launch_checks.RUNS, kernel, partial(run, names=names))
     tuning.setattr(command, "launched", lambda *asked: [only("extended", *asked)])
     with pytest.warns(RuntimeWarning, match="triton extended .32x32x32"):
         tune()
     fresh()
-    assert not winners._winners(CPU)
+    assert not launches._winners(CPU)
     assert verify.path().exists()
 
 
