@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from fused_lora.kernels.cuda import native
-from fused_lora.trust import launch_checks
-from fused_lora.trust.kernel_registry import compiled_grads, of_compiled_merge
+from fused_lora.verify import launch_checks
+from fused_lora.verify.kernel_registry import compiled_grads, of_compiled_merge
 
 ROWS = 53  # four tiles, the last of five rows; a racecheck takes a hundred times as long
 

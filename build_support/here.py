@@ -24,7 +24,7 @@ def gpus() -> list[str]:
     return list(dict.fromkeys(line.strip() for line in done.stdout.splitlines() if line.strip()))
 
 
-def said() -> str:
+def text() -> str:
     """What is built where FUSED_LORA_NATIVE is ``here``, and why."""
     asked = os.environ.get("FUSED_LORA_NATIVE", "").strip()
     if asked != "here":
@@ -40,4 +40,4 @@ def said() -> str:
 
 
 if __name__ == "__main__":
-    print(said())
+    print(text())

@@ -168,9 +168,9 @@ def _run_distill(args: argparse.Namespace) -> int:
     from fused_lora.distill.run import distill
 
     folder = args.out or Path("runs") / Path(args.recipe).stem
-    said = distill(read(args.recipe, args.set), folder, args.fresh)
+    result = distill(read(args.recipe, args.set), folder, args.fresh)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{text(said)}\nrun: {folder}")
+        print(f"{text(result)}\nrun: {folder}")
         if (folder / REPORT).is_file():
             print(f"report: {folder / REPORT}")
     return 0
@@ -194,7 +194,7 @@ def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _run_selftest(args: argparse.Namespace) -> int:
-    from fused_lora.trust.selftest import (
+    from fused_lora.verify.selftest import (
         BACKENDS,
         DTYPES,
         Result,

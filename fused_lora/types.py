@@ -80,16 +80,16 @@ class Span:
         return self.stop - self.start
 
 
-class Beside(NamedTuple):
+class FusionContext(NamedTuple):
     """What lies beside a product in a chain, and may be part of its pass."""
 
     bordered: bool = False  # x is written into the left of [x | h] by whoever makes it
     activated: bool = False  # y goes on through GELU, and both are written
-    sloped: bool = False  # x is a GELU's, so that dx goes on through its slope
+    input_activated: bool = False  # x is a GELU's, so that dx goes on through its derivative
     shrunk: bool = False  # h is formed by whoever makes x
 
 
-ALONE = Beside()
+NO_CONTEXT = FusionContext()
 
 
 def ragged(spans: Sequence[Span]) -> bool:
@@ -121,7 +121,7 @@ class Needs:
     b: bool = True
 
 
-class Halves(NamedTuple):
+class AdapterTraits(NamedTuple):
     """What of the adapters costs a library calls of its own, beside their shapes."""
 
     dtype: str = ""  # of a and b; "" for that of the products
@@ -129,7 +129,7 @@ class Halves(NamedTuple):
     one_scale: bool = True  # whether all s are the same
 
 
-ALIKE = Halves()
+DEFAULT_TRAITS = AdapterTraits()
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Plan:
     grads_by: Backend | None = None  # who computes RANK gradients; None: ``backend``
     dropped_by: Backend | None = None  # who masks the x of a; None: nobody
     slices: int = 0  # of rows, whose sums ``grads_by`` adds up; 0 where nobody said
-    hands_dh: bool = False  # whether ``grads_by`` comes before dx, and writes the dh that dx reads
+    writes_dh: bool = False  # whether ``grads_by`` comes before dx, and writes the dh that dx reads
 
     @property
     def gradient_backend(self) -> Backend:

@@ -44,9 +44,9 @@ def main() -> None:
         for variant, fraction, seed in product(VARIANTS, FRACTIONS, GRIDS["digits"].seeds)
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    said = {"recipe": RECIPE.name, "steps": STEPS, "reduction": REDUCTION, "blr": RATE}
-    said["rows"] = rows
-    args.out.write_text(json.dumps(said).replace("}, {", "},\n{") + "\n")
+    result = {"recipe": RECIPE.name, "steps": STEPS, "reduction": REDUCTION, "blr": RATE}
+    result["rows"] = rows
+    args.out.write_text(json.dumps(result).replace("}, {", "},\n{") + "\n")
     print(table(rows))
 
 

@@ -32,16 +32,16 @@ def fill(
     Returns:
         What the file holds.
     """
-    said = json.loads(out.read_text()) if out.is_file() else begin(about)
+    result = json.loads(out.read_text()) if out.is_file() else begin(about)
     for given in settings:
         kind = "sweep" if "blr" in given else "rows"
-        if any(row.items() >= given.items() for row in said[kind]):
+        if any(row.items() >= given.items() for row in result[kind]):
             continue
-        said[kind].append(given | run(given, said["sweep"]))
+        result[kind].append(given | run(given, result["sweep"]))
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(said).replace("}, {", "},\n{") + "\n")
-        print(said[kind][-1], flush=True)
-    return said
+        out.write_text(json.dumps(result).replace("}, {", "},\n{") + "\n")
+        print(result[kind][-1], flush=True)
+    return result
 
 
 def begin(about: Row) -> Row:

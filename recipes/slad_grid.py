@@ -51,8 +51,8 @@ def main() -> None:
     args = parser.parse_args()
     asked = iter(()) if args.table else every()
     about = {"recipe": RECIPE.name, "steps": STEPS}
-    said = fill(args.out, about, asked, lambda given, sweep: row(args.folder, given, sweep))
-    print(tables(said["rows"]))
+    result = fill(args.out, about, asked, lambda given, sweep: row(args.folder, given, sweep))
+    print(tables(result["rows"]))
 
 
 def every() -> Iterator[Row]:
@@ -138,12 +138,12 @@ def tables(rows: list[Row]) -> str:
     lines[-1] += " |"
     lines.append("|---" * (2 + len(FRACTIONS)) + "|")
     for other, figure in product([m for m in METHODS if m != "joint, even"], FIGURES):
-        said = []
+        result = []
         for fraction in FRACTIONS:
             ours = {"method": "joint, even", "fraction": fraction}
-            said.append(compared(rows, ours, ours | {"method": other}, figure, ["seed"]))
-        if any(said):
-            lines.append(f"| {other} | {figure} | " + " | ".join(said) + " |")
+            result.append(compared(rows, ours, ours | {"method": other}, figure, ["seed"]))
+        if any(result):
+            lines.append(f"| {other} | {figure} | " + " | ".join(result) + " |")
     return "\n".join(lines)
 
 

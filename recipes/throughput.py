@@ -57,15 +57,15 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=60, help="seconds for each table")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    said = begin({"rank": args.rank, "batch": args.batch, "device": args.device})
-    del said["sweep"]
+    result = begin({"rank": args.rank, "batch": args.batch, "device": args.device})
+    del result["sweep"]
     with TemporaryDirectory() as folder:
         home = Path(folder)
         for name, ways in (("WeCoLoRA", wecolora(home, args)), ("SLAD, joint", slad(home, args))):
-            said["rows"] += rows(name, ways, args)
-        said["rows"] += pipelines(home, args)
-    args.out.write_text(json.dumps(said).replace("}, {", "},\n{") + "\n")
-    for row in said["rows"]:
+            result["rows"] += rows(name, ways, args)
+        result["rows"] += pipelines(home, args)
+    args.out.write_text(json.dumps(result).replace("}, {", "},\n{") + "\n")
+    for row in result["rows"]:
         print(row)
 
 

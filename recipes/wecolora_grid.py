@@ -151,8 +151,8 @@ def main() -> None:
     grid = GRIDS[args.name]
     about = {"recipe": grid.recipe, "steps": grid.steps, "settings": grid.settings}
     asked = iter(()) if args.table else every(grid)
-    said = fill(args.out, about, asked, lambda given, sweep: row(grid, args.folder, given, sweep))
-    print(tables(grid, said["rows"]))
+    result = fill(args.out, about, asked, lambda given, sweep: row(grid, args.folder, given, sweep))
+    print(tables(grid, result["rows"]))
 
 
 def every(grid: Grid) -> Iterator[Row]:
@@ -238,15 +238,15 @@ def tables(grid: Grid, rows: list[Row]) -> str:
     """Markdown: each figure by method, and the paired differences."""
     plain = [row for row in rows if "rank" not in row]
     figures = [name for name in ("probe", "knn", "head") if rows and name in rows[0]]
-    said = [cells(grid, plain, figure) for figure in figures]
+    result = [cells(grid, plain, figure) for figure in figures]
     for other, figure in product(grid.rates, figures):
         if other != grid.ours and any(row["method"] == other for row in rows):
-            said.append(differences(grid, plain, other, figure))
+            result.append(differences(grid, plain, other, figure))
     if grid.cosine:
-        said.append(likeness(grid, rows))
+        result.append(likeness(grid, rows))
     if plain != rows:
-        said.append(ranks(grid, rows))
-    return "\n".join(said)
+        result.append(ranks(grid, rows))
+    return "\n".join(result)
 
 
 def lines_of(grid: Grid, title: str) -> list[str]:
@@ -262,8 +262,8 @@ def cells(grid: Grid, rows: list[Row], figure: str) -> str:
         mine = [r for r in rows if (r["method"], r["reduction"]) == (method, reduction)]
         of = [[100 * r[figure] for r in mine if r["fraction"] == f] for f in sorted(grid.swept)]
         if any(of):
-            said = " | ".join(cell(values) for values in of)
-            lines.append(f"| {TITLES[method]}, r = {reduction} | {said} |")
+            result = " | ".join(cell(values) for values in of)
+            lines.append(f"| {TITLES[method]}, r = {reduction} | {result} |")
     return "\n".join(lines) + "\n"
 
 
@@ -273,12 +273,12 @@ def differences(grid: Grid, rows: list[Row], other: str, figure: str) -> str:
     by = ["seed", "reduction"]
     for reduction in (*grid.reductions, None):
         mine = [r for r in rows if reduction in (None, r["reduction"])]
-        said = []
+        result = []
         for fraction in sorted(grid.swept):
             ours = {"method": grid.ours, "fraction": fraction}
-            said.append(compared(mine, ours, ours | {"method": other}, figure, by))
+            result.append(compared(mine, ours, ours | {"method": other}, figure, by))
         title = f"r = {reduction}" if reduction else "every r"
-        lines.append(f"| {title} | " + " | ".join(said) + " |")
+        lines.append(f"| {title} | " + " | ".join(result) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -288,11 +288,11 @@ def likeness(grid: Grid, rows: list[Row]) -> str:
     heads = [f"{TITLES[method]}: kept, skipped" for method in methods]
     lines = ["| block | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for block in (*rows[0]["cosine"], "mean"):
-        said = []
+        result = []
         for method in methods:
             mine = [ends(row["cosine"], block) for row in rows if row["method"] == method]
-            said.append(", ".join(cell(list(side), 3) for side in zip(*mine, strict=True)))
-        lines.append(f"| {block} | " + " | ".join(said) + " |")
+            result.append(", ".join(cell(list(side), 3) for side in zip(*mine, strict=True)))
+        lines.append(f"| {block} | " + " | ".join(result) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -308,10 +308,10 @@ def ranks(grid: Grid, rows: list[Row]) -> str:
     mine = [r for r in rows if (r["method"], r["reduction"]) == ("wecolora", grid.rank_reduction)]
     for rank in sorted((grid.plain_rank, *grid.ranks)):
         of = [r for r in mine if r.get("rank", grid.plain_rank) == rank]
-        said = [
+        result = [
             cell([100 * r["probe"] for r in of if r["fraction"] == f]) for f in sorted(grid.swept)
         ]
-        lines.append(f"| {rank} | " + " | ".join(said) + " |")
+        lines.append(f"| {rank} | " + " | ".join(result) + " |")
     return "\n".join(lines) + "\n"
 
 

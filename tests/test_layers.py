@@ -14,7 +14,7 @@ FLOORS: list[set[str]] = [
     {"types", "env", "version", "disk", "worker"},
     {"reference", "plan", "programs"},
     {"kernels"},
-    {"trust"},
+    {"verify"},
     {"ops"},
     {"nn"},
     {"io", "patching"},
@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"cli"},
 ]
 SIDE_ROOMS = {"bench", "testing"}  # may import anything; only the cli may import them,
-JUDGES = {"trust"}  # and a room that judges at run time may import testing
+JUDGES = {"verify"}  # and a room that judges at run time may import testing
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 BACKENDS = {"aten", "triton", "cuda"}
 AT_IMPORT = {"torch"}  # third parties that may be imported by importing a module
@@ -151,8 +151,8 @@ def test_imports_go_down(path: Path) -> None:
         ("fused_lora.nn.linear", "import fused_lora", "circle"),
         ("fused_lora.types", "from fused_lora import env", "does not stand below"),
         ("fused_lora.ops.x", "from fused_lora.testing import truth", "only the cli"),
-        ("fused_lora.trust.x", "from fused_lora.bench import clock", "only the cli"),
-        ("fused_lora.trust.x", "from fused_lora.ops import planning", "does not stand below"),
+        ("fused_lora.verify.x", "from fused_lora.bench import clock", "only the cli"),
+        ("fused_lora.verify.x", "from fused_lora.ops import planning", "does not stand below"),
         ("fused_lora.distill.x", "from fused_lora.bench import judge", "only the cli"),
         ("fused_lora.distill.x", "from sklearn.cluster import KMeans", "inside the function"),
         ("fused_lora.patching.x", "from fused_lora.distill import stack", "does not stand below"),
@@ -186,7 +186,7 @@ def test_violations_are_caught(module: str, source: str, why: str) -> None:
         ("fused_lora.ops.x", "def f():\n    from fused_lora.kernels.triton import x"),
         ("fused_lora.ops.x", "from fused_lora.kernels.triton import available"),
         ("fused_lora.cli", "from fused_lora.bench import table"),
-        ("fused_lora.trust.x", "from fused_lora.testing.yardstick import judge"),
+        ("fused_lora.verify.x", "from fused_lora.testing.yardstick import judge"),
         ("fused_lora.bench.x", "import timm\nfrom fused_lora.patching import patch"),
         ("fused_lora.patching.x", "if TYPE_CHECKING:\n    import timm"),
     ],

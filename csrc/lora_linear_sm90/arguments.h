@@ -10,7 +10,7 @@ struct LinearSpan {
   int32_t first_column, columns, rank;
 };
 
-struct LinearEnding {
+struct LinearEpilogue {
   const void* bias;
   const void* factor;
   const void* residual;
@@ -21,7 +21,7 @@ struct LinearArguments {
   TensorMap x, w, y, u;
   TensorMap h[kMostLinearGroups], border[kMostLinearGroups];
   LinearSpan span[kMostLinearGroups];
-  LinearEnding ending;
+  LinearEpilogue epilogue;
   int64_t tiles, rows;
   int32_t columns, depth, groups;
 };
@@ -62,7 +62,7 @@ inline int make_arguments(const LinearProblem& problem, const LinearPlan& plan,
     error = encode(right_shape(problem, plan, group.border, group.columns, group.rank),
                    &arguments->border[at]);
   }
-  arguments->ending = {problem.bias, problem.factor, problem.residual.at, problem.residual.row};
+  arguments->epilogue = {problem.bias, problem.factor, problem.residual.at, problem.residual.row};
   arguments->tiles = plan.tiles, arguments->rows = shape.rows;
   arguments->columns = shape.columns, arguments->depth = shape.depth;
   return error;

@@ -1,7 +1,7 @@
 // One block of lora_linear, from tile to tile of y.
 //
 //   producer    copies a stage of x and of w, or of h and of a border, as soon as one is empty
-//   consumers   multiply stage after stage into their sums; then give them their ending, and copy y
+//   consumers   multiply stage after stage into their sums; then give them their epilogue, and copy y
 //               out while the next stages arrive
 //
 //            K in steps of 64           R_g in steps of 64, for each group that the tile meets
@@ -204,30 +204,30 @@ class Extended {
   FL_DEVICE int row_of_thread() const { return thread_index() % 128 / 32 * 16 + lane() / 4; }
 
   FL_DEVICE void add_bias(const Corner& c) {
-    if (!arguments_.ending.bias) return;
+    if (!arguments_.epilogue.bias) return;
     FL_UNROLL
     for (int j = 0; j < kSums / 4; ++j) {
       const int column = column_of(c, j);
       if (column >= arguments_.columns) continue;
-      const Pair bias = pair_of<T>(arguments_.ending.bias, column);
+      const Pair bias = pair_of<T>(arguments_.epilogue.bias, column);
       FL_UNROLL
       for (int i = 0; i < 4; ++i) sum_[4 * j + i] += bias.at[i % 2];
     }
   }
 
   FL_DEVICE void scale_and_join(const Corner& c) {
-    const LinearEnding& ending = arguments_.ending;
-    if (ending.factor) {
+    const LinearEpilogue& epilogue = arguments_.epilogue;
+    if (epilogue.factor) {
       FL_UNROLL
       for (int j = 0; j < kSums / 4; ++j) {
         const int column = column_of(c, j);
         if (column >= arguments_.columns) continue;
-        const Pair factor = pair_of<T>(ending.factor, column);
+        const Pair factor = pair_of<T>(epilogue.factor, column);
         FL_UNROLL
         for (int i = 0; i < 4; ++i) sum_[4 * j + i] *= factor.at[i % 2];
       }
     }
-    if (!ending.residual) return;
+    if (!epilogue.residual) return;
     FL_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int64_t row = static_cast<int64_t>(c.row) + row_of_thread() + 8 * half;
@@ -236,7 +236,7 @@ class Extended {
       for (int j = 0; j < kSums / 4; ++j) {
         const int column = column_of(c, j);
         if (column >= arguments_.columns) continue;
-        const Pair join = pair_of<T>(ending.residual, row * ending.residual_row + column);
+        const Pair join = pair_of<T>(epilogue.residual, row * epilogue.residual_row + column);
         sum_[4 * j + 2 * half] += join.at[0], sum_[4 * j + 2 * half + 1] += join.at[1];
       }
     }

@@ -10,7 +10,7 @@ namespace fused_lora::sm90 {
 namespace {
 
 // Cycles that one stage of a tile takes, for products or for what it reads, and those of its
-// ending. Guesses until a GPU has run it: products of 2,048 elements and 64 bytes a cycle.
+// epilogue. Guesses until a GPU has run it: products of 2,048 elements and 64 bytes a cycle.
 int64_t tile_cycles(int rows, int columns, int64_t stages) {
   const int64_t products = static_cast<int64_t>(rows) * columns * kDepth / 2048;
   const int64_t reads = static_cast<int64_t>(rows + columns) * kBoxRowBytes / 64;

@@ -63,9 +63,9 @@ class Case:
     cache: str = "warm"  # warm | cold: what a GPU's L2 holds when a step begins
 
     def __str__(self) -> str:
-        said = f"{self.model}, batch {self.batch}, rank {self.rank}, {self.dtype}"
+        text = f"{self.model}, batch {self.batch}, rank {self.rank}, {self.dtype}"
         usual = (self.mode, self.cache) == ("eager", "warm")
-        return said if usual else f"{said}, {self.mode}, {self.cache} cache"
+        return text if usual else f"{text}, {self.mode}, {self.cache} cache"
 
 
 @dataclass(frozen=True)

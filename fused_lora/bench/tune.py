@@ -19,10 +19,10 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import available, launches
 from fused_lora.kernels.triton.launches import Launch, MeasuredTile, key, tile_of
 from fused_lora.plan.strategies import ONE_PASS_RANKS
-from fused_lora.trust.kernel_registry import launches as every_launch
-from fused_lora.trust.kernel_registry import of_launch
-from fused_lora.trust.verify import verdict
 from fused_lora.types import Span
+from fused_lora.verify.kernel_registry import launches as every_launch
+from fused_lora.verify.kernel_registry import of_launch
+from fused_lora.verify.verdicts import verdict
 
 
 @dataclass(frozen=True)

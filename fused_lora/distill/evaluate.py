@@ -82,8 +82,10 @@ def sgd(
                 optimizer.step()
             schedule.step()
     with torch.no_grad():
-        said = torch.cat([probe(part.to(device)).argmax(1).cpu() for part in features.split(batch)])
-    return (said == labels).double().mean().item()
+        predicted = torch.cat(
+            [probe(part.to(device)).argmax(1).cpu() for part in features.split(batch)]
+        )
+    return (predicted == labels).double().mean().item()
 
 
 PROBES = {"logistic": logistic, "sgd": sgd}

@@ -67,7 +67,7 @@ class FeatureObjective(nn.Module):
         return (mine - theirs).abs().mean(-1)
 
 
-class NormedLive(features.Live):
+class NormedFeatures(features.LiveFeatures):
     """The teacher's tokens after its final norm; ``numbers`` are those of ``blocks``."""
 
     def __init__(self, teacher: nn.Module, numbers: Sequence[int], precision: Precision) -> None:
@@ -113,8 +113,8 @@ class FamilyRun(Run):
         self._check_reach(objective)
         return objective
 
-    def _live(self) -> features.Live:
-        return NormedLive(self.teacher, [theirs for _, theirs in self.pairs], self.precision)
+    def _live(self) -> features.LiveFeatures:
+        return NormedFeatures(self.teacher, [theirs for _, theirs in self.pairs], self.precision)
 
     def _predictors(self, student: nn.Module) -> None:
         """None: it has no head."""

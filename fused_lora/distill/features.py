@@ -25,7 +25,7 @@ class Wanted(Protocol):
         """One [b, tokens, d] for each block."""
 
 
-class Live:
+class LiveFeatures:
     """The teacher itself, in eval mode and without gradients."""
 
     def __init__(self, teacher: nn.Module, blocks: Sequence[str], precision: Precision) -> None:
@@ -39,7 +39,7 @@ class Live:
             return tokens_of(self.teacher, batch.images, self.blocks, whole=False)[1]
 
 
-class Kept:
+class CachedFeatures:
     """T of every chosen image, looked up by row."""
 
     def __init__(self, rows: Sequence[int], tokens: list[Tensor], device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Kept:
         return [each[places].to(self.device, non_blocking=True) for each in self.tokens]
 
 
-def in_memory(live: Live, batches: Iterator[Batch], rows: Sequence[int]) -> Kept:
+def in_memory(live: LiveFeatures, batches: Iterator[Batch], rows: Sequence[int]) -> CachedFeatures:
     """Run the teacher once over ``batches``, which hold ``rows``, and keep what it gives."""
     kept: list[Tensor] = []
     place = {row: i for i, row in enumerate(rows)}
@@ -61,12 +61,12 @@ def in_memory(live: Live, batches: Iterator[Batch], rows: Sequence[int]) -> Kept
         kept = kept or [_room(len(rows), each, torch.empty) for each in found]
         for whole, part in zip(kept, found, strict=True):
             whole[[place[row] for row in batch.rows.tolist()]] = part.cpu()
-    return Kept(rows, kept, live.precision.device)
+    return CachedFeatures(rows, kept, live.precision.device)
 
 
 def on_disk(
-    live: Live, batches: Iterator[Batch], rows: Sequence[int], folder: Path, about: str
-) -> Kept:
+    live: LiveFeatures, batches: Iterator[Batch], rows: Sequence[int], folder: Path, about: str
+) -> CachedFeatures:
     """The same in files of ``folder``, found again where teacher, images and views are the same.
 
     Args:
@@ -76,8 +76,8 @@ def on_disk(
         folder: where the files go.
         about: names images, views and precision.
     """
-    said = [fingerprint(live.teacher), live.blocks, about, list(rows)]
-    key = hashlib.blake2b(json.dumps(said).encode(), digest_size=12).hexdigest()
+    identity = [fingerprint(live.teacher), live.blocks, about, list(rows)]
+    key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=12).hexdigest()
     note = folder / f"{key}.json"
     if not note.is_file():
         _fill(live, batches, rows, folder, key)
@@ -86,7 +86,7 @@ def on_disk(
         _mapped(folder / f"{key}.{i}.bin", tuple(shape), getattr(torch, dtype))
         for i, (shape, dtype) in enumerate(described)
     ]
-    return Kept(rows, tokens, live.precision.device)
+    return CachedFeatures(rows, tokens, live.precision.device)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -99,7 +99,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _fill(
-    live: Live, batches: Iterator[Batch], rows: Sequence[int], folder: Path, key: str
+    live: LiveFeatures, batches: Iterator[Batch], rows: Sequence[int], folder: Path, key: str
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     place = {row: i for i, row in enumerate(rows)}
@@ -112,9 +112,9 @@ def _fill(
                 files.append(_room(len(rows), part, lambda *a, p=path, **k: _mapped(p, *a, **k)))
             files[i][[place[row] for row in batch.rows.tolist()]] = part.cpu()
     described = [[list(each.shape), str(each.dtype).removeprefix("torch.")] for each in files]
-    beside = folder / f"{key}.json.part"
-    beside.write_text(json.dumps(described), encoding="utf-8")
-    os.replace(beside, folder / f"{key}.json")  # last, so that half a cache is none
+    part = folder / f"{key}.json.part"
+    part.write_text(json.dumps(described), encoding="utf-8")
+    os.replace(part, folder / f"{key}.json")  # last, so that half a cache is none
 
 
 def _room(count: int, like: Tensor, make: Callable[..., Tensor]) -> Tensor:

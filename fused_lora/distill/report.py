@@ -28,8 +28,8 @@ TEACHER = "teacher"  # folder of a phase in which the teacher alone learns
 
 def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """The result in ``folder``, if it is of this recipe."""
-    said = read_result(folder)
-    return said if said and said["recipe"] == json.loads(json.dumps(plain(recipe))) else None
+    result = read_result(folder)
+    return result if result and result["recipe"] == json.loads(json.dumps(plain(recipe))) else None
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -38,32 +38,32 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def write_result(folder: Path, said: dict[str, Any]) -> None:
+def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Put it there, whole or not at all."""
-    beside = folder / f"{RESULT}.part"
-    beside.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, folder / RESULT)
+    part = folder / f"{RESULT}.part"
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, folder / RESULT)
 
 
 COUNTS = ("images", "steps", "skipped")
 
 
-def text(said: dict[str, Any]) -> str:
+def text(result: dict[str, Any]) -> str:
     """A few lines of what ``distill`` returned."""
-    figures = dict(said["figures"])
+    figures = dict(result["figures"])
     each, teacher = figures.pop("iou", {}), figures.pop("teacher", {})
     before, cka = figures.pop("cka_before", {}), figures.pop("cka", {})
     likeness = figures.pop("cosine", {}) | cka
     lines = [f"{name:<10}{figures.pop(name):>8}" for name in COUNTS if name in figures]
     for name, value in figures.items():
-        beside = f"   teacher {teacher[name]:.2%}" if name in teacher else ""
-        lines.append(f"{name:<10}{value:>8.2%}{beside}")
+        of_teacher = f"   teacher {teacher[name]:.2%}" if name in teacher else ""
+        lines.append(f"{name:<10}{value:>8.2%}{of_teacher}")
     lines += [f"{'iou':<10}{_row(each)}"] if each else []
     lines += [f"{block:<10}{_row(row)}" for block, row in likeness.items()]
     if cka:
         was = f", {mean_of(before):.3f} before" if before else ""
         lines.append(f"{'cka':<10}{mean_of(cka):.3f} mean of mapped blocks{was}")
-    return "\n".join([*lines, f"{'seconds':<10}{said['seconds']:>8}"])
+    return "\n".join([*lines, f"{'seconds':<10}{result['seconds']:>8}"])
 
 
 def mean_of(likeness: dict[str, dict[str, float]]) -> float:
@@ -159,17 +159,17 @@ def confusion_of(
 
 
 def write(
-    folder: Path, said: dict[str, Any], costs: list[Cost], heats: list[Heat], export: str
+    folder: Path, result: dict[str, Any], costs: list[Cost], heats: list[Heat], export: str
 ) -> Path:
-    """Put the report of the result ``said`` beside it; loss curves come from ``log.jsonl``."""
+    """Put the report of the result ``result`` beside it; loss curves come from ``log.jsonl``."""
     parts = [
-        f"<h1>{html.escape(folder.name)}: {html.escape(said['recipe']['method'])}</h1>",
-        _figures(said),
+        f"<h1>{html.escape(folder.name)}: {html.escape(result['recipe']['method'])}</h1>",
+        _figures(result),
         *(_curve(path, title) for path, title in _logs(folder)),
         _costs(costs),
         *(_heat(heat) for heat in heats),
         f"<h2>Export</h2><p>{html.escape(export)}</p>",
-        f"<h2>Recipe</h2><pre>{html.escape(json.dumps(said['recipe'], indent=1))}</pre>",
+        f"<h2>Recipe</h2><pre>{html.escape(json.dumps(result['recipe'], indent=1))}</pre>",
     ]
     path = folder / REPORT
     page = f"<!doctype html><meta charset='utf-8'><title>{html.escape(folder.name)}</title>"
@@ -185,16 +185,16 @@ STYLE = (
 )
 
 
-def _figures(said: dict[str, Any]) -> str:
-    figures, teacher = said["figures"], said["figures"].get("teacher", {})
+def _figures(result: dict[str, Any]) -> str:
+    figures, teacher = result["figures"], result["figures"].get("teacher", {})
     rows = []
     for name, value in figures.items():
         if isinstance(value, float):
-            beside = f"{teacher[name]:.2%}" if isinstance(teacher.get(name), float) else ""
-            rows.append((name, f"{value:.2%}", beside))
+            of_teacher = f"{teacher[name]:.2%}" if isinstance(teacher.get(name), float) else ""
+            rows.append((name, f"{value:.2%}", of_teacher))
         elif isinstance(value, int):
             rows.append((name, str(value), ""))
-    rows.append(("seconds", f"{said['seconds']:.0f}", ""))
+    rows.append(("seconds", f"{result['seconds']:.0f}", ""))
     return "<h2>Figures</h2>" + _table(("", "student", "teacher"), rows)
 
 

@@ -24,7 +24,7 @@ from fused_lora.distill.data.sets import (
     spread,
     uniform,
 )
-from fused_lora.distill.data.views import View, Viewed, view_of
+from fused_lora.distill.data.views import TransformedImages, View, view_of
 from fused_lora.distill.models import build
 from fused_lora.distill.recipe.read import plain, read
 from fused_lora.distill.recipe.tables import SEGMENTED, Recipe, RecipeError, Teacher
@@ -166,7 +166,7 @@ class Run:
         return Fit(
             objective,
             self._wanted(chosen),
-            self._viewed(self.images, view, keep=recipe.data.augment == "none"),
+            self._transformed(self.images, view, keep=recipe.data.augment == "none"),
             order,
             replace(train, blr=rate * train.blr),
             self.precision,
@@ -191,9 +191,11 @@ class Run:
         for name in lost:
             objective.get_parameter(name).requires_grad_(False)
 
-    def _live(self) -> features.Live:
+    def _live(self) -> features.LiveFeatures:
         """What the loss compares with, of the teacher."""
-        return features.Live(self.teacher, wanted_of(self.teacher, self.recipe), self.precision)
+        return features.LiveFeatures(
+            self.teacher, wanted_of(self.teacher, self.recipe), self.precision
+        )
 
     def _wanted(self, chosen: Sequence[int]) -> features.Wanted:
         live = self._live()
@@ -215,19 +217,19 @@ class Run:
         about = self.recipe.data
         return view_of(self.teacher, about.source, about.image_size, augment)
 
-    def _viewed(self, images: ImageSet, view: View, keep: bool = False) -> Viewed:
+    def _transformed(self, images: ImageSet, view: View, keep: bool = False) -> TransformedImages:
         about = self.recipe.data
         bytes_each = next(self.once(images, range(min(8, len(images))))).images[0].nbytes
         keep = keep and bytes_each * len(images) <= KEPT_BYTES
-        return Viewed(images, view, self.recipe.train.seed, about.bad_images, keep)
+        return TransformedImages(images, view, self.recipe.train.seed, about.bad_images, keep)
 
     def once(self, images: ImageSet, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         """Each of ``rows`` once, without augmentation."""
         about, train = self.recipe.data, self.recipe.train
         rows = range(len(images)) if rows is None else rows
-        viewed = Viewed(images, self.plain_view, 0, about.bad_images)
+        transformed = TransformedImages(images, self.plain_view, 0, about.bad_images)
         order = Order(rows, max(train.batch_size, 64))
-        for (batch,) in loaded(viewed, order, range(order.steps_per_epoch), 0, about.workers):
+        for (batch,) in loaded(transformed, order, range(order.steps_per_epoch), 0, about.workers):
             yield batch.to(self.precision.device, self.precision.stored)
 
     def _passes(self) -> tuple[evaluate.Pass, evaluate.Pass]:
@@ -256,15 +258,15 @@ class Run:
         about = self.about | {"reduction": reduction}
         save_student(student, self.folder, about)
         seconds = round(time.perf_counter() - self.begun_s, 2)
-        said = {"recipe": plain(self.recipe), "figures": figures, "seconds": seconds}
-        write_result(self.folder, said)
+        result = {"recipe": plain(self.recipe), "figures": figures, "seconds": seconds}
+        write_result(self.folder, result)
         if self.recipe.evaluate.report:
-            self._report(student, said, costs, about)
+            self._report(student, result, costs, about)
 
     def _report(
         self,
         student: nn.Module,
-        said: dict[str, Any],
+        result: dict[str, Any],
         costs: list[report.Cost],
         about: dict[str, Any],
     ) -> None:
@@ -280,7 +282,7 @@ class Run:
                 batches = self.once(self.test, few)
                 heats.append(report.confusion_of(*both, batches, self.test.classes))
         export = export_student(student, self.folder, about, self.images.classes)
-        report.write(self.folder, said, costs, heats, export)
+        report.write(self.folder, result, costs, heats, export)
 
     def _costs(self, model: nn.Module, name: str) -> list[report.Cost]:
         if not self.recipe.evaluate.report:

@@ -28,7 +28,7 @@ from fused_lora.types import Span
 
 
 @dataclass(frozen=True)
-class Deal:
+class SharedProjection:
     """One linear of the student: its loans by group, and how its adapters compute."""
 
     name: str  # dotted
@@ -38,9 +38,11 @@ class Deal:
     config: AdapterConfig
 
 
-def deals(pairs: Iterable[tuple[Block, Block]], rank: int | None) -> list[Deal]:
+def shared_projections(
+    pairs: Iterable[tuple[Block, Block]], rank: int | None
+) -> list[SharedProjection]:
     """The deals of all (student block, teacher block); raises PatchError where one cannot be."""
-    found: dict[nn.Module, Deal] = {}
+    found: dict[nn.Module, SharedProjection] = {}
     for mine, theirs in pairs:
         offered = _offered(theirs)
         _check_keys(mine, theirs, offered)
@@ -99,7 +101,7 @@ def _packed(block: Block, key: str) -> bool:
 
 def _deal(
     name: str, parts: list[Part], offered: dict[str, tuple[Part, SharedAdapter]], rank: int | None
-) -> Deal:
+) -> SharedProjection:
     try:
         linear = check_adoptable(parts[0].module, f"the student's {name}")
     except TypeError as error:
@@ -112,7 +114,7 @@ def _deal(
     configs = [loan.owner.config for loan in loans.values()]
     if len({(config.dropout, config.impl, config.base_dtype) for config in configs}) > 1:
         raise PatchError(f"{name}: the teacher's adapters for it differ in dropout, impl or base")
-    return Deal(name, linear, tuple(part.key for part in shared), loans, configs[0])
+    return SharedProjection(name, linear, tuple(part.key for part in shared), loans, configs[0])
 
 
 def _loan(
@@ -190,8 +192,8 @@ def share_adapters(
     trained = patterns_of(trainable)
     _check_models(teacher, student)
     check_trainable(student, trained)
-    found = deals(_pairs(teacher, student, mapping), rank)
-    rows = _rows_per_image(student, {deal.name for deal in found}, example_input)
+    found = shared_projections(_pairs(teacher, student, mapping), rank)
+    rows = _rows_per_image(student, {projection.name for projection in found}, example_input)
     _adopt(found)
     froze = freeze(student, trained)
     report = _report(student, found, rows, froze, batch_size)
@@ -271,11 +273,13 @@ def _rows_per_image(student: nn.Module, names: set[str], example: Any) -> dict[s
     return {name: observed.rows for name, observed in observations.items()}
 
 
-def _adopt(found: list[Deal]) -> None:
+def _adopt(found: list[SharedProjection]) -> None:
     done: list[AdaptedLinear] = []
     try:
-        for deal in found:
-            done.append(SharedLoRALinear.adopt(deal.linear, deal.loans, deal.config))
+        for projection in found:
+            done.append(
+                SharedLoRALinear.adopt(projection.linear, projection.loans, projection.config)
+            )
     except BaseException:
         for module in done:
             module.release()
@@ -284,20 +288,22 @@ def _adopt(found: list[Deal]) -> None:
 
 def _report(
     student: nn.Module,
-    found: list[Deal],
+    found: list[SharedProjection],
     rows_per_image: dict[str, int],
     froze: list[str],
     batch_size: int,
 ) -> PatchReport:
     rows = []
-    for deal in found:
-        module = deal.linear
+    for projection in found:
+        module = projection.linear
         assert isinstance(module, SharedLoRALinear)
-        ranks = tuple(loan.span.rank for loan in deal.loans.values())
-        plan = plan_words(module, rows_per_image[deal.name] * batch_size)
-        keys = "|".join(deal.keys)
+        ranks = tuple(loan.span.rank for loan in projection.loans.values())
+        plan = plan_words(module, rows_per_image[projection.name] * batch_size)
+        keys = "|".join(projection.keys)
         rows.append(
-            ProjectionRow(deal.name, keys, module.in_features, module.out_features, ranks, 0, plan)
+            ProjectionRow(
+                projection.name, keys, module.in_features, module.out_features, ranks, 0, plan
+            )
         )
     more = {"froze": froze, "rows_per_image": rows_per_image}
     return PatchReport.of(student, rows, batch_size, **more)

@@ -12,10 +12,10 @@ from torch import Tensor
 from fused_lora.reference.lora_linear import Grads
 from fused_lora.types import Span
 
-__all__ = ["Adapters", "Ending", "Grads", "HiddenGrad", "Slope"]
+__all__ = ["ActivationGrad", "Adapters", "Epilogue", "Grads", "HiddenGrad"]
 
 
-class Ending(NamedTuple):
+class Epilogue(NamedTuple):
     """What follows a product before its one rounding: u = product, y = residual + factor act(u)."""
 
     activation: str = "none"  # or GELU: erf, tanh
@@ -31,7 +31,7 @@ class Ending(NamedTuple):
         return "extended_scale" if same else "extended_wide"
 
 
-class Slope(NamedTuple):
+class ActivationGrad(NamedTuple):
     """What dx goes on through where x = act(u): du = act'(u) dx, dx itself not written."""
 
     activation: str  # GELU: erf, tanh

@@ -26,10 +26,10 @@ from fused_lora.plan.strategies import (
     why_not_products,
     why_not_strategy,
 )
-from fused_lora.trust.check import CannotVerifyNow, KernelId, Verdict
-from fused_lora.trust.kernel_registry import Checked, of_compiled_product, of_launch
-from fused_lora.trust.verify import announce, is_collecting, known, verdict, why_not_concrete
 from fused_lora.types import Backend, Impl, Plan
+from fused_lora.verify.check import CannotVerifyNow, KernelId, Verdict
+from fused_lora.verify.kernel_registry import Checked, of_compiled_product, of_launch
+from fused_lora.verify.verdicts import announce, is_collecting, known, verdict, why_not_concrete
 
 ASKED: dict[Impl, tuple[Backend, ...]] = {
     Impl.AUTO: tuple(Backend),
@@ -59,12 +59,12 @@ def why_not(
 
 def refusals(problem: Problem, dtype: torch.dtype, device: torch.device) -> list[str]:
     """One sentence for every backend, and every strategy of a backend, that cannot serve."""
-    said = {b: why_not(problem, b, dtype, device) for b in Backend}
-    backends = [f"{b.value}: {reason}" for b, reason in said.items() if reason]
+    refused = {b: why_not(problem, b, dtype, device) for b in Backend}
+    backends = [f"{b.value}: {reason}" for b, reason in refused.items() if reason]
     strategies = [
         why_not_strategy(problem, b, strategy)
         for b in Backend
-        if said[b] is None
+        if refused[b] is None
         for strategy in STRATEGIES[b]
     ]
     if lora_grad_backends.why_not_on(device) is None:
@@ -123,7 +123,7 @@ def _of_gradients(
 
 def _by_planner(problem: Problem, plan: Plan, dtype: torch.dtype, device: torch.device) -> Plan:
     """``plan`` as the compiled gradients' own planner has it: dh handed on if formed, slices."""
-    chip, first = Chip.of(device), replace(plan, hands_dh=True)
+    chip, first = Chip.of(device), replace(plan, writes_dh=True)
     if may_write_dh(problem, plan) and fitting(shape_of(problem, first), chip).forms_dh:
         plan = first if _of_gradients(problem, first, dtype, device) else plan
     launched = fitting(shape_of(problem, plan), chip).plan(problem.m, chip)
@@ -150,7 +150,7 @@ def failures(
             later = reason
     if later is not None:
         raise later
-    return {subject: said for subject, said in found.items() if not said.passed}
+    return {subject: verdict for subject, verdict in found.items() if not verdict.passed}
 
 
 def known_failures(
@@ -158,7 +158,7 @@ def known_failures(
 ) -> list[KernelId]:
     """The kernels of ``plan`` that are known to be wrong; nothing is checked for it."""
     needed = kernels(problem, plan, dtype, key, device)
-    return [one.subject for one in needed if (said := known(one, device)) and not said.passed]
+    return [one.subject for one in needed if (found := known(one, device)) and not found.passed]
 
 
 def matching(plans: Sequence[Plan], right: Callable[[Plan], bool]) -> list[Plan]:

@@ -15,7 +15,7 @@ from fused_lora import env
 from fused_lora.kernels.gemm import is_tf32
 from fused_lora.plan import problem as plan_device
 from fused_lora.plan.problem import Ceilings
-from fused_lora.trust.verify import why_not_now
+from fused_lora.verify.verdicts import why_not_now
 from fused_lora.version import __version__
 
 HALF_RANKS = (4.0, 64.0)  # what vector and matrix units make plausible

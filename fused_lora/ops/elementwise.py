@@ -50,7 +50,7 @@ def why_not(kernel: str, x: Tensor, *others: Tensor | None) -> str | None:
     return why_not_launch(kernel, rows, columns, 0, x)
 
 
-# GELU of rows and its slope: the face of kernels/aten/elementwise.py, and who serves it.
+# GELU of rows and its derivative: the face of kernels/aten/elementwise.py, and who serves it.
 #
 #     erf   u Phi(u)       tanh  0.5 u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3)))
 #

@@ -12,7 +12,7 @@ from fused_lora.kernels.cuda import lora_linear as compiled
 from fused_lora.kernels.cuda.lora_extended import tile_of
 from fused_lora.kernels.cuda.lora_grad_shape import shape_of
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.interface import Adapters, Ending
+from fused_lora.kernels.interface import Adapters, Epilogue
 from fused_lora.kernels.triton import available
 from fused_lora.ops import elementwise
 from fused_lora.ops import lora_grad_backends as compiled_grads
@@ -21,14 +21,14 @@ from fused_lora.ops.chain.stage import finish
 from fused_lora.ops.lora_linear import call_plan, forward
 from fused_lora.ops.planning import problem
 from fused_lora.plan.strategies import fuses_activation_grad, fuses_epilogue
-from fused_lora.trust.kernel_registry import of_compiled_product
-from fused_lora.trust.verify import why_not_concrete
-from fused_lora.types import Backend, Beside, Halves, Impl, Needs, Plan, Span, ragged
+from fused_lora.types import AdapterTraits, Backend, FusionContext, Impl, Needs, Plan, Span, ragged
+from fused_lora.verify.kernel_registry import of_compiled_product
+from fused_lora.verify.verdicts import why_not_concrete
 
 # Whether a kernel computes what lies beside a product in its own pass; a sentence if none does.
 #
-# forward    y = residual + factor act(x wT + bias + s h bT)        ``Ending``
-# dx         du = act'(u) (dy w + dh a), where x = act(u)           ``Slope``
+# forward    y = residual + factor act(x wT + bias + s h bT)        ``Epilogue``
+# dx         du = act'(u) (dy w + dh a), where x = act(u)           ``ActivationGrad``
 
 
 LIBRARY = (Impl.ATEN, Impl.REFERENCE)
@@ -40,23 +40,23 @@ def plan_in_context(
     bias: bool,
     spans: tuple[Span, ...],
     needs: Needs,
-    halves: Halves,
+    traits: AdapterTraits,
     impl: Impl,
     dtype: torch.dtype,  # of the product
-    beside: Beside,
+    context: FusionContext,
 ) -> Plan:
     """The plan of a product with something beside it.
 
     One whose epilogues are not trusted was chosen for nothing: it is asked for without them.
     """
-    ask = partial(call_plan, x, w, bias, spans, needs, halves, None, impl, dtype)
-    plan = ask(beside)
+    ask = partial(call_plan, x, w, bias, spans, needs, traits, None, impl, dtype)
+    plan = ask(context)
     reason = None
-    if beside.activated and fuses_epilogue(plan):
-        reason = why_not_fused(x, w, spans, plan, Ending("erf"), dtype)
-    if reason is None and beside.sloped and needs.x and fuses_activation_grad(plan):
+    if context.activated and fuses_epilogue(plan):
+        reason = why_not_fused(x, w, spans, plan, Epilogue("erf"), dtype)
+    if reason is None and context.input_activated and needs.x and fuses_activation_grad(plan):
         reason = why_not_activation_grad(x, w, spans, plan, dtype)
-    return ask(Beside(beside.bordered, shrunk=beside.shrunk)) if reason else plan
+    return ask(FusionContext(context.bordered, shrunk=context.shrunk)) if reason else plan
 
 
 def why_nobody(like: Tensor, dtype: torch.dtype, impl: Impl) -> str | None:
@@ -73,36 +73,36 @@ def why_not_fused(
     w: Tensor,  # [N, K]
     spans: tuple[Span, ...],
     plan: Plan,
-    ending: Ending,
+    epilogue: Epilogue,
     dtype: torch.dtype,  # of the product
 ) -> str | None:
-    """One sentence why no epilogue serves ``ending``; None when one does."""
+    """One sentence why no epilogue serves ``epilogue``; None when one does."""
     if not fuses_epilogue(plan):
         return f"the epilogues are those of triton:extended and cuda:extended; the plan is {plan}"
-    others = [t for t in (ending.factor, ending.residual) if t is not None]
-    if ending.activation != "none" and others:
+    others = [t for t in (epilogue.factor, epilogue.residual) if t is not None]
+    if epilogue.activation != "none" and others:
         return "an activation and a scale or a residual together are checked by nobody"
     n, k = w.shape
     if plan.backend is Backend.CUDA:
-        return _why_not_compiled((x.shape[0], n, k), spans, ending, dtype, x.device)
+        return _why_not_compiled((x.shape[0], n, k), spans, epilogue, dtype, x.device)
     for t in others:
         if t.dtype not in available.DTYPES or t.stride(-1) != 1:
             return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
-    return why_not_launch(ending.kernel(dtype), x.shape[0], n, k, x, dtype, ragged(spans))
+    return why_not_launch(epilogue.kernel(dtype), x.shape[0], n, k, x, dtype, ragged(spans))
 
 
 def _why_not_compiled(
     shape: tuple[int, int, int],  # M, N, K
     spans: tuple[Span, ...],
-    ending: Ending,
+    epilogue: Epilogue,
     dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:
-    if reason := compiled.why_not_epilogue(dtype, ending):
+    if reason := compiled.why_not_epilogue(dtype, epilogue):
         return reason
     tile = tile_of(*shape, sum(span.rank for span in spans), Chip.of(device))
     name = str(dtype).removeprefix("torch.")
-    return distrust(of_compiled_product(tile, name, compiled.kind(ending)), device)
+    return distrust(of_compiled_product(tile, name, compiled.kind(epilogue)), device)
 
 
 def why_not_activation_grad(
@@ -112,9 +112,9 @@ def why_not_activation_grad(
     plan: Plan,
     dtype: torch.dtype,  # of dx and u
 ) -> str | None:
-    """One sentence why no epilogue of dx takes the slope of GELU; None when one does."""
+    """One sentence why no epilogue of dx takes the derivative of GELU; None when one does."""
     if not fuses_activation_grad(plan):
-        return f"the slope is taken by triton:extended, and the plan is {plan}"
+        return f"the derivative is taken by triton:extended, and the plan is {plan}"
     n, k = w.shape
     return why_not_launch("extended_gelu", dy.shape[0], k, n, dy, dtype, ragged(spans))
 
@@ -154,27 +154,27 @@ def with_epilogue(
     adapters: Adapters,
     plan: Plan,
     impl: Impl,
-    ending: Ending,
+    epilogue: Epilogue,
     bordered: Tensor | None = None,  # as for ``lora_linear.forward``
     out: Tensor | None = None,  # [M, N], rows contiguous: for y behind an activation
     h: Tensor | None = None,  # [M, sum R], likewise
 ) -> EpilogueResult:
     """y [M, N], what the plan keeps, and u [M, N] where an activation follows."""
-    question = (rows, w, tuple(adapters.spans), plan, ending, rows.dtype)
+    question = (rows, w, tuple(adapters.spans), plan, epilogue, rows.dtype)
     if impl is not Impl.REFERENCE and why_not_fused(*question) is None:
-        return _epilogue(plan).forward_epilogue(rows, w, bias, adapters, plan, ending, out, h)
+        return _epilogue(plan).forward_epilogue(rows, w, bias, adapters, plan, epilogue, out, h)
     y, kept = forward(rows, w, bias, adapters, plan, impl, bordered, h)
-    return composed(y, kept, ending, out)
+    return composed(y, kept, epilogue, out)
 
 
 def composed(
-    u: Tensor, kept: Tensor | None, ending: Ending, out: Tensor | None = None
+    u: Tensor, kept: Tensor | None, epilogue: Epilogue, out: Tensor | None = None
 ) -> EpilogueResult:
     """The same in passes of their own."""
-    if ending.activation == "none":
-        return finish(u, ending.residual, ending.factor), kept, None
-    y = elementwise.gelu_forward(u, ending.activation, out)
-    return finish(y, ending.residual, ending.factor), kept, u
+    if epilogue.activation == "none":
+        return finish(u, epilogue.residual, epilogue.factor), kept, None
+    y = elementwise.gelu_forward(u, epilogue.activation, out)
+    return finish(y, epilogue.residual, epilogue.factor), kept, u
 
 
 def _epilogue(plan: Plan) -> Any:

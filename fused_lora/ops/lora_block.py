@@ -10,11 +10,11 @@ from torch import Tensor
 from fused_lora.kernels.aten import attention as kernels
 from fused_lora.ops.chain.chain import chain
 from fused_lora.ops.chain.linear import LinearStage
-from fused_lora.ops.chain.stage import ChainRecipe, Stage
+from fused_lora.ops.chain.stage import ChainSpec, Stage
 from fused_lora.ops.chain.stages import ACTIVATIONS, Activation, Attention, Gated, LayerNorm, split
 from fused_lora.ops.lora_linear import Frame
 from fused_lora.ops.operand import Adapted, Norm, check_frozen, check_recompute, compute_dtype
-from fused_lora.types import Beside
+from fused_lora.types import FusionContext
 
 # lora_attention: the first half of a transformer block in one node.
 #
@@ -55,9 +55,9 @@ def lora_attention(
     Raises:
         TypeError, ValueError: operands that do not fit, with the values seen.
     """
-    recipe = attention_spec(x, norm, qkv, proj, heads, gamma, mask, recompute)
+    spec = attention_spec(x, norm, qkv, proj, heads, gamma, mask, recompute)
     operands = (norm.gamma, norm.beta, *qkv.tensors(), *proj.tensors())
-    return chain(recipe, x, operands, None, gamma, mask)
+    return chain(spec, x, operands, None, gamma, mask)
 
 
 def attention_spec(
@@ -69,7 +69,7 @@ def attention_spec(
     gamma: Tensor | None,
     mask: Tensor | None,
     recompute: str,
-) -> ChainRecipe:
+) -> ChainSpec:
     """What ``lora_attention`` is asked to do; raises as it does."""
     if x.dim() != 3:
         raise ValueError(f"lora_attention: x must be [B, T, d], got shape {tuple(x.shape)}")
@@ -109,10 +109,10 @@ def _attention_spec(
     attention: Attention,
     dtype: torch.dtype,
     recompute: str,
-) -> ChainRecipe:
+) -> ChainSpec:
     first, last = LinearStage((qkv,), dtype), LinearStage((proj,), dtype)
     stages = (LayerNorm(eps, dtype), first, attention, last)
-    return ChainRecipe(stages, KEEPS[recompute], lean=recompute == "gemm", around=True)
+    return ChainSpec(stages, KEEPS[recompute], lean=recompute == "gemm", around=True)
 
 
 # lora_mlp: fc1, activation and fc2, plain or gated, keeping x and u; with a norm before and a
@@ -158,12 +158,12 @@ def lora_mlp(
         TypeError, ValueError: operands or options that do not fit, with the values seen.
     """
     given = (x, fc1, fc2, activation, gated, norm, around, gamma, mask, recompute)
-    recipe, dtype = mlp_spec(*given), compute_dtype(x)
+    spec, dtype = mlp_spec(*given), compute_dtype(x)
     operands = list(norm[:2]) if norm else []
     for linear in (fc1, fc2) if isinstance(fc1, Adapted) else (*fc1, fc2):
         operands += linear.tensors()
     source = x if norm or around else x.to(dtype)
-    return chain(recipe, source, operands, None, gamma, mask)
+    return chain(spec, source, operands, None, gamma, mask)
 
 
 def mlp_spec(
@@ -177,7 +177,7 @@ def mlp_spec(
     gamma: Tensor | None,
     mask: Tensor | None,
     recompute: str,
-) -> ChainRecipe:
+) -> ChainSpec:
     """What ``lora_mlp`` is asked to do; raises as it does."""
     firsts = (fc1,) if isinstance(fc1, Adapted) else tuple(fc1)
     _check_mlp(x, firsts, fc2, activation, gated, norm, recompute)
@@ -201,14 +201,14 @@ def _mlp_spec(
     dtype: torch.dtype,
     recompute: str,
     around: bool,
-) -> ChainRecipe:
+) -> ChainSpec:
     stages: list[Stage] = [] if eps is None else [LayerNorm(eps, dtype)]
     active = act.gelu is not None
-    first = LinearStage(firsts, dtype, Beside(activated=active))
-    stages += [first, act, LinearStage((fc2,), dtype, Beside(sloped=active))]
+    first = LinearStage(firsts, dtype, FusionContext(activated=active))
+    stages += [first, act, LinearStage((fc2,), dtype, FusionContext(input_activated=active))]
     u = len(stages) - 2  # the boundary behind fc1
     keep = {"none": range(1, len(stages)), "elementwise": (u,), "gemm": ()}[recompute]
-    return ChainRecipe(tuple(stages), frozenset(keep), recompute == "gemm", around)
+    return ChainSpec(tuple(stages), frozenset(keep), recompute == "gemm", around)
 
 
 def _check_mlp(
@@ -265,13 +265,13 @@ def lora_residual(
     if residual.shape != expected:
         raise ValueError(f"residual must be {expected}, got shape {tuple(residual.shape)}")
     dtype = compute_dtype(x)
-    recipe = _residual_spec(linear.frame(), dtype, lean)
-    return chain(recipe, x.to(dtype), linear.tensors(), residual, gamma, mask)
+    spec = _residual_spec(linear.frame(), dtype, lean)
+    return chain(spec, x.to(dtype), linear.tensors(), residual, gamma, mask)
 
 
 @lru_cache(maxsize=256)
-def _residual_spec(frame: Frame, dtype: torch.dtype, lean: bool) -> ChainRecipe:
-    return ChainRecipe((LinearStage((frame,), dtype),), lean=lean)
+def _residual_spec(frame: Frame, dtype: torch.dtype, lean: bool) -> ChainSpec:
+    return ChainSpec((LinearStage((frame,), dtype),), lean=lean)
 
 
 def layer_norm_lora_linear(
@@ -294,12 +294,12 @@ def layer_norm_lora_linear(
     check_recompute(recompute)
     norm.check(x)
     linear.check(x)
-    recipe = _norm_linear_spec(norm.eps, linear.frame(), compute_dtype(x), recompute)
-    return chain(recipe, x, (norm.gamma, norm.beta, *linear.tensors()))
+    spec = _norm_linear_spec(norm.eps, linear.frame(), compute_dtype(x), recompute)
+    return chain(spec, x, (norm.gamma, norm.beta, *linear.tensors()))
 
 
 @lru_cache(maxsize=256)
-def _norm_linear_spec(eps: float, frame: Frame, dtype: torch.dtype, recompute: str) -> ChainRecipe:
+def _norm_linear_spec(eps: float, frame: Frame, dtype: torch.dtype, recompute: str) -> ChainSpec:
     keep = frozenset({1} if recompute == "none" else ())
     stages = (LayerNorm(eps, dtype), LinearStage((frame,), dtype))
-    return ChainRecipe(stages, keep, recompute == "gemm")
+    return ChainSpec(stages, keep, recompute == "gemm")

@@ -22,19 +22,8 @@ from fused_lora.kernels.aten import lora_linear as library
 from fused_lora.kernels.aten import lora_linear_cases as aten
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.ops.backends import why_not_launch
-from fused_lora.trust.verify import why_not_concrete
 from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
-
-# Adapters with dropout on their x: who masks, by which seed, and the two passes around it.
-#
-#     h = (D x) aT      y = x wT + bias + s h bT      dh = s dy b
-#     da = dhT (D x)    db = s dyT h                  dx = dy w + D (dh a)
-#
-# What is kept of D, elementwise keep / (1 - p), is its seed: a number of torch's global generator,
-# so both checkpoint modes see the mask that they recompute. Triton's kernels, where this device
-# trusts them, form the mask as they read x; the library fills a tensor like x with it, for as long
-# as two products take.
-
+from fused_lora.verify.verdicts import why_not_concrete
 
 MOST_DROPOUT = 1 - 2**-17  # that 16 random bits express
 FORMS_H = (Forward.SEPARATE, Forward.BORDERED, Forward.EXTENDED)  # apart from the base product
@@ -113,7 +102,7 @@ def plan_of(plan: Plan, needs: Needs, by: Backend) -> Plan:
         gradient=Gradient.RANK if needs.a or needs.b else Gradient.NONE,
         keep=Keep.HIDDEN if needs.b else Keep.NOTHING,
         grads_by=None,
-        hands_dh=False,
+        writes_dh=False,
         dropped_by=by,
     )
 

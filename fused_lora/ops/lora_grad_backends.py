@@ -29,11 +29,11 @@ from fused_lora.kernels.cuda.lora_grad_shape import (
     why_not_dtype,
 )
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.interface import Adapters, Grads, Slope
-from fused_lora.trust.check import CannotVerifyNow
-from fused_lora.trust.kernel_registry import Checked, of_compiled_grads
-from fused_lora.trust.verify import verdict
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Grads
 from fused_lora.types import Keep, Needs, Plan
+from fused_lora.verify.check import CannotVerifyNow
+from fused_lora.verify.kernel_registry import Checked, of_compiled_grads
+from fused_lora.verify.verdicts import verdict
 
 why_not_on = lru_cache(maxsize=64)(native.why_not_on)
 
@@ -62,8 +62,10 @@ def backward(
     adapters: Adapters,
     needs: Needs,
     plan: Plan,
-    room: Any,  # the kernels that compute dx
-    slope: tuple[Slope, ...] = (),  # one where dx goes on to du, for a room that takes it
+    kernels: Any,  # the kernels that compute dx
+    activation_grad: tuple[
+        ActivationGrad, ...
+    ] = (),  # one where dx goes on to du, for a room that takes it
     activation: str = "none",  # erf or tanh: ``x`` is the u of x = GELU(u)
 ) -> Grads:
     """The gradients named by ``needs``."""
@@ -73,12 +75,16 @@ def backward(
         dw = dy.t() @ x
     h = kept if plan.keep is Keep.HIDDEN else None
     own = replace(needs, x=False, w=False)
-    if needs.x and plan.hands_dh:
+    if needs.x and plan.writes_dh:
         place = aten.place_of_dh(dy, adapters.rank, plan)
         grads = adapter_grads(dy, x, h, None, adapters, own, place.dh, activation)
-        dx, _ = room.input_grad(dy, kept, w, adapters, plan, *slope, given=place)
+        dx, _ = kernels.input_grad(dy, kept, w, adapters, plan, *activation_grad, given=place)
         return grads._replace(x=dx, w=dw)
-    dx, dh = room.input_grad(dy, kept, w, adapters, plan, *slope) if needs.x else (None, None)
+    dx, dh = (
+        kernels.input_grad(dy, kept, w, adapters, plan, *activation_grad)
+        if needs.x
+        else (None, None)
+    )
     grads = adapter_grads(dy, x, h, dh, adapters, own, None, activation)
     return grads._replace(x=dx, w=dw)
 

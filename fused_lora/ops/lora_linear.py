@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fused_lora import env
 from fused_lora.kernels.aten import lora_linear as aten
-from fused_lora.kernels.interface import Adapters, Ending, Grads, Slope
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Grads
 from fused_lora.ops import lora_dropout
 from fused_lora.ops.lora_dropout import check_dropout, seeded
 from fused_lora.ops.lora_linear_plain import check, plain
@@ -26,8 +26,19 @@ from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
 from fused_lora.reference import lora_linear as reference
-from fused_lora.trust.verify import why_not_concrete
-from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import (
+    DEFAULT_TRAITS,
+    NO_CONTEXT,
+    AdapterTraits,
+    Backend,
+    FusionContext,
+    Impl,
+    Keep,
+    Needs,
+    Plan,
+    Span,
+)
+from fused_lora.verify.verdicts import why_not_concrete
 
 reshaped = torch.ops.aten._unsafe_view.default  # a view that autograd takes for a tensor of its own
 NO_GRADIENT = Needs(x=False, w=False, bias=False, a=False, b=False)
@@ -224,13 +235,13 @@ def compute(
     needs: Needs,
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x, in ``dtype``
     plan: Plan | None = None,  # the one that asked for ``bordered``
-    ending: Ending | None = None,
+    epilogue: Epilogue | None = None,
     out: Tensor | None = None,  # [M, N], rows contiguous: for y behind an activation
     h: Tensor | None = None,  # [M, sum R], the right of ``bordered`` where there is one
 ) -> Computed:
     """One forward pass. Its y is no view: it may be written in place, as any linear's.
 
-    With an ``ending``, y is what that makes of it, in one pass where a kernel serves both.
+    With an ``epilogue``, y is what that makes of it, in one pass where a kernel serves both.
     """
     rows = as_rows(x, dtype)
     w = w.to(dtype)
@@ -244,12 +255,12 @@ def compute(
         by = lora_dropout.server(rows, adapters.rank, frame.dropout)
         plan = lora_dropout.plan_of(plan, needs, by)
         h = lora_dropout.hidden(rows, adapters, frame.dropout, ab[-1], plan)
-    if ending is None:
+    if epilogue is None:
         (y, kept), u = forward(rows, w, bias, adapters, plan, impl, bordered, h), None
     else:
         from fused_lora.ops.epilogues import with_epilogue
 
-        y, kept, u = with_epilogue(rows, w, bias, adapters, plan, impl, ending, bordered, out, h)
+        y, kept, u = with_epilogue(rows, w, bias, adapters, plan, impl, epilogue, bordered, out, h)
     return Computed(as_leading(y, x), rows, w, kept, plan, u)
 
 
@@ -262,7 +273,7 @@ def input_grads(
     ab: Sequence[Any],  # as for ``compute``
     needs: Needs,
     plan: Plan,
-    *slope: Slope,
+    *activation_grad: ActivationGrad,
     activation: str = "none",  # erf or tanh: ``rows`` are the u of x = GELU(u)
 ) -> tuple[Tensor | None, ...]:
     """dx [M, K], and a gradient for every operand; None where none is asked for."""
@@ -270,7 +281,7 @@ def input_grads(
     if frame.dropout:
         found = lora_dropout.backward(*given, frame.dropout, ab[-1], needs, plan)
         return found.x, found.w, found.bias, *found.a, *found.b, None
-    found = backward(*given, needs, plan, frame.impl, *slope, activation=activation)
+    found = backward(*given, needs, plan, frame.impl, *activation_grad, activation=activation)
     return found.x, found.w, found.bias, *found.a, *found.b
 
 
@@ -294,16 +305,16 @@ def call_plan(
     bias: bool,
     spans: tuple[Span, ...],
     needs: Needs,
-    halves: Halves = ALIKE,
+    traits: AdapterTraits = DEFAULT_TRAITS,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
     dtype: torch.dtype | None = None,  # of the GEMMs, where it is not that of ``rows``
-    beside: Beside = ALONE,
+    context: FusionContext = NO_CONTEXT,
 ) -> Plan:
     """The plan for one call on an x of as many rows as ``rows``."""
     n, k = w.shape
     question = (rows.shape[0], k, n, spans, dtype or rows.dtype, bias, needs, rows.device)
-    plan = plan_for(*question, keep, impl, beside, halves)
+    plan = plan_for(*question, keep, impl, context, traits)
     if plan.library_alone or not (reason := why_not_concrete(rows)):
         return plan
     if impl is Impl.AUTO:
@@ -349,7 +360,7 @@ def backward(
     needs: Needs,
     plan: Plan,
     impl: Impl,
-    *slope: Slope,  # one, where ``ops.slope`` finds that dx may go on to du
+    *activation_grad: ActivationGrad,  # one, where ``ops.epilogues`` finds that dx may go on to du
     activation: str = "none",  # as for ``input_grads``, where the compiled gradients take that
 ) -> Grads:
     """The gradients named by ``needs``."""
@@ -358,14 +369,14 @@ def backward(
         return reference.backward(dy, rows, w, *adapters.to(dy.dtype), needs)
     if not plan.library_alone and why_not_concrete(dy):
         plan = by_library(plan)
-    room = _backend(plan)
+    kernels = _backend(plan)
     if plan.grads_by is Backend.CUDA:
         from fused_lora.ops import lora_grad_backends as compiled
 
-        given = (dy, rows, kept, w, adapters, needs, plan, room, slope, activation)
+        given = (dy, rows, kept, w, adapters, needs, plan, kernels, activation_grad, activation)
         return compiled.backward(*given)
     if activation != "none":
         from fused_lora.ops.lora_grad_backends import activated
 
         rows = activated(rows, activation)
-    return room.backward(dy, rows, kept, w, adapters, needs, plan, *slope)
+    return kernels.backward(dy, rows, kept, w, adapters, needs, plan, *activation_grad)

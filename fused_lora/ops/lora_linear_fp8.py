@@ -155,9 +155,9 @@ def _plan(
 ) -> Plan:
     """Lora_linear's, of whose forward h alone is taken; w' is never kept."""
     k = codes.shape[1]
-    spans, halves = tuple(adapters.spans), traits_of(adapters.a, adapters.scales)
+    spans, traits = tuple(adapters.spans), traits_of(adapters.a, adapters.scales)
     keep = traced_keep(k, spans, needs)
-    return base.call_plan(rows, codes, bias, spans, needs, halves, keep, impl)
+    return base.call_plan(rows, codes, bias, spans, needs, traits, keep, impl)
 
 
 def forward(

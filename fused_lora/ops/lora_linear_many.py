@@ -25,8 +25,8 @@ from fused_lora.ops.planning import plan_for, traits_of
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
-from fused_lora.trust.verify import why_not_concrete
 from fused_lora.types import Backend, Gradient, Impl, Keep, Needs, Plan
+from fused_lora.verify.verdicts import why_not_concrete
 
 
 def lora_linear_many(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
@@ -54,8 +54,8 @@ def lora_linear_many(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]
     for layer in layers:
         layer.check(x)
         if layer.dropout:
-            said = f"a layer has dropout {layer.dropout}, a mask of its own"
-            raise ValueError(f"lora_linear_many: {said}; call lora_linear for it")
+            text = f"a layer has dropout {layer.dropout}, a mask of its own"
+            raise ValueError(f"lora_linear_many: {text}; call lora_linear for it")
     frames, dtype = tuple(layer.frame() for layer in layers), compute_dtype(x)
     plans = _plans(x, layers, frames, dtype)
     if plans is None:
@@ -79,8 +79,8 @@ def _plans(
             return None
         n, k = layer.w.shape
         question = (m, k, n, frame.spans, dtype, layer.bias is not None, _needs(x, layer, frame))
-        halves = traits_of(layer.a, frame.scales)
-        plan = plan_for(*question, x.device, impl=frame.impl, halves=halves)
+        traits = traits_of(layer.a, frame.scales)
+        plan = plan_for(*question, x.device, impl=frame.impl, traits=traits)
         if plan.forward not in FORMS_H or plan.gradient is Gradient.FULL:
             return None
         if plan.backend is not Backend.ATEN and why_not_concrete(x):

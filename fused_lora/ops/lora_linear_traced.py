@@ -28,7 +28,7 @@ from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved, WithoutBackward
 from fused_lora.programs.run import call, refuse_double_backward, transformed
 from fused_lora.reference import lora_linear as reference
-from fused_lora.types import ALONE, Forward, Gradient, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import NO_CONTEXT, Forward, Gradient, Impl, Keep, Needs, Plan, Span
 
 LIBRARY = torch.library.Library("fused_lora", "DEF")
 LIBRARY.define(
@@ -122,8 +122,8 @@ def _spans(flat: tuple[int, ...]) -> tuple[Span, ...]:
 def _plan(m: int, w: Tensor, adapters: Adapters, needs: int, keep: str, impl: str) -> Plan:
     n, k = w.shape
     question = (m, k, n, tuple(adapters.spans), w.dtype, True, _needs(needs), w.device)
-    halves = traits_of(adapters.a, adapters.scales)
-    return plan_for(*question, Keep(keep), Impl(impl), ALONE, halves)
+    traits = traits_of(adapters.a, adapters.scales)
+    return plan_for(*question, Keep(keep), Impl(impl), NO_CONTEXT, traits)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from fused_lora.kernels.triton.launches import Launch, tile_of
 from fused_lora.ops.backends import distrust, why_not_launch
 from fused_lora.programs.run import without_autocast
 from fused_lora.reference.lora_merge import merge as reference_merge
-from fused_lora.trust.kernel_registry import Checked, of_compiled_merge, of_launch
-from fused_lora.trust.verify import why_not_concrete
 from fused_lora.types import Span
+from fused_lora.verify.kernel_registry import Checked, of_compiled_merge, of_launch
+from fused_lora.verify.verdicts import why_not_concrete
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 Noise = tuple[int, int] | None  # seed and step of stochastic rounding

@@ -30,9 +30,9 @@ from fused_lora.ops.ceilings import device_name
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.strategies import ROUNDS_ONCE
 from fused_lora.plan.timing import time_candidates
-from fused_lora.trust.check import own_stream
-from fused_lora.trust.verify import why_not_now
 from fused_lora.types import Backend, Forward, Impl, Keep, Plan
+from fused_lora.verify.check import own_stream
+from fused_lora.verify.verdicts import why_not_now
 
 MODES = ("measure", "model")
 FORMAT = "plans 1"
@@ -55,10 +55,10 @@ def mode() -> str | None:
     Raises:
         ValueError: it is another word.
     """
-    said = env.text("FUSED_LORA_PLAN")
-    if said is not None and said not in MODES:
-        raise ValueError(f"FUSED_LORA_PLAN must be one of {MODES}, got {said!r}")
-    return said
+    text = env.text("FUSED_LORA_PLAN")
+    if text is not None and text not in MODES:
+        raise ValueError(f"FUSED_LORA_PLAN must be one of {MODES}, got {text!r}")
+    return text
 
 
 def asked(device: torch.device) -> bool:
@@ -266,7 +266,7 @@ class _Operands:
     def __init__(self, question: Problem, device: torch.device) -> None:
         self.question, m, k, n = question, question.m, question.k, question.n
         dtype = getattr(torch, question.dtype.replace("tf32", "float32"))
-        low = getattr(torch, question.halves.dtype) if question.halves.dtype else dtype
+        low = getattr(torch, question.traits.dtype) if question.traits.dtype else dtype
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
@@ -277,7 +277,7 @@ class _Operands:
         self.w, self.dy = draw(n, k), draw(m, n)
         self.bias = draw(n) if question.bias else None
         scales = [2.0 if question.scaled(g) else 1.0 for g in range(len(question.spans))]
-        if not question.halves.one_scale:
+        if not question.traits.one_scale:
             scales = [scale + g for g, scale in enumerate(scales)]
         a = [draw(span.rank, k, to=low) for span in question.spans]
         b = [draw(span.width, span.rank, to=low) for span in question.spans]
@@ -307,6 +307,6 @@ class _Operands:
 
 def _key(question: Problem, device: torch.device, asked: Any) -> str:
     rows = shape_class(question.m)
-    plain = replace(question, m=rows, activated=False, sloped=False)
+    plain = replace(question, m=rows, activated=False, input_activated=False)
     where = f"{device_name(device)}|{identity(device)}"
     return f"{FORMAT}|{where}|{plain}|{asked}"

@@ -15,9 +15,20 @@ from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.ops.measured import Way
 from fused_lora.plan.choose import RankedPlan, context_us, ordered, ranked
 from fused_lora.plan.problem import Problem
-from fused_lora.trust.check import CannotVerifyNow
-from fused_lora.trust.verify import holds
-from fused_lora.types import ALIKE, ALONE, Backend, Beside, Halves, Impl, Keep, Needs, Plan, Span
+from fused_lora.types import (
+    DEFAULT_TRAITS,
+    NO_CONTEXT,
+    AdapterTraits,
+    Backend,
+    FusionContext,
+    Impl,
+    Keep,
+    Needs,
+    Plan,
+    Span,
+)
+from fused_lora.verify.check import CannotVerifyNow
+from fused_lora.verify.verdicts import holds
 
 CPU = torch.device("cpu")
 
@@ -30,24 +41,24 @@ def problem(
     dtype: torch.dtype,
     bias: bool,
     needs: Needs,
-    beside: Beside = ALONE,
-    halves: Halves = ALIKE,
+    context: FusionContext = NO_CONTEXT,
+    traits: AdapterTraits = DEFAULT_TRAITS,
     device: torch.device = CPU,
 ) -> Problem:
     """The plan's question for one call."""
     name = str(dtype).removeprefix("torch.")
-    return Problem(m, k, n, spans, name, bias, needs, *beside, halves, device.type)
+    return Problem(m, k, n, spans, name, bias, needs, *context, traits, device.type)
 
 
-def traits_of(ab: Sequence[Tensor], scales: Sequence[float]) -> Halves:
+def traits_of(ab: Sequence[Tensor], scales: Sequence[float]) -> AdapterTraits:
     """What the plan asks of adapters beside their shapes; the first a speaks for all dtypes."""
     return _traits(ab[0].dtype if ab else None, tuple(scales))
 
 
 @lru_cache(maxsize=1024)
-def _traits(dtype: torch.dtype | None, scales: tuple[float, ...]) -> Halves:
+def _traits(dtype: torch.dtype | None, scales: tuple[float, ...]) -> AdapterTraits:
     name = "" if dtype is None else str(dtype).removeprefix("torch.")
-    return Halves(name, tuple(scale != 1.0 for scale in scales), len(set(scales)) <= 1)
+    return AdapterTraits(name, tuple(scale != 1.0 for scale in scales), len(set(scales)) <= 1)
 
 
 def plan_for(
@@ -61,8 +72,8 @@ def plan_for(
     device: torch.device,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
-    beside: Beside = ALONE,
-    halves: Halves = ALIKE,
+    context: FusionContext = NO_CONTEXT,
+    traits: AdapterTraits = DEFAULT_TRAITS,
     times: Way | None = None,
 ) -> Plan:
     """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before.
@@ -74,10 +85,10 @@ def plan_for(
     """
     now = (*conditions(device, dtype), holds())
     try:
-        asked = (m, k, n, spans, dtype, bias, needs, device, keep, impl, beside, halves)
+        asked = (m, k, n, spans, dtype, bias, needs, device, keep, impl, context, traits)
         return _plan_for(*asked, now, measured.way(device) if times is None else times)
     except CannotVerifyNow as reason:
-        question = problem(m, k, n, spans, dtype, bias, needs, beside, halves, device)
+        question = problem(m, k, n, spans, dtype, bias, needs, context, traits, device)
         return _unchecked(question, dtype, device, keep, impl, reason).rows[0].plan
 
 
@@ -93,12 +104,12 @@ def _plan_for(
     device: torch.device,
     keep: Keep | None,
     impl: Impl,
-    beside: Beside,
-    halves: Halves,
+    context: FusionContext,
+    traits: AdapterTraits,
     now: tuple[str, int, bool],  # a change of it asks anew
     times: Way,
 ) -> Plan:
-    question = problem(m, k, n, spans, dtype, bias, needs, beside, halves, device)
+    question = problem(m, k, n, spans, dtype, bias, needs, context, traits, device)
     return settled(question, dtype, device, keep, impl, times).rows[0].plan
 
 
@@ -127,14 +138,14 @@ def settled(
     """
     limits, key = ceilings(device, dtype), conditions(device, dtype)[0]
     plans = backends.plans(question, impl, dtype, device)
-    said: list[str] = []
+    reasons: list[str] = []
     while rows := ranked(question, limits, keep, plans):
         wrong = backends.failures(question, rows[0].plan, dtype, key, device)
         if not wrong:
             if times is not Way.MODEL:
                 rows = _by_time(question, rows, dtype, device, (key, keep, impl), times)
-            return Settled(rows, said)
-        said += [f"{subject.kernel}: {verdict}" for subject, verdict in wrong.items()]
+            return Settled(rows, reasons)
+        reasons += [f"{subject.kernel}: {verdict}" for subject, verdict in wrong.items()]
         plans = [
             plan
             for plan in plans
@@ -142,7 +153,7 @@ def settled(
                 one.subject for one in backends.kernels(question, plan, dtype, key, device)
             )
         ]
-    reasons = said or _reasons(question, dtype, device, impl)
+    reasons = reasons or _reasons(question, dtype, device, impl)
     raise RuntimeError(f"impl={impl.value!r} cannot serve: {'; '.join(reasons)}")
 
 
@@ -223,8 +234,8 @@ def _unchecked(
     reason: CannotVerifyNow,
 ) -> Settled:
     """The library's plans, for this once; nothing of it is remembered."""
-    said = f"not checked yet, and {reason}"
+    text = f"not checked yet, and {reason}"
     if impl is not Impl.AUTO:
-        raise RuntimeError(f"impl={impl.value!r} cannot serve: {said}")
+        raise RuntimeError(f"impl={impl.value!r} cannot serve: {text}")
     rows = settled(question, dtype, device, keep, Impl.ATEN).rows
-    return Settled(rows, [f"triton, cuda: {said}"])
+    return Settled(rows, [f"triton, cuda: {text}"])

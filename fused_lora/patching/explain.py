@@ -43,9 +43,9 @@ def problem_of(
     )
     spans = tuple(module.groups.values())
     question = (rows, k, n, spans, dtype or module.weight.dtype, module.bias is not None, needs)
-    halves = traits_of(a, module.scales)
+    traits = traits_of(a, module.scales)
     where = module.weight.device if device is None else torch.device(device)
-    return problem(*question, halves=halves, device=where)
+    return problem(*question, traits=traits, device=where)
 
 
 def plan_of(module: AdaptedLinear, rows: int) -> Plan:

@@ -118,8 +118,8 @@ def _plan(layer: Any, rows: int) -> str:
     bias = layer.base_layer.bias is not None
     question = (rows, w.shape[1], w.shape[0], spans, w.dtype, bias, Needs())
     first = next(name for name in layer.active_adapters if name in layer.r)
-    halves = traits_of([layer.lora_A[first].weight], [layer.scaling[first]])
-    asked = problem(*question, halves=halves, device=w.device)
+    traits = traits_of([layer.lora_A[first].weight], [layer.scaling[first]])
+    asked = problem(*question, traits=traits, device=w.device)
     return str(expected(asked, w.dtype, w.device))
 
 

@@ -25,9 +25,9 @@ from fused_lora.nn import AdaptedLinear
 from fused_lora.ops import measured
 from fused_lora.patching.report import PatchError
 from fused_lora.programs import run as programs
-from fused_lora.trust import own_process, verify
-from fused_lora.trust.check import CannotVerifyNow, Verdict
-from fused_lora.trust.kernel_registry import Checked
+from fused_lora.verify import own_process, verdicts
+from fused_lora.verify.check import CannotVerifyNow, Verdict
+from fused_lora.verify.kernel_registry import Checked
 from fused_lora.worker import Worker, WorkerError
 
 MOST_PROCESSES = 16
@@ -182,7 +182,7 @@ def _check_all(step: Callable[[], object], pool: _Pool, tell: Tell, done: Prepar
     held = True
     for _ in range(ROUNDS):
         with (
-            verify.collecting(held) as wanted,
+            verdicts.collecting(held) as wanted,
             programs.looking() as seen,
             measured.rehearsed() as timed,
         ):
@@ -205,7 +205,7 @@ def _check_all(step: Callable[[], object], pool: _Pool, tell: Tell, done: Prepar
                 done.wrong.append(f"{subject} is not checked: {found}")
                 continue
             done.checked += 1
-            if not verify.accept(anew[subject, device], device, found).passed:
+            if not verdicts.accept(anew[subject, device], device, found).passed:
                 done.wrong.append(f"{subject} is not used: {found}")
     launches = {repr(one): one for program in seen.values() for one in requests(program)}
     jobs = [("launch", one) for one in launches.values()]

@@ -29,17 +29,20 @@ from fused_lora.types import Backend, Forward, Keep, Needs, Plan, Span
 
 
 def context_steps(p: Problem, plan: Plan) -> Iterator[Step]:
-    """The passes of a GELU and of its slope, where no epilogue of the plan's has them."""
+    """The passes of a GELU and of its derivative, where no epilogue of the plan's has them."""
     if p.activated and not fuses_epilogue(plan):
         yield Step("gelu", p.m, p.n)
-    if p.sloped and p.needs.x and not fuses_activation_grad(plan):
-        yield Step("gelu slope", p.m, p.k, extra_elements=p.m * p.k)
+    if p.input_activated and p.needs.x and not fuses_activation_grad(plan):
+        yield Step("gelu grad", p.m, p.k, extra_elements=p.m * p.k)
 
 
 def steps(p: Problem, plan: Plan) -> list[Step]:
     """Every call of the plan, in order."""
-    room = cost_kernels if plan.backend is Backend.TRITON else cost_aten
-    found = [*room.forward_steps(p, plan), *(room.backward_steps(p, plan) if p.trains else ())]
+    if plan.backend is Backend.TRITON:
+        forward, backward = cost_kernels.triton_forward_steps, cost_kernels.triton_backward_steps
+    else:
+        forward, backward = cost_aten.forward_steps, cost_aten.backward_steps
+    found = [*forward(p, plan), *(backward(p, plan) if p.trains else ())]
     if p.needs.bias and plan.grads_by is None:
         found.append(Step("dbias", 1, p.n, extra_elements=p.m * p.n))
     if plan.grads_by is Backend.CUDA:

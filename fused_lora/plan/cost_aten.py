@@ -33,7 +33,7 @@ def cast_steps(p: Problem, dtype: str = "") -> Iterator[Step]:
 def finished(p: Problem, product: Step, scaled: bool) -> Iterator[Step]:
     """A gradient in its operand's dtype and scale; CUDA's accumulator is fp32 without a cast."""
     yield product
-    widens = p.low_precision and p.halves.dtype == "float32" and p.device != "cpu"
+    widens = p.low_precision and p.traits.dtype == "float32" and p.device != "cpu"
     if p.casts() and not widens:
         yield Step(f"cast {product.name}", product.m, product.n)
     if scaled:
@@ -52,7 +52,7 @@ THIN = 16  # ranks below it have b laid out anew on a CPU: kernels/gemm.py
 def batched(p: Problem, reduces: bool = False) -> bool:
     """Whether the products of several adapters are one; see kernels/aten/lora_linear.py."""
     slow = reduces and p.device == "cpu" and p.low_precision and p.m >= FEW
-    return p.halves.one_scale and even(p.spans, p.n) and not slow
+    return p.traits.one_scale and even(p.spans, p.n) and not slow
 
 
 def merge_steps(p: Problem) -> Iterator[Step]:
@@ -155,7 +155,7 @@ def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 
 def needs_dh(p: Problem, plan: Plan) -> bool:
     """Whether backward forms dh = s dy b."""
-    from_dx = p.needs.x and plan.dx is not Forward.MERGE and not plan.hands_dh
+    from_dx = p.needs.x and plan.dx is not Forward.MERGE and not plan.writes_dh
     own = plan.gradient is Gradient.RANK and plan.grads_by is None
     return from_dx or (own and p.needs.a)
 

@@ -38,7 +38,7 @@ def cuda_gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     slices = plan.slices or min(SLICES, -(-p.m * p.itemsize // TILE_ROW_BYTES))
     sums = slices * ranks * (k + n) * (4 // p.itemsize)
     shrinks = 2 * p.m * ranks * (forms_h * p.k + forms_dh * p.n)
-    handed = p.m * p.rank * plan.hands_dh
+    handed = p.m * p.rank * plan.writes_dh
     how = (False, shrinks, sums + handed, CUDA_EFFICIENCY, CUDA_LAUNCH_CALLS, PACKING_CALLS)
     yield Step("one pass db da", ranks, k + n, p.m, *how)
     again = Step("sums db da", ranks, k + n, extra_elements=sums, calls=CUDA_LAUNCH_CALLS)
@@ -59,7 +59,7 @@ def cuda_product_step(name: str, p: Problem, columns: int, depth: int, u: bool =
 
 def dh_given(p: Problem, plan: Plan) -> bool:
     """Whether dx forms dh, before the gradients or on its way."""
-    return p.needs.x and plan.dx is not Forward.MERGE and not plan.hands_dh
+    return p.needs.x and plan.dx is not Forward.MERGE and not plan.writes_dh
 
 
 def may_write_dh(p: Problem, plan: Plan) -> bool:
@@ -98,7 +98,7 @@ def triton_backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     if reads and not keeps_packed(p, plan):
         yield from _pack(p)
     if p.needs.x:
-        how = (plan.keep is Keep.MERGED, p.sloped, plan.hands_dh)
+        how = (plan.keep is Keep.MERGED, p.input_activated, plan.writes_dh)
         yield from _product(p, plan.dx, "dx ", p.n, p.k, *how)
     if rank_gradient and p.needs.b:
         if plan.keep is not Keep.HIDDEN:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fused_lora import disk
-from fused_lora.types import ALIKE, Halves, Needs, Span
+from fused_lora.types import DEFAULT_TRAITS, AdapterTraits, Needs, Span
 
 ITEMSIZE = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 
@@ -23,11 +23,11 @@ class Problem:
     dtype: str = "float32"  # what the GEMMs compute in: a key of ITEMSIZE
     bias: bool = True
     needs: Needs = Needs()
-    bordered: bool = False  # this and the next three: see ``fused_lora.types.Beside``
+    bordered: bool = False  # this and the next three: see ``fused_lora.types.FusionContext``
     activated: bool = False
-    sloped: bool = False
+    input_activated: bool = False
     shrunk: bool = False
-    halves: Halves = ALIKE
+    traits: AdapterTraits = DEFAULT_TRAITS
     device: str = "cpu"  # its kind
 
     @cached_property
@@ -52,12 +52,12 @@ class Problem:
 
     def casts(self, dtype: str = "") -> bool:
         """Whether a and b are of another dtype than ``dtype``, or than the products."""
-        one, other = self.halves.dtype or self.dtype, dtype or self.dtype
+        one, other = self.traits.dtype or self.dtype, dtype or self.dtype
         return one.replace("tf32", "float32") != other.replace("tf32", "float32")
 
     def scaled(self, g: int) -> bool:
         """Whether adapter g's s is not 1."""
-        return bool(self.halves.scaled) and self.halves.scaled[g]
+        return bool(self.traits.scaled) and self.traits.scaled[g]
 
     @property
     def trains_adapters(self) -> bool:

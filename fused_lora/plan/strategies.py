@@ -171,7 +171,7 @@ def fuses_epilogue(plan: Plan) -> bool:
 
 
 def fuses_activation_grad(plan: Plan) -> bool:
-    """Whether its dx may go on through a GELU's slope in one pass."""
+    """Whether its dx may go on through a GELU's derivative in one pass."""
     return plan.backend is Backend.TRITON and plan.dx is Forward.EXTENDED
 
 
@@ -179,7 +179,7 @@ def by_library(plan: Plan) -> Plan:
     """``plan`` where no kernel of its backend may run: as precise, and it keeps the same."""
     here = STRATEGIES[Backend.ATEN]
     forward, dx = (p if p in here else Forward.BORDERED for p in (plan.forward, plan.dx))
-    plain = replace(plan, grads_by=None, slices=0, hands_dh=False)
+    plain = replace(plan, grads_by=None, slices=0, writes_dh=False)
     return replace(plain, forward=forward, dx=dx, backend=Backend.ATEN)
 
 

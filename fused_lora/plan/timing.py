@@ -12,13 +12,6 @@ from math import sqrt
 from statistics import median, quantiles
 from typing import TypeVar
 
-# Which of several plans is faster, where a machine's speed drifts: rounds of turns, and ratios.
-#
-# Every round times each part of a plan once, and only times of one round are compared. Plans that
-# were never within reach of the best drop out, and what nobody needs any more is timed no more.
-# Where the best has a close rival, rounds go on until their ratio is known to a hundredth.
-
-
 REACH = {2: 1.6, 4: 1.3, 8: 1.15}  # after so many rounds, those never faster than this drop out
 CLOSE = 1.10  # times the best: who is timed on after the rounds asked for
 SETTLED = 0.01  # standard error of a ratio that is small enough

@@ -44,7 +44,7 @@ class WithoutBackward:
 
 
 @dataclass(frozen=True)
-class Given:
+class InputSpec:
     """What is known of an input beside its numbers."""
 
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class Given:
     start: int = 0  # bytes past a multiple of 16, where kernels read by address
 
     @classmethod
-    def of(cls, t: Tensor, grad: bool) -> Given:
+    def of(cls, t: Tensor, grad: bool) -> InputSpec:
         """Of one tensor; ``grad``: whether gradients are recorded."""
         start = t.data_ptr() % 16 if t.is_cuda else 0
         trains = grad and t.requires_grad
@@ -67,7 +67,7 @@ class Program:
     """A straight line forward, what is saved, a straight line backward."""
 
     operation: Operation
-    given: tuple[Given | None, ...]
+    given: tuple[InputSpec | None, ...]
     calls: list[Call]  # forward
     calls_back: list[Call]
     saved: list[Value]
@@ -87,7 +87,7 @@ class Program:
         return self.backward is not None
 
 
-def build(operation: Operation, given: Sequence[Given | None]) -> Program:
+def build(operation: Operation, given: Sequence[InputSpec | None]) -> Program:
     """The program of ``operation`` on inputs as ``given``.
 
     Raises:
@@ -128,7 +128,7 @@ def build(operation: Operation, given: Sequence[Given | None]) -> Program:
 
 def _forward_only(
     operation: Operation,
-    given: Sequence[Given | None],
+    given: Sequence[InputSpec | None],
     recorder: Recorder,
     inputs: list[Value],
     outputs: list[Value],
@@ -146,13 +146,13 @@ def _forward_only(
     return Program(operation, tuple(given), calls, [], [], *ends, text, *where, forward, None)
 
 
-def _device(given: Sequence[Given | None]) -> torch.device:
+def _device(given: Sequence[InputSpec | None]) -> torch.device:
     return next(each for each in given if each is not None).device
 
 
 def _both(
     operation: Operation,
-    given: tuple[Given | None, ...],
+    given: tuple[InputSpec | None, ...],
     calls: tuple[list[Call], list[Call]],
     ends: tuple[list[Value], list[Value], list[Value], list[Value | None]],
     single: bool,

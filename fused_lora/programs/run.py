@@ -24,7 +24,7 @@ from torch._C import (
 from torch.autograd import forward_ad
 
 from fused_lora import env
-from fused_lora.programs.program import Given, Operation, Program, build
+from fused_lora.programs.program import InputSpec, Operation, Program, build
 from fused_lora.programs.record import CannotRecord, recording
 
 MOST = 1024  # programs kept
@@ -211,7 +211,7 @@ def find(key: Any, operation: Operation, inputs: Sequence[Any]) -> Program | str
 
 def _built(operation: Operation, inputs: Sequence[Any]) -> Program | str:
     grad = torch.is_grad_enabled()
-    given = [None if t is None else Given.of(t, grad) for t in inputs]
+    given = [None if t is None else InputSpec.of(t, grad) for t in inputs]
     try:
         with without_autocast(inputs[0].device):
             return build(operation, given)

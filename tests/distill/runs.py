@@ -10,8 +10,8 @@ from torch import nn
 
 from fused_lora.distill.data.batches import Order
 from fused_lora.distill.data.sets import digits
-from fused_lora.distill.data.views import ScanView, Viewed
-from fused_lora.distill.features import Live
+from fused_lora.distill.data.views import ScanView, TransformedImages
+from fused_lora.distill.features import LiveFeatures
 from fused_lora.distill.models import UNet, build
 from fused_lora.distill.recipe import Recipe
 from fused_lora.distill.recipe.read import of
@@ -30,7 +30,7 @@ OPTIONS = {
     "num_heads": 2,
     "num_classes": 10,
 }
-ALONE = World()
+NO_CONTEXT = World()
 MODEL = {"model": "vit_tiny_patch16_224", "options": OPTIONS}
 
 
@@ -86,7 +86,7 @@ def fit_of(
     student: nn.Module,
     precision: str = "fp64",
     steps: int = 5,
-    world: World = ALONE,
+    world: World = NO_CONTEXT,
     folder: Path | None = None,
     blocks: str = "last",
     **train: Any,
@@ -97,9 +97,9 @@ def fit_of(
     table = {"steps": steps, "batch_size": 8, "blr": 0.3, "log_every": 1, "precision": precision}
     table = Train(**table | train)
     order = Order(range(40), table.batch_size, table.accumulate, world.size, table.seed)
-    data = Viewed(digits("train"), ScanView(8, 1, "none"))
+    data = TransformedImages(digits("train"), ScanView(8, 1, "none"))
     objective = Objective(student.to(computes.stored), [pair.student for pair in pairs])
-    live = Live(teacher.to(computes.stored), [pair.teacher for pair in pairs], computes)
+    live = LiveFeatures(teacher.to(computes.stored), [pair.teacher for pair in pairs], computes)
     return Fit(objective, live, data, order, table, computes, world, folder)
 
 

@@ -24,7 +24,7 @@ from fused_lora.distill.data.sets import (
     spread,
     uniform,
 )
-from fused_lora.distill.data.views import ScanView, Viewed, photo_view
+from fused_lora.distill.data.views import ScanView, TransformedImages, photo_view
 
 CONFIG = {
     "mean": (0.5, 0.5, 0.5),
@@ -118,7 +118,7 @@ def test_an_epoch_holds_every_image_once_and_each_has_its_own_order() -> None:
 
 
 def test_batches_start_anywhere_and_do_not_depend_on_workers() -> None:
-    data = Viewed(digits("train"), ScanView(8, 1, "shift"), seed=1)
+    data = TransformedImages(digits("train"), ScanView(8, 1, "shift"), seed=1)
     order = Order(range(20), 8, accumulate=2)
     whole = list(loaded(data, order, range(3)))
     later = list(loaded(data, order, range(2, 3), workers=1))
@@ -132,8 +132,8 @@ def test_an_image_that_does_not_decode(photos: Path) -> None:
     images = folder(photos, "train")
     view = photo_view(16, 3, "crop", CONFIG)
     with pytest.raises(DataError, match=r"cat/1.png does not decode .*'skip'"):
-        Viewed(images, view)[1, 0]
-    skipping = Viewed(images, view, bad_images="skip")
+        TransformedImages(images, view)[1, 0]
+    skipping = TransformedImages(images, view, bad_images="skip")
     ((batch,),) = loaded(skipping, Order(range(6), 6), range(1))
     assert batch.skipped == 1 and batch.images.shape == (5, 3, 16, 16)
     assert batch.weight == pytest.approx(5 / 6) and 1 not in batch.rows
@@ -174,7 +174,7 @@ def test_an_archive_is_the_folder(photos: Path, name: str, mode: str) -> None:
     with pytest.raises(DataError, match=r"p.tar.*cat/0.png does not decode"):
         (photos / "train" / "cat" / "0.png").write_bytes(b"x")
         bad = folder(packed(photos, name, mode), "train")
-        Viewed(bad, photo_view(16, 3, "none", CONFIG))[0, 0]
+        TransformedImages(bad, photo_view(16, 3, "none", CONFIG))[0, 0]
 
 
 def test_archives_that_cannot_be_used(photos: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_path_from_the_environment(photos: Path, monkeypatch: pytest.MonkeyPat
 def test_views_are_those_of_the_seed() -> None:
     images = ImageSet("one", [0], ["a"], lambda i: Image.new("L", (20, 20), 100))
     view = photo_view(16, 3, "flip", CONFIG)
-    assert Viewed(images, view)[0, 0][0].shape == (3, 16, 16)
+    assert TransformedImages(images, view)[0, 0][0].shape == (3, 16, 16)
     assert ScanView(16, 3, "none")(torch.zeros(1, 8, 8, dtype=torch.uint8)).shape == (3, 16, 16)
     with pytest.raises(ValueError, match="'crop' is for photographs"):
         ScanView(8, 1, "crop")
@@ -211,7 +211,7 @@ def test_a_shift_moves_a_photograph_by_an_eighth_at_most() -> None:
     ramp = Image.fromarray(torch.arange(16).repeat(16, 1).mul(10).to(torch.uint8).numpy(), "L")
     images = ImageSet("one", [0], ["a"], lambda i: ramp)
     view = photo_view(16, 1, "shift", CONFIG | {"crop_pct": 1.0})
-    seen = [(Viewed(images, view)[0, epoch][0][0, 8] + 1) * 127.5 for epoch in range(40)]
+    seen = [(TransformedImages(images, view)[0, epoch][0][0, 8] + 1) * 127.5 for epoch in range(40)]
     centres = {round(float(row.sort().values[7]) / 10) for row in seen}  # mirrored or not
     assert len(centres) > 2 and centres <= set(range(5, 11))
 

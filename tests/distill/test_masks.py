@@ -21,7 +21,7 @@ from fused_lora.distill.data.masks import (
     unmasked,
 )
 from fused_lora.distill.data.sets import DataError
-from fused_lora.distill.data.views import Viewed
+from fused_lora.distill.data.views import TransformedImages
 from fused_lora.distill.recipe import Recipe
 from fused_lora.distill.run import distill
 from fused_lora.distill.segmentation import MeanIoU
@@ -111,7 +111,7 @@ def test_bad_folders_are_named(tmp_path: Path, what: str, message: str) -> None:
         found = folder_of_masks(home, "test")
         view = MaskedPhotoView(lambda image, mask: (torch.zeros(3, 4, 4), mask))
         for i in range(len(found)):
-            Viewed(found, view)[i, 0]
+            TransformedImages(found, view)[i, 0]
 
 
 def test_missing_classes_and_folders(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_mask_is_its_pixels(tmp_path: Path) -> None:
 def test_a_mask_moves_with_its_image(tmp_path: Path, augment: str) -> None:
     found = folder_of_masks(masked(tmp_path), "train")
     model = unet(in_chans=3, num_classes=2)
-    data = Viewed(found, masked_view_of(model, "masks", 16, augment))
+    data = TransformedImages(found, masked_view_of(model, "masks", 16, augment))
     moved = 0
     for i in range(len(found)):
         for epoch in range(4):
@@ -154,7 +154,7 @@ def test_a_mask_moves_with_its_image(tmp_path: Path, augment: str) -> None:
 
 def test_the_strokes_of_the_digits() -> None:
     found = digit_masks("test")
-    image, mask, i = Viewed(found, StrokeView(32, 1, "shift"))[7, 0]
+    image, mask, i = TransformedImages(found, StrokeView(32, 1, "shift"))[7, 0]
     assert found.classes[0] == "background" and len(found.classes) == 11
     assert image.shape == (1, 32, 32) and i == 7
     assert mask.unique().tolist() == [0, found.labels[7] + 1]

@@ -14,7 +14,7 @@ from fused_lora.ops.planning import problem, traits_of
 from fused_lora.plan import cost_aten
 from fused_lora.plan.choose import steps
 from fused_lora.plan.strategies import candidates, keeps_x
-from fused_lora.types import ALONE, Beside, Forward, Gradient, Keep, Needs, Plan, Span
+from fused_lora.types import NO_CONTEXT, Forward, FusionContext, Gradient, Keep, Needs, Plan, Span
 
 K, N = 24, 48
 FREE = {"empty", "new_empty", "detach", "promote_types"}
@@ -82,7 +82,7 @@ def test_every_plan_calls_what_is_counted(dtypes, groups, m, rank):
     for needs, (bias, scale, bordered) in product(ASKED, CASES):
         scales = (scale, *[2.0] * (groups - 1))
         given = traits_of(a, scales)
-        question = problem(m, K, N, spans, dtype, bias, needs, Beside(bordered), given)
+        question = problem(m, K, N, spans, dtype, bias, needs, FusionContext(bordered), given)
         x = buffer[:, :K] if bordered else buffer[:, :K].contiguous()
         operands = (x, w, w[:, 0].contiguous() if bias else None)
         operands += (Adapters(a, b, scales, spans), buffer if bordered else None)
@@ -105,7 +105,7 @@ def test_cuda_widens_without_a_cast():
     a = [torch.randn(4, K)]
     found = {}
     for device in ("cpu", "cuda"):
-        arguments = (80, K, N, (Span(0, N, 4),), torch.bfloat16, True, Needs(), ALONE)
+        arguments = (80, K, N, (Span(0, N, 4),), torch.bfloat16, True, Needs(), NO_CONTEXT)
         question = problem(*arguments, traits_of(a, [0.5]), torch.device(device))
         found[device] = names(steps(question, plan))
     extra = ["lay out b", "cast db", "cast da"]

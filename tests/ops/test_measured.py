@@ -17,7 +17,7 @@ from fused_lora.ops.measured import Way
 from fused_lora.plan.choose import ordered, ranked
 from fused_lora.plan.strategies import ROUNDS_ONCE, candidates
 from fused_lora.programs import run
-from fused_lora.types import Beside, Forward, Halves, Impl, Keep, Needs, Span
+from fused_lora.types import AdapterTraits, Forward, FusionContext, Impl, Keep, Needs, Span
 from tests.patching.models import build, images
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def test_by_the_real_clock_it_is_the_same_in_every_process():
 
 @pytest.mark.parametrize("bordered", [False, True])
 def test_plans_that_differ_by_what_they_keep_share_a_forward(bordered):
-    asked = question(2000, beside=Beside(bordered=bordered))
+    asked = question(2000, context=FusionContext(bordered=bordered))
     found = {str(each): measured.parts(asked, each) for each in candidates(asked)}
     hidden, nothing = found["separate/merge/rank/hidden"], found["separate/merge/rank/nothing"]
     assert (hidden[0] == nothing[0]) == (not bordered)  # out of a buffer h is copied to be kept
@@ -110,11 +110,11 @@ def test_every_strategy_is_timed():
         {"m": 200},
         {"needs": Needs(x=False)},
         {"needs": Needs(b=False)},
-        {"halves": Halves("bfloat16")},
+        {"halves": AdapterTraits("bfloat16")},
         {"keep": Keep.HIDDEN},
         {"impl": Impl.ATEN},
         {"dtype": torch.bfloat16},
-        {"beside": Beside(bordered=True)},
+        {"beside": FusionContext(bordered=True)},
     ],
     ids=str,
 )
@@ -217,9 +217,9 @@ def test_precision_goes_before_time(monkeypatch):
 
 @pytest.mark.parametrize("needs", [Needs(), Needs(x=False), Needs(a=False, b=False)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("beside", [Beside(), Beside(bordered=True)], ids=str)
-def test_every_plan_that_there_is_can_be_timed(needs, dtype, beside):
-    more = (needs, beside, Halves("float32", (True,)))
+@pytest.mark.parametrize("beside", [FusionContext(), FusionContext(bordered=True)], ids=str)
+def test_every_plan_that_there_is_can_be_timed(needs, dtype, context):
+    more = (needs, context, AdapterTraits("float32", (True,)))
     asked = planning.problem(9, 24, 40, SPANS, dtype, True, *more)
     for row in ranked(asked, ceilings(CPU, dtype)):
         assert measured.rehearse(asked, row.plan, "cpu") == str(row.plan)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.interface import Epilogue
 from fused_lora.kernels.triton import available
 from fused_lora.ops import elementwise, planning
 from fused_lora.ops.lora_block import lora_mlp
@@ -15,8 +15,8 @@ from fused_lora.ops.lora_merge import Job, lora_merge, lora_merge_many
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.programs import run as programs
 from fused_lora.testing.yardstick import error, in_every_order, judge_all
-from fused_lora.trust import verify
 from fused_lora.types import Backend, Impl, Needs, Span
+from fused_lora.verify import verdicts
 from tests.ops.block_problems import leaves, matrix, norm
 
 pytestmark = pytest.mark.gpu
@@ -30,12 +30,12 @@ def on_device(monkeypatch, tmp_path):
         pytest.skip(said)
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
     planning._plan_for.cache_clear()
-    verify.forget()
+    verdicts.forget()
     with torch.device("cuda"), warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         yield
     planning._plan_for.cache_clear()
-    verify.forget()
+    verdicts.forget()
 
 
 def operands(dtype, m=(4, 197)):
@@ -93,7 +93,7 @@ def test_a_capture_of_what_was_not_checked_takes_the_library():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = call()
-        assert not verify.path().exists()
+        assert not verdicts.path().exists()
         graph.replay()
         eager = call()
     assert error(captured, eager.double()) < 1e-2
@@ -129,11 +129,11 @@ def test_another_process_finds_the_verdicts():
         25216, 768, 768, (Span(0, 768, 16),), torch.bfloat16, True, Needs(), torch.device("cuda", 0)
     )
     first = plan()
-    kept = verify.path().read_text() if first.backend is Backend.TRITON else ""
+    kept = verdicts.path().read_text() if first.backend is Backend.TRITON else ""
     planning._plan_for.cache_clear()
-    verify.forget()
+    verdicts.forget()
     assert plan() == first
-    assert kept == (verify.path().read_text() if kept else "")
+    assert kept == (verdicts.path().read_text() if kept else "")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -217,11 +217,11 @@ def test_an_mlp_by_its_epilogues(recompute):
 def test_an_ending_is_near_what_is_composed(one):
     x, w, bias, a, b = operands(torch.bfloat16)
     factor, residual = torch.randn(1152), torch.randn(4 * 197, 1152)
-    ending = Ending("erf") if one == "erf" else Ending("none", factor, residual)
+    epilogue = Epilogue("erf") if one == "erf" else Epilogue("none", factor, residual)
     given = (x.dtype, (*a, *b), NO_GRADIENT)
     runs = []
     with torch.no_grad():
         for impl in (Impl.TRITON, Impl.ATEN):
             frame = Frame((1.0, 0.5, 2.0), QKV, impl)
-            runs.append(compute(x, w, bias, frame, *given, ending=ending).y)
+            runs.append(compute(x, w, bias, frame, *given, epilogue=epilogue).y)
     assert error(runs[0], runs[1].double()) < 2e-2

@@ -13,10 +13,10 @@ from fused_lora.ops import backends, measured, planning
 from fused_lora.patching import prepare as module
 from fused_lora.patching.report import PatchError
 from fused_lora.programs import run
-from fused_lora.trust import own_process, verify
+from fused_lora.verify import own_process, verdicts
 from fused_lora.worker import Worker
 from tests.patching.models import build, images
-from tests.trust.conftest import Kernels, kernels  # noqa: F401
+from tests.verify.conftest import Kernels, kernels  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def fresh(monkeypatch, tmp_path):
 def forget() -> None:
     run.forget()
     planning._plan_for.cache_clear()
-    verify.forget()
+    verdicts.forget()
 
 
 def patched(**options):
@@ -106,7 +106,7 @@ def test_kernels_are_checked_in_a_pool_and_serve(kernels: Kernels, monkeypatch):
     monkeypatch.delenv("FUSED_LORA_IMPL")
     assert found.checked == len(asked) == len(set(asked)) > 3
     assert not found.wrong and ran[-1][0] == ran[-1][1]
-    assert all(verify.load(subject, torch.device("cpu")).passed for subject in asked)
+    assert all(verdicts.load(subject, torch.device("cpu")).passed for subject in asked)
     count = dict(kernels.runs)
     forget()
     assert planning.plan_for(*question()).backend.value == "triton"
@@ -185,16 +185,16 @@ class TestFirstStep:
         monkeypatch.setattr(
             own_process, "check", lambda checked, device, w=None: checked.check(device)
         )
-        monkeypatch.setattr(verify, "_announced", False)
+        monkeypatch.setattr(verdicts, "_announced", False)
         planning.plan_for(*question())
         planning.plan_for(11, *question()[1:])
         (line,) = [record.message for record in caplog.records if record.name == "fused_lora"]
         assert "first use on this device: compiling and checking" in line
-        assert "about" in line and str(verify.path().parent) in line
+        assert "about" in line and str(verdicts.path().parent) in line
         assert "fused_lora.prepare does all of it beforehand" in line
 
     def test_nothing_where_nothing_is_checked(self, caplog, monkeypatch):
-        monkeypatch.setattr(verify, "_announced", False)
+        monkeypatch.setattr(verdicts, "_announced", False)
         model = patched()
         model(images(model)).mean().backward()
         assert not [record for record in caplog.records if record.name == "fused_lora"]
@@ -207,7 +207,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr("fused_lora.plan.cost_kernels.TRITON_EFFICIENCY", 1e6)
     backends._triton.cache_clear()
     model, x = patched(level="linear"), images(build())
-    with verify.collecting(), run.looking() as seen:
+    with verdicts.collecting(), run.looking() as seen:
         model(x).mean().backward()
     backends._triton.cache_clear()
     return seen

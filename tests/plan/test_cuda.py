@@ -103,14 +103,14 @@ def test_x_and_dy_are_read_once_and_what_is_not_given_is_formed():
 def test_a_dh_that_the_gradients_form_is_not_formed_for_dx(backend, dx):
     question = problem(n=3072)
     alone = compiled(dx=dx, backend=backend)
-    first = dataclasses.replace(alone, hands_dh=True)
+    first = dataclasses.replace(alone, writes_dh=True)
     assert cost_kernels.may_write_dh(question, alone) and str(first) == str(alone)
     formed, given = ({step.name: step for step in steps(question, plan)} for plan in (alone, first))
     assert formed.keys() - given.keys() == {"dx shrink" if dx is EXTENDED else "dy shrink"}
     before, after = (sum(s.elements() for s in each.values()) for each in (formed, given))
     assert before - after > question.m * question.n  # dy is read once less
     assert given["one pass db da"].flops > formed["one pass db da"].flops
-    assert not by_library(first).hands_dh
+    assert not by_library(first).writes_dh
 
 
 def test_who_hands_no_dh_on():

@@ -18,7 +18,7 @@ from fused_lora.plan.strategies import (
     why_not_backend,
     why_not_strategy,
 )
-from fused_lora.types import Backend, Forward, Gradient, Halves, Keep, Needs, Plan, Span
+from fused_lora.types import AdapterTraits, Backend, Forward, Gradient, Keep, Needs, Plan, Span
 
 H200 = {  # rates as they may be measured, not the table's
     "bfloat16": Ceilings("an H200", "bfloat16", 790_000, 32.0, 4_300, 4.0, True),
@@ -71,13 +71,13 @@ def test_a_gelu_in_the_epilogue_outweighs_a_slower_product(rank):
     fc1, fc2 = problem(rank, 3072), dataclasses.replace(problem(rank), k=3072)
     assert chosen(fc1).forward is not Forward.EXTENDED
     assert fuses_epilogue(chosen(dataclasses.replace(fc1, activated=True)))
-    assert fuses_activation_grad(chosen(dataclasses.replace(fc2, sloped=True)))
+    assert fuses_activation_grad(chosen(dataclasses.replace(fc2, input_activated=True)))
 
 
 def test_what_is_no_part_of_a_pass_is_one_of_its_own():
     """GELU moves u and y, its slope dx, u and du; an epilogue moves u beside its product."""
-    for plan in candidates(problem(activated=True, sloped=True), BOTH):
-        both = (problem(), problem(activated=True, sloped=True))
+    for plan in candidates(problem(activated=True, input_activated=True), BOTH):
+        both = (problem(), problem(activated=True, input_activated=True))
         alone, beside = (steps(question, plan) for question in both)
         moved = sum(s.elements() for s in beside) - sum(s.elements() for s in alone)
         own = [s.name for s in beside if "gelu" in s.name]
@@ -90,7 +90,7 @@ def test_what_is_no_part_of_a_pass_is_one_of_its_own():
 
 
 def test_without_a_gradient_of_x_there_is_no_slope():
-    question = problem(needs=Needs(x=False), sloped=True)
+    question = problem(needs=Needs(x=False), input_activated=True)
     for plan in candidates(question, BOTH):
         assert not [s.name for s in steps(question, plan) if "slope" in s.name]
 
@@ -157,7 +157,7 @@ def test_one_pass_reads_x_once_and_shrinks_it_again_for_every_tile():
 def test_adapters_are_packed_once_a_pass_where_products_cannot_read_them(
     groups, dtype, held, packs
 ):
-    question = problem(groups=groups, n=2304, dtype=dtype, halves=Halves(held))
+    question = problem(groups=groups, n=2304, dtype=dtype, traits=AdapterTraits(held))
     for plan in candidates(question, TRITON):
         names = [step.name for step in steps(question, plan)]
         passes = [plan.forward is not Forward.MERGE]
@@ -168,7 +168,7 @@ def test_adapters_are_packed_once_a_pass_where_products_cannot_read_them(
 
 @pytest.mark.parametrize("m, packs", [(3072, 1), (3071, 2)])
 def test_what_is_packed_is_kept_where_it_is_no_larger_than_h(m, packs):
-    question = problem(m=m, n=2304, halves=Halves("float32"))  # K + N = 3072
+    question = problem(m=m, n=2304, traits=AdapterTraits("float32"))  # K + N = 3072
     for forward, most in ((Forward.EXTENDED, packs), (Forward.MERGE, 1)):
         plan = Plan(forward, Forward.EXTENDED, Gradient.RANK, Keep.NOTHING, 0.0, Backend.TRITON)
         names = [step.name for step in steps(question, plan)]

@@ -8,7 +8,7 @@ import torch
 import fused_lora
 from fused_lora.programs import run
 from fused_lora.programs.describe import described, launches, measured_us, passes, totals, work
-from fused_lora.programs.program import Given, build
+from fused_lora.programs.program import InputSpec, build
 from tests.patching.models import build as vit
 from tests.programs.test_record import Op
 
@@ -19,7 +19,7 @@ def test_bytes_and_flops_of_calls():
         return torch.nn.functional.gelu(y), ((), None)
 
     tensors = torch.randn(2, 3, 4), torch.randn(5, 4)
-    program = build(Op(ahead), [Given.of(t, False) for t in tensors])
+    program = build(Op(ahead), [InputSpec.of(t, False) for t in tensors])
     found = {call.target.__name__: work(call) for call in program.calls}
     assert found["view.default"] == (0, 0)
     assert found["linear"] == (2 * 6 * 4 * 5, 4 * (6 * 4 + 5 * 4 + 6 * 5))
@@ -39,7 +39,7 @@ def test_what_is_added_to_is_read_and_written_and_passes_are_over_x():
         return z.mul_(2), ((), None)
 
     tensors = torch.randn(6, 4), torch.randn(5, 4)
-    program = build(Op(ahead), [Given.of(t, False) for t in tensors])
+    program = build(Op(ahead), [InputSpec.of(t, False) for t in tensors])
     moved = [work(call).nbytes // 4 for call in program.calls if not call.view]
     x, w, y = 24, 20, 30
     assert [n for n in moved if n] == [y, x + w + 2 * y, 2 * y, x + w + y, 2 * y]

@@ -15,12 +15,12 @@ from fused_lora.ops import lora_linear as op
 from fused_lora.plan import choose, strategies, timing
 from fused_lora.programs import run
 from fused_lora.programs.describe import name_of
-from fused_lora.trust import check, own_process, verify
+from fused_lora.verify import check, own_process
 from tests.patching.models import build, images
 from tests.programs.test_signature import patched
 
 DECIDERS = (choose, strategies, planning, backends, epilogues, elementwise)
-DECIDERS += (verify, check, env, own_process, measured, timing)
+DECIDERS += (verdicts, check, env, own_process, measured, timing)
 
 
 def forbid(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fused_lora.programs import run
-from fused_lora.programs.program import Given, build
+from fused_lora.programs.program import InputSpec, build
 from fused_lora.programs.record import CannotRecord, opaque
 
 
@@ -28,7 +28,7 @@ class Op:
 
 
 def given(*tensors, grad=False):
-    return [None if t is None else Given.of(t, grad) for t in tensors]
+    return [None if t is None else InputSpec.of(t, grad) for t in tensors]
 
 
 def test_calls_nobody_reads_are_gone_and_views_are_taken_once():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fused_lora.trust.check import Named, Operands, equations
+from fused_lora.verify.check import Named, Operands, equations
 
 Run = Callable[[Operands], Named]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fused_lora.testing.yardstick import Comparison, error, in_every_order, judge, worst
-from fused_lora.trust.check import (
+from fused_lora.verify.check import (
     ALIGNED,
     SHAPES,
     Named,

@@ -112,9 +112,9 @@ def summary(rows: Sequence[Row]) -> str:
         for row in rows
         if row.ratio_frozen is not None and row.method != "frozen"
     ]
-    said = f"At rank {rows[0].case.rank}, over the frozen step: {'; '.join(over)}." if over else ""
+    text = f"At rank {rows[0].case.rank}, over the frozen step: {'; '.join(over)}." if over else ""
     alike = [words for row in rows if (words := _alike(row))]
-    return f"{said} Like with like, {' and '.join(alike)}." if alike else said
+    return f"{text} Like with like, {' and '.join(alike)}." if alike else text
 
 
 def _alike(row: Row) -> str | None:
@@ -210,8 +210,8 @@ def _lines(case: Case, rows: Iterable[Row]) -> Iterable[str]:
 def _refused(refusals: Sequence[Refusal]) -> list[str]:
     if not refusals:
         return []
-    said = (f"<p>{escape(f'{r.method} ({r.case}): {r.reason}')}</p>" for r in refusals)
-    return ['<div class="refused"><h3>Refused: no time recorded</h3>', *said, "</div>"]
+    text = (f"<p>{escape(f'{r.method} ({r.case}): {r.reason}')}</p>" for r in refusals)
+    return ['<div class="refused"><h3>Refused: no time recorded</h3>', *text, "</div>"]
 
 
 def _provenance(rows: Iterable[Row]) -> list[str]:

@@ -18,7 +18,7 @@ from fused_lora.bench.suites.plan_choice_trial import SUITE, PlanCase, PlanRow, 
 from fused_lora.bench.table import aligned, milliseconds
 from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.planning import problem
-from fused_lora.types import ALONE, Halves, Needs, Span
+from fused_lora.types import NO_CONTEXT, AdapterTraits, Needs, Span
 
 HEADS = ("case", "chosen", "ms", "x frozen", "best measured", "ms", "chosen/best", "rounds")
 WITHIN = (1.05, 1.10)  # ratios whose shares the summary gives
@@ -56,7 +56,7 @@ def summary(rows: Sequence[PlanRow]) -> str:
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ADAPTERS = Halves("float32")  # with s = 1: Subject's
+ADAPTERS = AdapterTraits("float32")  # with s = 1: Subject's
 CALL_US = 5000.0  # part of a case's weight whatever its size
 
 
@@ -102,5 +102,5 @@ def trial_of(case: PlanCase, device: str) -> Trial:
     wide, dtype = case.n // case.groups, DTYPES[case.dtype]
     spans = tuple(Span(g * wide, (g + 1) * wide, case.rank) for g in range(case.groups))
     where = torch.device(device)
-    question = (case.m, case.k, case.n, spans, dtype, True, Needs(), ALONE, ADAPTERS, where)
+    question = (case.m, case.k, case.n, spans, dtype, True, Needs(), NO_CONTEXT, ADAPTERS, where)
     return Trial(case, problem(*question), ceilings(where, dtype), device)

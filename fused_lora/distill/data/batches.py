@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fused_lora.distill.data.sets import DataError
-from fused_lora.distill.data.views import Viewed
+from fused_lora.distill.data.views import TransformedImages
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def loaded(
-    data: Viewed, order: Order, steps: range, process: int = 0, workers: int = 0
+    data: TransformedImages, order: Order, steps: range, process: int = 0, workers: int = 0
 ) -> Iterator[list[Batch]]:
     """The micro-steps of each of ``steps``."""
     weights = _weights(order, steps, process)

@@ -125,8 +125,8 @@ def archive(path: str, split: str, _changed_ns: int = 0) -> ImageSet:
 
         return Image.open(io.BytesIO(found[names[i]])).convert("RGB")
 
-    said = [f"{path}: {name}" for name in names]
-    return ImageSet(f"{path} {split} {len(names)}", labels, classes, load, said)
+    names_of = [f"{path}: {name}" for name in names]
+    return ImageSet(f"{path} {split} {len(names)}", labels, classes, load, names_of)
 
 
 def huggingface(path: str | Path, split: str) -> ImageSet:

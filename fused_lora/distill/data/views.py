@@ -129,7 +129,7 @@ def _geometry(augment: str, side: int, crop: float | None, mode: Any) -> list[An
     return straight if augment == "none" else [*straight, v2.RandomHorizontalFlip()]
 
 
-class Viewed(Dataset):
+class TransformedImages(Dataset):
     """Chosen images of a set, as tensors; image i of epoch e looks the same in every run."""
 
     def __init__(

@@ -55,11 +55,11 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    save_file(tensors, str(beside), metadata)
-    with beside.open("rb") as file:
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, str(part), metadata)
+    with part.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(part, path)
 
 
 def header_of(path: Path) -> dict[str, Any]:

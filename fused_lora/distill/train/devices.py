@@ -43,10 +43,10 @@ class World:
 
     def agree(self, value: Any) -> Any:
         """What the first process says."""
-        said = [value]
+        box = [value]
         if self.size > 1:
-            distributed.broadcast_object_list(said)
-        return said[0]
+            distributed.broadcast_object_list(box)
+        return box[0]
 
     def wait(self) -> None:
         """Until all are here."""

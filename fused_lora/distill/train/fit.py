@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.distill.data.batches import Batch, Order, loaded
-from fused_lora.distill.data.views import Viewed, seed
+from fused_lora.distill.data.views import TransformedImages, seed
 from fused_lora.distill.features import Wanted
 from fused_lora.distill.recipe.tables import Train
 from fused_lora.distill.train import checkpoint
@@ -71,7 +71,7 @@ class Fit:
 
     objective: nn.Module
     wanted: Wanted
-    data: Viewed
+    data: TransformedImages
     order: Order
     train: Train
     precision: Precision
@@ -236,8 +236,10 @@ def differences(theirs: Any, mine: Any, where: str = "") -> list[str]:
     """What two plain recipes disagree on."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         return [
-            said
+            difference
             for key in sorted({*theirs, *mine})
-            for said in differences(theirs.get(key), mine.get(key), f"{where}.{key}".strip("."))
+            for difference in differences(
+                theirs.get(key), mine.get(key), f"{where}.{key}".strip(".")
+            )
         ]
     return [] if theirs == mine else [f"{where} was {theirs!r} and is {mine!r}"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# GELU and its slope by the library, with the face of the Triton kernel's: erf or tanh.
+# GELU and its derivative by the library, with the face of the Triton kernel's: erf or tanh.
 #
 # torch 2.15's erf form on CPUs leaves a strided ``out`` unwritten in fp32 and bf16, without a word;
 # there the result is copied, which also takes half the time of the kernel that would write it.

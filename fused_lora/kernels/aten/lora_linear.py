@@ -44,7 +44,7 @@ def lora_merge(
 
 # Grouped LoRA linear from library GEMMs.
 #
-#     forward   SEPARATE  y = addmm(bias, x, wT); y[:, g] += s_g h_g b_gT in place   (y rounds twice)
+#     forward   SEPARATE  y = addmm(bias, x, wT); y[:, g] += s_g h_g b_gT in place  (y rounds twice)
 #               BORDERED  y = [x | h] [w | s b]T + bias                              (y rounds once)
 #               MERGE     y = x w'T + bias, w' = w + s b a                           (w' rounds)
 #     dx        the same three, on [dy | dh] and [w ; a]

@@ -201,8 +201,8 @@ def forward(
             parts(ranks), scaled_b(adapters, x.dtype), adapters.spans, strict=True
         )
     ]
-    ending = dict(bias=bias, factor=factor, residual=residual, u=u)
-    _launch(x, w, groups, y, ending, "rows", activation, tile, chip)
+    epilogue = dict(bias=bias, factor=factor, residual=residual, u=u)
+    _launch(x, w, groups, y, epilogue, "rows", activation, tile, chip)
     return CompiledOutput(y, h, u)
 
 
@@ -224,8 +224,8 @@ def input_grad(
     dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out
     a = stacked_a(adapters, dy.dtype)
     groups = [(dh[:, part], a[part], 0) for part in parts(ranks)]
-    ending = dict(bias=None, factor=None, residual=residual, u=None)
-    _launch(dy, w, groups, dx, ending, "columns", "none", tile, chip)
+    epilogue = dict(bias=None, factor=None, residual=residual, u=None)
+    _launch(dy, w, groups, dx, epilogue, "columns", "none", tile, chip)
     return dx, dh
 
 
@@ -234,7 +234,7 @@ def _launch(
     w: Tensor,
     groups: Sequence[tuple[Tensor, Tensor, int]],  # h, border, first column of y
     y: Tensor,
-    ending: dict[str, Tensor | None],
+    epilogue: dict[str, Tensor | None],
     right: str,  # rows where w and borders have a row for each column of y, else columns
     activation: str,
     tile: Tile | None,
@@ -245,13 +245,13 @@ def _launch(
     assert x.is_cuda or module.archs == "none", x.device
     across = 0 if right == "rows" else 1  # the dimension of w and borders that is y's columns
     assert y.shape == (x.shape[0], w.shape[across]) and x.shape[1] == w.shape[1 - across]
-    assert all(t is None or t.dtype is x.dtype for t in (w, y, *ending.values())), x.dtype
+    assert all(t is None or t.dtype is x.dtype for t in (w, y, *epilogue.values())), x.dtype
     ranks = sum(h.shape[1] for h, _, _ in groups)
     plan = _plan(*y.shape, x.shape[1], ranks, chip, right, activation, tile)
     problem = module.LinearProblem(
         **dict(x=_placed(x), w=_placed(w), y=_placed(y)),
-        **dict(u=_placed(ending["u"]), residual=_placed(ending["residual"])),
-        **{name: _address(ending[name]) for name in ("bias", "factor")},
+        **dict(u=_placed(epilogue["u"]), residual=_placed(epilogue["residual"])),
+        **{name: _address(epilogue[name]) for name in ("bias", "factor")},
         groups=[
             module.LinearGroup(
                 **dict(h=_placed(h), border=_placed(border), first_column=first),

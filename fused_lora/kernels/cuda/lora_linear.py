@@ -10,7 +10,7 @@ from fused_lora.kernels.cuda.lora_extended import Tile, aligned, packed, readabl
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.gemm import columns, outer, product
-from fused_lora.kernels.interface import Adapters, Ending, Grads, HiddenGrad
+from fused_lora.kernels.interface import Adapters, Epilogue, Grads, HiddenGrad
 from fused_lora.plan.problem import Problem
 from fused_lora.programs.record import begins_at
 from fused_lora.types import Gradient, Keep, Needs, Plan
@@ -142,17 +142,17 @@ def _none(adapters: Adapters) -> list[Tensor | None]:
     return [None] * len(adapters.spans)
 
 
-def kind(ending: Ending) -> str:
+def kind(epilogue: Epilogue) -> str:
     """What a check of it is called: gelu, or scale."""
-    return "scale" if ending.activation == "none" else "gelu"
+    return "scale" if epilogue.activation == "none" else "gelu"
 
 
-def why_not_epilogue(dtype: torch.dtype, ending: Ending) -> str | None:
+def why_not_epilogue(dtype: torch.dtype, epilogue: Epilogue) -> str | None:
     """One sentence why a product of ``dtype`` cannot end so; None when it can."""
-    for name, t in (("factor", ending.factor), ("residual", ending.residual)):
+    for name, t in (("factor", epilogue.factor), ("residual", epilogue.residual)):
         if t is not None and t.dtype is not dtype:
-            return f"its ending reads a {name} of {dtype}, got {t.dtype}"
-    if ending.residual is not None and not aligned(ending.residual):
+            return f"its epilogue reads a {name} of {dtype}, got {t.dtype}"
+    if epilogue.residual is not None and not aligned(epilogue.residual):
         return "the residual or its rows do not begin at multiples of 16 bytes"
     return None
 
@@ -163,16 +163,16 @@ def forward_epilogue(
     bias: Tensor | None,  # [N], x's dtype
     adapters: Adapters,
     plan: Plan,
-    ending: Ending,
+    epilogue: Epilogue,
     out: Tensor | None = None,  # [M, N] for y, rows contiguous
     h: Tensor | None = None,  # [M, sum R] where it is there already
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] of an activation."""
     direct = out if out is not None and aligned(out) else None
     y, h, u = lora_extended.forward(
-        *(readable(x), readable(w), vector(bias), adapters, ending.activation, h),
-        factor=vector(ending.factor),
-        residual=ending.residual,
+        *(readable(x), readable(w), vector(bias), adapters, epilogue.activation, h),
+        factor=vector(epilogue.factor),
+        residual=epilogue.residual,
         out=direct,
     )
     if out is not None and direct is None:

@@ -12,12 +12,12 @@ from torch import Tensor
 from fused_lora.kernels.triton.launch import launch
 from fused_lora.kernels.triton.tiles import ELEMENTS, MOST_WIDTH, ElementTile, RowTile, row_tile
 
-# GELU and its slope on fp32 registers: in epilogues, and as kernels where no product is near.
+# GELU and its derivative on fp32 registers: in epilogues, and as kernels where no product is near.
 #
 # erf   u Phi(u), erf by Abramowitz and Stegun 7.1.26: |error| <= 1.5e-7, and no spilled registers
-#       slope Phi(u) + u phi(u), which share one exponential
+#       grad  Phi(u) + u phi(u), which share one exponential
 # tanh  u g, g = sigmoid(v), v = 2 sqrt(2 / pi) (u + 0.044715 u^3), which is 0.5 u (1 + tanh(v / 2))
-#       slope g + u g (1 - g) v'
+#       grad  g + u g (1 - g) v'
 #
 # Both are max(u, 0) - |u| times what lies beyond |u|, Phi(-|u|) or 1 - g(|u|): one form for both
 # signs. Powers of two and reciprocals are the chip's own, within a few units in the last place;
@@ -333,7 +333,7 @@ def _check(vectors: list[Tensor | None], *matrices: Tensor) -> None:
 # What a product passes through between its fp32 accumulator and its one rounding.
 #
 #     forward    u = acc + bias    y = residual + factor act(u)
-#     slope      y = act'(u) acc                                      of backward
+#     grad       y = act'(u) acc                                      of backward
 #
 #                 bias, factor [N]   u, residual, y [M, N]
 #
@@ -348,7 +348,7 @@ class EpilogueOperands(NamedTuple):
     factor: Tensor | None = None  # [N], contiguous
     residual: Tensor | None = None  # [M, N], rows contiguous
     residual_row: int = 0
-    u: Tensor | None = None  # [M, N], rows contiguous; read for a slope, else written
+    u: Tensor | None = None  # [M, N], rows contiguous; read for a derivative, else written
     u_row: int = 0
 
     @property
@@ -390,7 +390,16 @@ def _row(vector, n, columns):
 
 @triton.jit
 def finish(
-    acc, epilogue, y, y_row, m, n, rows, columns, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr
+    acc,
+    epilogue,
+    y,
+    y_row,
+    m,
+    n,
+    rows,
+    columns,
+    ACTIVATION: tl.constexpr,
+    ACTIVATION_GRAD: tl.constexpr,
 ):
     """Store a tile of y at rows m and columns n."""
     m64 = m.to(tl.int64)[:, None]
@@ -400,11 +409,11 @@ def finish(
     if ACTIVATION != "none":
         if epilogue.u is not None:
             at = epilogue.u + m64 * epilogue.u_row + n[None, :]
-            if SLOPE:
+            if ACTIVATION_GRAD:
                 acc *= gelu_grad(tl.load(at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
             else:
                 tl.store(at, acc.to(epilogue.u.dtype.element_ty), mask=inside)
-        if not SLOPE:
+        if not ACTIVATION_GRAD:
             acc = gelu(acc, ACTIVATION)
     if epilogue.factor is not None:
         acc *= _row(epilogue.factor, n, columns)

@@ -91,7 +91,7 @@ def _tile(name: str, row: object) -> MeasuredTile | None:
 # grad              sum R K        M       or N for db
 # merge             N     K        sum R
 #
-# extended_gelu     M     N        K       with GELU behind it, or its slope behind dx
+# extended_gelu     M     N        K       with GELU behind it, or its derivative behind dx
 # extended_scale    M     N        K       with LayerScale and a residual behind it
 # extended_wide     M     N        K       likewise, either of them wider than x
 # extended_fp8      M     N        K       of codes; forward alone
@@ -103,7 +103,7 @@ def _tile(name: str, row: object) -> MeasuredTile | None:
 # merge_many        any                    every matrix of a table
 # quantise          M     K                codes and scales of x
 # layer_norm        M     D                forward, rebuilding and dx
-# gelu              M     N                both kinds, and their slopes
+# gelu              M     N                both kinds, and their derivatives
 #
 # The packing of a and b (border.py) has one tile, and is checked with each product that needs it.
 
@@ -194,14 +194,14 @@ def in_its_place(
 
     A function of the tile alone, not of sizes: a check of one tile is one of what stands in for it.
     """
-    name, _, ending = kernel.partition("_")
+    name, _, suffix = kernel.partition("_")
     others: tuple[AnyTile, ...] = ()
-    if ending == "fp8":
+    if suffix == "fp8":
         others = tiles.FP8
     elif name == "extended":
         bulk = isinstance(tile, tiles.BulkTile)
         others = tiles.candidates(
-            arch, dtype.itemsize, bool(ending), bulk, ending == "gelu", ragged
+            arch, dtype.itemsize, bool(suffix), bulk, suffix == "gelu", ragged
         )
     elif name == "one":
         others = tiles.one_pass_candidates(arch, dtype.itemsize, ragged)
@@ -220,20 +220,20 @@ def _least_cost(
     device: torch.device,
     ragged: bool,
 ) -> Any:
-    name, _, ending = kernel.partition("_")
-    size, dropout = dtype.itemsize, ending == "dropout"
-    if ending == "fp8":
+    name, _, suffix = kernel.partition("_")
+    size, dropout = dtype.itemsize, suffix == "dropout"
+    if suffix == "fp8":
         return tiles.fp8_tile(rows, columns, device)
     if name == "extended":
         rows_fit = depth * size % 16 == columns * size % 16 == 0  # as descriptors need them to be
-        bulk = rows_fit and ending not in ("dropout", "wide")  # which take registers
-        how = (bool(ending), device, bulk, ending == "gelu", ragged)
+        bulk = rows_fit and suffix not in ("dropout", "wide")  # which take registers
+        how = (bool(suffix), device, bulk, suffix == "gelu", ragged)
         return tiles.gemm_tile(rows, columns, size, *how)
     if name == "one":
         return tiles.one_pass_tile(rows, columns, size, device, ragged)
     if name == "shrink":
-        if ending in ("norm", "gelu"):
-            return tiles.row_shrink_tile(columns, ending == "norm")
+        if suffix in ("norm", "gelu"):
+            return tiles.row_shrink_tile(columns, suffix == "norm")
         return tiles.thin_tile(rows, columns, size, device, dropout)
     if name == "grad":
         return tiles.grad_tile(rows, size, dropout)
@@ -258,7 +258,7 @@ def launches(
 def _shapes(p: Problem, plan: Plan) -> Iterator[tuple[str, int, int, int]]:
     yield from _product(p, plan.forward, p.k, p.n, p.shrunk)
     if p.needs.x and plan.keep is not Keep.MERGED:
-        yield from _product(p, plan.dx, p.n, p.k, plan.hands_dh)
+        yield from _product(p, plan.dx, p.n, p.k, plan.writes_dh)
     if plan.gradient is not Gradient.RANK or plan.grads_by:
         return
     if p.needs.b:

@@ -35,7 +35,7 @@ from fused_lora.programs.record import begins_at
 # it takes by pointers. The loops over ranks and over K stay within the one over tiles, for no
 # compiler flattens two into it: within a tile the copies of later steps and one step's products run
 # on, but a tile begins only once the one before is stored. So it ships in two tiles that leave room
-# for one block a multiprocessor by pointers too; where two fit, one's ending hides behind the
+# for one block a multiprocessor by pointers too; where two fit, one's epilogue hides behind the
 # other's products, and pointers serve (tiles.py).
 #
 # A tile may be 128 + 64 columns wide, as two accumulators that share x: 192 divides 384, 768, 1152
@@ -65,7 +65,7 @@ def _extended_bulk(
     depth,
     ALONG_K: tl.constexpr,  # rows of w are contiguous along K
     ACTIVATION: tl.constexpr,  # none, erf or tanh
-    SLOPE: tl.constexpr,  # act'(u) rather than act
+    ACTIVATION_GRAD: tl.constexpr,  # act'(u) rather than act
     PRECISION: tl.constexpr,  # of fp32 products
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -96,9 +96,9 @@ def _extended_bulk(
             if REST_N:
                 right = _columns_of_w(w_rest, n0 + BLOCK_N, k0, ALONG_K)
                 rest = tl.dot(left, right, rest, input_precision=PRECISION)
-        finish(acc, epilogue, y, y_row, m, n, rows, columns, ACTIVATION, SLOPE)
+        finish(acc, epilogue, y, y_row, m, n, rows, columns, ACTIVATION, ACTIVATION_GRAD)
         if REST_N:
-            finish(rest, epilogue, y, y_row, m, n_rest, rows, columns, ACTIVATION, SLOPE)
+            finish(rest, epilogue, y, y_row, m, n_rest, rows, columns, ACTIVATION, ACTIVATION_GRAD)
 
 
 def describable(*matrices: Tensor) -> bool:
@@ -119,9 +119,9 @@ def launch_bulk(
     h: Tensor,
     border: Border,
     y: Tensor,
-    ending: EpilogueOperands,
+    epilogue: EpilogueOperands,
     activation: str,
-    slope: bool,
+    activation_grad: bool,
     tile: BulkTile,
 ) -> None:
     """As the launcher of py, which checks the operands."""
@@ -132,21 +132,21 @@ def launch_bulk(
         _descriptor(x, tile.block_m, tile.block_k),
         _weights(w, tile.block_n, tile.block_k, along_k),
         _weights(w, tile.rest_n or tile.block_n, tile.block_k, along_k),
-        *(h, h.stride(0), border, y, y.stride(0), ending, rows, columns, depth),
+        *(h, h.stride(0), border, y, y.stride(0), epilogue, rows, columns, depth),
     )
     constants = dict(
         ALONG_K=along_k,
         ACTIVATION=activation,
-        SLOPE=slope,
+        ACTIVATION_GRAD=activation_grad,
         PRECISION=input_precision(x.dtype),
         BLOCK_R=border.rank_block(64 // x.element_size()),
         **tile.arguments(),
     )
     grid = (min(tiles, multiprocessors(x.device)),)
-    written = [y, None if slope else ending.u]
+    written = [y, None if activation_grad else epilogue.u]
     compiled = start(_extended_bulk, grid, x.device, args, constants, written)
     if not spills.seen(compiled):
-        name = ending.kernel(x.dtype, activation != "none")
+        name = epilogue.kernel(x.dtype, activation != "none")
         spills.look(compiled, name + border.word, tile, x)
 
 
@@ -203,7 +203,7 @@ def _extended(
     columns,
     depth,
     ACTIVATION: tl.constexpr,  # none, erf or tanh
-    SLOPE: tl.constexpr,  # act'(u) rather than act
+    ACTIVATION_GRAD: tl.constexpr,  # act'(u) rather than act
     PRECISION: tl.constexpr,  # of fp32 products
     WHOLE_K: tl.constexpr,  # BLOCK_K divides depth
     BLOCK_M: tl.constexpr,
@@ -235,7 +235,7 @@ def _extended(
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         x_tile += BLOCK_K
         w_tile += BLOCK_K * w_column
-    finish(acc, epilogue, y, y_row, m, n, rows, columns, ACTIVATION, SLOPE)
+    finish(acc, epilogue, y, y_row, m, n, rows, columns, ACTIVATION, ACTIVATION_GRAD)
 
 
 def forward(
@@ -258,8 +258,8 @@ def forward(
     h = shrink(x, adapters, dropout=dropout) if h is None else h
     y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
     u = x.new_empty(x.shape[0], w.shape[0]) if stores_u and activation != "none" else None
-    ending = epilogue_operands(bias, factor, residual, u)
-    _launch(x, w, h, of_b(adapters), y, ending, None, activation, False, tile)
+    epilogue = epilogue_operands(bias, factor, residual, u)
+    _launch(x, w, h, of_b(adapters), y, epilogue, None, activation, False, tile)
     return Output(y, h, u)
 
 
@@ -281,8 +281,8 @@ def input_grad(
     adapters = packed(adapters, dy.dtype)
     dh = shrink_grad(dy, adapters) if dh is None else dh
     dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out
-    ending = epilogue_operands(residual=residual, u=u)
-    _launch(dy, w.t(), dh, of_a(adapters), dx, ending, dropout, activation, True, tile)
+    epilogue = epilogue_operands(residual=residual, u=u)
+    _launch(dy, w.t(), dh, of_a(adapters), dx, epilogue, dropout, activation, True, tile)
     return dx, dh
 
 
@@ -292,10 +292,10 @@ def _launch(
     h: Tensor,
     border: Border,
     y: Tensor,
-    ending: EpilogueOperands,
+    epilogue: EpilogueOperands,
     dropout: Dropout | None,
     activation: str,
-    slope: bool,
+    activation_grad: bool,
     tile: Tile | None,
 ) -> None:
     (rows, depth), columns = x.shape, w.shape[0]
@@ -303,24 +303,26 @@ def _launch(
     assert x.dtype is w.dtype is h.dtype, (x.dtype, w.dtype, h.dtype)
     assert x.stride(1) == h.stride(1) == y.stride(1) == 1, (x.stride(), h.stride(), y.stride())
     assert y.shape == (rows, columns), y.shape
-    assert all(t is None or t.shape == y.shape for t in (ending.residual, ending.u)), y.shape
-    assert all(t is None or t.shape == (columns,) for t in (ending.bias, ending.factor)), columns
+    assert all(t is None or t.shape == y.shape for t in (epilogue.residual, epilogue.u)), y.shape
+    assert all(t is None or t.shape == (columns,) for t in (epilogue.bias, epilogue.factor)), (
+        columns
+    )
     assert activation in ("none", "erf", "tanh"), activation
     if y.numel() == 0:
         return
     bulk = dropout is None and describable(x, w)  # Philox takes registers
     active = activation != "none"
-    heavy = ending.heavy or active or dropout is not None
+    heavy = epilogue.heavy or active or dropout is not None
     tile = tile or gemm_tile(rows, columns, x.element_size(), heavy, x.device, bulk, active)
     if isinstance(tile, BulkTile):
         assert bulk, (x.stride(), w.stride())
-        launch_bulk(x, w, h, border, y, ending, activation, slope, tile)
+        launch_bulk(x, w, h, border, y, epilogue, activation, activation_grad, tile)
         return
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     args = (x, x.stride(0), w, w.stride(0), w.stride(1), h, h.stride(0), border)
     constants = dict(
         ACTIVATION=activation,
-        SLOPE=slope,
+        ACTIVATION_GRAD=activation_grad,
         PRECISION=input_precision(x.dtype),
         WHOLE_K=depth % tile.block_k == 0,
         BLOCK_R=border.rank_block(64 // x.element_size()),
@@ -328,10 +330,10 @@ def _launch(
     )
     compiled = launch(
         *(_extended, grid, x.device),
-        (*args, y, y.stride(0), ending, dropout, rows, columns, depth),
+        (*args, y, y.stride(0), epilogue, dropout, rows, columns, depth),
         constants,
-        [y, None if slope else ending.u],
+        [y, None if activation_grad else epilogue.u],
     )
     if not spills.seen(compiled):
-        name = "extended_dropout" if dropout else ending.kernel(x.dtype, active)
+        name = "extended_dropout" if dropout else epilogue.kernel(x.dtype, active)
         spills.look(compiled, name + border.word, tile, x)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.full_grads import full_grads
-from fused_lora.kernels.interface import Adapters, Ending, Grads, HiddenGrad, Slope
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Grads, HiddenGrad
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.border import Packed, packed
@@ -63,13 +63,13 @@ def backward(
     adapters: Adapters,
     needs: Needs,
     plan: Plan,
-    slope: Slope | None = None,  # where dx goes on to du
+    activation_grad: ActivationGrad | None = None,  # where dx goes on to du
 ) -> Grads:
     """The gradients named by ``needs``."""
     dy, x, own = rows(dy), None if x is None else rows(x), uniform(adapters)
     thin = plan.gradient is Gradient.RANK or (needs.x and plan.dx is not Forward.MERGE)
     low = packed(own, dy.dtype) if thin else own
-    dx, dh = input_grad(dy, kept, w, own, plan, slope, low) if needs.x else (None, None)
+    dx, dh = input_grad(dy, kept, w, own, plan, activation_grad, low) if needs.x else (None, None)
     dw = None
     if needs.w:
         assert x is not None
@@ -89,7 +89,7 @@ def input_grad(
     w: Tensor | None,  # [N, K]; None where dx reads a kept w'
     adapters: Adapters,
     plan: Plan,
-    slope: Slope | None = None,  # of EXTENDED
+    activation_grad: ActivationGrad | None = None,  # of EXTENDED
     low: Adapters | Packed | None = None,  # the adapters in dy's dtype, where they are there
     given: HiddenGrad | None = None,  # dh where it is there already, likewise
 ) -> tuple[Tensor, Tensor | None]:
@@ -101,13 +101,13 @@ def input_grad(
     if plan.dx is Forward.MERGE:
         return dy @ merged(w, adapters), None
     dy, low = rows(dy), low or packed(uniform(adapters), dy.dtype)
-    kernel = "extended_gelu" if slope else plan.dx.value
+    kernel = "extended_gelu" if activation_grad else plan.dx.value
     tile = _product_tile(kernel, dy, w.shape[1], adapters)
     if plan.dx is Forward.ONE_PASS:
         return lora_one_pass.input_grad(dy, w, low, tile=tile)
     dy, w = (readable(t, tile) for t in (dy, w))
     dh = given.dh if given else shrink_grad(dy, low)
-    how = slope._asdict() if slope else {}
+    how = activation_grad._asdict() if activation_grad else {}
     return lora_extended.input_grad(dy, w, low, dh=dh, tile=tile, **how)
 
 
@@ -208,16 +208,16 @@ def forward_epilogue(
     bias: Tensor | None,  # [N], x's dtype
     adapters: Adapters,
     plan: Plan,
-    ending: Ending,
+    epilogue: Epilogue,
     out: Tensor | None = None,  # [M, N] for y, rows contiguous
     h: Tensor | None = None,  # [M, sum R] where it is there already
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the ending stores it."""
-    active, factor, residual, stores_u = ending
+    """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the epilogue stores it."""
+    active, factor, residual, stores_u = epilogue
     low = packed(uniform(adapters), x.dtype, rows_kept(x, plan))
     x, bias = rows(x), None if bias is None else bias.contiguous()
     n, k = w.shape
-    kernel, uneven = ending.kernel(x.dtype), ragged(adapters.spans)
+    kernel, uneven = epilogue.kernel(x.dtype), ragged(adapters.spans)
     tile = tile_of(kernel, x.shape[0], n, k, x.dtype, x.device, uneven)
     x, w = (readable(t, tile) for t in (x, w))
     h = shrink(x, low) if h is None else readable(h, tile)

@@ -134,7 +134,7 @@ def _launch(
     h: Tensor,
     border: Border,
     y: Tensor,
-    ending: EpilogueOperands,
+    epilogue: EpilogueOperands,
     tile: Tile | None,
 ) -> None:
     (rows, depth), columns = x.codes.shape, w.codes.shape[0]
@@ -151,7 +151,7 @@ def _launch(
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     args = (
         *(x.codes, x.codes.stride(0), x.scales, w.codes, w.codes.stride(0), w.scales),
-        *(h, h.stride(0), border, y, y.stride(0), ending, rows, columns, depth),
+        *(h, h.stride(0), border, y, y.stride(0), epilogue, rows, columns, depth),
     )
     constants = dict(
         APART=arch // 10 not in TENSOR_MEMORY,

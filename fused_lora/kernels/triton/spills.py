@@ -138,9 +138,9 @@ def usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = _cuobjdump("-res-usage", file.name)
-        match = RESOURCES.search(said)
-        assert match, said
+        text = _cuobjdump("-res-usage", file.name)
+        match = RESOURCES.search(text)
+        assert match, text
         registers, stack, local = map(int, match.groups())
         reads = stack + local and LOCAL_LOAD.search(_cuobjdump("-sass", file.name))
     return registers, stack + local if reads else 0

@@ -204,7 +204,7 @@ def _family(arch: int) -> int:
 _LARGE = (BulkTile(128, 256, 64, 3, 8), BulkTile(128, 128, 64, 3, 8, rest_n=64))
 _BULK: dict[int, tuple[BulkTile, ...]] = {80: (), 90: _LARGE, 100: _LARGE, 120: ()}
 _SINGLE_BULK = {100: (BulkTile(64, 64, 32, 4, 8),)}  # where pointers have 32 x 32 alone
-# GELU or its slope is seen to spill here in spite of the rule, 8 to 136 bytes.
+# GELU or its derivative is seen to spill here in spite of the rule, 8 to 136 bytes.
 _SPILLS: dict[int, tuple[Tile, ...]] = {
     90: (_LARGE[1], *_SINGLE[90][:1]),
     100: (_NARROW[0], _LARGE[1]),
@@ -232,7 +232,7 @@ def candidates(
         itemsize: bytes of an element of x.
         heavy: whether the epilogue does more than add a bias.
         bulk: whether descriptors can be made of x and w, which the persistent form needs.
-        activation: whether the epilogue applies GELU or its slope; heavy too, then.
+        activation: whether the epilogue applies GELU or its derivative; heavy too, then.
         ragged: whether several adapters have ranks that 16 does not divide.
     """
     family = _family(arch)

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters, Ending, Slope
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue
 from fused_lora.ops.chain.stage import (
-    Asked,
-    ChainRecipe,
+    ChainSpec,
     GradEpilogue,
     Optional,
-    Place,
-    Room,
+    Placement,
+    StageInput,
+    StageNeeds,
     StageRun,
     Tensors,
     combined,
@@ -29,52 +29,54 @@ from fused_lora.ops.lora_linear import reshaped
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
 
-Done = tuple[tuple[StageRun, ...], Room | None]  # of each stage, and where the last one wrote
+Done = tuple[tuple[StageRun, ...], StageInput | None]  # of each stage, and where the last one wrote
 
 
-class Steps(NamedTuple):
+class PassContext(NamedTuple):
     """What every step of one pass through a chain is given."""
 
-    recipe: ChainRecipe
+    spec: ChainSpec
     own: Sequence[Optional]  # the operands of each stage
-    asked: Sequence[Asked]
+    asked: Sequence[StageNeeds]
     keep: frozenset[int]  # boundaries kept for backward
     again: bool = False  # in backward, which reads all that it makes
 
-    def behind(self, i: int, x: Tensors, free: bool = False) -> Room | None:
+    def behind(self, i: int, x: Tensors, free: bool = False) -> StageInput | None:
         """What stage i, given x, is to do for the one behind it; what is kept lies alone.
 
         ``free``: it writes wherever it is told at no cost, and x has but its rows.
         """
-        j, stages = i + 1, self.recipe.stages
+        j, stages = i + 1, self.spec.stages
         if j == len(stages):
             return None
         writes = j not in self.keep and (free or stages[i].places(x))
         shrinks = _never if free else partial(stages[i].shrinks, x, self.own[i])
-        return stages[j].room(x[0], self.own[j], self.asked[j], writes, shrinks)
+        return stages[j].prepared(x[0], self.own[j], self.asked[j], writes, shrinks)
 
     def take(
         self,
         i: int,
         x: Tensors,
-        room: Room | None,  # holds x
-        ending: Ending | None = None,  # of the last stage
+        prepared: StageInput | None,  # holds x
+        epilogue: Epilogue | None = None,  # of the last stage
         place: bool = True,  # to write for the stage behind, where that asks for it
         alone: bool = False,  # stage i and no other
     ) -> Done:
         """Stage i, and with it the activation behind it where a kernel computes both."""
-        stage, given = self.recipe.stages[i], (self.own[i], self.asked[i])
-        kind = None if alone else self.recipe.ahead[i]
-        if kind and (plan := stage.fuses(Ending(kind), x, *given, room)):
+        stage, given = self.spec.stages[i], (self.own[i], self.asked[i])
+        kind = None if alone else self.spec.ahead[i]
+        if kind and (plan := stage.fuses(Epilogue(kind), x, *given, prepared)):
             following = self.behind(i + 1, x, free=True) if place else None
-            how = Ending(kind, stores_u=self.again or i + 1 in self.keep)
-            run = stage.forward(x, *given, Place(following and following.left, room, how, plan))
+            how = Epilogue(kind, stores_u=self.again or i + 1 in self.keep)
+            run = stage.forward(
+                x, *given, Placement(following and following.left, prepared, how, plan)
+            )
             assert run.beyond is not None
             return (run, StageRun((run.beyond,))), following
         following = self.behind(i, x) if place else None
         makes = following if following and following.adapters else None
         run = stage.forward(
-            x, *given, Place(following and following.left, room, ending, None, makes)
+            x, *given, Placement(following and following.left, prepared, epilogue, None, makes)
         )
         if following and makes:
             following = following._replace(h=run.h)
@@ -86,21 +88,21 @@ def _never(adapters: Adapters) -> bool:
     return False
 
 
-class Walk:
+class BackwardPass:
     """One backward pass: what was kept, and what has been made again so far."""
 
     def __init__(
         self,
-        recipe: ChainRecipe,
+        spec: ChainSpec,
         values: dict[int, Tensors],
         runs: list[StageRun | None],  # None where the stage has to run again
         operands: Optional,
-        asked: Sequence[Asked],
+        asked: Sequence[StageNeeds],
     ) -> None:
-        self.recipe, self.values, self.runs, self.asked = recipe, values, runs, asked
-        self.own = [operands[part] for part in recipe.parts]
-        self.steps = Steps(recipe, self.own, asked, recipe.keep, again=True)
-        self.rooms: dict[int, Room | None] = {}  # of boundaries, each with what lies in it
+        self.spec, self.values, self.runs, self.asked = spec, values, runs, asked
+        self.own = [operands[part] for part in spec.parts]
+        self.steps = PassContext(spec, self.own, asked, spec.keep, again=True)
+        self.prepared: dict[int, StageInput | None] = {}  # of boundaries, each with what lies in it
 
     def value(self, i: int) -> Tensors:
         """Boundary i, kept or made again."""
@@ -110,42 +112,44 @@ class Walk:
 
     def _towards(self, i: int) -> None:
         """Run the stage before boundary i, or the two before it, or the first of the two."""
-        two = i > 1 and i - 1 not in self.values and self.recipe.ahead[i - 2] is not None
+        two = i > 1 and i - 1 not in self.values and self.spec.ahead[i - 2] is not None
         first = i - 2 if two else i - 1
-        x, room = self.value(first), self.rooms.pop(first, None)
+        x, prepared = self.value(first), self.prepared.pop(first, None)
         place = i < len(self.runs) and self.runs[i] is None
-        done, following = self.steps.take(first, x, room, place=place, alone=not two)
-        self.rooms[first + len(done)] = following
+        done, following = self.steps.take(first, x, prepared, place=place, alone=not two)
+        self.prepared[first + len(done)] = following
         for at, run in enumerate(done, first):
             self.values[at + 1], self.runs[at] = run.out, StageRun((), run.extra, run.note)
 
     def through(
         self,
         dz: Tensor,
-        beside: Tensor | None = None,  # [M, K]: added to the gradient of the source
+        residual_grad: Tensor | None = None,  # [M, K]: added to the gradient of the source
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """From the gradient of the last stage's output to those of the source and the operands."""
         grads: Tensors | None = (dz,)
         down: list[Optional] = []
-        sloped = False  # whether ``grads`` are those of what goes into an activation already
+        input_activated = (
+            False  # whether ``grads`` are those of what goes into an activation already
+        )
         for i in reversed(range(len(self.asked))):
             mine: Optional = (None,) * len(self.own[i])
-            if self.asked[i].any and not sloped:
+            if self.asked[i].any and not input_activated:
                 assert grads is not None
-                grads, mine, sloped = self._stage(i, grads, None if i else beside)
+                grads, mine, input_activated = self._stage(i, grads, None if i else residual_grad)
             else:
-                sloped = False
+                input_activated = False
             down.append(mine)
         dx = grads[0] if grads is not None and self.asked[0].x else None
         return dx, [grad for mine in reversed(down) for grad in mine]
 
     def _stage(
-        self, i: int, grads: Tensors, beside: Tensor | None
+        self, i: int, grads: Tensors, residual_grad: Tensor | None
     ) -> tuple[Tensors | None, Optional, bool]:
-        stage, asked, own = self.recipe.stages[i], self.asked[i], self.own[i]
+        stage, asked, own = self.spec.stages[i], self.asked[i], self.own[i]
         if self.runs[i] is None and stage.leaves:
             self.value(i + 1)
-        run, kind, x = self.runs[i] or StageRun(()), self.recipe.before[i], None
+        run, kind, x = self.runs[i] or StageRun(()), self.spec.before[i], None
         source = "none"
         if stage.reads_input(run, asked):
             if kind and i not in self.values and stage.activates(grads, run, own, asked):
@@ -153,12 +157,17 @@ class Walk:
             else:
                 x = self.value(i)
         self.values.pop(i + 1, None)
-        slope = None
-        if kind and asked.x and beside is None and stage.slopes(grads, run, own):
-            slope = Slope(kind, self.value(i - 1)[0])
+        activation_grad = None
+        if (
+            kind
+            and asked.x
+            and residual_grad is None
+            and stage.fuses_activation_grad(grads, run, own)
+        ):
+            activation_grad = ActivationGrad(kind, self.value(i - 1)[0])
             self.values.pop(i, None)
-        epilogue = GradEpilogue(slope, beside, source)
-        return *stage.backward(grads, x, run, own, asked, epilogue), slope is not None
+        epilogue = GradEpilogue(activation_grad, residual_grad, source)
+        return *stage.backward(grads, x, run, own, asked, epilogue), activation_grad is not None
 
 
 # The autograd node of a chain of stages.
@@ -176,7 +185,7 @@ FIXED = 4  # source, residual, gamma and mask stand before the operands
 
 
 def chain(
-    recipe: ChainRecipe,
+    spec: ChainSpec,
     source: Tensor,  # [..., K]
     operands: Sequence[Tensor | None],  # those of every stage in turn
     residual: Tensor | None = None,  # [..., N]
@@ -185,15 +194,15 @@ def chain(
 ) -> Tensor:
     """y [..., N]; under ``torch.compile`` composed, for the compiler to fuse what it can."""
     if torch.compiler.is_compiling():
-        return composed(recipe, source, operands, residual, gamma, mask)
+        return composed(spec, source, operands, residual, gamma, mask)
     if transformed():
-        return composed(recipe, source, operands, residual, gamma, mask)
-    operation = Chain(recipe)
+        return composed(spec, source, operands, residual, gamma, mask)
+    operation = Chain(spec)
     return call(operation, seeded(operation, (source, residual, gamma, mask, *operands)))  # type: ignore[no-any-return]
 
 
 def composed(
-    recipe: ChainRecipe,
+    spec: ChainSpec,
     source: Tensor,
     operands: Sequence[Tensor | None],
     residual: Tensor | None = None,
@@ -202,17 +211,17 @@ def composed(
 ) -> Tensor:
     """The same from operations that autograd knows, each keeping what it wants."""
     values: Tensors = (source.reshape(-1, source.shape[-1]),)
-    for stage, part in zip(recipe.stages, recipe.parts, strict=True):
+    for stage, part in zip(spec.stages, spec.parts, strict=True):
         values = stage.compose(values, tuple(operands[part]))
     z = values[0].reshape(*source.shape[:-1], values[0].shape[1])
     for factor in (gamma, mask):
         z = z if factor is None else z * factor
-    residual = source if recipe.around else residual
+    residual = source if spec.around else residual
     return z if residual is None else residual + z
 
 
 def forward(
-    recipe: ChainRecipe,
+    spec: ChainSpec,
     flags: tuple[bool, ...],  # whether a gradient is asked for, of the source and the operands
     source: Tensor,
     operands: Sequence[Tensor | None],
@@ -221,20 +230,20 @@ def forward(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, Tensors], list[StageRun]]:
     """y [..., N], the boundaries that the recipe keeps for a backward, and what each stage left."""
-    asked = recipe.asked(flags)
+    asked = spec.asked(flags)
     values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
     runs: list[StageRun] = []
-    keep = recipe.keep if any(flags) else NONE
-    steps = Steps(recipe, [tuple(operands[part]) for part in recipe.parts], asked, keep)
-    beside = source if recipe.around else residual
-    ending = recipe.stages[-1].ending(beside, gamma, mask)
-    room: Room | None = None
-    while (i := len(runs)) < len(recipe.stages):
-        last = i + 1 == len(recipe.stages)
-        room = _advance(steps, values, runs, room, ending if last else None)
+    keep = spec.keep if any(flags) else NONE
+    steps = PassContext(spec, [tuple(operands[part]) for part in spec.parts], asked, keep)
+    added = source if spec.around else residual
+    epilogue = spec.stages[-1].epilogue(added, gamma, mask)
+    prepared: StageInput | None = None
+    while (i := len(runs)) < len(spec.stages):
+        last = i + 1 == len(spec.stages)
+        prepared = _advance(steps, values, runs, prepared, epilogue if last else None)
     (z,) = values.pop(len(runs))
     z = z if source.dim() == 2 else reshaped(z, (*source.shape[:-1], z.shape[1]))
-    y = z if ending else finish(z, beside, combined((gamma, mask)))
+    y = z if epilogue else finish(z, added, combined((gamma, mask)))
     return y, values, runs
 
 
@@ -242,20 +251,20 @@ def forward(
 class Chain:
     """The operation on (source, residual, gamma, mask, *operands); gamma and mask are frozen."""
 
-    recipe: ChainRecipe
+    spec: ChainSpec
 
     seeds: tuple[int, ...] = field(init=False, compare=False)  # which inputs each call draws
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seeds", tuple(FIXED + at for at in self.recipe.seeds))
+        object.__setattr__(self, "seeds", tuple(FIXED + at for at in self.spec.seeds))
 
     def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Tensor, Saved]:
         """y [..., N]."""
         source, residual, gamma, mask, *operands = inputs
-        flags, recipe = (needs[0], *needs[FIXED:]), self.recipe
-        y, values, runs = forward(recipe, flags, source, operands, residual, gamma, mask)
+        flags, spec = (needs[0], *needs[FIXED:]), self.spec
+        y, values, runs = forward(spec, flags, source, operands, residual, gamma, mask)
         given = (gamma, mask, *operands)
-        saved, note = _to_save(recipe, values, runs, recipe.asked(flags), given)
+        saved, note = _to_save(spec, values, runs, spec.asked(flags), given)
         like = source.shape, source.dtype, None if residual is None else residual.dtype
         return y, (saved, (note, like))
 
@@ -263,31 +272,31 @@ class Chain:
         self, saved: Saved, grads: Sequence[Any], needs: tuple[bool, ...]
     ) -> Sequence[Tensor | None]:
         """Gradients of source, residual and operands, where asked for."""
-        tensors, (note, (shape, dtype, beside)) = saved
+        tensors, (note, (shape, dtype, residual_dtype)) = saved
         (dy,) = grads
-        walk, factor = _load(self.recipe, tensors, note)
+        backward_pass, factor = _load(self.spec, tensors, note)
         dz = dy if factor is None else dy * factor
-        around = self.recipe.around and walk.asked[0].x
-        joins = around and self.recipe.stages[0].joins(walk.asked[0])
+        around = self.spec.around and backward_pass.asked[0].x
+        joins = around and self.spec.stages[0].joins(backward_pass.asked[0])
         passed = dy.reshape(-1, dy.shape[-1]) if joins else None
-        dx, down = walk.through(dz.reshape(-1, dz.shape[-1]), passed)
+        dx, down = backward_pass.through(dz.reshape(-1, dz.shape[-1]), passed)
         dx = dx if dx is None else dx.view(shape).to(dtype)
         if around and not joins:
             assert dx is not None
             dx = dx.add_(dy)
-        return dx, dy.to(beside) if needs[1] else None, None, None, *down
+        return dx, dy.to(residual_dtype) if needs[1] else None, None, None, *down
 
 
 def _advance(
-    steps: Steps,
+    steps: PassContext,
     values: dict[int, Tensors],
     runs: list[StageRun],
-    room: Room | None,
-    ending: Ending | None,
-) -> Room | None:
+    prepared: StageInput | None,
+    epilogue: Epilogue | None,
+) -> StageInput | None:
     """Take the next step, keeping of the boundaries behind it what is to be kept."""
     first = len(runs)
-    done, following = steps.take(first, values[first], room, ending)
+    done, following = steps.take(first, values[first], prepared, epilogue)
     for at, run in enumerate(done, first):
         if at and at not in steps.keep:
             del values[at]
@@ -297,15 +306,15 @@ def _advance(
 
 
 def _to_save(
-    recipe: ChainRecipe,
+    spec: ChainSpec,
     values: dict[int, Tensors],
     runs: list[StageRun],
-    asked: Sequence[Asked],
+    asked: Sequence[StageNeeds],
     given: Optional,  # gamma, mask and the operands
 ) -> Saved:
-    if recipe.lean:
-        runs = [s.slim(run, own) for s, run, own in zip(recipe.stages, runs, asked, strict=True)]
-    kept, again = stored(recipe, runs, asked)
+    if spec.lean:
+        runs = [s.slim(run, own) for s, run, own in zip(spec.stages, runs, asked, strict=True)]
+    kept, again = stored(spec, runs, asked)
     flat = list(given)
     for i in kept:
         flat += values[i]
@@ -315,9 +324,9 @@ def _to_save(
     return flat, (asked, [(i, len(values[i])) for i in kept], notes)
 
 
-def _load(recipe: ChainRecipe, tensors: Sequence[Any], note: Any) -> tuple[Walk, Tensor | None]:
+def _load(spec: ChainSpec, tensors: Sequence[Any], note: Any) -> tuple[BackwardPass, Tensor | None]:
     asked, kept, notes = note
-    first = 2 + recipe.parts[-1].stop
+    first = 2 + spec.parts[-1].stop
     given, values, runs = tuple(tensors[:first]), {}, []
     for i, length in kept:
         values[i] = tuple(tensors[first : first + length])
@@ -327,4 +336,4 @@ def _load(recipe: ChainRecipe, tensors: Sequence[Any], note: Any) -> tuple[Walk,
         extra = tuple(tensors[first : first + length])
         runs.append(StageRun((), extra, each[1]) if each else None)
         first += length
-    return Walk(recipe, values, runs, given[2:], asked), combined(given[:2])
+    return BackwardPass(spec, values, runs, given[2:], asked), combined(given[:2])

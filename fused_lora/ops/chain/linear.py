@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters, Ending
+from fused_lora.kernels.interface import Adapters, Epilogue
 from fused_lora.ops.chain.stage import (
     FREE,
     PLAIN,
-    Asked,
     GradEpilogue,
     Optional,
-    Place,
-    Room,
+    Placement,
     Stage,
+    StageInput,
+    StageNeeds,
     StageRun,
     Tensors,
     consecutive,
@@ -40,7 +40,7 @@ from fused_lora.ops.lora_linear import (
 )
 from fused_lora.ops.planning import traits_of
 from fused_lora.plan.strategies import fuses_epilogue, keeps_x
-from fused_lora.types import ALONE, Beside, Forward, Impl, Keep, Needs, Plan
+from fused_lora.types import NO_CONTEXT, Forward, FusionContext, Impl, Keep, Needs, Plan
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LinearStage(Stage):
 
     frames: tuple[Frame, ...]
     dtype: torch.dtype
-    beside: Beside = ALONE  # of one frame; whether x is bordered shows in each pass
+    context: FusionContext = NO_CONTEXT  # of one frame; whether x is bordered shows in each pass
 
     operands: int = field(init=False, compare=False)  # those of all frames
     parts: tuple[tuple[Frame, slice], ...] = field(init=False, compare=False)  # each one's own
@@ -73,12 +73,20 @@ class LinearStage(Stage):
         """The gradients each frame is asked for."""
         return tuple(frame.needs(x, own[part]) for frame, part in self.parts)
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
-        """y [M, N] of x [M, K], for each frame; with an activation as its ending u, if stored."""
+    def forward(
+        self, x: Tensors, own: Optional, asked: StageNeeds, place: Placement = FREE
+    ) -> StageRun:
+        """y [M, N] of x [M, K], for each frame; with an activation as its epilogue u, if stored."""
         ys, extra, plans = [], [], []
-        room = place.room
-        plan = room.plan if room else place.plan or self._plan(x[0], own, asked)
-        placed = (room and room.buffer, plan, place.ending, place.out, room and room.h)
+        prepared = place.prepared
+        plan = prepared.plan if prepared else place.plan or self._plan(x[0], own, asked)
+        placed = (
+            prepared and prepared.buffer,
+            plan,
+            place.epilogue,
+            place.out,
+            prepared and prepared.h,
+        )
         for (frame, part), needs in zip(self.parts, asked.note, strict=True):
             w, bias, *ab = own[part]
             assert w is not None
@@ -87,52 +95,57 @@ class LinearStage(Stage):
             ys.append(done.y)
             extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
             plans.append(done.plan)
-        if place.ending is None or place.ending.activation == "none":
+        if place.epilogue is None or place.epilogue.activation == "none":
             return StageRun(tuple(ys), tuple(extra), tuple(plans))
         u = () if done.u is None else (done.u,)
         return StageRun(u, tuple(extra), tuple(plans), done.y)
 
-    def ending(
+    def epilogue(
         self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None
-    ) -> Ending | None:
+    ) -> Epilogue | None:
         """LayerScale and residual, where an epilogue might serve: the plan decides."""
         if residual is None or mask is not None or len(self.frames) > 1 or self.drops:
             return None
         if why_nobody(residual, self.dtype, self.frames[0].impl):
             return None
-        return Ending(factor=gamma, residual=residual.reshape(-1, residual.shape[-1]))
+        return Epilogue(factor=gamma, residual=residual.reshape(-1, residual.shape[-1]))
 
     def fuses(
-        self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
+        self,
+        epilogue: Epilogue,
+        x: Tensors,
+        own: Optional,
+        asked: StageNeeds,
+        prepared: StageInput | None,
     ) -> Plan | None:
         """One product does, where an epilogue of its plan's serves."""
-        plan = room.plan if room else self._plan(x[0], own, asked)
+        plan = prepared.plan if prepared else self._plan(x[0], own, asked)
         if plan is None or not fuses_epilogue(plan):
             return None
         assert own[0] is not None
-        given = (self.frames[0].spans, plan, ending, self.dtype)
+        given = (self.frames[0].spans, plan, epilogue, self.dtype)
         return None if why_not_fused(x[0], own[0], *given) else plan
 
     def _plan(
         self,
         like: Tensor,
         own: Optional,
-        asked: Asked,
+        asked: StageNeeds,
         bordered: bool = False,
         shrunk: bool = False,
     ) -> Plan | None:
         """The plan that counts on what may be part of its passes; None where nothing may."""
         frame, w = self.frames[0], own[0]
-        if self.drops or self.beside == ALONE or why_nobody(like, self.dtype, frame.impl):
+        if self.drops or self.context == NO_CONTEXT or why_nobody(like, self.dtype, frame.impl):
             return None
         assert w is not None
-        halves = traits_of(own[2:], frame.scales)  # type: ignore[arg-type]
-        question = (like, w, own[1] is not None, frame.spans, asked.note[0], halves, frame.impl)
+        traits = traits_of(own[2:], frame.scales)  # type: ignore[arg-type]
+        question = (like, w, own[1] is not None, frame.spans, asked.note[0], traits, frame.impl)
         return plan_in_context(
-            *question, self.dtype, self.beside._replace(bordered=bordered, shrunk=shrunk)
+            *question, self.dtype, self.context._replace(bordered=bordered, shrunk=shrunk)
         )
 
-    def slopes(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
+    def fuses_activation_grad(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
         """Likewise in the plan of its backward."""
         frame, w = self.frames[0], own[0]
         if len(self.frames) > 1 or frame.impl is Impl.REFERENCE or self.drops:
@@ -140,7 +153,7 @@ class LinearStage(Stage):
         assert w is not None
         return why_not_activation_grad(dy[0], w, frame.spans, run.note[0], self.dtype) is None
 
-    def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: Asked) -> bool:
+    def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: StageNeeds) -> bool:
         """As the compiled gradients of one frame do."""
         frame, needs, w = self.frames[0], asked.note[0], own[0]
         if len(self.frames) > 1 or frame.impl is Impl.REFERENCE or self.drops:
@@ -154,7 +167,7 @@ class LinearStage(Stage):
         x: Tensors | None,
         run: StageRun,
         own: Optional,
-        asked: Asked,
+        asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,
     ) -> tuple[Tensors | None, Optional]:
         """dx [M, K], the sum over frames, or of one frame du; and the gradients of the operands."""
@@ -167,8 +180,8 @@ class LinearStage(Stage):
             assert w is not None
             w, dy_i = w.to(self.dtype) if cast is None else cast, as_rows(dy[i], self.dtype)
             given = (dy_i, rows, kept, w, frame, ab, needs, run.note[i])
-            slope = (epilogue.slope,) if epilogue.slope else ()
-            dx_i, *own_grads = input_grads(*given, *slope, activation=epilogue.source)
+            activation_grad = (epilogue.activation_grad,) if epilogue.activation_grad else ()
+            dx_i, *own_grads = input_grads(*given, *activation_grad, activation=epilogue.source)
             down += own_grads
             dx = dx_i if dx is None or dx_i is None else dx.add_(dx_i)
         return None if dx is None else (dx,), tuple(down)
@@ -184,14 +197,14 @@ class LinearStage(Stage):
             out.append(lora_linear(*given, impl=frame.impl, dropout=frame.dropout))
         return tuple(out)
 
-    def room(
+    def prepared(
         self,
         like: Tensor,
         own: Optional,
-        asked: Asked,
+        asked: StageNeeds,
         writes: bool,
         shrinks: Callable[[Adapters], bool],
-    ) -> Room | None:
+    ) -> StageInput | None:
         """A bordered buffer, where one GEMM on it wins once x lies there at no cost; and h, where
         the plan reads one apart from x."""
         if len(self.frames) > 1 or self.frames[0].impl is Impl.REFERENCE or self.drops:
@@ -209,26 +222,26 @@ class LinearStage(Stage):
             made = adapters if shrunk and plan.forward in FORMS_H else None
             k, wide = w.shape[1], (like.shape[0], w.shape[1] + adapters.rank)
             buffer = like.new_empty(wide, dtype=self.dtype) if bordered else None
-            return Room(buffer, k, plan, made) if bordered or made else None
+            return StageInput(buffer, k, plan, made) if bordered or made else None
         return None
 
     def _plan_for(
-        self, like: Tensor, own: Optional, asked: Asked, bordered: bool, shrunk: bool
+        self, like: Tensor, own: Optional, asked: StageNeeds, bordered: bool, shrunk: bool
     ) -> Plan:
         """The plan of one frame, given what whoever makes x does for it."""
         if plan := self._plan(like, own, asked, bordered, shrunk):
             return plan
         frame, w, (needs,) = self.frames[0], own[0], asked.note
         assert w is not None
-        halves = traits_of(own[2:], frame.scales)  # type: ignore[arg-type]
-        question = (like, w, own[1] is not None, frame.spans, needs, halves, None, frame.impl)
-        return call_plan(*question, self.dtype, Beside(bordered=bordered, shrunk=shrunk))
+        traits = traits_of(own[2:], frame.scales)  # type: ignore[arg-type]
+        question = (like, w, own[1] is not None, frame.spans, needs, traits, None, frame.impl)
+        return call_plan(*question, self.dtype, FusionContext(bordered=bordered, shrunk=shrunk))
 
-    def reads_input(self, run: StageRun, asked: Asked) -> bool:
+    def reads_input(self, run: StageRun, asked: StageNeeds) -> bool:
         """Whether some frame's gradients read x."""
         return any(map(_reads_x, self.frames, asked.note, run.note))
 
-    def slim(self, run: StageRun, asked: Asked) -> StageRun:
+    def slim(self, run: StageRun, asked: StageNeeds) -> StageRun:
         """Without h, w' and casts of w, wherever x is there to make them again."""
         extra, plans = list(run.extra), list(run.note)
         for i, (frame, needs) in enumerate(zip(self.frames, asked.note, strict=True)):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters, Ending, Slope
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue
 from fused_lora.types import Plan
 
 # The tensors between stages are boundaries: boundary i goes into stage i, boundary i + 1 comes out
@@ -21,7 +21,7 @@ Tensors = tuple[Tensor, ...]
 Optional = tuple[Tensor | None, ...]
 
 
-class Asked(NamedTuple):
+class StageNeeds(NamedTuple):
     """Which gradients a stage is asked for."""
 
     x: bool  # of what goes in
@@ -36,11 +36,11 @@ class StageRun(NamedTuple):
     out: Tensors
     extra: Optional = ()  # tensors that its backward reads beside its input and its operands
     note: Any = None  # what else its backward must know, no tensor in it
-    beyond: Tensor | None = None  # act(out), where the place's ending is an activation
+    beyond: Tensor | None = None  # act(out), where the placement's epilogue is an activation
     h: Tensor | None = None  # [M, sum R] of out, for the stage behind
 
 
-class Room(NamedTuple):
+class StageInput(NamedTuple):
     """What a stage does for the next: writes where its one GEMM reads, and forms its h."""
 
     buffer: Tensor | None  # [M, K + sum R]
@@ -60,24 +60,24 @@ class Room(NamedTuple):
         return None if self.buffer is None else self.buffer[:, self.columns :]
 
 
-class Place(NamedTuple):
+class Placement(NamedTuple):
     """Where a stage finds and leaves what it computes with, where it asked for that."""
 
-    out: Tensor | None = None  # [M, N], written by a stage that places, or for its ending
-    room: Room | None = None  # holds x
-    ending: Ending | None = None  # computed behind its y
-    plan: Plan | None = None  # by which it computes an activation as its ending
-    makes: Room | None = None  # of the stage behind, whose h it forms as well
+    out: Tensor | None = None  # [M, N], written by a stage that places, or for its epilogue
+    prepared: StageInput | None = None  # holds x
+    epilogue: Epilogue | None = None  # computed behind its y
+    plan: Plan | None = None  # by which it computes an activation as its epilogue
+    makes: StageInput | None = None  # of the stage behind, whose h it forms as well
 
 
-FREE = Place()
+FREE = Placement()
 
 
 class GradEpilogue(NamedTuple):
     """What a backward does to dx in the pass that forms it, and to x as it reads it."""
 
-    slope: Slope | None = None  # of x = act(u): dx goes on to du
-    beside: Tensor | None = None  # [M, K], the gradient that passed by: added
+    activation_grad: ActivationGrad | None = None  # of x = act(u): dx goes on to du
+    residual_grad: Tensor | None = None  # [M, K], the gradient that passed by: added
     source: str = "none"  # or GELU, erf or tanh: u is given in the place of x = GELU(u)
 
 
@@ -101,7 +101,9 @@ class Stage:
     gelu: str | None = None  # erf or tanh, where it is that and nothing else
     leaves = True  # whether its backward reads what forward left beside the boundaries
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
+    def forward(
+        self, x: Tensors, own: Optional, asked: StageNeeds, place: Placement = FREE
+    ) -> StageRun:
         """One pass, as ``place`` has it."""
         raise NotImplementedError(type(self).__name__)
 
@@ -111,27 +113,32 @@ class Stage:
         x: Tensors | None,
         run: StageRun,  # without its ``out``
         own: Optional,
-        asked: Asked,
-        epilogue: GradEpilogue = PLAIN,  # of a stage that ``joins``, ``slopes`` or ``activates``
+        asked: StageNeeds,
+        epilogue: GradEpilogue = PLAIN,  # of a stage that says it takes one
     ) -> tuple[Tensors | None, Optional]:
         """Gradients of what went in and of the operands."""
         raise NotImplementedError(type(self).__name__)
 
     def fuses(
-        self, ending: Ending, x: Tensors, own: Optional, asked: Asked, room: Room | None
+        self,
+        epilogue: Epilogue,
+        x: Tensors,
+        own: Optional,
+        asked: StageNeeds,
+        prepared: StageInput | None,
     ) -> Plan | None:
         """The plan by which it computes the activation behind it in its own pass; or None."""
         return None
 
-    def joins(self, asked: Asked) -> bool:
+    def joins(self, asked: StageNeeds) -> bool:
         """Whether it adds a gradient that passed by to that of what went in, in its own pass."""
         return False
 
-    def slopes(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
-        """Whether its dx goes through the slope of the activation before it in its own pass."""
+    def fuses_activation_grad(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
+        """Whether its dx goes on through the derivative of the activation before it, in one pass."""
         return False
 
-    def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: Asked) -> bool:
+    def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: StageNeeds) -> bool:
         """Whether its backward forms x = act(u) as it reads u."""
         return False
 
@@ -139,14 +146,14 @@ class Stage:
         """The same from operations that autograd and the compiler know."""
         raise NotImplementedError(type(self).__name__)
 
-    def ending(
+    def epilogue(
         self, residual: Tensor | None, gamma: Tensor | None, mask: Tensor | None
-    ) -> Ending | None:
+    ) -> Epilogue | None:
         """What of residual + gamma mask z it computes as it forms z, as the last stage; or None."""
         return None
 
     def asked(self, x: bool, own: tuple[bool, ...]) -> Any:
-        """The note of ``Asked``."""
+        """The note of ``StageNeeds``."""
         return None
 
     def places(self, x: Tensors) -> bool:
@@ -157,28 +164,28 @@ class Stage:
         """Whether forward forms h of the one tensor that comes out, in its own pass."""
         return False
 
-    def room(
+    def prepared(
         self,
         like: Tensor,
         own: Optional,
-        asked: Asked,
+        asked: StageNeeds,
         writes: bool,  # whoever makes x does so where it is told
         shrinks: Callable[[Adapters], bool],  # and forms h
-    ) -> Room | None:
+    ) -> StageInput | None:
         """What it wants of that, x being of as many rows as ``like`` and beside it."""
         return None
 
-    def reads_input(self, run: StageRun, asked: Asked) -> bool:
+    def reads_input(self, run: StageRun, asked: StageNeeds) -> bool:
         """Whether backward reads what went in."""
         return True
 
-    def slim(self, run: StageRun, asked: Asked) -> StageRun:
+    def slim(self, run: StageRun, asked: StageNeeds) -> StageRun:
         """The same run with what can be made again cheaply left out."""
         return run
 
 
 @dataclass(frozen=True)
-class ChainRecipe:
+class ChainSpec:
     """Stages in order, and which boundaries inside are kept beside the source, boundary 0."""
 
     stages: tuple[Stage, ...]
@@ -190,7 +197,7 @@ class ChainRecipe:
     seeds: tuple[int, ...] = field(init=False, compare=False)  # which operands each call draws
     ahead: tuple[str | None, ...] = field(init=False, compare=False)  # the GELU behind a stage
     before: tuple[str | None, ...] = field(init=False, compare=False)  # and the one before it
-    _asked: dict[tuple[bool, ...], tuple[Asked, ...]] = field(init=False, compare=False)
+    _asked: dict[tuple[bool, ...], tuple[StageNeeds, ...]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         slices = consecutive([stage.operands for stage in self.stages])
@@ -206,31 +213,31 @@ class ChainRecipe:
         object.__setattr__(self, "ahead", (*kinds[1:], None))
         object.__setattr__(self, "before", (None, *kinds[:-1]))
 
-    def asked(self, flags: tuple[bool, ...]) -> tuple[Asked, ...]:
+    def asked(self, flags: tuple[bool, ...]) -> tuple[StageNeeds, ...]:
         """The gradients each stage is asked for, of those of the source and every operand.
 
         Stages behind one that is asked for anything need the gradient of their input.
         """
         if flags not in self._asked:
-            found: list[Asked] = []
+            found: list[StageNeeds] = []
             x, operands = flags[0], flags[1:]
             for stage, part in zip(self.stages, self.parts, strict=True):
                 own = operands[part]
-                found.append(Asked(x, own, x or any(own), stage.asked(x, own)))
+                found.append(StageNeeds(x, own, x or any(own), stage.asked(x, own)))
                 x = found[-1].any
             self._asked[flags] = tuple(found)
         return self._asked[flags]
 
 
 def stored(
-    recipe: ChainRecipe, runs: Sequence[StageRun], asked: Sequence[Asked]
+    spec: ChainSpec, runs: Sequence[StageRun], asked: Sequence[StageNeeds]
 ) -> tuple[set[int], int]:
     """The boundaries that backward reads from memory, and a bit for each stage it runs again."""
     found: set[int] = set()
     again = 0
-    for i, stage in enumerate(recipe.stages):
+    for i, stage in enumerate(spec.stages):
         if asked[i].any and stage.reads_input(runs[i], asked[i]):
-            while i and i not in recipe.keep:
+            while i and i not in spec.keep:
                 i -= 1
                 again |= 1 << i
             found.add(i)

@@ -16,11 +16,11 @@ from fused_lora.ops import elementwise
 from fused_lora.ops.chain.stage import (
     FREE,
     PLAIN,
-    Asked,
     GradEpilogue,
     Optional,
-    Place,
+    Placement,
     Stage,
+    StageNeeds,
     StageRun,
     Tensors,
 )
@@ -66,7 +66,9 @@ class Activation(Stage):
 
     leaves = False
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
+    def forward(
+        self, x: Tensors, own: Optional, asked: StageNeeds, place: Placement = FREE
+    ) -> StageRun:
         """g of u."""
         if place.makes and place.makes.adapters:
             assert self.gelu is not None
@@ -82,7 +84,7 @@ class Activation(Stage):
         x: Tensors | None,
         run: StageRun,
         own: Optional,
-        asked: Asked,
+        asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,
     ) -> tuple[Tensors | None, Optional]:
         """du = act'(u) dg."""
@@ -120,7 +122,9 @@ class Gated(Stage):
         first, second = x if len(x) == 2 else x[0].chunk(2, dim=-1)
         return (second, first) if self.gate_last else (first, second)
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
+    def forward(
+        self, x: Tensors, own: Optional, asked: StageNeeds, place: Placement = FREE
+    ) -> StageRun:
         """g of gate and value."""
         gate, value = self._halves(x)
         act, out = ACTIVATIONS[self.name][0](gate, None), place.out
@@ -132,7 +136,7 @@ class Gated(Stage):
         x: Tensors | None,
         run: StageRun,
         own: Optional,
-        asked: Asked,
+        asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,
     ) -> tuple[Tensors | None, Optional]:
         """dgate = act'(gate) value dg and dvalue = act(gate) dg, laid out as x is."""
@@ -170,7 +174,9 @@ class Attention(Stage):
     tokens: int  # T, rows of one sample
     kernel: kernels.Key | None = None  # torch's own choice, where its backward is known
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
+    def forward(
+        self, x: Tensors, own: Optional, asked: StageNeeds, place: Placement = FREE
+    ) -> StageRun:
         """One pass; extra is what a fused backward takes: out, log-sum-exp and their like."""
         qkv = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
         if self.kernel is None:
@@ -184,7 +190,7 @@ class Attention(Stage):
         x: Tensors | None,
         run: StageRun,
         own: Optional,
-        asked: Asked,
+        asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,
     ) -> tuple[Tensors | None, Optional]:
         """The gradient of qkv, packed as qkv is."""
@@ -273,7 +279,9 @@ class LayerNorm(Stage):
     dtype: torch.dtype
     operands = 2
 
-    def forward(self, x: Tensors, own: Optional, asked: Asked, place: Place = FREE) -> StageRun:
+    def forward(
+        self, x: Tensors, own: Optional, asked: StageNeeds, place: Placement = FREE
+    ) -> StageRun:
         """n [M, K] of x [M, K]."""
         gamma, beta = own
         if place.makes and place.makes.adapters:
@@ -291,7 +299,7 @@ class LayerNorm(Stage):
         x: Tensors | None,
         run: StageRun,
         own: Optional,
-        asked: Asked,
+        asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,
     ) -> tuple[Tensors | None, Optional]:
         """dx [M, K] in x's dtype, with what passed by added and rounded once; of gamma and beta."""
@@ -303,14 +311,14 @@ class LayerNorm(Stage):
             out = self._as(dy[0], x[0].dtype)
             dz = dy[0].to(x[0].dtype) if out is None else dy[0]
             dx = elementwise.layer_norm_input_grad(
-                dz, x[0], gamma, mean, rstd, epilogue.beside, out
+                dz, x[0], gamma, mean, rstd, epilogue.residual_grad, out
             )
             return (dx,), (None, None)
         needs = (asked.x, *asked.own)
         wide, *down = elementwise.layer_norm_grads(dy[0], x[0], gamma, beta, mean, rstd, needs)
         return None if wide is None else (wide.to(x[0].dtype),), tuple(down)
 
-    def joins(self, asked: Asked) -> bool:
+    def joins(self, asked: StageNeeds) -> bool:
         """The kernel of dx alone does."""
         return not any(asked.own)
 

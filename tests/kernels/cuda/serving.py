@@ -14,7 +14,7 @@ from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.ops import backends, lora_grad_backends, planning
 from fused_lora.programs import run
-from fused_lora.trust import kernel_registry, launch_checks, verify
+from fused_lora.verify import kernel_registry, launch_checks, verdicts
 
 
 class Served:
@@ -45,7 +45,7 @@ def forget() -> None:
     planning._plan_for.cache_clear()
     backends._triton.cache_clear()
     lora_grad_backends.checked.cache_clear()
-    verify.forget()
+    verdicts.forget()
 
 
 @pytest.fixture

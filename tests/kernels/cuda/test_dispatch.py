@@ -18,9 +18,9 @@ from fused_lora.ops.lora_block import lora_mlp
 from fused_lora.ops.lora_linear import backward
 from fused_lora.ops.planning import plan_for
 from fused_lora.testing.yardstick import error, in_every_order, judge_all
-from fused_lora.trust import selftest, verify
-from fused_lora.trust.kernel_registry import TF32_BAND
 from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan, Span
+from fused_lora.verify import selftest, verdicts
+from fused_lora.verify.kernel_registry import TF32_BAND
 from tests.ops.block_problems import matrix
 
 from .serving import Served, forget, one_element, served, tf32  # noqa: F401
@@ -78,7 +78,7 @@ def test_right_kernels_are_checked_once_and_serve(served: Served) -> None:  # no
         warnings.simplefilter("error")
         chosen = plan()
     assert chosen.grads_by is Backend.CUDA and "cuda:rank" in str(chosen)
-    assert chosen.hands_dh and not plan(needs=Needs(x=False)).hands_dh
+    assert chosen.writes_dh and not plan(needs=Needs(x=False)).writes_dh
     checks = served.checks
     assert checks > 0
     for impl in ("auto", "cuda"):
@@ -102,7 +102,7 @@ def test_a_broken_kernel_is_caught_and_never_serves(served: Served) -> None:  # 
 
 
 def kept_verdicts() -> list[str]:
-    return [str(found) for found in verify._known.values()]
+    return [str(found) for found in verdicts._known.values()]
 
 
 def test_the_kernel_must_be_right_at_the_moment_of_use_too(served: Served) -> None:  # noqa: F811
@@ -140,7 +140,7 @@ def test_every_subset_of_gradients_and_each_way_of_dx(unchecked: Served) -> None
     ) -> list:
         keep = Keep.NOTHING if h is None else Keep.HIDDEN
         hands = hands and by is Backend.CUDA and asked.x and asked.a
-        way = Plan(dx, dx, Gradient.RANK, keep, grads_by=by, hands_dh=hands)
+        way = Plan(dx, dx, Gradient.RANK, keep, grads_by=by, writes_dh=hands)
         found = backward(layer.dy, layer.x, h, layer.w, adapters, asked, way, Impl.AUTO)
         return [found.x, found.bias, *found.a, *found.b]
 
@@ -282,7 +282,7 @@ def test_fp32_is_served_by_tf32_where_torch_allows_it(served: Served) -> None:  
     with tf32():
         chosen = plan(dtype=torch.float32)
         assert chosen.grads_by is Backend.CUDA
-        assert {subject.dtype for subject, _ in verify._known} == {"tf32"}
+        assert {subject.dtype for subject, _ in verdicts._known} == {"tf32"}
         ours = layer.grads("cuda", torch.float32)
         assert served.runs == 1
     runs = in_every_order(lambda: layer.grads("reference", torch.float32))
@@ -326,7 +326,7 @@ class TestElsewhere:
 def test_the_self_test_lists_every_form(served: Served, monkeypatch) -> None:  # noqa: F811
     from fused_lora.kernels.cuda.lora_grad_shape import examples
     from fused_lora.kernels.cuda.native import Chip
-    from fused_lora.trust.kernel_registry import compiled_grads
+    from fused_lora.verify.kernel_registry import compiled_grads
 
     for dtype, least in (("bfloat16", 40), ("tf32", 12)):
         listed = list(compiled_grads(dtype, CPU))

@@ -23,7 +23,7 @@ from fused_lora.ops.chain.chain import Chain
 from fused_lora.ops.chain.stages import Activation, Attention
 from fused_lora.ops.lora_linear import Frame
 from fused_lora.programs.describe import described, is_view, launches, name_of, work
-from fused_lora.programs.program import Given, Program, build
+from fused_lora.programs.program import InputSpec, Program, build
 from fused_lora.programs.record import Call, Value
 from fused_lora.types import Backend, Forward, Impl, Plan, Span
 
@@ -73,7 +73,7 @@ def frame(columns: int, groups: int = 1) -> Frame:
     return Frame((1.0,) * groups, spans, Impl.AUTO)
 
 
-def operands(frame: Frame, columns: int, depth: int) -> Iterator[Given]:
+def operands(frame: Frame, columns: int, depth: int) -> Iterator[InputSpec]:
     """A frozen bf16 matrix with its bias, and fp32 adapters that train."""
     yield given((columns, depth), False)
     yield given((columns,), False)
@@ -81,9 +81,9 @@ def operands(frame: Frame, columns: int, depth: int) -> Iterator[Given]:
     yield from (given((span.width, span.rank), True, torch.float32) for span in frame.spans)
 
 
-def given(shape: tuple[int, ...], trains: bool, dtype: torch.dtype = torch.bfloat16) -> Given:
+def given(shape: tuple[int, ...], trains: bool, dtype: torch.dtype = torch.bfloat16) -> InputSpec:
     strides = torch.empty(shape, device="meta").stride()
-    return Given(shape, strides, dtype, DEVICE, trains)
+    return InputSpec(shape, strides, dtype, DEVICE, trains)
 
 
 def halves(recompute: str) -> list[Program]:

@@ -16,8 +16,8 @@ from fused_lora.ops import backends, planning
 from fused_lora.plan.strategies import PRODUCT_GROUPS
 from fused_lora.programs import run
 from fused_lora.testing.yardstick import in_every_order, judge_all
-from fused_lora.trust import kernel_registry, launch_checks
 from fused_lora.types import Backend, Gradient, Impl, Needs, Span
+from fused_lora.verify import kernel_registry, launch_checks
 
 from .serving import Served, one_element, served  # noqa: F401
 from .test_dispatch import BF16, CPU, SPANS, Layer, keeps_the_yardstick, plan

@@ -38,8 +38,8 @@ from fused_lora.kernels.triton.tiles import (
     thin_tile,
 )
 from fused_lora.reference.lora_linear_fp8 import CODES, Quantised
-from fused_lora.trust.kernel_registry import LEAST_FP8
 from fused_lora.types import Span
+from fused_lora.verify.kernel_registry import LEAST_FP8
 
 M, K, N = 512, 768, 768  # a ViT-B projection
 

@@ -15,7 +15,7 @@ from fused_lora.ops import backends, planning
 from fused_lora.plan import cost_kernels
 from fused_lora.programs import run
 from fused_lora.programs.record import Value
-from fused_lora.trust import verify
+from fused_lora.verify import verdicts
 from tests.kernels.triton.compiler import compiled
 from tests.patching.models import build, images
 
@@ -35,7 +35,7 @@ def programs(monkeypatch, tmp_path):
     forget()
     model = build().bfloat16()
     fused_lora.patch(model, 4)
-    with verify.collecting(), run.looking() as seen:
+    with verdicts.collecting(), run.looking() as seen:
         model(images(model).bfloat16()).float().mean().backward()
     yield list(seen.values())
     forget()

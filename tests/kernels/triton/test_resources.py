@@ -23,7 +23,7 @@ import triton
 
 from fused_lora.kernels.triton import lora_extended
 from fused_lora.kernels.triton.tiles import Tile, shared_bytes
-from fused_lora.trust.kernel_registry import LEAST_FP8
+from fused_lora.verify.kernel_registry import LEAST_FP8
 from tests.kernels.triton.compiler import Resources, compiled
 from tests.kernels.triton.matrix import KINDS, column
 from tests.kernels.triton.shipped import K, M, N, group

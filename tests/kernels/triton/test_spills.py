@@ -9,11 +9,11 @@ pytest.importorskip("triton")
 
 from fused_lora import cli, disk
 from fused_lora.kernels.triton import launches, lora_extended, spills, tiles
-from fused_lora.trust import verify
-from fused_lora.trust.kernel_registry import of_launch
+from fused_lora.verify import verdicts
+from fused_lora.verify.kernel_registry import of_launch
 from tests.kernels.triton.compiler import compiled
 from tests.kernels.triton.shipped import K, M, N, group
-from tests.trust.conftest import kernels  # noqa: F401
+from tests.verify.conftest import kernels  # noqa: F401
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -141,12 +141,12 @@ def test_a_check_of_a_tile_that_spills_is_one_of_what_stands_in(kernels, taken, 
 
     monkeypatch.setattr(kernels, "run", run)
     checked = of_launch(launches.Launch("extended", first), "float32")
-    assert verify.verdict(checked, CPU).passed
+    assert verdicts.verdict(checked, CPU).passed
     assert set(ran) == {first, second} and chosen() == second
-    verify.forget()
+    verdicts.forget()
     kernels.faults["extended"] = lambda t: t + 1
     with pytest.warns(RuntimeWarning, match="over the budget"):
-        assert not verify.verdict(
+        assert not verdicts.verdict(
             of_launch(launches.Launch("extended", second), "float32"), CPU
         ).passed
 
@@ -164,7 +164,7 @@ def test_a_tile_that_does_not_fit_is_passed_over_in_its_check(kernels, monkeypat
         return right(name, p, tile)
 
     monkeypatch.setattr(kernels, "run", run)
-    assert verify.verdict(of_launch(launches.Launch("extended", first), "float32"), CPU).passed
+    assert verdicts.verdict(of_launch(launches.Launch("extended", first), "float32"), CPU).passed
     assert chosen() == second
 
 

@@ -10,9 +10,9 @@ from fused_lora.kernels.triton import available, launches, lora_linear
 from fused_lora.kernels.triton.tiles import MergeTile
 from fused_lora.ops import backends, planning
 from fused_lora.programs import run
-from fused_lora.trust import kernel_registry, verify
-from fused_lora.trust.check import Shape
 from fused_lora.types import Span
+from fused_lora.verify import kernel_registry, verdicts
+from fused_lora.verify.check import Shape
 from tests.kernels.triton.cases import GRAD_TILE, THIN_TILE, TILE
 
 
@@ -62,4 +62,4 @@ def again() -> None:
     planning._plan_for.cache_clear()
     backends._triton.cache_clear()
     backends._checked.cache_clear()
-    verify.forget()
+    verdicts.forget()

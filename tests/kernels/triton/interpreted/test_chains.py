@@ -18,10 +18,10 @@ from fused_lora.ops.lora_linear import call_plan
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.types import (
-    ALIKE,
+    DEFAULT_TRAITS,
     Backend,
-    Beside,
     Forward,
+    FusionContext,
     Gradient,
     Impl,
     Keep,
@@ -293,8 +293,8 @@ def test_a_broken_epilogue_leaves_the_chain_as_it_was(passes, checking, what):
     with pytest.warns(RuntimeWarning, match="does not use triton extended_gelu .*error .* over"):
         run(given, BF16, "elementwise")
     x, w, spans = torch.zeros(38, D, dtype=BF16), given[2].w, (Span(0, H, 3),)
-    question = (x, w, True, spans, Needs(), ALIKE)
-    assert plan_in_context(*question, Impl.AUTO, BF16, Beside(activated=True)) == call_plan(
+    question = (x, w, True, spans, Needs(), DEFAULT_TRAITS)
+    assert plan_in_context(*question, Impl.AUTO, BF16, FusionContext(activated=True)) == call_plan(
         *question
     )
     passes.clear()

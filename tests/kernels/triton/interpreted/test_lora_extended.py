@@ -37,7 +37,7 @@ def test_layer_scale_and_residual(activation, dtype):
     factor, residual = torch.randn(QKV.n, dtype=dtype), torch.randn(QKV.m, QKV.n + 3, dtype=dtype)
     residual = residual[:, :-3]
 
-    def ending(u):
+    def epilogue(u):
         v = u if activation == "none" else torch.nn.functional.gelu(u)
         return residual.to(u.dtype) + factor.to(u.dtype) * v
 
@@ -46,14 +46,14 @@ def test_layer_scale_and_residual(activation, dtype):
     ).y
 
     def expected(q):
-        return ending(reference.forward(q.x, q.w, q.bias, q.a, q.b, q.scales, q.spans))
+        return epilogue(reference.forward(q.x, q.w, q.bias, q.a, q.b, q.scales, q.spans))
 
     plain, truth = in_every_order(lambda: expected(lowered(p, dtype))), expected(p.double())
     verdict = judge("LayerScale and residual", ours, plain, truth, dtype)
     assert verdict.passed, str(verdict)
 
 
-def slope(u, approximate):
+def activation_grad(u, approximate):
     """Of GELU, by autograd."""
     u = u.detach().requires_grad_()
     y = torch.nn.functional.gelu(u, approximate=approximate)
@@ -70,7 +70,7 @@ def test_the_input_gradient_goes_on_through_gelu(kind, approximate, dtype):
     def expected(q):
         needs = Needs(a=False, b=False)
         dx = reference.backward(q.dy, q.x, q.w, q.a, q.b, q.scales, q.spans, needs).x
-        return dx * slope(u.to(dx.dtype), approximate)
+        return dx * activation_grad(u.to(dx.dtype), approximate)
 
     plain = in_every_order(lambda: expected(lowered(p, dtype)))
     verdict = judge(kind, ours, plain, expected(p.double()), dtype)

@@ -22,12 +22,12 @@ IDS = [case.why for case in CASES]
 def runs(p, tile):
     """Forward and dx under every kind of epilogue."""
     group, u = adapters(p), p.x.flip(0).contiguous()
-    ending = {"factor": p.w[:, 0].contiguous(), "residual": p.dy}
+    epilogue = {"factor": p.w[:, 0].contiguous(), "residual": p.dy}
     forward = lora_extended.forward
     light = forward(p.x, p.w, p.bias, group, tile=tile)
     yield "y", light.y
     yield "u", forward(p.x, p.w, p.bias, group, "tanh", light.h, tile).u
-    yield "LayerScale", forward(p.x, p.w, p.bias, group, "tanh", light.h, tile, **ending).y
+    yield "LayerScale", forward(p.x, p.w, p.bias, group, "tanh", light.h, tile, **epilogue).y
     yield "dx", lora_extended.input_grad(p.dy, p.w, group, tile=tile)[0]
     slope = {"activation": "erf", "u": u}
     yield "du", lora_extended.input_grad(p.dy, p.w, group, tile=tile, **slope)[0]

@@ -8,9 +8,9 @@ from fused_lora.ops import lora_linear_fp8 as module
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
 from fused_lora.reference.lora_linear_fp8 import quantise
 from fused_lora.testing.yardstick import in_every_order, judge_all
-from fused_lora.trust import check
-from fused_lora.trust.check import Shape
 from fused_lora.types import Span
+from fused_lora.verify import check
+from fused_lora.verify.check import Shape
 from tests.kernels.triton.cases import CASES, build, lowered
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
 from tests.ops.test_lora_linear_fp8 import equations, run

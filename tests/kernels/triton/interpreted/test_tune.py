@@ -10,10 +10,10 @@ from fused_lora.bench import tune as command
 from fused_lora.bench.tune import launched
 from fused_lora.kernels.triton import launches
 from fused_lora.kernels.triton.tiles import GradTile, ThinTile, Tile
-from fused_lora.trust import launch_checks, verify
-from fused_lora.trust.check import equations
+from fused_lora.verify import launch_checks, verdicts
+from fused_lora.verify.check import equations
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
-from tests.trust.conftest import RESULTS
+from tests.verify.conftest import RESULTS
 
 CPU = torch.device("cpu")
 TILES = {
@@ -93,7 +93,7 @@ def test_a_wrong_tile_cannot_win(tuning):
         tune()
     fresh()
     assert not launches._winners(CPU)
-    assert verify.path().exists()
+    assert verdicts.path().exists()
 
 
 def only(kernel, *asked):

@@ -9,8 +9,8 @@ import torch
 
 from fused_lora.kernels.triton import available
 from fused_lora.ops import backends, planning
-from fused_lora.trust import launch_checks, verify
-from fused_lora.trust.check import equations
+from fused_lora.verify import launch_checks, verdicts
+from fused_lora.verify.check import equations
 
 RESULTS = {
     "shrink": ("h", "dh"),
@@ -52,7 +52,7 @@ def forget() -> None:
     """As a new process would begin."""
     planning._plan_for.cache_clear()
     backends._triton.cache_clear()
-    verify.forget()
+    verdicts.forget()
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ Named = Mapping[str, Tensor]
 
 def equations(p: Operands, kernel: str = "") -> Named:
     """Every result of ``kernel`` by name, and maybe others."""
-    from fused_lora.trust.elementwise import EQUATIONS
+    from fused_lora.verify.elementwise import EQUATIONS
 
     return EQUATIONS.get(kernel, products)(p)
 

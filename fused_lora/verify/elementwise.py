@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.reference.dropout import dropout
-from fused_lora.trust.check import Named, Operands, flat, gradients, products, thin
+from fused_lora.verify.check import Named, Operands, flat, gradients, products, thin
 
 # What the partners of a product should compute of one problem, by plain torch in its own dtype.
 #

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from fused_lora.ops import backends
-from fused_lora.trust import own_process, verify
-from fused_lora.trust.check import CannotVerifyNow
 from fused_lora.types import Backend
+from fused_lora.verify import own_process, verdicts
+from fused_lora.verify.check import CannotVerifyNow
 from fused_lora.worker import CannotStart, Worker
-from tests.trust.fake_checks import RIGHT, make
-from tests.trust.test_verify import plan
+from tests.verify.fake_checks import RIGHT, make
+from tests.verify.test_verdicts import plan
 
 CPU = torch.device("cpu")
 SLOW = pytest.mark.slow  # a process or more, each of which imports torch
@@ -39,29 +39,29 @@ def apart(monkeypatch, tmp_path, worker):
     monkeypatch.delenv("FUSED_LORA_VERIFY", raising=False)
     monkeypatch.setattr(own_process, "serves", lambda checked, device: True)
     monkeypatch.setattr(own_process, "_worker", worker)
-    verify.forget()
+    verdicts.forget()
     yield
-    verify.forget()
+    verdicts.forget()
 
 
 def warned(how: str, *argument: str) -> str:
     """The one sentence on a check that fails; remembered in this process, and on disk."""
     checked = make(how, *argument)
     with pytest.warns(RuntimeWarning) as told:
-        assert not verify.verdict(checked, CPU).passed
-        assert not verify.verdict(checked, CPU).passed
+        assert not verdicts.verdict(checked, CPU).passed
+        assert not verdicts.verdict(checked, CPU).passed
     (only,) = told
-    assert verify.load(checked.subject, CPU) == verify._known[checked.subject, CPU]
-    verify.forget()
+    assert verdicts.load(checked.subject, CPU) == verdicts._known[checked.subject, CPU]
+    verdicts.forget()
     with pytest.warns(RuntimeWarning):  # a new process: from the disk
-        assert not verify.verdict(checked, CPU).passed
+        assert not verdicts.verdict(checked, CPU).passed
     said = str(only.message)
     assert said.startswith(f"fused_lora does not use triton fake ({how}")
     return said
 
 
 def test_a_right_and_a_wrong_kernel_from_one_process(worker):
-    assert verify.verdict(make("passes"), CPU) == RIGHT
+    assert verdicts.verdict(make("passes"), CPU) == RIGHT
     first = worker._process.pid
     assert "error 2.00e+00 of y is over the budget 1.00e+00" in warned("fails")
     assert worker._process.pid == first != os.getpid()
@@ -69,7 +69,7 @@ def test_a_right_and_a_wrong_kernel_from_one_process(worker):
 
 @pytest.mark.parametrize("how", ["hangs", pytest.param("holds_the_interpreter", marks=SLOW)])
 def test_one_that_hangs_costs_the_limit_and_one_sentence(monkeypatch, worker, how):
-    verify.verdict(make("passes"), CPU)  # it is started
+    verdicts.verdict(make("passes"), CPU)  # it is started
     monkeypatch.setenv("FUSED_LORA_CHECK_SECONDS", "1")
     process, began = worker._process, time.monotonic()
     assert "its check did not end within 1 s and was killed" in warned(how)
@@ -88,12 +88,12 @@ def test_one_that_hangs_costs_the_limit_and_one_sentence(monkeypatch, worker, ho
 )
 def test_one_that_ends_its_process(how, argument, said):
     assert said in warned(how, argument)
-    assert verify.verdict(make("passes"), CPU) == RIGHT  # another process serves
+    assert verdicts.verdict(make("passes"), CPU) == RIGHT  # another process serves
 
 
 @SLOW
 def test_one_that_spoils_its_device_leaves_its_process(worker):
-    verify.verdict(make("passes"), CPU)
+    verdicts.verdict(make("passes"), CPU)
     first = worker._process
     assert "an illegal memory access" in warned("poisons")
     assert first.poll() is not None and worker._process is None
@@ -105,24 +105,24 @@ def test_one_that_is_killed_while_it_answers_is_no_verdict():
         pytest.warns(RuntimeWarning, match="for 5 minutes: it is not checked yet, and its check"),
         pytest.raises(CannotVerifyNow, match="was killed from outside"),
     ):
-        verify.verdict(checked, CPU)
-    assert verify.load(checked.subject, CPU) is None
+        verdicts.verdict(checked, CPU)
+    assert verdicts.load(checked.subject, CPU) is None
 
 
 def test_a_full_memory_is_not_tried_at_every_call(monkeypatch, worker):
     checked, now = make("has_no_memory"), time.monotonic()
-    monkeypatch.setattr(verify.time, "monotonic", lambda: now)
+    monkeypatch.setattr(verdicts.time, "monotonic", lambda: now)
     with pytest.warns(RuntimeWarning, match="no memory is left"), pytest.raises(CannotVerifyNow):
-        verify.verdict(checked, CPU)
+        verdicts.verdict(checked, CPU)
     asked = []
     monkeypatch.setattr(worker, "call", lambda *args: asked.append(args) or {"not now": "full"})
     for _ in range(3):
         with pytest.raises(CannotVerifyNow, match="no memory is left"):
-            verify.verdict(checked, CPU)
+            verdicts.verdict(checked, CPU)
     assert not asked
-    now += verify.AGAIN_S
+    now += verdicts.AGAIN_S
     with pytest.warns(RuntimeWarning, match="full"), pytest.raises(CannotVerifyNow):
-        verify.verdict(checked, CPU)
+        verdicts.verdict(checked, CPU)
     assert len(asked) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_process_that_does_not_start_is_no_verdict(monkeypatch):
     with pytest.raises(CannotStart, match="no process can be started"):
         Worker().call("os", "getpid", (), 1.0)
     with pytest.warns(RuntimeWarning, match="no process"), pytest.raises(CannotVerifyNow):
-        verify.verdict(make("passes"), CPU)
+        verdicts.verdict(make("passes"), CPU)
 
 
 @SLOW
@@ -156,17 +156,18 @@ def test_a_limit_that_is_none(monkeypatch, seconds):
     monkeypatch.setenv("FUSED_LORA_CHECK_SECONDS", seconds)
     said = f"FUSED_LORA_CHECK_SECONDS must be seconds above 0, got '{seconds}'"
     with pytest.raises(ValueError, match=said):
-        verify.verdict(make("passes"), CPU)
+        verdicts.verdict(make("passes"), CPU)
 
 
 CALLER = """
 import sys, torch
-from fused_lora.trust import own_process, verify
-from tests.trust.fake_checks import make
+from fused_lora.verify import verdicts
+from fused_lora.verify import own_process
+from tests.verify.fake_checks import make
 own_process.serves = lambda checked, device: True
 try:
-    print(verify.verdict(make({how!r}, {path!r}), torch.device("cpu")).passed)
-except verify.CannotVerifyNow as reason:
+    print(verdicts.verdict(make({how!r}, {path!r}), torch.device("cpu")).passed)
+except verdicts.CannotVerifyNow as reason:
     print(reason)
 """
 
@@ -193,8 +194,8 @@ def test_of_several_processes_one_checks(tmp_path):
 @SLOW
 def test_who_waits_too_long_does_without(tmp_path):
     checked = make("passes")
-    key = verify._key(checked.subject, CPU)
-    with own_process.alone(key, verify.path().parent, 1.0) as mine:
+    key = verdicts._key(checked.subject, CPU)
+    with own_process.alone(key, verdicts.path().parent, 1.0) as mine:
         assert mine
         said = caller("passes", "", FUSED_LORA_CHECK_SECONDS="0.5").communicate()[0]
         assert "another process has been checking it for 0.5 s" in said

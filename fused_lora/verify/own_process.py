@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from fused_lora import env
-from fused_lora.trust.check import CannotVerifyNow, OutOfMemory, Verdict, broken, products_as
-from fused_lora.trust.kernel_registry import Checked
+from fused_lora.verify.check import CannotVerifyNow, OutOfMemory, Verdict, broken, products_as
+from fused_lora.verify.kernel_registry import Checked
 from fused_lora.worker import CannotStart, Killed, Leave, Worker, WorkerError
 
 LIMIT_S = 60.0  # of one check, its compiling included

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fused_lora.trust.check import KernelId, OutOfMemory, Verdict, broken
-from fused_lora.trust.kernel_registry import Checked
+from fused_lora.verify.check import KernelId, OutOfMemory, Verdict, broken
+from fused_lora.verify.kernel_registry import Checked
 
 RIGHT = Verdict(True, 0.25, 1.0, "y")
 

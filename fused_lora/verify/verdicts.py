@@ -19,9 +19,9 @@ from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.available import identity, sources
 from fused_lora.programs.record import recording
-from fused_lora.trust import own_process
-from fused_lora.trust.check import CannotVerifyNow, KernelId, OutOfMemory, Verdict
-from fused_lora.trust.kernel_registry import Checked
+from fused_lora.verify import own_process
+from fused_lora.verify.check import CannotVerifyNow, KernelId, OutOfMemory, Verdict
+from fused_lora.verify.kernel_registry import Checked
 from fused_lora.worker import Worker
 
 _MODES = torch._C._TorchDispatchModeKey

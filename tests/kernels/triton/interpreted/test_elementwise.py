@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_lora
 from fused_lora.kernels.aten import lora_linear as aten_linear
-from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.interface import Epilogue
 from fused_lora.kernels.triton import lora_linear
 from fused_lora.kernels.triton import lora_merge as launched
 from fused_lora.kernels.triton import lora_shrink as shrinks
@@ -22,8 +22,8 @@ from fused_lora.ops.lora_shrink import shrink
 from fused_lora.reference import dropout as reference
 from fused_lora.reference import lora_linear as reference_linear
 from fused_lora.testing.yardstick import error, in_every_order, judge_all
-from fused_lora.trust import verify
 from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
+from fused_lora.verify import verdicts
 from tests.kernels.triton.cases import CASES, TILE, adapters, build, lowered
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
 from tests.ops.block_problems import cast, matrix, norm, plain_linear, plain_norm
@@ -255,14 +255,14 @@ def test_a_whole_model(serving):  # noqa: F811
 
 def test_verdicts_of_partners_are_kept(checking):
     elementwise.gelu_forward(torch.randn(4, 8))
-    assert "triton gelu" in verify.path().read_text()
+    assert "triton gelu" in verdicts.path().read_text()
 
 
-def endings(m, n):
-    yield Ending("erf")
-    yield Ending("tanh")
-    yield Ending(factor=torch.randn(n), residual=torch.randn(m, n))
-    yield Ending("erf", torch.randn(n))  # no epilogue does both
+def epilogues(m, n):
+    yield Epilogue("erf")
+    yield Epilogue("tanh")
+    yield Epilogue(factor=torch.randn(n), residual=torch.randn(m, n))
+    yield Epilogue("erf", torch.randn(n))  # no epilogue does both
 
 
 def test_endings_in_the_epilogue(serving):  # noqa: F811
@@ -276,14 +276,14 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
     plan = Plan(Forward.EXTENDED, Forward.EXTENDED, Gradient.RANK, Keep.HIDDEN, 0, Backend.TRITON)
     serving.setattr("fused_lora.ops.lora_linear.call_plan", lambda *_, **__: plan)
     p = build(CASES[3], BF16, torch.float32)
-    for one in endings(p.x.shape[0], p.w.shape[0]):
+    for one in epilogues(p.x.shape[0], p.w.shape[0]):
         call = (Frame(p.scales, p.spans, Impl.AUTO), BF16, (*p.a, *p.b), Needs())
-        y, _, _, h, _, u = compute(p.x, p.w, p.bias, *call, ending=one)
+        y, _, _, h, _, u = compute(p.x, p.w, p.bias, *call, epilogue=one)
 
         def expected(q, one=one):
             as_q = [None if t is None else t.to(q.x.dtype) for t in one[1:3]]
             base = reference_linear.forward(q.x, q.w, q.bias, *adapters(q))
-            return {"y": module.composed(base.clone(), None, Ending(one[0], *as_q))[0], "u": base}
+            return {"y": module.composed(base.clone(), None, Epilogue(one[0], *as_q))[0], "u": base}
 
         ours = {"y": y} if u is None else {"y": y, "u": u}
         low = lowered(p, BF16)

@@ -24,12 +24,12 @@ from fused_lora.kernels.triton.tiles import (
     row_tile,
 )
 from fused_lora.ops.planning import plan_for
-from fused_lora.trust import launch_checks, verify
-from fused_lora.trust.check import CannotVerifyNow
-from fused_lora.trust.kernel_registry import of_launch
 from fused_lora.types import Backend, Forward, Impl, Needs, Span
+from fused_lora.verify import launch_checks, verdicts
+from fused_lora.verify.check import CannotVerifyNow
+from fused_lora.verify.kernel_registry import of_launch
 from tests.testing.mutants import MUTANTS
-from tests.trust.conftest import RESULTS, forget
+from tests.verify.conftest import RESULTS, forget
 
 CPU = torch.device("cpu")
 TILES = {
@@ -61,7 +61,7 @@ def plan(impl=Impl.AUTO, rank=16, dtype=torch.bfloat16):
 
 
 def verdict(name="extended", dtype="bfloat16"):
-    return verify.verdict(of_launch(Launch(name, (TILES | ELEMENTWISE)[name]), dtype), CPU)
+    return verdicts.verdict(of_launch(Launch(name, (TILES | ELEMENTWISE)[name]), dtype), CPU)
 
 
 def one_element(t):
@@ -97,7 +97,7 @@ def test_every_kernel_and_dtype_has_a_check_that_one_wrong_element_fails(kernels
     assert verdict(name, dtype).passed
     kernels.faults[name] = one_element
     forget()
-    verify.path().unlink()
+    verdicts.path().unlink()
     with pytest.warns(RuntimeWarning) as told:
         assert not verdict(name, dtype).passed
         assert not verdict(name, dtype).passed
@@ -166,14 +166,14 @@ def test_a_full_memory_is_no_verdict(kernels, monkeypatch):
 
     kernels.faults |= dict.fromkeys(TILES, full)
     now = time.monotonic()
-    monkeypatch.setattr(verify.time, "monotonic", lambda: now)
+    monkeypatch.setattr(verdicts.time, "monotonic", lambda: now)
     with pytest.warns(RuntimeWarning, match="does without .* for 5 minutes: .* no memory is left"):
         assert plan().backend is Backend.ATEN
-    assert not verify.path().exists()
+    assert not verdicts.path().exists()
     kernels.faults.clear()
     ran = dict(kernels.runs)
     assert plan().backend is Backend.ATEN and kernels.runs == ran  # not tried at every call
-    now += verify.AGAIN_S
+    now += verdicts.AGAIN_S
     assert plan().backend is Backend.TRITON
 
 
@@ -186,7 +186,7 @@ def test_nothing_is_checked_in_a_capture_or_a_trace(kernels, monkeypatch, moment
     within = nullcontext()
     with monkeypatch.context() as patch:
         if moment == "capture":
-            patch.setattr("fused_lora.trust.verify.why_not_now", lambda device: "in a capture")
+            patch.setattr("fused_lora.verify.verdicts.why_not_now", lambda device: "in a capture")
         elif moment == "compile":
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
         else:
@@ -195,19 +195,19 @@ def test_nothing_is_checked_in_a_capture_or_a_trace(kernels, monkeypatch, moment
             assert plan().backend is Backend.ATEN
             with pytest.raises(RuntimeError, match="not checked yet"):
                 plan(Impl.TRITON)
-    assert not any(kernels.runs.values()) and not verify.path().exists()
+    assert not any(kernels.runs.values()) and not verdicts.path().exists()
     assert plan().backend is Backend.TRITON
 
 
 def test_a_capture_uses_what_was_checked_before(kernels, monkeypatch):
     before = plan()
     forget()
-    monkeypatch.setattr("fused_lora.trust.verify.why_not_now", lambda device: "in a capture")
+    monkeypatch.setattr("fused_lora.verify.verdicts.why_not_now", lambda device: "in a capture")
     assert plan() == before  # the disk has it
 
 
 def test_a_capture_is_asked_for_on_a_gpu_alone(monkeypatch):
-    from fused_lora.trust.verify import why_not_now
+    from fused_lora.verify.verdicts import why_not_now
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert why_not_now(torch.device("cuda", 0)) == "a CUDA graph is being captured"
@@ -219,7 +219,7 @@ class TestModes:
         monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
         kernels.faults |= dict.fromkeys(TILES, one_element)
         assert plan().backend is Backend.TRITON
-        assert not any(kernels.runs.values()) and not verify.path().exists()
+        assert not any(kernels.runs.values()) and not verdicts.path().exists()
 
     def test_always(self, kernels, monkeypatch):
         monkeypatch.setenv("FUSED_LORA_VERIFY", "always")
@@ -252,7 +252,7 @@ def test_the_callers_state_is_left_alone(kernels):
 class TestDisk:
     @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": 3}'])
     def test_torn_files_are_ignored_and_replaced(self, kernels, text):
-        verify.path().write_text(text)
+        verdicts.path().write_text(text)
         assert verdict().passed
         ran = kernels.runs["extended"]
         forget()
@@ -271,8 +271,8 @@ class TestDisk:
     def test_odd_rows_are_ignored(self, kernels, change):
         verdict()
         ran = kernels.runs["extended"]
-        rows = json.loads(verify.path().read_text())
-        verify.path().write_text(json.dumps({key: row | change for key, row in rows.items()}))
+        rows = json.loads(verdicts.path().read_text())
+        verdicts.path().write_text(json.dumps({key: row | change for key, row in rows.items()}))
         forget()
         verdict()
         assert kernels.runs["extended"] == 2 * ran
@@ -288,7 +288,7 @@ class TestDisk:
         elif part == "sources":
             monkeypatch.setattr(identities, "sources", lambda *folders: "another")
         else:
-            monkeypatch.setattr(verify, "_checks", lambda: "another")
+            monkeypatch.setattr(verdicts, "_checks", lambda: "another")
         identities.identity.cache_clear()
         forget()
         verdict()

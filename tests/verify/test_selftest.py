@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fused_lora import cli
-from fused_lora.trust import kernel_registry, own_process, selftest, verify
 from fused_lora.types import Backend, Needs, Span
+from fused_lora.verify import kernel_registry, own_process, selftest, verdicts
 
 CPU = torch.device("cpu")
 ELEMENTWISE = {
@@ -101,7 +101,7 @@ def test_it_checks_anew_and_its_verdicts_hold(kernels):
     (second, *_) = selftest.selftest(dtypes=["bfloat16"])
     assert kernels.runs["shrink"] == 2 * ran
     assert (first.word, second.word) == ("passed", "FAILED")
-    assert verify.load(second.subject, CPU) == second.verdict
+    assert verdicts.load(second.subject, CPU) == second.verdict
 
 
 def test_what_a_plan_asks_for_is_among_what_is_checked(kernels, monkeypatch):

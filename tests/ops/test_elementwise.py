@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.interface import Epilogue
 from fused_lora.ops import elementwise
 from fused_lora.ops.epilogues import why_not_activation_grad, why_not_fused
 from fused_lora.ops.lora_linear import NO_GRADIENT, Frame, compute
 from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
+
+norm = elementwise.layer_norm_forward
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -45,12 +47,12 @@ def test_gelu_is_torchs(kind, approximate):
 @pytest.mark.parametrize(
     ("call", "why"),
     [
-        (lambda x: elementwise.layer_norm_forward(x, None, None, 1e-6, impl=Impl.TRITON), ""),
-        (lambda x: elementwise.layer_norm_forward(x.t(), None, None, 1e-6, impl=Impl.TRITON), "strides|rows"),
-        (lambda x: elementwise.layer_norm_forward(x, x[0, ::2], None, 0.0, impl=Impl.TRITON), "no weight"),
+        (lambda x: norm(x, None, None, 1e-6, impl=Impl.TRITON), ""),
+        (lambda x: norm(x.t(), None, None, 1e-6, impl=Impl.TRITON), "strides|rows"),
+        (lambda x: norm(x, x[0, ::2], None, 0.0, impl=Impl.TRITON), "no weight"),
         (lambda x: elementwise.gelu_forward(x.double(), impl=Impl.TRITON), "float64"),
         (lambda x: elementwise.gelu_input_grad(x, x, impl=Impl.TRITON), ""),
-        (lambda x: elementwise.layer_norm_forward(x.new_ones(1, 20000), None, None, 0, impl=Impl.TRITON),
+        (lambda x: norm(x.new_ones(1, 20000), None, None, 0, impl=Impl.TRITON),
          "20000 columns"),
     ],
 )  # fmt: skip
@@ -67,7 +69,7 @@ def test_an_ending_is_what_it_says(activation):
     a, b, factor = torch.randn(3, 8), torch.randn(6, 3), torch.randn(6)
     frame = Frame((2.0,), (Span(0, 6, 3),), Impl.AUTO)
     given = (frame, x.dtype, (a, b), NO_GRADIENT)
-    done = compute(x, w, None, *given, ending=Ending(activation, factor, residual))
+    done = compute(x, w, None, *given, epilogue=Epilogue(activation, factor, residual))
     u = compute(x, w, None, *given).y.view(10, 6)
     act = {"none": lambda u: u, "erf": F.gelu, "tanh": lambda u: F.gelu(u, approximate="tanh")}
     expected = (residual + factor * act[activation](u)).view(2, 5, 6)
@@ -78,5 +80,5 @@ def test_an_ending_is_what_it_says(activation):
 def test_no_epilogue_where_the_library_has_the_plan():
     plan = Plan(Forward.SEPARATE, Forward.SEPARATE, Gradient.NONE, Keep.NOTHING)
     x = torch.randn(4, 4)
-    assert "the plan is separate/" in why_not_fused(x, x, (), plan, Ending("erf"), x.dtype)
+    assert "the plan is separate/" in why_not_fused(x, x, (), plan, Epilogue("erf"), x.dtype)
     assert "the plan is separate/" in why_not_activation_grad(x, x, (), plan, x.dtype)

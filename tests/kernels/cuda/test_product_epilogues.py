@@ -8,14 +8,14 @@ from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_extended
 from fused_lora.kernels.cuda import lora_linear as room
-from fused_lora.kernels.interface import Ending
+from fused_lora.kernels.interface import Epilogue
 from fused_lora.ops import elementwise
 from fused_lora.ops.lora_block import lora_mlp, lora_residual
 from fused_lora.programs import run
 from fused_lora.testing.yardstick import in_every_order, judge_all
-from fused_lora.trust import verify
-from fused_lora.trust.kernel_registry import of_compiled_product
 from fused_lora.types import Impl
+from fused_lora.verify import verdicts
+from fused_lora.verify.kernel_registry import of_compiled_product
 from tests.ops.block_problems import cast, leaves, matrix, norm, plain_linear, plain_mlp, plain_norm
 
 from .serving import Served, served  # noqa: F401
@@ -52,9 +52,9 @@ def told(right, name: str, ran: list[str]):
 
     def watched(*args, **options):
         if name == "_launch":
-            *_, ending, side, activation, _, _ = args
+            *_, epilogue, side, activation, _, _ = args
             said = {"rows": "product", "columns": "dx"}[side]
-            joined = " residual" if ending["residual"] is not None else ""
+            joined = " residual" if epilogue["residual"] is not None else ""
             ran.append(said + joined + f" {activation}" * (activation != "none"))
         else:
             ran.append(f"gelu {name}")
@@ -139,8 +139,8 @@ def test_out_where_the_copy_engine_cannot_write(ends: list[str]) -> None:
     given = (Frame((0.5,), (Span(0, H, 3),), Impl.CUDA), BF16, (a, b), NO_GRADIENT)
     whole = torch.full((9, H + 3), 7.0, dtype=BF16)
     for odd in (bias[1:], bias[:-1]):
-        done = compute(x, w, odd, *given, ending=Ending("erf"), out=whole[:, :H])
-        direct = compute(x, w, odd, *given, ending=Ending("erf"))
+        done = compute(x, w, odd, *given, epilogue=Epilogue("erf"), out=whole[:, :H])
+        direct = compute(x, w, odd, *given, epilogue=Epilogue("erf"))
         assert done.y.data_ptr() == whole.data_ptr() and torch.equal(done.y, direct.y)
         assert done.u is not None and torch.equal(done.u, direct.u)
     assert (whole[:, H:] == 7).all() and set(ends) == {"product erf"}
@@ -148,7 +148,7 @@ def test_out_where_the_copy_engine_cannot_write(ends: list[str]) -> None:
 
 @pytest.mark.parametrize("behind", ["gelu", "scale"])
 def test_the_checks_pass(hopper: list[str], behind: str) -> None:  # noqa: F811
-    found = verify.verdict(of_compiled_product(TILE, "bfloat16", behind), CPU)
+    found = verdicts.verdict(of_compiled_product(TILE, "bfloat16", behind), CPU)
     assert found.passed, found
 
 
@@ -180,11 +180,11 @@ def test_a_broken_ending_never_serves(
 
 def test_why_not() -> None:
     t = torch.zeros(8, 16)
-    assert room.why_not_epilogue(BF16, Ending("erf")) is None
+    assert room.why_not_epilogue(BF16, Epilogue("erf")) is None
     assert "a residual of torch.bfloat16, got torch.float32" in str(
-        room.why_not_epilogue(BF16, Ending(residual=t))
+        room.why_not_epilogue(BF16, Epilogue(residual=t))
     )
     assert "a factor of" in str(
-        room.why_not_epilogue(BF16, Ending(factor=t[0], residual=t.to(BF16)))
+        room.why_not_epilogue(BF16, Epilogue(factor=t[0], residual=t.to(BF16)))
     )
-    assert "16 bytes" in str(room.why_not_epilogue(BF16, Ending(residual=t.to(BF16)[:, 1:])))
+    assert "16 bytes" in str(room.why_not_epilogue(BF16, Epilogue(residual=t.to(BF16)[:, 1:])))

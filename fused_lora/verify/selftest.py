@@ -14,10 +14,10 @@ import torch
 from fused_lora.kernels.cuda import lora_linear as hopper
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import available, spills
-from fused_lora.trust import own_process
-from fused_lora.trust.check import CannotVerifyNow, KernelId, Verdict, products_as
-from fused_lora.trust.kernel_registry import DTYPES, Checked, every_kernel
-from fused_lora.trust.verify import renew
+from fused_lora.verify import own_process
+from fused_lora.verify.check import CannotVerifyNow, KernelId, Verdict, products_as
+from fused_lora.verify.kernel_registry import DTYPES, Checked, every_kernel
+from fused_lora.verify.verdicts import renew
 from fused_lora.worker import Worker
 
 BACKENDS = ("triton", "cuda")

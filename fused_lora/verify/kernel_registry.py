@@ -19,8 +19,8 @@ from fused_lora.kernels.triton import spills, tiles
 from fused_lora.kernels.triton.launch import architecture
 from fused_lora.kernels.triton.launches import Launch, by_rule, stand_in
 from fused_lora.testing.yardstick import Comparison, in_every_order
-from fused_lora.trust import launch_checks
-from fused_lora.trust.check import (
+from fused_lora.verify import launch_checks
+from fused_lora.verify.check import (
     ALIGNED,
     NOISE,
     SHAPES,
@@ -38,8 +38,8 @@ from fused_lora.trust.check import (
     problems,
     stochastic,
 )
-from fused_lora.trust.elementwise import gradients_gelu
-from fused_lora.trust.launch_checks import ENDINGS as BEHIND
+from fused_lora.verify.elementwise import gradients_gelu
+from fused_lora.verify.launch_checks import EPILOGUES as BEHIND
 
 DTYPES = {
     "float32": torch.float32,

@@ -18,10 +18,10 @@ from fused_lora.kernels.triton.tiles import (
 )
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.testing.yardstick import in_every_order, judge
-from fused_lora.trust import check, verify
-from fused_lora.trust.check import Shape
-from fused_lora.trust.kernel_registry import of_launch
 from fused_lora.types import Span
+from fused_lora.verify import check, verdicts
+from fused_lora.verify.check import Shape
+from fused_lora.verify.kernel_registry import of_launch
 from tests.kernels.triton.cases import CASES, build, lowered
 from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
 
@@ -33,7 +33,7 @@ LAUNCHES = [
     Launch("shrink", ThinTile(64, 16, 64, 4, 4)),
     Launch("grad", GradTile(16, 128, 64, 4, 4)),
     Launch("merge", MergeTile()),
-    *(Launch(f"extended_{ending}", SAFE) for ending in ("gelu", "scale", "dropout")),
+    *(Launch(f"extended_{epilogue}", SAFE) for epilogue in ("gelu", "scale", "dropout")),
     Launch("extended_scale", BulkTile(128, 128, 64, 3, 8, rest_n=64)),
     Launch("shrink_dropout", ThinTile(64, 16, 64, 4, 8)),
     Launch("shrink_norm", row_shrink_tile(48, True)),
@@ -63,7 +63,7 @@ def checking(serving):  # noqa: F811
     "launch", LAUNCHES, ids=lambda launch: launch.kernel + " bulk" * launch.bulk
 )
 def test_the_kernels_pass(checking, launch):
-    found = verify.verdict(of_launch(launch, "bfloat16"), CPU)
+    found = verdicts.verdict(of_launch(launch, "bfloat16"), CPU)
     assert found.passed, str(found)
 
 

@@ -19,9 +19,9 @@ from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Grads
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.reference import lora_linear_fp8 as reference
-from fused_lora.trust.check import Named, Operands, Shape, flat, thin
-from fused_lora.trust.elementwise import DROPOUT, EPS, KINDS, narrow, other
 from fused_lora.types import Needs, Span
+from fused_lora.verify.check import Named, Operands, Shape, flat, thin
+from fused_lora.verify.elementwise import DROPOUT, EPS, KINDS, narrow, other
 
 PRODUCTS = (  # ranks beyond a stage, columns of several adapters and of none in a tile; few rows
     Shape(300, 584, 520, (Span(0, 200, 5), Span(200, 328, 70), Span(400, 520, 16)), True, True, 8),
@@ -113,12 +113,12 @@ def products_scale(p: Operands, **how: Any) -> Named:
     return {"y": y, "dx": _input_grad(p, residual=p.x, **how)}
 
 
-ENDINGS = {"": products, "gelu": products_gelu, "scale": products_scale}
+EPILOGUES = {"": products, "gelu": products_gelu, "scale": products_scale}
 
 
 def run_product(p: Operands, behind: str, tile: Tile) -> Named:
-    """Every result of the compiled product with an ending of ``ENDINGS``."""
-    return ENDINGS[behind](p, tile=tile, chip=_few(p))
+    """Every result of the compiled product with an epilogue of ``EPILOGUES``."""
+    return EPILOGUES[behind](p, tile=tile, chip=_few(p))
 
 
 def _product(p: Operands, **how: Any) -> lora_extended.CompiledOutput:
@@ -191,9 +191,9 @@ def _extended_scale(p: Operands, tile: Any) -> Named:
 
     h, dh = thin(p)
     residual = p.dy.to(p.factor.dtype)  # where adapters are fp32, so may what goes around be
-    ending: dict[str, Any] = {"factor": p.factor, "residual": residual}
-    ending["out"] = torch.empty_like(residual)
-    y, _, _ = forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, **ending)
+    epilogue: dict[str, Any] = {"factor": p.factor, "residual": residual}
+    epilogue["out"] = torch.empty_like(residual)
+    y, _, _ = forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, **epilogue)
     dx, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, residual=p.x)
     return {"y": y, "dx": dx}
 
