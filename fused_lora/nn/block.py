@@ -15,15 +15,14 @@ from fused_lora.nn.block_modules import FusedModule, Half
 from fused_lora.nn.stand_in import why_watched
 from fused_lora.ops.chain.chain import Chain
 from fused_lora.ops.chain.stages import Split
-from fused_lora.ops.lora_block import attention_spec as attention_asked
 from fused_lora.ops.lora_block import (
+    attention_spec,
     kernel_for,
     layer_norm_lora_linear,
     lora_mlp,
     lora_residual,
     mlp_spec,
 )
-from fused_lora.ops.lora_block import mlp_spec as mlp_asked
 from fused_lora.ops.operand import Adapted, compute_dtype
 from fused_lora.programs.run import attention_settings, transformed
 
@@ -230,7 +229,7 @@ class AttentionHalf(Half):
         norm, gamma = parts.norm_of(block.norm1), parts.gamma_of(block.ls1)
         linears = parts.operands(attn.qkv), parts.operands(attn.proj)
         return Chain(
-            attention_asked(x, norm, *linears, attn.num_heads, gamma, None, block.recompute)
+            attention_spec(x, norm, *linears, attn.num_heads, gamma, None, block.recompute)
         )
 
     def by_parts(self, block: Any, x: Tensor) -> Tensor:
@@ -269,7 +268,7 @@ class MlpHalf(Half):
         """One chain."""
         norm, gamma = parts.norm_of(block.norm2), parts.gamma_of(block.ls2)
         options = {"around": True, "gamma": gamma, "mask": None, "recompute": block.recompute}
-        return Chain(mlp_asked(x, **mlp_options(block.mlp), norm=norm, **options))
+        return Chain(mlp_spec(x, **mlp_options(block.mlp), norm=norm, **options))
 
     def by_modules(self, block: Any, x: Tensor) -> Tensor:
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from fused_lora.ops import lora_linear as op
 from fused_lora.plan import choose, strategies, timing
 from fused_lora.programs import run
 from fused_lora.programs.describe import name_of
-from fused_lora.verify import check, own_process
+from fused_lora.verify import check, own_process, verdicts
 from tests.patching.models import build, images
 from tests.programs.test_signature import patched
 
@@ -36,7 +36,13 @@ def forbid(monkeypatch):
                 forbidden.append(function)
     for module in (block, block_modules, stand_in, op, run):
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            if name.startswith("why_") or name in ("find", "call_plan", "compute", "asked"):
+            if name.startswith("why_") or name in (
+                "find",
+                "call_plan",
+                "compute",
+                "attention_spec",
+                "mlp_spec",
+            ):
                 forbidden.append(function)
     for name, module in list(sys.modules.items()):
         if name.startswith("fused_lora"):

@@ -135,7 +135,7 @@ class Stage:
         return False
 
     def fuses_activation_grad(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
-        """Whether its dx goes on through the derivative of the activation before it, in one pass."""
+        """Whether its dx goes through the derivative of the activation before it in one pass."""
         return False
 
     def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: StageNeeds) -> bool:
