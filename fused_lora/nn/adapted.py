@@ -34,7 +34,7 @@ from fused_lora.nn.stand_in import (
 )
 from fused_lora.nn.variants import WithVariants, key_of
 from fused_lora.ops.lora_dropout import seeded
-from fused_lora.ops.lora_linear import asked, lora_linear
+from fused_lora.ops.lora_linear import lora_linear, operation_for
 from fused_lora.ops.lora_linear_fp8 import lora_linear_fp8
 from fused_lora.ops.lora_merge import Job, lora_merge_many
 from fused_lora.ops.operand import is_sharded
@@ -312,7 +312,7 @@ class AdaptedLinear(Unscripted, WithVariants):
         groups = len(self._used)
         given = (x, w, bias, ab[:groups], ab[groups : 2 * groups], self.scales, self._used)
         dropout = self.config.dropout if self.training else 0.0
-        return asked(*given, self.config.impl, dropout), None  # type: ignore[arg-type]
+        return operation_for(*given, self.config.impl, dropout), None  # type: ignore[arg-type]
 
     def _why_several(self) -> str | None:
         """Why the forward is not one operation at present; None where it is."""

@@ -115,7 +115,7 @@ def lora_linear(
     check_dropout(dropout, "lora_linear")
     if torch.compiler.is_compiling() or transformed():
         return _composed(x, w, bias, a, b, scales, tuple(spans), impl, dropout)
-    operation = asked(x, w, bias, a, b, scales, spans, impl, dropout)
+    operation = operation_for(x, w, bias, a, b, scales, spans, impl, dropout)
     inputs = (x, w, bias, *a, *b, *((None,) if dropout else ()))
     return call(operation, seeded(operation, inputs))  # type: ignore[no-any-return]
 
@@ -147,7 +147,7 @@ def _composed(
     return plain(x, w, bias, a, b, numbers, spans, dtype)
 
 
-def asked(
+def operation_for(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -197,20 +197,22 @@ class LoRALinear:
     def forward(self, inputs: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Tensor, Saved]:
         """y [..., N]."""
         x, w, bias, *ab = inputs
-        asked, impl = self.frame.needs(needs[0], needs[1:]), self.frame.impl
-        y, rows, w, kept, plan, _ = compute(x, w, bias, self.frame, self.dtype, tuple(ab), asked)
-        saves_x = impl is Impl.REFERENCE or keeps_x(asked, plan)
-        saves_w = impl is Impl.REFERENCE or (asked.x and plan.keep is not Keep.MERGED)
+        operation_for, impl = self.frame.needs(needs[0], needs[1:]), self.frame.impl
+        y, rows, w, kept, plan, _ = compute(
+            x, w, bias, self.frame, self.dtype, tuple(ab), operation_for
+        )
+        saves_x = impl is Impl.REFERENCE or keeps_x(operation_for, plan)
+        saves_w = impl is Impl.REFERENCE or (operation_for.x and plan.keep is not Keep.MERGED)
         saved = (rows if saves_x else None, w if saves_w else None, kept, *ab)
-        return y, (saved, (x.shape, asked, plan))
+        return y, (saved, (x.shape, operation_for, plan))
 
     def backward(
         self, saved: Saved, grads: Sequence[Any], needs: tuple[bool, ...]
     ) -> Sequence[Tensor | None]:
         """Gradients of x, w, bias and the adapters, where asked for."""
-        (rows, w, kept, *ab), (shape, asked, plan) = saved
+        (rows, w, kept, *ab), (shape, operation_for, plan) = saved
         dy = as_rows(grads[0], self.dtype)
-        dx, *down = input_grads(dy, rows, kept, w, self.frame, ab, asked, plan)
+        dx, *down = input_grads(dy, rows, kept, w, self.frame, ab, operation_for, plan)
         return None if dx is None else dx.view(shape), *down
 
 

@@ -50,7 +50,7 @@ def lora_linear_many(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]
     if not layers:
         raise ValueError("lora_linear_many: no layers given")
     if torch.compiler.is_compiling() or transformed():
-        return _apart(x, layers)
+        return _one_by_one(x, layers)
     for layer in layers:
         layer.check(x)
         if layer.dropout:
@@ -59,13 +59,13 @@ def lora_linear_many(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]
     frames, dtype = tuple(layer.frame() for layer in layers), compute_dtype(x)
     plans = _plans(x, layers, frames, dtype)
     if plans is None:
-        return _apart(x, layers)
+        return _one_by_one(x, layers)
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     operation = LoRALinearMany(frames, plans, dtype)
     return call(operation, (x, *tensors))  # type: ignore[no-any-return]
 
 
-def _apart(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+def _one_by_one(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
     return tuple(lora_linear(x, *each[:6], impl=each.impl, dropout=each.dropout) for each in layers)
 
 

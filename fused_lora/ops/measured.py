@@ -61,12 +61,12 @@ def mode() -> str | None:
     return text
 
 
-def asked(device: torch.device) -> bool:
+def times_plans(device: torch.device) -> bool:
     """Whether plans of ``device`` are chosen by time."""
     return (mode() or ("measure" if device.type == "cuda" else "model")) == "measure"
 
 
-class Way(Enum):
+class TimingMode(Enum):
     """How a plan is chosen now."""
 
     MODEL = "model"  # by estimates
@@ -75,13 +75,13 @@ class Way(Enum):
     LOOK = "look"  # likewise, but what would be timed is collected
 
 
-def way(device: torch.device, anew: bool = True) -> Way:
+def timing_mode(device: torch.device, anew: bool = True) -> TimingMode:
     """What FUSED_LORA_PLAN and the moment allow; ``anew``: timing now, too."""
-    if not asked(device):
-        return Way.MODEL
+    if not times_plans(device):
+        return TimingMode.MODEL
     if _rehearsals is not None:
-        return Way.LOOK
-    return Way.MEASURE if anew and why_not_now(device) is None else Way.KEPT
+        return TimingMode.LOOK
+    return TimingMode.MEASURE if anew and why_not_now(device) is None else TimingMode.KEPT
 
 
 def count() -> int:
@@ -172,7 +172,7 @@ def rehearse(question: Problem, plan: Plan, device: str) -> str:
         for part in parts(question, plan):
             operands.run(part, plan)
         del operands
-    _let_go(where)
+    _release_memory(where)
     return str(plan)
 
 
@@ -207,14 +207,14 @@ def _timed(
         _later[key] = time.monotonic() + AGAIN_S
         return {}
     finally:
-        _let_go(device)
+        _release_memory(device)
     _count += 1
     found = {name: round(taken, 3) for name, taken in found.items()}
     disk.merge(path(), {key: {"m": question.m, "time_us": found}})
     return found
 
 
-def _let_go(device: torch.device) -> None:
+def _release_memory(device: torch.device) -> None:
     """Give back what the allocator holds for streams that nobody will use again."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_lora.ops import backends, measured
 from fused_lora.ops.ceilings import ceilings, conditions
-from fused_lora.ops.measured import Way
+from fused_lora.ops.measured import TimingMode
 from fused_lora.plan.choose import RankedPlan, context_us, ordered, ranked
 from fused_lora.plan.problem import Problem
 from fused_lora.types import (
@@ -74,7 +74,7 @@ def plan_for(
     impl: Impl = Impl.AUTO,
     context: FusionContext = NO_CONTEXT,
     traits: AdapterTraits = DEFAULT_TRAITS,
-    times: Way | None = None,
+    times: TimingMode | None = None,
 ) -> Plan:
     """The chosen plan; ``keep`` fixes what the forward keeps, where that was settled before.
 
@@ -86,7 +86,7 @@ def plan_for(
     now = (*conditions(device, dtype), holds())
     try:
         asked = (m, k, n, spans, dtype, bias, needs, device, keep, impl, context, traits)
-        return _plan_for(*asked, now, measured.way(device) if times is None else times)
+        return _plan_for(*asked, now, measured.timing_mode(device) if times is None else times)
     except CannotVerifyNow as reason:
         question = problem(m, k, n, spans, dtype, bias, needs, context, traits, device)
         return _unchecked(question, dtype, device, keep, impl, reason).rows[0].plan
@@ -107,7 +107,7 @@ def _plan_for(
     context: FusionContext,
     traits: AdapterTraits,
     now: tuple[str, int, bool],  # a change of it asks anew
-    times: Way,
+    times: TimingMode,
 ) -> Plan:
     question = problem(m, k, n, spans, dtype, bias, needs, context, traits, device)
     return settled(question, dtype, device, keep, impl, times).rows[0].plan
@@ -126,7 +126,7 @@ def settled(
     device: torch.device,
     keep: Keep | None = None,
     impl: Impl = Impl.AUTO,
-    times: Way = Way.MODEL,
+    times: TimingMode = TimingMode.MODEL,
 ) -> Settled:
     """The plans that ``impl`` allows, ranked; the kernels of the first are checked.
 
@@ -142,7 +142,7 @@ def settled(
     while rows := ranked(question, limits, keep, plans):
         wrong = backends.failures(question, rows[0].plan, dtype, key, device)
         if not wrong:
-            if times is not Way.MODEL:
+            if times is not TimingMode.MODEL:
                 rows = _by_time(question, rows, dtype, device, (key, keep, impl), times)
             return Settled(rows, reasons)
         reasons += [f"{subject.kernel}: {verdict}" for subject, verdict in wrong.items()]
@@ -163,16 +163,16 @@ def _by_time(
     dtype: torch.dtype,
     device: torch.device,
     asked: tuple[str, Keep | None, Impl],
-    times: Way,
+    times: TimingMode,
     failures: Callable[..., Any] = backends.failures,
 ) -> list[RankedPlan]:
     """The plans of ``rows`` that were timed, by their times, then the others by their estimates."""
     plans = [row.plan for row in rows]
     failing = partial(failures, question, dtype=dtype, key=asked[0], device=device)
     by_name = measured.load(question, plans, device, asked)
-    if not by_name and times in (Way.MEASURE, Way.LOOK):
+    if not by_name and times in (TimingMode.MEASURE, TimingMode.LOOK):
         right = backends.matching(measured.likely(plans), lambda plan: not failing(plan))
-        if times is Way.MEASURE:
+        if times is TimingMode.MEASURE:
             by_name = measured.times(question, right, device, asked)
         else:
             measured.collect(question, right, device)
@@ -195,7 +195,7 @@ def expected(
     key = conditions(device, dtype)[0]
     plans = backends.plans(question, Impl.AUTO, dtype, device)
     rows = ranked(question, ceilings(device, dtype), keep, plans)
-    if (times := measured.way(device, anew=False)) is not Way.MODEL:
+    if (times := measured.timing_mode(device, anew=False)) is not TimingMode.MODEL:
         asked = (key, keep, Impl.AUTO)
         rows = _by_time(question, rows, dtype, device, asked, times, backends.known_failures)
     wrong = partial(backends.known_failures, question, dtype=dtype, key=key, device=device)
@@ -205,7 +205,7 @@ def expected(
 def explained(question: Problem, dtype: torch.dtype, device: torch.device) -> Settled:
     """As ``settled``, of the library's plans alone where nothing can be checked."""
     try:
-        return settled(question, dtype, device, times=measured.way(device, anew=False))
+        return settled(question, dtype, device, times=measured.timing_mode(device, anew=False))
     except CannotVerifyNow as reason:
         return _unchecked(question, dtype, device, None, Impl.AUTO, reason)
 
@@ -214,7 +214,7 @@ def checked_plans(question: Problem, device: torch.device | str) -> list[Plan]:
     """Every plan of kernels that ``device`` finds right, the chosen one first; checks them all."""
     device, dtype = torch.device(device), getattr(torch, question.dtype)
     key = conditions(device, dtype)[0]
-    rows = settled(question, dtype, device, times=measured.way(device)).rows
+    rows = settled(question, dtype, device, times=measured.timing_mode(device)).rows
     plans = [row.plan for row in rows]
     return [plan for plan in plans if not backends.failures(question, plan, dtype, key, device)]
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fused_lora
 from fused_lora.ops import measured, planning
 from fused_lora.ops.ceilings import ceilings
-from fused_lora.ops.measured import Way
+from fused_lora.ops.measured import TimingMode
 from fused_lora.plan.choose import ordered, ranked
 from fused_lora.plan.strategies import ROUNDS_ONCE, candidates
 from fused_lora.programs import run
@@ -139,7 +139,9 @@ def test_the_model_chooses_where_it_is_asked_to(monkeypatch):
     monkeypatch.setenv("FUSED_LORA_PLAN", "model")
     assert plan() == by_model()
     monkeypatch.delenv("FUSED_LORA_PLAN")
-    assert measured.way(CPU) is Way.MODEL and measured.asked(torch.device("cuda"))
+    assert measured.timing_mode(CPU) is TimingMode.MODEL and measured.times_plans(
+        torch.device("cuda")
+    )
     assert not ran and not measured.path().exists()
 
 
@@ -247,6 +249,6 @@ def test_a_program_is_built_by_time_and_a_warm_step_asks_nobody(monkeypatch):
     model(images(build())).mean().backward()
     timed = measured.count()
     assert timed > 0
-    monkeypatch.setattr(measured, "asked", lambda device: 1 / 0)
+    monkeypatch.setattr(measured, "times_plans", lambda device: 1 / 0)
     model(images(build())).mean().backward()
     assert measured.count() == timed

@@ -358,7 +358,7 @@ class Trial:
             candidates=candidates,
             ceilings=self.ceilings,
             provenance=origin,
-            by="measure" if measured.asked(torch.device(self.device)) else "model",
+            by="measure" if measured.times_plans(torch.device(self.device)) else "model",
         )
 
 
