@@ -7,13 +7,10 @@ namespace fused_lora {
 namespace py = pybind11;
 using Strides = std::pair<int64_t, int64_t>;
 
-inline GradGroup grad_group(uintptr_t a, uintptr_t b, uintptr_t da, uintptr_t db, Strides a_strides,
-                            Strides b_strides, Strides da_strides, Strides db_strides,
-                            int32_t first_column, int32_t columns, int32_t first_rank, int32_t rank,
-                            float scale) {
+inline GradGroup grad_group(Strides a_strides, Strides b_strides, Strides da_strides,
+                            Strides db_strides, int32_t first_column, int32_t columns,
+                            int32_t first_rank, int32_t rank, float scale) {
   GradGroup group = {};
-  group.a = pointer<void>(a), group.b = pointer<void>(b);
-  group.da = pointer<void>(da), group.db = pointer<void>(db);
   std::tie(group.a_r, group.a_k) = a_strides;
   std::tie(group.b_n, group.b_r) = b_strides;
   std::tie(group.da_r, group.da_k) = da_strides;
@@ -24,28 +21,54 @@ inline GradGroup grad_group(uintptr_t a, uintptr_t b, uintptr_t da, uintptr_t db
   return group;
 }
 
-inline GradProblem grad_problem(const GradPlan& plan, uintptr_t x, uintptr_t dy, uintptr_t h,
-                                uintptr_t dh, int64_t x_row, int64_t dy_row, int64_t h_row,
-                                int64_t dh_row, const std::vector<GradGroup>& groups,
-                                uintptr_t dbias, uintptr_t dh_out, int64_t dh_out_row, int64_t rows,
-                                DType type, DType adapter, DType grad, DType dbias_type, bool add,
-                                Activation activation) {
-  GradProblem problem = {};
-  problem.x = {pointer<void>(x), pointer<void>(h), x_row, h_row, plan.shape.k, 0};
-  problem.dy = {pointer<void>(dy), pointer<void>(dh), dy_row, dh_row, plan.shape.n, 0};
-  if (groups.size() > kMostGroups) {
-    throw std::invalid_argument("lora_grad: serves 1 to 4 groups, got " +
-                                std::to_string(groups.size()));
+// A launch bound to all but its tensors: in the calls of one program they alone change.
+class BoundGrad {
+ public:
+  BoundGrad(const GradPlan& plan, int64_t x_row, int64_t dy_row, int64_t h_row, int64_t dh_row,
+            const std::vector<GradGroup>& groups, int64_t dh_out_row, int64_t rows, DType type,
+            DType adapter, DType grad, DType dbias_type, bool add, Activation activation)
+      : plan_(plan) {
+    problem_.x = {nullptr, nullptr, x_row, h_row, plan.shape.k, 0};
+    problem_.dy = {nullptr, nullptr, dy_row, dh_row, plan.shape.n, 0};
+    if (groups.size() > kMostGroups) {
+      throw std::invalid_argument("lora_grad: serves 1 to 4 groups, got " +
+                                  std::to_string(groups.size()));
+    }
+    std::copy(groups.begin(), groups.end(), problem_.group);
+    problem_.groups = static_cast<int32_t>(groups.size()), problem_.ranks = plan.shape.ranks;
+    problem_.dh_row = dh_out_row, problem_.rows = rows;
+    problem_.type = type, problem_.adapter = adapter;
+    problem_.grad = grad, problem_.dbias_type = dbias_type;
+    problem_.add = add, problem_.activation = activation;
   }
-  std::copy(groups.begin(), groups.end(), problem.group);
-  problem.groups = static_cast<int32_t>(groups.size()), problem.ranks = plan.shape.ranks;
-  problem.dbias = pointer<void>(dbias), problem.rows = rows;
-  problem.dh = pointer<void>(dh_out), problem.dh_row = dh_out_row;
-  problem.type = type, problem.adapter = adapter;
-  problem.grad = grad, problem.dbias_type = dbias_type;
-  problem.add = add, problem.activation = activation;
-  return problem;
-}
+
+  // Addresses, 0 for what there is not: of x, dy, h, dh, dbias and the dh that is written, then of
+  // every a, every b, every da and every db.
+  void operator()(const std::vector<uintptr_t>& at, uintptr_t partial, int device,
+                  uintptr_t stream) const {
+    GradProblem problem = problem_;
+    const size_t groups = problem.groups, own = 6;
+    if (at.size() != own + 4 * groups) {
+      throw std::invalid_argument("lora_grad: " + std::to_string(groups) + " groups have " +
+                                  std::to_string(own + 4 * groups) + " addresses, got " +
+                                  std::to_string(at.size()));
+    }
+    problem.x.z = pointer<void>(at[0]), problem.dy.z = pointer<void>(at[1]);
+    problem.x.given = pointer<void>(at[2]), problem.dy.given = pointer<void>(at[3]);
+    problem.dbias = pointer<void>(at[4]), problem.dh = pointer<void>(at[5]);
+    for (size_t g = 0; g < groups; ++g) {
+      GradGroup& group = problem.group[g];
+      group.a = pointer<void>(at[own + g]), group.b = pointer<void>(at[own + groups + g]);
+      group.da = pointer<void>(at[own + 2 * groups + g]);
+      group.db = pointer<void>(at[own + 3 * groups + g]);
+    }
+    lora_grad(problem, plan_, pointer<float>(partial), device, pointer<void>(stream));
+  }
+
+ private:
+  GradProblem problem_ = {};
+  GradPlan plan_;
+};
 
 inline void bind_grad_plan(py::module_& m) {
   py::class_<GradPlan>(m, "GradPlan", py::module_local())
@@ -78,27 +101,21 @@ inline void bind_lora_grad(py::module_& m) {
   bind_grad_plan(m);
 
   py::class_<GradGroup>(m, "GradGroup", py::module_local())
-      .def(py::init(&grad_group), py::kw_only(), py::arg("a"), py::arg("b"), py::arg("da"),
-           py::arg("db"), py::arg("a_strides"), py::arg("b_strides"), py::arg("da_strides"),
-           py::arg("db_strides"), py::arg("first_column"), py::arg("columns"),
-           py::arg("first_rank"), py::arg("rank"), py::arg("scale"));
+      .def(py::init(&grad_group), py::kw_only(), py::arg("a_strides"), py::arg("b_strides"),
+           py::arg("da_strides"), py::arg("db_strides"), py::arg("first_column"),
+           py::arg("columns"), py::arg("first_rank"), py::arg("rank"), py::arg("scale"));
 
-  py::class_<GradProblem>(m, "GradProblem", py::module_local())
-      .def(py::init(&grad_problem), py::kw_only(), py::arg("plan"), py::arg("x"), py::arg("dy"),
-           py::arg("h"), py::arg("dh"), py::arg("x_row"), py::arg("dy_row"), py::arg("h_row"),
-           py::arg("dh_row"), py::arg("groups"), py::arg("dbias"), py::arg("dh_out") = 0,
-           py::arg("dh_out_row") = 0, py::arg("rows"), py::arg("type"), py::arg("adapter"),
-           py::arg("grad"), py::arg("dbias_type"), py::arg("add"),
-           py::arg("activation") = Activation::kNone);
-
-  m.def(
-      "lora_grad",
-      [](const GradProblem& problem, const GradPlan& plan, uintptr_t partial, int device,
-         uintptr_t stream) {
-        lora_grad(problem, plan, pointer<float>(partial), device, pointer<void>(stream));
-      },
-      py::kw_only(), py::arg("problem"), py::arg("plan"), py::arg("partial"), py::arg("device"),
-      py::arg("stream"), "da, db and dbias from one read of x and dy.");
+  py::class_<BoundGrad>(m, "BoundGrad", py::module_local(),
+                        "da, db and dbias from one read of x and dy, of given tensors.")
+      .def(py::init<const GradPlan&, int64_t, int64_t, int64_t, int64_t,
+                    const std::vector<GradGroup>&, int64_t, int64_t, DType, DType, DType, DType,
+                    bool, Activation>(),
+           py::kw_only(), py::arg("plan"), py::arg("x_row"), py::arg("dy_row"), py::arg("h_row"),
+           py::arg("dh_row"), py::arg("groups"), py::arg("dh_out_row") = 0, py::arg("rows"),
+           py::arg("type"), py::arg("adapter"), py::arg("grad"), py::arg("dbias_type"),
+           py::arg("add"), py::arg("activation") = Activation::kNone)
+      .def("__call__", &BoundGrad::operator(), py::arg("at"), py::arg("partial"),
+           py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace fused_lora

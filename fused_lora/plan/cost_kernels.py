@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fused_lora.plan.cost_aten import cast_steps, full_steps
-from fused_lora.plan.problem import Problem, Step
+from fused_lora.plan.problem import Problem, Step, cast_steps, full_steps
 from fused_lora.types import Backend, Forward, Gradient, Keep, Plan
 
 # What the compiled kernels cost: the gradients db and da from one pass over x and dy, then a sum

@@ -261,15 +261,8 @@ def _launch(
         ],
         type=getattr(module.DType, str(x.dtype).removeprefix("torch.")),
     )
-    device, stream = _queue(x.device)
+    device, stream = native.queue(x.device)
     module.lora_linear(problem=problem, plan=plan, device=device, stream=stream)
-
-
-def _queue(device: torch.device) -> tuple[int, int]:
-    """Device number and stream; a CPU, where tests launch, has neither."""
-    if device.type == "cpu":
-        return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def _address(vector: Tensor | None) -> int:

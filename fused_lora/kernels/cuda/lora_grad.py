@@ -13,9 +13,8 @@ and rounded once, as whoever made it in forward did.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from fused_lora.kernels.cuda.lora_grad_shape import ADAPTERS, GradCall, GradShap
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.programs.record import opaque
-from fused_lora.types import Needs, Span
+from fused_lora.types import Needs
 
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in ADAPTERS}
 Into = tuple[Sequence[Tensor], Sequence[Tensor]]  # G of [R_g, K], G of [N_g, R_g]; any strides
@@ -80,54 +79,63 @@ def lora_grads(
     grads = _outputs(call, into)
     if any(grad is not None for grad in (grads.bias, *grads.a, *grads.b)):
         assert beta in (0, 1), beta
-        launch = _Launch(
-            *(adapters.scales, adapters.spans, needs, plan),
-            *(into is not None and beta == 1, activation),
-        )
-        halves = (tuple(adapters.a), tuple(adapters.b))
-        results = (tuple(grads.a), tuple(grads.b), grads.bias)
+        add = into is not None and beta == 1
+        launch = GradLaunch(call, plan, grads, add, dh_out, activation)
         written = [t for t in (*grads.a, *grads.b, grads.bias, dh_out) if t is not None]
-        given = (x, dy, *halves, h, dh, *results, dh_out)
-        opaque(launch, lambda *_: None, *given, writes=written)
+        opaque(launch, lambda *_: None, *launch.tensors(call, grads, dh_out), writes=written)
     return grads
 
 
-@dataclass(frozen=True, eq=False)
-class _Launch:
-    """One launch but for its tensors: done now, or as a call of a program."""
+class GradLaunch:
+    """One launch but for its tensors, whose layouts are packed once: done now, and by programs."""
 
-    scales: Sequence[float]
-    spans: Sequence[Span]
-    needs: Needs
-    plan: Any
-    add: bool
-    activation: str = "none"
+    __name__ = "lora_grad"
+    launches = 2  # the pass, and the sum of its slices
 
-    __name__: ClassVar[str] = "lora_grad"
-    launches: ClassVar[int] = 2  # the pass, and the sum of its slices
+    def __init__(
+        self,
+        call: GradCall,
+        plan: Any,
+        grads: Grads,
+        add: bool,
+        dh_out: Tensor | None,
+        activation: str,
+    ) -> None:
+        module, first = native.load(), call.first
+        assert first.is_cuda or module.archs == "none", first.device
+        written = [grad for grad in (*grads.a, *grads.b) if grad is not None]
+        assert len({grad.dtype for grad in written}) <= 1, [grad.dtype for grad in written]
+        self.device, self.partial_floats = first.device, int(plan.partial_floats)
+        self._bound = module.BoundGrad(
+            plan=plan,
+            **{f"{name}_row": _row(getattr(call, name)) for name in ("x", "dy", "h", "dh")},
+            groups=_groups(call.adapters, grads),
+            dh_out_row=_row(dh_out),
+            rows=first.shape[0],
+            type=_dtype(first),
+            adapter=_dtype(call.adapters.a[0]),
+            grad=_dtype(written[0] if written else first),
+            dbias_type=_dtype(grads.bias if grads.bias is not None else first),
+            add=add,
+            activation=getattr(module.Activation, activation),
+        )
+
+    @staticmethod
+    def tensors(call: GradCall, grads: Grads, dh_out: Tensor | None) -> list[Tensor | None]:
+        """What a call takes, in order."""
+        own = (call.x, call.dy, call.h, call.dh, grads.bias, dh_out)
+        return [*own, *call.adapters.a, *call.adapters.b, *grads.a, *grads.b]
 
     @property
     def scratch_bytes(self) -> int:
         """The slices' sums, written and read."""
-        return 2 * 4 * int(self.plan.partial_floats)
+        return 2 * 4 * self.partial_floats
 
-    def __call__(
-        self,
-        x: Tensor | None,
-        dy: Tensor | None,
-        a: Sequence[Tensor],
-        b: Sequence[Tensor],
-        h: Tensor | None,
-        dh: Tensor | None,
-        da: Sequence[Tensor | None],
-        db: Sequence[Tensor | None],
-        dbias: Tensor | None,
-        dh_out: Tensor | None,
-    ) -> None:
+    def __call__(self, *tensors: Tensor | None) -> None:
         """On the current stream."""
-        call = GradCall(x, dy, Adapters(a, b, self.scales, self.spans), self.needs, h, dh)
-        grads = Grads(None, None, dbias, list(da), list(db))
-        _launch(call, self.plan, grads, self.add, dh_out, self.activation)
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        partial = torch.empty(self.partial_floats, dtype=torch.float32, device=self.device)
+        self._bound(addresses, partial.data_ptr(), *native.queue(self.device))
 
 
 def a_grads(
@@ -165,51 +173,12 @@ def _outputs(call: GradCall, into: Into | None) -> Grads:
     )
 
 
-def _launch(
-    call: GradCall,
-    plan: Any,
-    grads: Grads,
-    add: bool,
-    dh_out: Tensor | None,
-    activation: str,
-) -> None:
-    module, first = native.load(), call.first
-    assert first.is_cuda or module.archs == "none", first.device
-    written = [grad for grad in (*grads.a, *grads.b) if grad is not None]
-    assert len({grad.dtype for grad in written}) <= 1, [grad.dtype for grad in written]
-    dtypes = dict(
-        type=_dtype(first),
-        adapter=_dtype(call.adapters.a[0]),
-        grad=_dtype(written[0] if written else first),
-        dbias_type=_dtype(grads.bias if grads.bias is not None else first),
-    )
-    problem = module.GradProblem(
-        plan=plan,
-        **{name: _address(getattr(call, name)) for name in ("x", "dy", "h", "dh")},
-        **{f"{name}_row": _row(getattr(call, name)) for name in ("x", "dy", "h", "dh")},
-        groups=_groups(call.adapters, grads),
-        dbias=_address(grads.bias),
-        dh_out=_address(dh_out),
-        dh_out_row=_row(dh_out),
-        rows=first.shape[0],
-        **dtypes,
-        add=add,
-        activation=getattr(module.Activation, activation),
-    )
-    partial = first.new_empty(plan.partial_floats, dtype=torch.float32)
-    device, stream = _queue(first.device)
-    module.lora_grad(
-        problem=problem, plan=plan, partial=partial.data_ptr(), device=device, stream=stream
-    )
-
-
 def _groups(adapters: Adapters, grads: Grads) -> list[Any]:
     """fused_lora._native.GradGroup of each adapter."""
     firsts = accumulate((span.rank for span in adapters.spans), initial=0)
     rows = zip(adapters.a, adapters.b, grads.a, grads.b, strict=True)
     return [
         native.load().GradGroup(
-            **dict(a=_address(a), b=_address(b), da=_address(da), db=_address(db)),
             **dict(a_strides=a.stride(), b_strides=b.stride()),
             da_strides=(0, 0) if da is None else da.stride(),
             db_strides=(0, 0) if db is None else db.stride(),
@@ -220,17 +189,6 @@ def _groups(adapters: Adapters, grads: Grads) -> list[Any]:
             rows, adapters.spans, adapters.scales, firsts, strict=False
         )
     ]
-
-
-def _queue(device: torch.device) -> tuple[int, int]:
-    """Device number and stream; a CPU, where tests launch, has neither."""
-    if device.type == "cpu":
-        return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _row(tensor: Tensor | None) -> int:

@@ -99,8 +99,7 @@ def launch(
             rounding=getattr(module.Rounding, rounding),
             seed=seed & _UINT64,
             step=step & _UINT64,
-            device=device.index,
-            stream=torch.cuda.current_stream(device).cuda_stream,
+            **dict(zip(("device", "stream"), native.queue(device), strict=True)),
         )
 
 

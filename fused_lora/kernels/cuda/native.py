@@ -112,3 +112,10 @@ class Chip(NamedTuple):
         """The chip of a CUDA device."""
         properties = torch.cuda.get_device_properties(device)
         return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def queue(device: torch.device) -> tuple[int, int]:
+    """Device number and current stream; a CPU, where tests launch, has neither."""
+    if device.type == "cpu":
+        return 0, 0
+    return device.index, torch._C._cuda_getCurrentRawStream(device.index)

@@ -95,8 +95,10 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, host):
         def lora_linear(self, **call):
             calls.append(call)
 
-        def lora_grad(self, **call):
-            calls.append(call)
+        def BoundGrad(self, **layout):
+            return lambda at, partial, device, stream: calls.append(
+                {"device": device, "stream": stream}
+            )
 
         def lora_merge(self, **call):
             calls.append(call)
@@ -109,16 +111,13 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, host):
         yield
 
     # A stream of each device, that of cuda:1 twice as far on.
-    stream = lambda device=None: SimpleNamespace(  # noqa: E731
-        cuda_stream=1000 * (1 + (0 if device is None else device.index))
-    )
+    stream = lambda index: 1000 * (1 + index)  # noqa: E731
     monkeypatch.setattr(native, "load", lambda: Module())
-    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", stream, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip(90, 132)))
-    for module in (lora_extended, lora_grad):
-        monkeypatch.setattr(module, "_address", lambda t: 0 if t is None else 4096)
+    monkeypatch.setattr(lora_extended, "_address", lambda t: 0 if t is None else 4096)
     monkeypatch.setattr(
         lora_extended, "_placed", lambda t: (0, 0) if t is None else (4096, t.stride(0))
     )

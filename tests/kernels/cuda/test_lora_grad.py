@@ -358,37 +358,43 @@ def test_the_module_refuses_what_would_read_out_of_place(on_host: ModuleType) ->
     p = Problem(SMALL)
     plan = GradCall(p.x, p.dy, p.adapters, Needs(), None, None).plan(Chip(80, 2))
     types = dict.fromkeys(("type", "adapter", "grad", "dbias_type"), on_host.DType.bfloat16)
+    strides = ("a_strides", "b_strides", "da_strides", "db_strides")
     group = on_host.GradGroup(
-        **dict.fromkeys(("a", "b", "da", "db", "first_column", "first_rank"), 0),
-        **dict.fromkeys(("a_strides", "b_strides", "da_strides", "db_strides"), (1, 1)),
-        **dict(columns=40, rank=16, scale=1.0),
+        **dict.fromkeys(strides, (1, 1)),
+        **dict(first_column=0, columns=40, first_rank=0, rank=16, scale=1.0),
     )
-    whole = dict(groups=[group], x=p.x.data_ptr(), dy=p.dy.data_ptr(), h=0, dh=0, x_row=72,
-                 dy_row=40, h_row=0, dh_row=0, dbias=0, rows=41, add=False)  # fmt: skip
+    rows = dict(x_row=72, dy_row=40, h_row=0, dh_row=0, dh_out_row=0, rows=41)
+    names = ("x", "dy", "h", "dh", "dbias", "dh_out")
+    whole = types | rows | dict(groups=[group], add=False)
+    at = dict.fromkeys(names, 0) | dict(x=p.x.data_ptr(), dy=p.dy.data_ptr())
+
+    def launch(plan, change, where) -> None:
+        bound = on_host.BoundGrad(plan=plan, **(whole | change))
+        adapters = [0] * (4 * len((whole | change)["groups"]))
+        bound([(at | where)[name] for name in names] + adapters, 0, 0, 0)
+
     bad = {
-        "x must begin": dict(x=p.x.data_ptr() + 2),
-        "h and dh": dict(h=p.h.data_ptr()),
-        "dbias": dict(dbias=p.x.data_ptr()),
-        "planned for x and dy of 16 bits": dict(type=on_host.DType.float32),
-        "1 to 4 groups": dict(groups=[]),
-        "rows of the written dh overlap": dict(dh_out=p.dh.data_ptr(), dh_out_row=15),
-        "group 1": dict(groups=[group, group]),
+        "x must begin": ({}, dict(x=p.x.data_ptr() + 2)),
+        "h and dh": ({}, dict(h=p.h.data_ptr())),
+        "dbias": ({}, dict(dbias=p.x.data_ptr())),
+        "planned for x and dy of 16 bits": (dict(type=on_host.DType.float32), {}),
+        "1 to 4 groups": (dict(groups=[]), {}),
+        "rows of the written dh overlap": (dict(dh_out_row=15), dict(dh_out=p.dh.data_ptr())),
+        "group 1": (dict(groups=[group, group]), {}),
     }
-    for message, change in bad.items():
-        problem = on_host.GradProblem(plan=plan, **(types | whole | change))
+    for message, (change, where) in bad.items():
         with pytest.raises(ValueError, match=message):
-            on_host.lora_grad(problem=problem, plan=plan, partial=0, device=0, stream=0)
+            launch(plan, change, where)
+    with pytest.raises(ValueError, match="1 groups have 10 addresses, got 9"):
+        on_host.BoundGrad(plan=plan, **whole)([0] * 9, 0, 0, 0)
     fp32 = GradCall(p.x.float(), p.dy.float(), p.adapters, Needs(), None, None).plan(Chip(90, 2))
-    how = dict(type=on_host.DType.float32, activation=on_host.Activation.erf)
-    problem = on_host.GradProblem(plan=fp32, **(types | whole | how))
     with pytest.raises(ValueError, match="formed of a u of 16 bits, planned for fp32"):
-        on_host.lora_grad(problem=problem, plan=fp32, partial=0, device=0, stream=0)
+        launch(fp32, dict(type=on_host.DType.float32, activation=on_host.Activation.erf), {})
     given = GradCall(p.x, p.dy, p.adapters, Needs(), p.h, p.dh).plan(Chip(80, 2))
-    both = dict(h=p.h.data_ptr(), dh=p.dh.data_ptr(), h_row=16, dh_row=16)
-    both |= dict(dh_out=p.dh.data_ptr(), dh_out_row=16)
-    problem = on_host.GradProblem(plan=given, **(types | whole | both))
+    written = dict(h_row=16, dh_row=16, dh_out_row=16)
+    where = dict(h=p.h.data_ptr(), dh=p.dh.data_ptr(), dh_out=p.dh.data_ptr())
     with pytest.raises(ValueError, match="written where it is formed"):
-        on_host.lora_grad(problem=problem, plan=given, partial=0, device=0, stream=0)
+        launch(given, written, where)
 
 
 @pytest.mark.gpu
