@@ -81,7 +81,7 @@ def test_what_is_no_part_of_a_pass_is_one_of_its_own():
         alone, beside = (steps(question, plan) for question in both)
         moved = sum(s.elements() for s in beside) - sum(s.elements() for s in alone)
         own = [s.name for s in beside if "gelu" in s.name]
-        assert own == ["gelu"] * (not fuses_epilogue(plan)) + ["gelu slope"] * (
+        assert own == ["gelu"] * (not fuses_epilogue(plan)) + ["gelu grad"] * (
             not fuses_activation_grad(plan)
         )
         assert moved == 25216 * 768 * (
@@ -95,7 +95,7 @@ def test_without_a_gradient_of_x_there_is_no_slope():
         assert not [s.name for s in steps(question, plan) if "slope" in s.name]
 
 
-@pytest.mark.parametrize("beside", ["activated", "sloped"])
+@pytest.mark.parametrize("beside", ["activated", "input_activated"])
 def test_the_library_is_chosen_as_it_was_but_for_what_precision_is_worth(beside):
     """Every one of its plans has the same passes beside it; the rules of 16 bits are shares."""
     for rank in (4, 16, 64, 256):

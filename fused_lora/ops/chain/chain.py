@@ -32,7 +32,7 @@ from fused_lora.programs.run import call, transformed
 Done = tuple[tuple[StageRun, ...], StageInput | None]  # of each stage, and where the last one wrote
 
 
-class PassContext(NamedTuple):
+class ChainPass(NamedTuple):
     """What every step of one pass through a chain is given."""
 
     spec: ChainSpec
@@ -88,7 +88,7 @@ def _never(adapters: Adapters) -> bool:
     return False
 
 
-class BackwardPass:
+class ChainBackward:
     """One backward pass: what was kept, and what has been made again so far."""
 
     def __init__(
@@ -101,7 +101,7 @@ class BackwardPass:
     ) -> None:
         self.spec, self.values, self.runs, self.asked = spec, values, runs, asked
         self.own = [operands[part] for part in spec.parts]
-        self.steps = PassContext(spec, self.own, asked, spec.keep, again=True)
+        self.steps = ChainPass(spec, self.own, asked, spec.keep, again=True)
         self.prepared: dict[int, StageInput | None] = {}  # of boundaries, each with what lies in it
 
     def value(self, i: int) -> Tensors:
@@ -234,7 +234,7 @@ def forward(
     values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
     runs: list[StageRun] = []
     keep = spec.keep if any(flags) else NONE
-    steps = PassContext(spec, [tuple(operands[part]) for part in spec.parts], asked, keep)
+    steps = ChainPass(spec, [tuple(operands[part]) for part in spec.parts], asked, keep)
     added = source if spec.around else residual
     epilogue = spec.stages[-1].epilogue(added, gamma, mask)
     prepared: StageInput | None = None
@@ -274,12 +274,12 @@ class Chain:
         """Gradients of source, residual and operands, where asked for."""
         tensors, (note, (shape, dtype, residual_dtype)) = saved
         (dy,) = grads
-        backward_pass, factor = _load(self.spec, tensors, note)
+        chain_backward, factor = _load(self.spec, tensors, note)
         dz = dy if factor is None else dy * factor
-        around = self.spec.around and backward_pass.asked[0].x
-        joins = around and self.spec.stages[0].joins(backward_pass.asked[0])
+        around = self.spec.around and chain_backward.asked[0].x
+        joins = around and self.spec.stages[0].joins(chain_backward.asked[0])
         passed = dy.reshape(-1, dy.shape[-1]) if joins else None
-        dx, down = backward_pass.through(dz.reshape(-1, dz.shape[-1]), passed)
+        dx, down = chain_backward.through(dz.reshape(-1, dz.shape[-1]), passed)
         dx = dx if dx is None else dx.view(shape).to(dtype)
         if around and not joins:
             assert dx is not None
@@ -288,7 +288,7 @@ class Chain:
 
 
 def _advance(
-    steps: PassContext,
+    steps: ChainPass,
     values: dict[int, Tensors],
     runs: list[StageRun],
     prepared: StageInput | None,
@@ -324,7 +324,9 @@ def _to_save(
     return flat, (asked, [(i, len(values[i])) for i in kept], notes)
 
 
-def _load(spec: ChainSpec, tensors: Sequence[Any], note: Any) -> tuple[BackwardPass, Tensor | None]:
+def _load(
+    spec: ChainSpec, tensors: Sequence[Any], note: Any
+) -> tuple[ChainBackward, Tensor | None]:
     asked, kept, notes = note
     first = 2 + spec.parts[-1].stop
     given, values, runs = tuple(tensors[:first]), {}, []
@@ -336,4 +338,4 @@ def _load(spec: ChainSpec, tensors: Sequence[Any], note: Any) -> tuple[BackwardP
         extra = tuple(tensors[first : first + length])
         runs.append(StageRun((), extra, each[1]) if each else None)
         first += length
-    return BackwardPass(spec, values, runs, given[2:], asked), combined(given[:2])
+    return ChainBackward(spec, values, runs, given[2:], asked), combined(given[:2])

@@ -59,7 +59,7 @@ def passes(serving, small_tiles) -> list[str]:  # noqa: F811
     watch(serving, lora_extended, "forward", "product", ran)
     watch(serving, lora_extended, "input_grad", "dx", ran)
     watch(serving, elementwise, "gelu_forward", "gelu forward", ran)
-    watch(serving, elementwise, "gelu_input_grad", "gelu slope", ran)
+    watch(serving, elementwise, "gelu_input_grad", "gelu grad", ran)
     watch(serving, elementwise, "gelu_shrink", "gelu and h", ran)
     return ran
 
@@ -148,7 +148,7 @@ def test_every_subset_of_gradients(passes, recompute, trains):
     within(run(given, BF16, recompute), given, BF16)
     assert passes[:2] == ["product erf", "product"]
     trained = bool(leaves(*given))
-    assert passes.count("dx erf") == trained and "gelu slope" not in passes
+    assert passes.count("dx erf") == trained and "gelu grad" not in passes
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_into_the_room_of_fc2(passes, serving):  # noqa: F811
     within(run(given, BF16, "elementwise"), given, BF16)
     ((x, buffer),) = seen
     assert buffer is not None and buffer.shape == (38, H + 5) and x.data_ptr() == buffer.data_ptr()
-    assert passes == ["product erf", "gelu forward", "gelu slope", "dx"]
+    assert passes == ["product erf", "gelu forward", "gelu grad", "dx"]
 
 
 @each_mode
@@ -245,7 +245,7 @@ def test_h_into_the_room_of_both(passes, serving):  # noqa: F811
     serving.setattr(aten, "shrink", lambda *_: pytest.fail("x was read for h alone"))
     given = operands()
     ours = run(given, BF16, "elementwise")
-    assert seen == [True, True] and passes == ["gelu and h", "gelu forward", "gelu slope"]
+    assert seen == [True, True] and passes == ["gelu and h", "gelu forward", "gelu grad"]
     serving.undo()
     within(ours, given, BF16)
 
@@ -305,7 +305,7 @@ def test_a_broken_epilogue_leaves_the_chain_as_it_was(passes, checking, what):
         "product",
         "gelu forward",
         "dx",
-        "gelu slope",
+        "gelu grad",
         "dx",
     ]
 
