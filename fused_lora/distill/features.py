@@ -109,12 +109,10 @@ def _fill(
         for i, part in enumerate(found):
             if len(files) == i:
                 path = folder / f"{key}.{i}.bin"
-                files.append(
-                    _room(len(rows), unfinished, lambda *a, p=path, **k: _mapped(p, *a, **k))
-                )
-            files[i][[place[row] for row in batch.rows.tolist()]] = unfinished.cpu()
+                files.append(_room(len(rows), part, lambda *a, p=path, **k: _mapped(p, *a, **k)))
+            files[i][[place[row] for row in batch.rows.tolist()]] = part.cpu()
     described = [[list(each.shape), str(each.dtype).removeprefix("torch.")] for each in files]
-    unfinished = folder / f"{key}.json.unfinished"
+    unfinished = folder / f"{key}.json.part"
     unfinished.write_text(json.dumps(described), encoding="utf-8")
     os.replace(unfinished, folder / f"{key}.json")  # last, so that half a cache is none
 
