@@ -89,10 +89,15 @@ def merged_views(
     calls: Sequence[Call], wanted: Sequence[Value]
 ) -> tuple[list[Call], dict[Value, Value]]:
     """The calls that ``wanted`` depend on, ``fused``, no memory viewed the same way twice; and
-    which value stands for which."""
+    which value stands for which.
+
+    A launch ``by_address`` has strides of its own: it takes whatever begins where a view does and
+    shows as much, and the view is not made for it.
+    """
     calls = needed(calls, wanted)
     stands: dict[Value, Value] = {}
     shown: dict[Any, Value] = {}  # the first value that shows this memory so
+    begins: dict[Any, Value] = {}  # the first value that begins there and shows as much
     viewed: dict[Value, Value] = {}  # by plain ``view``: of what, laid out without gaps
     kept = []
     for call in calls:
@@ -101,6 +106,9 @@ def merged_views(
             same = shown.setdefault(shows(value), value)
             if same is not value and value in call.outs:
                 stands[value] = same
+            begins.setdefault(_begin(value), value)
+        if getattr(call.target, "by_address", False):
+            call = replaced(call, {value: begins[_begin(value)] for value in call.reads})
         if call.view and all(out is None or out in stands for out in call.outs):
             continue
         if call.target in VIEWS and not call.kwargs:
@@ -111,6 +119,10 @@ def merged_views(
                 viewed[call.outs[0]] = source  # type: ignore[index]
         kept.append(call)
     return fused(kept, [stands.get(value, value) for value in wanted]), stands
+
+
+def _begin(value: Value) -> tuple[Any, ...]:
+    return value.storage, value.offset, value.nbytes, value.dtype
 
 
 def shows(value: Value) -> tuple[Any, ...]:

@@ -211,3 +211,38 @@ def test_what_holds_for_the_moment_is_not_remembered():
     assert not run.programs()
     model(x)
     assert len(run.programs()) == 3  # the first block's x asks for no gradient
+
+
+class Launch:
+    """A call that takes where tensors begin, as a kernel's launch does, and has their strides."""
+
+    __name__ = "launch"
+    launches = 1
+
+    def __init__(self, by_address: bool) -> None:
+        self.by_address = by_address
+
+    def __call__(self, a, half, out) -> None:
+        shown = a.as_strided((6, 4), (1, 6)), half.as_strided((4, 3), (6, 1))
+        torch.mm(*shown, out=out)
+
+
+@pytest.mark.parametrize("by_address", [True, False], ids=["by address", "by tensor"])
+def test_a_view_is_not_made_for_who_takes_an_address(by_address):
+    """But where it shows less, its bytes are what is read, and where it begins elsewhere."""
+
+    def ahead(a, w):
+        out = a.new_empty(6, 3)
+        with torch.no_grad():
+            launch = Launch(by_address)
+            opaque(launch, lambda *_: None, a.t(), w[:, 3:], out, writes=[out])
+        return out, ((), None)
+
+    a, w = torch.randn(4, 6), torch.randn(4, 6)
+    program = build(Op(ahead), given(a, w))
+    names = [call.target.__name__ for call in program.calls]
+    views = ["slice.Tensor"] if by_address else ["t.default", "slice.Tensor"]
+    assert sorted(names) == sorted(["new_empty.default", "launch", *views])
+    assert torch.equal(program.forward(a, w), a.t() @ w[:, 3:])
+    (call,) = (call for call in program.calls if call.target.__name__ == "launch")
+    assert [value.nbytes for value in call.reads] == [96, 48, 72]

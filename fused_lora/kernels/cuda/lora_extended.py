@@ -259,6 +259,7 @@ class LinearLaunch:
     """One launch but for its tensors, whose layouts are packed once: done now, and by programs."""
 
     __name__ = "lora_linear_sm90"
+    by_address = True  # strides are bound
 
     def __init__(
         self,

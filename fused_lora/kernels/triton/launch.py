@@ -49,6 +49,8 @@ def launch(
 class BoundLaunch:
     """One launch of a program, called with its arguments, tuples without their names."""
 
+    by_address = True  # strides are arguments of their own
+
     def __init__(
         self,
         kernel: Any,
