@@ -246,3 +246,19 @@ def test_a_view_is_not_made_for_who_takes_an_address(by_address):
     assert torch.equal(program.forward(a, w), a.t() @ w[:, 3:])
     (call,) = (call for call in program.calls if call.target.__name__ == "launch")
     assert [value.nbytes for value in call.reads] == [96, 48, 72]
+
+
+def test_memory_is_asked_for_in_the_shortest_call():
+    def ahead(x):
+        views = x.view(24)  # which only memory is asked like
+        made = [views.new_empty(3, 4), views.new_empty((5,), dtype=torch.bfloat16)]
+        made += [torch.empty_like(x, dtype=torch.float64), torch.empty_like(x.t()), x.new_empty(())]
+        return tuple(made), ((), None)
+
+    x = torch.randn(4, 6)
+    program = build(Op(ahead), given(x))
+    assert "v0.new_empty(3, 4)" in program.text and "v0.new_empty(5, dtype=" in program.text
+    assert "view" not in program.text and program.text.count("pin_memory") == 1  # of the scalar
+    for ours, theirs in zip(program.forward(x), ahead(x)[0], strict=True):
+        assert ours.shape == theirs.shape and ours.dtype is theirs.dtype
+        assert ours.stride() == theirs.stride() and ours.device == theirs.device
