@@ -64,7 +64,7 @@ def as_if(monkeypatch, favourite):
         ran.append(plans)
         return {n: 1.0 if favourite(n) else 100.0 + i for i, n in enumerate(plans)}
 
-    monkeypatch.setattr(measured, "race", race)
+    monkeypatch.setattr(measured, "time_candidates", race)
     return ran
 
 
@@ -212,7 +212,9 @@ def test_precision_goes_before_time(monkeypatch):
     low = question(dtype=torch.bfloat16)
     timed = [replace(p, time_us=time_of(str(p))) for p in candidates(low)]
     assert ordered(low, timed)[0].plan.forward in ROUNDS_ONCE
-    monkeypatch.setattr(measured, "race", lambda plans, *_: {n: time_of(n) for n in plans})
+    monkeypatch.setattr(
+        measured, "time_candidates", lambda plans, *_: {n: time_of(n) for n in plans}
+    )
     found = plan(dtype=torch.bfloat16)
     assert found.forward in ROUNDS_ONCE and found.dx is not Forward.MERGE
 

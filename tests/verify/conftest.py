@@ -69,7 +69,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Kernels]:
     for name in RESULTS:
         run = lambda p, tile, name=name: made.run(name, p, tile)  # noqa: E731
         monkeypatch.setitem(launch_checks.RUNS, name, run)
-    for name in ("merged", "merged_of_many"):
+    for name in ("triton_merged", "merged_of_many"):
         monkeypatch.setattr(launch_checks, name, _stochastic)
     forget()
     yield made

@@ -95,7 +95,7 @@ class TestNormBeforeOneGemm:
     @pytest.fixture(autouse=True)
     def one_gemm(self, serving):  # noqa: F811
         plan = Plan(Forward.BORDERED, Forward.SEPARATE, Gradient.RANK, Keep.HIDDEN)
-        for asked in ("call_plan", "plan_beside"):
+        for asked in ("call_plan", "plan_in_context"):
             serving.setattr(linear_stage, asked, lambda *_, **__: plan)
         self.buffers, right = [], aten_linear.forward
 
