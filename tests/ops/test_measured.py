@@ -221,7 +221,7 @@ def test_precision_goes_before_time(monkeypatch):
 
 @pytest.mark.parametrize("needs", [Needs(), Needs(x=False), Needs(a=False, b=False)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("beside", [FusionContext(), FusionContext(bordered=True)], ids=str)
+@pytest.mark.parametrize("context", [FusionContext(), FusionContext(bordered=True)], ids=str)
 def test_every_plan_that_there_is_can_be_timed(needs, dtype, context):
     more = (needs, context, AdapterTraits("float32", (True,)))
     asked = planning.problem(9, 24, 40, SPANS, dtype, True, *more)
