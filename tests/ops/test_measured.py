@@ -114,7 +114,7 @@ def test_every_strategy_is_timed():
         {"keep": Keep.HIDDEN},
         {"impl": Impl.ATEN},
         {"dtype": torch.bfloat16},
-        {"beside": FusionContext(bordered=True)},
+        {"context": FusionContext(bordered=True)},
     ],
     ids=str,
 )
