@@ -110,7 +110,7 @@ def test_every_strategy_is_timed():
         {"m": 200},
         {"needs": Needs(x=False)},
         {"needs": Needs(b=False)},
-        {"halves": AdapterTraits("bfloat16")},
+        {"traits": AdapterTraits("bfloat16")},
         {"keep": Keep.HIDDEN},
         {"impl": Impl.ATEN},
         {"dtype": torch.bfloat16},
