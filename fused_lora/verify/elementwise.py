@@ -68,10 +68,10 @@ def _extended_gelu(p: Operands) -> Named:
     return named
 
 
-def _extended_scale(p: Operands) -> Named:
-    """y scaled, with dy in the residual's place, and dx that a gradient joins."""
+def _product_scale(p: Operands) -> Named:
+    """y scaled, with dy in the residual's place, and dx that a gradient joins; h and dh."""
     right = products(p)
-    return {"y": p.dy + p.factor * right["y"], "dx": right["dx"] + p.x}
+    return {**right, "y": p.dy + p.factor * right["y"], "dx": right["dx"] + p.x}
 
 
 def _shrink_dropout(p: Operands) -> Named:
@@ -131,8 +131,10 @@ def apart(p: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 EQUATIONS: dict[str, Callable[[Operands], Named]] = {
     "extended_gelu": _extended_gelu,
-    "extended_scale": _extended_scale,
-    "extended_wide": _extended_scale,
+    "extended_scale": _product_scale,
+    "extended_wide": _product_scale,
+    "one_pass_scale": _product_scale,
+    "one_pass_wide": _product_scale,
     "extended_dropout": _extended_dropout,
     "shrink_dropout": _shrink_dropout,
     "shrink_norm": _shrink_norm,

@@ -190,12 +190,24 @@ def _extended_scale(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_extended import forward, input_grad
 
     h, dh = thin(p)
-    residual = p.dy.to(p.factor.dtype)  # where adapters are fp32, so may what goes around be
-    epilogue: dict[str, Any] = {"factor": p.factor, "residual": residual}
-    epilogue["out"] = torch.empty_like(residual)
-    y, _, _ = forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, **epilogue)
+    y, _, _ = forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, **_joined(p))
     dx, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, residual=p.x)
     return {"y": y, "dx": dx}
+
+
+def _one_pass_scale(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_one_pass import forward, input_grad
+
+    low = _low(p)
+    y, h, _ = forward(p.x, p.w, p.bias, low, tile, **_joined(p))
+    dx, dh = input_grad(p.dy, p.w, low, tile, residual=p.x)
+    return {"h": h, "dh": dh, "y": y, "dx": dx}
+
+
+def _joined(p: Operands) -> dict[str, Any]:
+    """LayerScale and a residual, both fp32 where adapters are, as what goes around may be."""
+    residual = p.dy.to(p.factor.dtype)
+    return {"factor": p.factor, "residual": residual, "out": torch.empty_like(residual)}
 
 
 def _dropout() -> Any:
@@ -337,6 +349,8 @@ RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "extended_gelu": _extended_gelu,
     "extended_scale": _extended_scale,
     "extended_wide": _extended_scale,
+    "one_pass_scale": _one_pass_scale,
+    "one_pass_wide": _one_pass_scale,
     "extended_dropout": _extended_dropout,
     "shrink_dropout": _shrink_dropout,
     "shrink_norm": _shrink_norm,

@@ -22,6 +22,8 @@ RESULTS = {
     "extended_gelu": ("u", "erf", "erf du", "tanh", "tanh du"),
     "extended_scale": ("y", "dx"),
     "extended_wide": ("y", "dx"),
+    "one_pass_scale": ("h", "dh", "y", "dx"),
+    "one_pass_wide": ("h", "dh", "y", "dx"),
     "extended_dropout": ("dx", "dx of the adapters"),
     "shrink_dropout": ("h",),
     "shrink_norm": ("n", "h"),
@@ -69,7 +71,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Kernels]:
     for name in RESULTS:
         run = lambda p, tile, name=name: made.run(name, p, tile)  # noqa: E731
         monkeypatch.setitem(launch_checks.RUNS, name, run)
-    for name in ("merged", "merged_of_many"):
+    for name in ("triton_merged", "merged_of_many"):
         monkeypatch.setattr(launch_checks, name, _stochastic)
     forget()
     yield made

@@ -228,6 +228,20 @@ def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:
             yield Launch("one_pass", t, lambda t=t, a=a: one_pass.forward(x, w, bias, a, t))
         for a in largest:
             yield Launch("one_pass", t, lambda t=t, a=a: one_pass.input_grad(x, w, a, t))
+    for t in one_pass_candidates(arch, x.element_size(), heavy=True):
+        for a in threes:
+            given = (x, w, bias, a, t)
+            run = lambda g=given: one_pass.forward(*g, factor=bias, residual=x)  # noqa: E731
+            yield Launch("one_pass_scale", t, run)
+        for a in largest:
+            given = (x, w, a, t)
+            run = lambda g=given: one_pass.input_grad(*g, residual=x)  # noqa: E731
+            yield Launch("one_pass_scale", t, run)
+    wide = {"factor": torch.zeros(N), "residual": torch.zeros(M, N), "out": torch.zeros(M, N)}
+    for t in one_pass_candidates(arch, 2, heavy=True) if x.element_size() == 2 else ():
+        for a in (*threes, *largest):
+            run = lambda t=t, a=a: one_pass.forward(x, w, bias, a, t, **wide)  # noqa: E731
+            yield Launch("one_pass_wide", t, run)
 
 
 def row_launches(x: Tensor) -> Iterator[Launch]:

@@ -28,6 +28,7 @@ from fused_lora.kernels.triton import (
     elementwise,
     lora_extended,
     lora_linear_fp8,
+    lora_one_pass,
     lora_shrink,
 )
 from fused_lora.kernels.triton import lora_merge as merging
@@ -76,6 +77,20 @@ def _(monkeypatch):
             expected = y, du
     for found, other in zip((y, du), expected, strict=True):
         assert error(found, other.double()) <= torch.finfo(torch.float16).eps
+
+
+@case_of("_one_pass")
+def _(monkeypatch):
+    p = build(TAILS, torch.bfloat16, torch.float32)
+    group, wide = adapters(p), torch.randn(TAILS.m, TAILS.n)
+    how = {"factor": p.w[:, 0].contiguous(), "residual": wide, "out": torch.empty_like(wide)}
+    y = lora_one_pass.forward(p.x, p.w, p.bias, group, TILE, **how).y
+    plain = lora_one_pass.forward(p.x, p.w, p.bias, group, TILE).y
+    truth = wide.double() + p.w[:, 0].double() * plain.double()
+    assert error(y, truth) <= torch.finfo(torch.bfloat16).eps
+    dx, _ = lora_one_pass.input_grad(p.dy, p.w, group, TILE, residual=p.x)
+    truth = p.x.double() + lora_one_pass.input_grad(p.dy, p.w, group, TILE)[0].double()
+    assert error(dx, truth) <= 2 * torch.finfo(torch.bfloat16).eps
 
 
 @case_of("_quantise", "_extended_fp8")
