@@ -79,9 +79,13 @@ def _shrink_dropout(p: Operands) -> Named:
 
 
 def _shrink_norm(p: Operands) -> Named:
-    """n, and h of it."""
-    n = _layer_norm(p)["n"]
-    return {"n": n, "h": _shrunk(p, n)}
+    """n, and h of it; a and b as its launch packs them, in rows of whole 16 elements."""
+    n, low = _layer_norm(p)["n"], p.adapters.to(p.x.dtype)
+    a, b = torch.cat(tuple(low.a)), p.x.new_zeros(low.rank, max(c.stop for c in low.spans))
+    for g, columns, ranks in low.ranks():
+        b[ranks, columns] = low.b[g].T
+    a, b = (F.pad(half, (0, -half.shape[1] % 16)) for half in (a, b))
+    return {"n": n, "h": _shrunk(p, n), "a": a, "b": b}
 
 
 def _shrink_gelu(p: Operands) -> Named:

@@ -19,7 +19,7 @@ from fused_lora.kernels.triton import (
     lora_shrink,
 )
 from fused_lora.kernels.triton import lora_merge as merging
-from fused_lora.kernels.triton.border import Packed, packed, packed_together
+from fused_lora.kernels.triton.border import Packed, packed, packed_together, packing
 from fused_lora.kernels.triton.launch import multiprocessors
 from fused_lora.kernels.triton.launches import Launch as Chosen
 from fused_lora.kernels.triton.lora_merge import lora_merge
@@ -166,6 +166,9 @@ def row_shrink_launches(x: Tensor) -> Iterator[Launch]:
     for a in (group(16), group(32), group(16, 16, 16), group(64)):
         for t, z in product(and_smaller(row_shrink_tile(a.rank, norm=True)), (x, x.float())):
             run = lambda t=t, z=z, a=a: norm(z, v, v, 1e-6, a, out, tile=t)  # noqa: E731
+            yield Launch("shrink_norm", t, run)
+            _, pieces = packing([a, group(16)], x.dtype)
+            run = lambda t=t, z=z, a=a, p=pieces: norm(z, v, v, 1e-6, a, out, None, t, p)  # noqa: E731
             yield Launch("shrink_norm", t, run)
         for t, kind in product(and_smaller(row_shrink_tile(a.rank, norm=False)), ("erf", "tanh")):
             run = lambda t=t, k=kind, a=a: gelu_too(x, k, a, out, tile=t)  # noqa: E731

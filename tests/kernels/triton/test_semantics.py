@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from fused_lora.kernels import triton as room
 from fused_lora.kernels.triton import (
+    border,
     elementwise,
     lora_extended,
     lora_linear_fp8,
@@ -136,7 +137,11 @@ def _(monkeypatch):
     whole = torch.empty(37, 43 + a.shape[0], dtype=torch.bfloat16)
     left, right = whole[:, :43], whole[:, 43:]
     given = (adapters(p), left, right, THIN_TILE)
-    n, *_ = lora_shrink.layer_norm_shrink(p.x, weight, bias, 1e-6, *given)
+    both, pieces = border.packing([adapters(p)] * 2, p.x.dtype)
+    assert pieces is not None
+    n, *_ = lora_shrink.layer_norm_shrink(p.x, weight, bias, 1e-6, *given, pieces)
+    apart = border.packed_together([adapters(p)] * 2, p.x.dtype)
+    assert all(torch.equal(x, y) for x, y in zip(both[1][:2], apart[1][:2], strict=True))
     truth = torch.nn.functional.layer_norm(p.x.float(), (43,), weight, bias, 1e-6)
     assert error(n, truth.double()) <= torch.finfo(torch.bfloat16).eps
     assert error(right, n.double() @ a.T) <= 2 * torch.finfo(torch.bfloat16).eps
