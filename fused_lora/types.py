@@ -87,6 +87,8 @@ class FusionContext(NamedTuple):
     activated: bool = False  # y goes on through GELU, and both are written
     input_activated: bool = False  # x is a GELU's, so that dx goes on through its derivative
     shrunk: bool = False  # h is formed by whoever makes x
+    joined: bool = False  # y is scaled and added to a residual
+    packed_with: int = 1  # linears of one operation, this among them, packed in one launch
 
 
 NO_CONTEXT = FusionContext()

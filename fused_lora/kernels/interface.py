@@ -23,12 +23,15 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None  # [M, N], maybe wider than u; y has the wider dtype
     stores_u: bool = True  # or may leave it out: nobody reads it
 
-    def kernel(self, dtype: torch.dtype) -> str:
-        """Which launch of kernels/triton/launches.py ends so behind a product of ``dtype``."""
+    def kernel(self, product: str, dtype: torch.dtype) -> str:
+        """Which launch of kernels/triton/launches.py ends so behind a ``product`` of ``dtype``.
+
+        ``product``: extended or one_pass.
+        """
         if self.activation != "none":
-            return "extended_gelu"
+            return f"{product}_gelu"
         same = all(t is None or t.dtype is dtype for t in (self.factor, self.residual))
-        return "extended_scale" if same else "extended_wide"
+        return f"{product}_scale" if same else f"{product}_wide"
 
 
 class ActivationGrad(NamedTuple):

@@ -20,7 +20,7 @@ from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, wh
 from fused_lora.ops.chain.stage import finish
 from fused_lora.ops.lora_linear import call_plan, forward
 from fused_lora.ops.planning import problem
-from fused_lora.plan.strategies import fuses_activation_grad, fuses_epilogue
+from fused_lora.plan.strategies import fuses_activation, fuses_activation_grad, fuses_residual
 from fused_lora.types import AdapterTraits, Backend, FusionContext, Impl, Needs, Plan, Span, ragged
 from fused_lora.verify.kernel_registry import of_compiled_product
 from fused_lora.verify.verdicts import why_not_concrete
@@ -52,11 +52,14 @@ def plan_in_context(
     ask = partial(call_plan, x, w, bias, spans, needs, traits, None, impl, dtype)
     plan = ask(context)
     reason = None
-    if context.activated and fuses_epilogue(plan):
+    if context.activated and fuses_activation(plan):
         reason = why_not_fused(x, w, spans, plan, Epilogue("erf"), dtype)
+    if reason is None and context.joined and fuses_residual(plan):
+        reason = why_not_fused(x, w, spans, plan, Epilogue(), dtype)
     if reason is None and context.input_activated and needs.x and fuses_activation_grad(plan):
         reason = why_not_activation_grad(x, w, spans, plan, dtype)
-    return ask(FusionContext(context.bordered, shrunk=context.shrunk)) if reason else plan
+    plain = context._replace(activated=False, input_activated=False, joined=False)
+    return ask(plain) if reason else plan
 
 
 def why_nobody(like: Tensor, dtype: torch.dtype, impl: Impl) -> str | None:
@@ -77,10 +80,13 @@ def why_not_fused(
     dtype: torch.dtype,  # of the product
 ) -> str | None:
     """One sentence why no epilogue serves ``epilogue``; None when one does."""
-    if not fuses_epilogue(plan):
-        return f"the epilogues are those of triton:extended and cuda:extended; the plan is {plan}"
+    active = epilogue.activation != "none"
+    if active and not fuses_activation(plan):
+        return f"GELU is behind triton:extended and cuda:extended; the plan is {plan}"
+    if not fuses_residual(plan):
+        return f"residuals are added by EXTENDED and triton:one_pass; the plan is {plan}"
     others = [t for t in (epilogue.factor, epilogue.residual) if t is not None]
-    if epilogue.activation != "none" and others:
+    if active and others:
         return "an activation and a scale or a residual together are checked by nobody"
     n, k = w.shape
     if plan.backend is Backend.CUDA:
@@ -88,7 +94,8 @@ def why_not_fused(
     for t in others:
         if t.dtype not in available.DTYPES or t.stride(-1) != 1:
             return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
-    return why_not_launch(epilogue.kernel(dtype), x.shape[0], n, k, x, dtype, ragged(spans))
+    kernel = epilogue.kernel(plan.forward.value, dtype)
+    return why_not_launch(kernel, x.shape[0], n, k, x, dtype, ragged(spans))
 
 
 def _why_not_compiled(

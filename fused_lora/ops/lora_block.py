@@ -110,7 +110,7 @@ def _attention_spec(
     dtype: torch.dtype,
     recompute: str,
 ) -> ChainSpec:
-    first, last = LinearStage((qkv,), dtype), LinearStage((proj,), dtype)
+    first, last = (LinearStage((one,), dtype, FusionContext(packed_with=2)) for one in (qkv, proj))
     stages = (LayerNorm(eps, dtype), first, attention, last)
     return ChainSpec(stages, KEEPS[recompute], lean=recompute == "gemm", around=True)
 
@@ -204,8 +204,10 @@ def _mlp_spec(
 ) -> ChainSpec:
     stages: list[Stage] = [] if eps is None else [LayerNorm(eps, dtype)]
     active = act.gelu is not None
-    first = LinearStage(firsts, dtype, FusionContext(activated=active))
-    stages += [first, act, LinearStage((fc2,), dtype, FusionContext(input_activated=active))]
+    packed_with = len(firsts) + 1
+    first = FusionContext(activated=active, packed_with=packed_with)
+    last = FusionContext(input_activated=active, packed_with=packed_with)
+    stages += [LinearStage(firsts, dtype, first), act, LinearStage((fc2,), dtype, last)]
     u = len(stages) - 2  # the boundary behind fc1
     keep = {"none": range(1, len(stages)), "elementwise": (u,), "gemm": ()}[recompute]
     return ChainSpec(tuple(stages), frozenset(keep), recompute == "gemm", around)

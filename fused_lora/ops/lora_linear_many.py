@@ -21,11 +21,11 @@ from fused_lora.ops.chain.stage import consecutive
 from fused_lora.ops.lora_dropout import FORMS_H
 from fused_lora.ops.lora_linear import Frame, as_leading, as_rows, forward, lora_linear
 from fused_lora.ops.operand import Adapted, compute_dtype
-from fused_lora.ops.planning import plan_for, traits_of
+from fused_lora.ops.planning import packed_with, plan_for, traits_of
 from fused_lora.plan.strategies import keeps_x
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
-from fused_lora.types import Backend, Gradient, Impl, Keep, Needs, Plan
+from fused_lora.types import Backend, FusionContext, Gradient, Impl, Keep, Needs, Plan
 from fused_lora.verify.verdicts import why_not_concrete
 
 
@@ -80,7 +80,8 @@ def _plans(
         n, k = layer.w.shape
         question = (m, k, n, frame.spans, dtype, layer.bias is not None, _needs(x, layer, frame))
         traits = traits_of(layer.a, frame.scales)
-        plan = plan_for(*question, x.device, impl=frame.impl, traits=traits)
+        context = FusionContext(packed_with=packed_with(len(layers)))
+        plan = plan_for(*question, x.device, impl=frame.impl, context=context, traits=traits)
         if plan.forward not in FORMS_H or plan.gradient is Gradient.FULL:
             return None
         if plan.backend is not Backend.ATEN and why_not_concrete(x):

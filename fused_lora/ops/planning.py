@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_lora import env
 from fused_lora.ops import backends, measured
 from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.ops.measured import TimingMode
@@ -59,6 +60,11 @@ def traits_of(ab: Sequence[Tensor], scales: Sequence[float]) -> AdapterTraits:
 def _traits(dtype: torch.dtype | None, scales: tuple[float, ...]) -> AdapterTraits:
     name = "" if dtype is None else str(dtype).removeprefix("torch.")
     return AdapterTraits(name, tuple(scale != 1.0 for scale in scales), len(set(scales)) <= 1)
+
+
+def packed_with(linears: int) -> int:
+    """Of an operation's ``linears``, how many have their adapters packed in one launch."""
+    return linears if env.flag("FUSED_LORA_PROGRAMS", default=True) else 1
 
 
 def plan_for(

@@ -11,8 +11,9 @@ from fused_lora.plan.problem import Ceilings, Problem, Step
 from fused_lora.plan.strategies import (
     ROUNDS_ONCE,
     candidates,
+    fuses_activation,
     fuses_activation_grad,
-    fuses_epilogue,
+    fuses_residual,
 )
 from fused_lora.types import Backend, Forward, Keep, Needs, Plan, Span
 
@@ -29,9 +30,11 @@ from fused_lora.types import Backend, Forward, Keep, Needs, Plan, Span
 
 
 def context_steps(p: Problem, plan: Plan) -> Iterator[Step]:
-    """The passes of a GELU and of its derivative, where no epilogue of the plan's has them."""
-    if p.activated and not fuses_epilogue(plan):
+    """The passes of a GELU, of its derivative and of a residual, where no epilogue has them."""
+    if p.activated and not fuses_activation(plan):
         yield Step("gelu", p.m, p.n)
+    if p.joined and not fuses_residual(plan):
+        yield Step("residual", p.m, p.n, extra_elements=p.m * p.n)
     if p.input_activated and p.needs.x and not fuses_activation_grad(plan):
         yield Step("gelu grad", p.m, p.k, extra_elements=p.m * p.k)
 

@@ -71,7 +71,8 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         return
     if plan.forward is Forward.EXTENDED:
         yield from _hidden_steps(p)
-        yield cost_kernels.cuda_product_step("extended", p, p.n, p.k, p.activated)
+        beside = p.activated + p.joined
+        yield cost_kernels.cuda_product_step("extended", p, p.n, p.k, beside)
         return
     yield from cast_steps(p)
     if plan.forward is Forward.SEPARATE:

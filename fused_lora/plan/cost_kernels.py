@@ -45,14 +45,14 @@ def cuda_gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     yield replace(again, host_calls=0.0)  # one call of the host's launches both
 
 
-def cuda_product_step(name: str, p: Problem, columns: int, depth: int, u: bool = False) -> Step:
+def cuda_product_step(name: str, p: Problem, columns: int, depth: int, beside: int = 0) -> Step:
     """y [M, columns] of x [M, depth] and h in one launch; h and s b are formed before.
 
-    ``u``: it is written beside y.
+    ``beside``: matrices as large as y that its epilogue reads or writes: u, a residual.
     """
     width = sum(span.rank * span.width for span in p.spans) // p.n  # ranks of a column of y
     ranks = width if columns == p.n else p.rank
-    extra = columns * ranks + (p.m * columns if u else 0)
+    extra = columns * ranks + p.m * columns * beside
     rates = (PRODUCT_EFFICIENCY, CUDA_LAUNCH_CALLS, PRODUCT_CALLS)
     return Step(name, p.m, columns, depth + ranks, False, 0, extra, *rates)
 
@@ -88,7 +88,8 @@ def triton_forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The launches of the forward pass."""
     if plan.forward is not Forward.MERGE:
         yield from _pack(p)
-    yield from _product(p, plan.forward, "", p.k, p.n, False, p.activated, p.shrunk)
+    how = (False, p.activated, p.shrunk, p.joined)
+    yield from _product(p, plan.forward, "", p.k, p.n, *how)
 
 
 def triton_backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
@@ -122,6 +123,7 @@ def _product(
     reuse: bool,  # w' is there already
     u: bool,  # EXTENDED writes or reads that too
     given: bool,  # so is h, or dh
+    joined: bool = False,  # a residual is read and added
 ) -> Iterator[Step]:
     """y [M, columns] of x [M, depth], or likewise dx."""
     if strategy is Forward.MERGE:
@@ -134,12 +136,12 @@ def _product(
     if strategy is Forward.EXTENDED:
         if not given:
             yield _thin(p, f"{name}shrink", depth)
-        beside = p.m * columns if u else 0
+        beside = p.m * columns * (u + joined)
         share = GELU_SHARE if u else 1.0
         yield _launch(f"{name}extended", p.m, columns, depth + ranks, elements=beside, share=share)
     else:
         shrunk, expanded = p.rank * depth * -(-columns // TILE_COLUMNS), ranks * columns
-        flops, hidden = 2 * p.m * (shrunk + expanded), p.m * p.rank
+        flops, hidden = 2 * p.m * (shrunk + expanded), p.m * (p.rank + columns * joined)
         yield _launch(f"{name}one_pass", p.m, columns, depth, flops, hidden)
 
 
@@ -158,12 +160,12 @@ def keeps_packed(p: Problem, plan: Plan) -> bool:
 
 
 def _pack(p: Problem) -> Iterator[Step]:
-    """a and b as products read them, both in one launch, where they do not lie so.
+    """a and b as products read them, where they do not lie so.
 
-    A chain packs those of all its linears at once, which is left out here.
+    In one launch for all linears of an operation (programs/once): each has its share of it.
     """
     if p.casts() or (p.low_precision and len(p.spans) > 1):
-        yield Step("pack", p.rank, p.k + p.n, calls=TRITON_LAUNCH_CALLS)
+        yield Step("pack", p.rank, p.k + p.n, calls=TRITON_LAUNCH_CALLS / p.packed_with)
 
 
 def _thin(p: Problem, name: str, depth: int) -> Step:

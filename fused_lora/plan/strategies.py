@@ -165,9 +165,15 @@ def candidates(
     return [plan for plan in plans if why_not(problem, plan) is None]
 
 
-def fuses_epilogue(plan: Plan) -> bool:
+def fuses_activation(plan: Plan) -> bool:
     """Whether its forward may write GELU(u) beside u in one pass."""
     return plan.backend is not Backend.ATEN and plan.forward is Forward.EXTENDED
+
+
+def fuses_residual(plan: Plan) -> bool:
+    """Whether its forward may add residual + factor y in the pass that forms y."""
+    one_pass = plan.backend is Backend.TRITON and plan.forward is Forward.ONE_PASS
+    return one_pass or fuses_activation(plan)
 
 
 def fuses_activation_grad(plan: Plan) -> bool:

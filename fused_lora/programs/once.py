@@ -1,4 +1,4 @@
-"""Calls that read an operation's inputs alone: made once, and several of them as one.
+"""Calls that read an operation's inputs alone: made once, several as one, or within another.
 
 A target says by ``keeps`` that its calls may be so, and whether backward may have what forward's
 made: then backward does not repeat it. What backward no longer reads of the inputs is saved all the
@@ -48,7 +48,8 @@ def shared(ahead: Sequence[Call], back: Sequence[Call], inputs: Sequence[Value])
     again = _found(back, given)
     reads = {v.storage for each in again if _key(each.call) in kept for v in each.call.reads}
     back = _once(back, again, kept)
-    return Shared(ahead, back, [value for value in inputs if value.storage in reads])
+    watched = [value for value in inputs if value.storage in reads]
+    return Shared(_carried(ahead, given), _carried(back, given), watched)
 
 
 def _found(calls: Sequence[Call], given: set[int]) -> list[_Found]:
@@ -89,6 +90,31 @@ def _once(calls: Sequence[Call], found: Sequence[_Found], made: dict[Any, Call])
     for call in calls:
         written += joint.get(id(call), [] if id(call) in gone else [call])
     return [replaced(call, stands) for call in _in_order(written)]
+
+
+def _carried(calls: Sequence[Call], given: set[int]) -> list[Call]:
+    """``calls``, such a call done by a launch before it that has room for its arguments."""
+    for i, carrier in enumerate(calls):
+        if getattr(carrier.target, "room", None) is None:
+            continue
+        for each in _found(calls, given):
+            after = list(calls[i + 1 :])
+            if each.call in after and (both := _with(carrier, each.call)):
+                moved = [call for call in each.before if call in after]
+                after = [call for call in after if call is not each.call and call not in moved]
+                return [*calls[:i], *moved, both, *_carried(after, given)]
+    return list(calls)
+
+
+def _with(carrier: Call, other: Call) -> Call | None:
+    """One call that does both; None where the carrier cannot."""
+    target = carrier.target.carrying(other.target)  # type: ignore[attr-defined]
+    if target is None:
+        return None
+    args = list(carrier.args)
+    args[carrier.target.room] = other.args  # type: ignore[attr-defined]
+    writes, reads = (*carrier.writes, *other.writes), [*carrier.reads, *other.reads]
+    return Call(target, tuple(args), {}, carrier.outs, carrier.single, writes, False, reads)
 
 
 def _in_order(calls: Sequence[Call]) -> list[Call]:

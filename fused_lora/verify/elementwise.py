@@ -68,10 +68,10 @@ def _extended_gelu(p: Operands) -> Named:
     return named
 
 
-def _extended_scale(p: Operands) -> Named:
-    """y scaled, with dy in the residual's place, and dx that a gradient joins."""
+def _product_scale(p: Operands) -> Named:
+    """y scaled, with dy in the residual's place, and dx that a gradient joins; h and dh."""
     right = products(p)
-    return {"y": p.dy + p.factor * right["y"], "dx": right["dx"] + p.x}
+    return {**right, "y": p.dy + p.factor * right["y"], "dx": right["dx"] + p.x}
 
 
 def _shrink_dropout(p: Operands) -> Named:
@@ -79,9 +79,13 @@ def _shrink_dropout(p: Operands) -> Named:
 
 
 def _shrink_norm(p: Operands) -> Named:
-    """n, and h of it."""
-    n = _layer_norm(p)["n"]
-    return {"n": n, "h": _shrunk(p, n)}
+    """n, and h of it; a and b as its launch packs them, in rows of whole 16 elements."""
+    n, low = _layer_norm(p)["n"], p.adapters.to(p.x.dtype)
+    a, b = torch.cat(tuple(low.a)), p.x.new_zeros(low.rank, max(c.stop for c in low.spans))
+    for g, columns, ranks in low.ranks():
+        b[ranks, columns] = low.b[g].T
+    a, b = (F.pad(half, (0, -half.shape[1] % 16)) for half in (a, b))
+    return {"n": n, "h": _shrunk(p, n), "a": a, "b": b}
 
 
 def _shrink_gelu(p: Operands) -> Named:
@@ -131,8 +135,10 @@ def apart(p: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 EQUATIONS: dict[str, Callable[[Operands], Named]] = {
     "extended_gelu": _extended_gelu,
-    "extended_scale": _extended_scale,
-    "extended_wide": _extended_scale,
+    "extended_scale": _product_scale,
+    "extended_wide": _product_scale,
+    "one_pass_scale": _product_scale,
+    "one_pass_wide": _product_scale,
     "extended_dropout": _extended_dropout,
     "shrink_dropout": _shrink_dropout,
     "shrink_norm": _shrink_norm,

@@ -49,7 +49,7 @@ DTYPES = {
 }
 EXACT = (  # products and sums alone
     *("shrink", "extended", "one_pass", "grad", "merge", "merge_many"),
-    *("extended_scale", "extended_wide"),
+    *("extended_scale", "extended_wide", "one_pass_scale", "one_pass_wide"),
 )
 GRADIENTS = {False: gradients, True: gradients_gelu}
 TF32_BAND = 2.0**-10  # a library may form a small product in full precision where ours may round
@@ -162,8 +162,8 @@ ROWS = (197, 1 << 20)  # few and many, as tiles are chosen by
 ANY_FORM = (Form(6, 1, True, 1), GradShape(376, 376, 15, needs_bias=True))
 RANKS = (16, 32, 64)  # every block of ranks
 WIDTHS = (192, 384, 768, 1280, 4096)  # of a token, and of what lies inside its MLP
-EPILOGUES = ("extended_gelu", "extended_scale", "extended_dropout")
-OF_HALVES = (*EPILOGUES, "extended_wide")  # nothing is wider than fp32
+EPILOGUES = ("extended_gelu", "extended_scale", "one_pass_scale", "extended_dropout")
+OF_HALVES = (*EPILOGUES, "extended_wide", "one_pass_wide")  # nothing is wider than fp32
 
 
 def every_kernel(dtypes: Sequence[str], device: torch.device) -> Iterator[Checked]:

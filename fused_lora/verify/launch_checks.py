@@ -190,12 +190,24 @@ def _extended_scale(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_extended import forward, input_grad
 
     h, dh = thin(p)
-    residual = p.dy.to(p.factor.dtype)  # where adapters are fp32, so may what goes around be
-    epilogue: dict[str, Any] = {"factor": p.factor, "residual": residual}
-    epilogue["out"] = torch.empty_like(residual)
-    y, _, _ = forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, **epilogue)
+    y, _, _ = forward(p.x, p.w, p.bias, p.adapters, h=h, tile=tile, **_joined(p))
     dx, _ = input_grad(p.dy, p.w, p.adapters, dh, tile, residual=p.x)
     return {"y": y, "dx": dx}
+
+
+def _one_pass_scale(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_one_pass import forward, input_grad
+
+    low = _low(p)
+    y, h, _ = forward(p.x, p.w, p.bias, low, tile, **_joined(p))
+    dx, dh = input_grad(p.dy, p.w, low, tile, residual=p.x)
+    return {"h": h, "dh": dh, "y": y, "dx": dx}
+
+
+def _joined(p: Operands) -> dict[str, Any]:
+    """LayerScale and a residual, both fp32 where adapters are, as what goes around may be."""
+    residual = p.dy.to(p.factor.dtype)
+    return {"factor": p.factor, "residual": residual, "out": torch.empty_like(residual)}
 
 
 def _dropout() -> Any:
@@ -217,10 +229,17 @@ def _halves(p: Operands) -> tuple[Tensor, Tensor]:
 
 
 def _shrink_norm(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.border import packing
     from fused_lora.kernels.triton.elementwise import layer_norm_rebuild
     from fused_lora.kernels.triton.lora_shrink import layer_norm_shrink
 
     named: dict[str, Tensor] = {}
+    (_, low), pieces = packing([p.adapters, p.adapters], p.x.dtype)
+    if pieces:  # what a program has its launch do as well
+        given = (p.x, p.gamma, p.beta, EPS, p.adapters, *_halves(p), tile, pieces)
+        n, _, _, h = layer_norm_shrink(*given)
+        named |= {"n, packing": n, "h, packing": h}
+        named |= {"a": low.a, "b": low.b}
     for way, z in {"": p.x, ", of float32": p.x.float()}.items():  # as autocast has it
         n, mean, rstd, h = layer_norm_shrink(z, p.gamma, p.beta, EPS, p.adapters, *_halves(p), tile)
         again = layer_norm_rebuild(z, p.gamma, p.beta, mean, rstd, _left(p.x))
@@ -337,6 +356,8 @@ RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "extended_gelu": _extended_gelu,
     "extended_scale": _extended_scale,
     "extended_wide": _extended_scale,
+    "one_pass_scale": _one_pass_scale,
+    "one_pass_wide": _one_pass_scale,
     "extended_dropout": _extended_dropout,
     "shrink_dropout": _shrink_dropout,
     "shrink_norm": _shrink_norm,

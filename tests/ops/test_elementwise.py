@@ -1,5 +1,7 @@
 """LayerNorm and GELU by who may serve: here the library, and by name nobody else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,7 +10,7 @@ from fused_lora.kernels.interface import Epilogue
 from fused_lora.ops import elementwise
 from fused_lora.ops.epilogues import why_not_activation_grad, why_not_fused
 from fused_lora.ops.lora_linear import NO_GRADIENT, Frame, compute
-from fused_lora.types import Forward, Gradient, Impl, Keep, Plan, Span
+from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Plan, Span
 
 norm = elementwise.layer_norm_forward
 
@@ -80,5 +82,9 @@ def test_an_ending_is_what_it_says(activation):
 def test_no_epilogue_where_the_library_has_the_plan():
     plan = Plan(Forward.SEPARATE, Forward.SEPARATE, Gradient.NONE, Keep.NOTHING)
     x = torch.randn(4, 4)
-    assert "the plan is separate/" in why_not_fused(x, x, (), plan, Epilogue("erf"), x.dtype)
+    for epilogue in (Epilogue("erf"), Epilogue(residual=x)):
+        assert "the plan is separate/" in why_not_fused(x, x, (), plan, epilogue, x.dtype)
+    one = replace(plan, forward=Forward.ONE_PASS, backend=Backend.TRITON)
+    said = why_not_fused(x, x, (), one, Epilogue("erf"), x.dtype)
+    assert "GELU is behind triton:extended" in said and "triton:one_pass/" in said
     assert "the plan is separate/" in why_not_activation_grad(x, x, (), plan, x.dtype)

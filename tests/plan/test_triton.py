@@ -12,8 +12,9 @@ from fused_lora.plan.strategies import (
     ROUNDS_ONCE,
     by_library,
     candidates,
+    fuses_activation,
     fuses_activation_grad,
-    fuses_epilogue,
+    fuses_residual,
     why_not,
     why_not_backend,
     why_not_strategy,
@@ -70,7 +71,7 @@ def test_a_gelu_in_the_epilogue_outweighs_a_slower_product(rank):
     """fc1 and fc2 of ViT-B: nothing but what lies beside them is another."""
     fc1, fc2 = problem(rank, 3072), dataclasses.replace(problem(rank), k=3072)
     assert chosen(fc1).forward is not Forward.EXTENDED
-    assert fuses_epilogue(chosen(dataclasses.replace(fc1, activated=True)))
+    assert fuses_activation(chosen(dataclasses.replace(fc1, activated=True)))
     assert fuses_activation_grad(chosen(dataclasses.replace(fc2, input_activated=True)))
 
 
@@ -81,12 +82,35 @@ def test_what_is_no_part_of_a_pass_is_one_of_its_own():
         alone, beside = (steps(question, plan) for question in both)
         moved = sum(s.elements() for s in beside) - sum(s.elements() for s in alone)
         own = [s.name for s in beside if "gelu" in s.name]
-        assert own == ["gelu"] * (not fuses_epilogue(plan)) + ["gelu grad"] * (
+        assert own == ["gelu"] * (not fuses_activation(plan)) + ["gelu grad"] * (
             not fuses_activation_grad(plan)
         )
         assert moved == 25216 * 768 * (
-            (1 if fuses_epilogue(plan) else 2) + (1 if fuses_activation_grad(plan) else 3)
+            (1 if fuses_activation(plan) else 2) + (1 if fuses_activation_grad(plan) else 3)
         )
+
+
+def test_a_residual_is_a_pass_of_its_own_or_read_by_an_epilogue():
+    """Of y, the residual and the sum; beside EXTENDED and ONE_PASS the residual alone."""
+    for plan in candidates(problem(joined=True), BOTH):
+        alone, beside = (steps(question, plan) for question in (problem(), problem(joined=True)))
+        moved = sum(s.elements() for s in beside) - sum(s.elements() for s in alone)
+        assert ("residual" in [s.name for s in beside]) != fuses_residual(plan)
+        assert moved == 25216 * 768 * (1 if fuses_residual(plan) else 3)
+    both = {plan.forward for plan in candidates(problem(), TRITON) if fuses_residual(plan)}
+    assert both == {Forward.EXTENDED, Forward.ONE_PASS}
+
+
+@pytest.mark.parametrize("linears", [1, 2, 3])
+def test_linears_that_are_packed_together_share_a_launch(linears):
+    """Of one operation: their calls are one, what they move stays."""
+    question = problem(traits=AdapterTraits("float32"), packed_with=linears)
+    for plan in candidates(question, TRITON):
+        packs = [step for step in steps(question, plan) if step.name == "pack"]
+        apart = dataclasses.replace(question, packed_with=1)
+        whole = [step for step in steps(apart, plan) if step.name == "pack"]
+        assert [linears * step.calls for step in packs] == [step.calls for step in whole]
+        assert [step.elements() for step in packs] == [step.elements() for step in whole]
 
 
 def test_without_a_gradient_of_x_there_is_no_slope():

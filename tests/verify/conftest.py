@@ -22,6 +22,8 @@ RESULTS = {
     "extended_gelu": ("u", "erf", "erf du", "tanh", "tanh du"),
     "extended_scale": ("y", "dx"),
     "extended_wide": ("y", "dx"),
+    "one_pass_scale": ("h", "dh", "y", "dx"),
+    "one_pass_wide": ("h", "dh", "y", "dx"),
     "extended_dropout": ("dx", "dx of the adapters"),
     "shrink_dropout": ("h",),
     "shrink_norm": ("n", "h"),

@@ -16,6 +16,8 @@ ELEMENTWISE = {
         "shrink_norm",
         "shrink_gelu",
         "extended_wide",
+        "one_pass_scale",
+        "one_pass_wide",
         "layer_norm",
         "gelu",
         "merge_many",

@@ -43,6 +43,8 @@ ELEMENTWISE = {
     "extended_gelu": TILES["extended"],
     "extended_scale": TILES["extended"],
     "extended_wide": TILES["extended"],
+    "one_pass_scale": TILES["one_pass"],
+    "one_pass_wide": TILES["one_pass"],
     "extended_dropout": TILES["extended"],
     "shrink_dropout": TILES["shrink"],
     "shrink_norm": TILES["shrink"],

@@ -266,10 +266,24 @@ def _extents(
     return tuple(accumulate(ranks, initial=0)), starts, stops, tuple(map(float, scales))
 
 
+class Pieces(NamedTuple):
+    """What one launch packs."""
+
+    borders: tuple[Border, ...]  # each [R, columns]
+    outs: tuple[Tensor, ...]  # each [R, row]
+    rows: tuple[int, ...]  # how long those of each are
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks of columns, of all in turn, and of ranks."""
+        blocks = sum(triton.cdiv(row, PACK.block_n) for row in self.rows)
+        return blocks, triton.cdiv(max(out.shape[0] for out in self.outs), PACK.block_m)
+
+
 @triton.jit
-def _pack_block(border, out, out_row, block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Block ``block`` of columns of the border; what no group owns is zero."""
-    r = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+def _pack_block(border, out, out_row, first, block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ranks from ``first``, columns of ``block``; what no group owns is zero."""
+    r = first + tl.arange(0, BLOCK_M)
     c = block * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = load_border(border, r[:, None], c[None, :], out.dtype.element_ty)
     inside = (r < border.firsts[len(border.scales)])[:, None] & (c < out_row)[None, :]
@@ -277,19 +291,36 @@ def _pack_block(border, out, out_row, block, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def _pack(
-    borders,  # each [R, columns]
-    outs,  # [R, row]
-    rows,  # how long those of each are
-    BLOCK_M: tl.constexpr,  # ranks
-    BLOCK_N: tl.constexpr,
-):
-    block, first = tl.program_id(0), 0
+def _pack_blocks(borders, outs, rows, block, rank, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Block ``block`` of columns of all pieces in turn, from rank ``rank``."""
+    first = 0
     for i in tl.static_range(len(rows)):  # len(borders) fails in 3.6, where one has a None in it
         blocks = tl.cdiv(rows[i], BLOCK_N)
         if (block >= first) & (block < first + blocks):
-            _pack_block(borders[i], outs[i], rows[i], block - first, BLOCK_M, BLOCK_N)
+            _pack_block(borders[i], outs[i], rows[i], rank, block - first, BLOCK_M, BLOCK_N)
         first += blocks
+
+
+@triton.jit
+def _pack(
+    borders,  # as in ``Pieces``
+    outs,
+    rows,
+    BLOCK_M: tl.constexpr,  # ranks
+    BLOCK_N: tl.constexpr,
+):
+    rank = tl.program_id(1) * BLOCK_M
+    _pack_blocks(borders, outs, rows, tl.program_id(0), rank, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def pack_beside(pieces, program, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The same in a launch of another kernel, whose programs past its own are numbered from 0."""
+    rows, blocks = pieces[2], 0
+    for i in tl.static_range(len(rows)):
+        blocks += tl.cdiv(rows[i], BLOCK_N)
+    rank = program // blocks * BLOCK_M
+    _pack_blocks(pieces[0], pieces[1], rows, program % blocks, rank, BLOCK_M, BLOCK_N)
 
 
 def packed(adapters: Adapters | Packed, dtype: torch.dtype, rows: int = 0) -> Adapters | Packed:
@@ -305,6 +336,18 @@ def packed_together(
     every: Sequence[Adapters | Packed], dtype: torch.dtype, rows: int = 0
 ) -> list[Adapters | Packed]:
     """The same of several in one launch."""
+    found, pieces = packing(every, dtype)
+    if pieces:
+        keeps = sum(pieces.rows) <= rows
+        device = pieces.outs[0].device
+        launch(_pack, pieces.grid, device, pieces, PACK.arguments(), pieces.outs, keeps)
+    return found
+
+
+def packing(
+    every: Sequence[Adapters | Packed], dtype: torch.dtype
+) -> tuple[list[Adapters | Packed], Pieces | None]:
+    """Those of them that are packed uninitialised, and what packs them; None where nothing is."""
     found = [
         each if isinstance(each, Packed) or _lies_so(each, dtype) else _place(each, dtype)
         for each in every
@@ -315,15 +358,10 @@ def packed_together(
         if made is not own and made.rank
         for piece in ((of_a(own), made.a), (of_b(own), made.b))  # type: ignore[union-attr]
     ]
-    if pieces:
-        borders, outs = zip(*pieces, strict=True)
-        lengths = tuple(out.shape[1] for out in outs)
-        blocks = sum(triton.cdiv(length, PACK.block_n) for length in lengths)
-        grid = (blocks, triton.cdiv(max(out.shape[0] for out in outs), PACK.block_m))
-        args = (borders, outs, lengths)
-        keeps = sum(lengths) <= rows
-        launch(_pack, grid, outs[0].device, args, PACK.arguments(), outs, keeps)
-    return found
+    if not pieces:
+        return found, None
+    borders, outs = zip(*pieces, strict=True)
+    return found, Pieces(borders, outs, tuple(out.shape[1] for out in outs))
 
 
 def _place(adapters: Adapters, dtype: torch.dtype) -> Packed:

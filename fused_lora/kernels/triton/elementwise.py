@@ -356,15 +356,15 @@ class EpilogueOperands(NamedTuple):
         """Whether more than a bias is added: it takes registers beside the accumulator."""
         return not (self.factor is None and self.residual is None and self.u is None)
 
-    def kernel(self, dtype: torch.dtype, active: bool) -> str:
-        """Which launch of launches.py a product of ``dtype`` is that ends so."""
+    def kernel(self, product: str, dtype: torch.dtype, active: bool = False) -> str:
+        """Which launch of launches.py a ``product`` (extended, one_pass) is that ends so."""
         if active:
-            return "extended_gelu"
+            return f"{product}_gelu"
         if not self.heavy:
-            return "extended"
+            return product
         joined = (self.factor, self.residual)
         same = all(t is None or t.dtype is dtype for t in joined)
-        return "extended_scale" if same else "extended_wide"
+        return f"{product}_scale" if same else f"{product}_wide"
 
 
 def epilogue_operands(

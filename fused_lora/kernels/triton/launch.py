@@ -8,6 +8,7 @@ pointers alone, the rest of its arguments constants of the program.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -29,18 +30,21 @@ def launch(
     constants: dict[str, Any],
     writes: Sequence[Tensor | None],
     keeps: bool | None = None,
+    room: int | None = None,
 ) -> Any:
     """``kernel[grid](*args, **constants)`` on ``device``: the compiled kernel, if one was made now.
 
     While a program is recorded, one of its calls, which changes the tensors ``writes``. ``keeps``
     makes it one that ``programs/once`` may join with others of its kernel, whose arguments are
     tuples with an entry for each piece, and whose blocks are those of the pieces in turn; and says
-    whether what it writes may be kept for backward.
+    whether what it writes may be kept for backward. ``room`` is the place among ``args`` where a
+    kernel takes the arguments of such a launch, which its programs past its own then do.
     """
     if not recording():
         with on_device(device):
             return kernel[grid](*args, **constants)
-    bound = BoundLaunch(kernel, grid, device, [_form(arg) for arg in args], constants, keeps)
+    forms = [_form(arg) for arg in args]
+    bound = BoundLaunch(kernel, grid, device, forms, constants, keeps, room)
     given = [_bare(arg) for arg in args]
     opaque(bound, _nothing, *given, writes=[t for t in writes if t is not None])
     return None
@@ -59,9 +63,10 @@ class BoundLaunch:
         forms: list[Any],
         constants: dict[str, Any],
         keeps: bool | None = None,
+        room: int | None = None,
     ) -> None:
         self.kernel, self.grid, self.device = kernel, grid, device
-        self.forms, self.constants, self.keeps = forms, constants, keeps
+        self.forms, self.constants, self.keeps, self.room = forms, constants, keeps, room
         self.__name__ = kernel.__name__.lstrip("_")
         self.made = [i for i, form in enumerate(forms) if _is_made(form)]
         self._bound: tuple[Any, ...] | None = None
@@ -80,6 +85,17 @@ class BoundLaunch:
             for of_all in zip(*(each.forms for each in every), strict=True)
         ]
         return BoundLaunch(self.kernel, grid, self.device, forms, self.constants, self.keeps)
+
+    def carrying(self, other: BoundLaunch) -> BoundLaunch | None:
+        """One launch that does ``other`` too, given its arguments as one; None without room."""
+        if self.room is None or self.device != other.device:
+            return None
+        grid = (self.grid[0] + math.prod(other.grid),)
+        forms = [*self.forms]
+        forms[self.room] = (tuple, other.forms)
+        both = BoundLaunch(self.kernel, grid, self.device, forms, self.constants)
+        both.__name__ = f"{self.__name__}_and_{other.__name__}"
+        return both
 
     def __call__(self, *args: Any) -> None:
         """Launch it on the current stream."""

@@ -94,6 +94,7 @@ def _tile(name: str, row: object) -> MeasuredTile | None:
 # extended_gelu     M     N        K       with GELU behind it, or its derivative behind dx
 # extended_scale    M     N        K       with LayerScale and a residual behind it
 # extended_wide     M     N        K       likewise, either of them wider than x
+# one_pass_scale    M     N        K       as extended_scale; one_pass_wide as extended_wide
 # extended_fp8      M     N        K       of codes; forward alone
 # extended_dropout  M     K        N       dx of a dropped x; N = 0 of the adapters alone
 # shrink_dropout    M     sum R    K       of a dropped x
@@ -204,7 +205,7 @@ def in_its_place(
             arch, dtype.itemsize, bool(suffix), bulk, suffix == "gelu", ragged
         )
     elif name == "one":
-        others = tiles.one_pass_candidates(arch, dtype.itemsize, ragged)
+        others = tiles.one_pass_candidates(arch, dtype.itemsize, suffix != "pass", ragged)
     elif isinstance(tile, tiles.ThinTile | tiles.GradTile | tiles.MergeTile):
         others = (tiles.smaller(tile),)
     at = others.index(tile) + 1 if tile in others else 0
@@ -230,7 +231,7 @@ def _least_cost(
         how = (bool(suffix), device, bulk, suffix == "gelu", ragged)
         return tiles.gemm_tile(rows, columns, size, *how)
     if name == "one":
-        return tiles.one_pass_tile(rows, columns, size, device, ragged)
+        return tiles.one_pass_tile(rows, columns, size, device, suffix != "pass", ragged)
     if name == "shrink":
         if suffix in ("norm", "gelu"):
             return tiles.row_shrink_tile(columns, suffix == "norm")

@@ -146,7 +146,7 @@ def launch_bulk(
     written = [y, None if activation_grad else epilogue.u]
     compiled = start(_extended_bulk, grid, x.device, args, constants, written)
     if not spills.seen(compiled):
-        name = epilogue.kernel(x.dtype, activation != "none")
+        name = epilogue.kernel("extended", x.dtype, activation != "none")
         spills.look(compiled, name + border.word, tile, x)
 
 
@@ -335,5 +335,6 @@ def _launch(
         [y, None if activation_grad else epilogue.u],
     )
     if not spills.seen(compiled):
-        name = "extended_dropout" if dropout else epilogue.kernel(x.dtype, active)
+        ends = epilogue.kernel("extended", x.dtype, active)
+        name = "extended_dropout" if dropout else ends
         spills.look(compiled, name + border.word, tile, x)

@@ -208,29 +208,30 @@ def forward_epilogue(
     bias: Tensor | None,  # [N], x's dtype
     adapters: Adapters,
     plan: Plan,
-    epilogue: Epilogue,
+    epilogue: Epilogue,  # without an activation where the forward is ONE_PASS
     out: Tensor | None = None,  # [M, N] for y, rows contiguous
-    h: Tensor | None = None,  # [M, sum R] where it is there already
+    h: Tensor | None = None,  # [M, sum R] where it is there already, for EXTENDED
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the epilogue stores it."""
     active, factor, residual, stores_u = epilogue
     low = packed(uniform(adapters), x.dtype, rows_kept(x, plan))
     x, bias = rows(x), None if bias is None else bias.contiguous()
     n, k = w.shape
-    kernel, uneven = epilogue.kernel(x.dtype), ragged(adapters.spans)
+    kernel, uneven = epilogue.kernel(plan.forward.value, x.dtype), ragged(adapters.spans)
     tile = tile_of(kernel, x.shape[0], n, k, x.dtype, x.device, uneven)
-    x, w = (readable(t, tile) for t in (x, w))
-    h = shrink(x, low) if h is None else readable(h, tile)
     dtype = x.dtype
     for t in (factor, residual):
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
     if out is None:
         out = x.new_empty((x.shape[0], n), dtype=dtype)
-    y, _, u = lora_extended.forward(
-        *(x, w, bias, low, active, h, tile),
-        factor=factor,
-        residual=residual,
-        out=out,
-        stores_u=stores_u or x.element_size() > 2,  # without it fp32 spills in some tiles
-    )
+    joined = {"factor": factor, "residual": residual, "out": out}
+    if plan.forward is Forward.ONE_PASS:
+        assert active == "none", active
+        y, h, u = lora_one_pass.forward(x, w, bias, low, tile, **joined)
+    else:
+        x, w = (readable(t, tile) for t in (x, w))
+        h = shrink(x, low) if h is None else readable(h, tile)
+        stores_u = stores_u or x.element_size() > 2  # without it fp32 spills in some tiles
+        given = (x, w, bias, low, active, h, tile)
+        y, _, u = lora_extended.forward(*given, **joined, stores_u=stores_u)
     return y, h.contiguous() if plan.keep is Keep.HIDDEN else None, u

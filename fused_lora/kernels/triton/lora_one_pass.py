@@ -1,7 +1,8 @@
 """ONE_PASS: each tile of y shrinks its own rows of x in the main loop, then expands.
 
     t[m, r] = s_r sum_k x[m, k] shrink[r, k]              fp32, beside the base product
-    y[m, n] = sum_k x[m, k] w[n, k] + sum_r t[m, r] expand[r, n] + bias[n]
+    u[m, n] = sum_k x[m, k] w[n, k] + sum_r t[m, r] expand[r, n] + bias[n]
+    y[m, n] = residual[m, n] + factor[n] u[m, n]          where they are given, see elementwise.py
 
     forward   shrink = aT, expand = s bT: h = x aT, y = x wT + s h bT + bias
     dx        shrink = s b, expand = a, x = dy, w through transposed strides: dh = s dy b,
@@ -35,7 +36,7 @@ from fused_lora.kernels.triton.border import (
     packed,
     rank_scales,
 )
-from fused_lora.kernels.triton.elementwise import epilogue_operands, finish
+from fused_lora.kernels.triton.elementwise import EpilogueOperands, epilogue_operands, finish
 from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.lora_extended import Output
 from fused_lora.kernels.triton.tiles import Tile, one_pass_tile, power_of_two
@@ -108,10 +109,16 @@ def forward(
     bias: Tensor | None,  # [N], contiguous
     adapters: Adapters | Packed,  # sum R <= 64
     tile: Tile | None = None,
+    *,
+    factor: Tensor | None = None,  # [N], contiguous: LayerScale
+    residual: Tensor | None = None,  # [M, N], rows contiguous
+    out: Tensor | None = None,  # [M, N], rows contiguous
 ) -> Output:
-    """y = x wT + bias + s h bT, and h."""
+    """y = residual + factor (x wT + bias + s h bT), and h."""
     adapters = packed(adapters, x.dtype)
-    y, h = _launch(x, w, bias, of_a(adapters), of_b(adapters), tile)
+    y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
+    epilogue = epilogue_operands(bias, factor, residual)
+    h = _launch(x, w, of_a(adapters), of_b(adapters), y, epilogue, tile)
     return Output(y, h, None)
 
 
@@ -120,27 +127,41 @@ def input_grad(
     w: Tensor,  # [N, K], dy's dtype, any strides
     adapters: Adapters | Packed,  # sum R <= 64
     tile: Tile | None = None,
+    *,
+    residual: Tensor | None = None,  # [M, K], rows contiguous: a gradient that joins
 ) -> tuple[Tensor, Tensor]:
-    """dx = dy w + dh a [M, K], and dh [M, sum R]."""
+    """dx = dy w + dh a [M, K], with what joins it, and dh [M, sum R]."""
     adapters = packed(adapters, dy.dtype)
-    return _launch(dy, w.t(), None, of_b(adapters), of_a(adapters), tile)
+    dx, epilogue = dy.new_empty(dy.shape[0], w.shape[1]), epilogue_operands(residual=residual)
+    return dx, _launch(dy, w.t(), of_b(adapters), of_a(adapters), dx, epilogue, tile)
 
 
 def _launch(
-    x: Tensor, w: Tensor, bias: Tensor | None, shrink: Border, expand: Border, tile: Tile | None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    w: Tensor,
+    shrink: Border,
+    expand: Border,
+    y: Tensor,
+    epilogue: EpilogueOperands,
+    tile: Tile | None,
+) -> Tensor:
+    """h; y is written."""
     (rows, depth), columns, ranks = x.shape, w.shape[0], shrink.rank
     assert w.shape[1] == depth and x.dtype is w.dtype, (x.shape, w.shape, x.dtype, w.dtype)
-    assert x.stride(1) == 1 and (bias is None or bias.shape == (columns,)), (x.stride(), columns)
+    assert x.stride(1) == y.stride(1) == 1 and y.shape == (rows, columns), (x.stride(), y.shape)
+    assert epilogue.residual is None or epilogue.residual.shape == y.shape, y.shape
+    assert all(t is None or t.shape == (columns,) for t in (epilogue.bias, epilogue.factor)), (
+        columns
+    )
     assert columns > 0 and ranks <= MOST_RANKS, (columns, ranks)
-    y, h = x.new_empty(rows, columns), x.new_empty(rows, ranks)
+    h = x.new_empty(rows, ranks)
     if rows == 0:
-        return y, h
-    tile = tile or one_pass_tile(rows, columns, x.element_size(), x.device)
+        return h
+    tile = tile or one_pass_tile(rows, columns, x.element_size(), x.device, epilogue.heavy)
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
     args = (
         *(x, x.stride(0), w, w.stride(0), w.stride(1), shrink, expand),
-        *(y, y.stride(0), h, epilogue_operands(bias), rows, columns, depth, ranks),
+        *(y, y.stride(0), h, epilogue, rows, columns, depth, ranks),
     )
     constants = dict(
         PRECISION=input_precision(x.dtype),
@@ -150,5 +171,5 @@ def _launch(
     )
     compiled = launch(_one_pass, grid, x.device, args, constants, [y, h])
     if not spills.seen(compiled):
-        spills.look(compiled, "one_pass" + shrink.word, tile, x)
-    return y, h
+        spills.look(compiled, epilogue.kernel("one_pass", x.dtype) + shrink.word, tile, x)
+    return h

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,12 @@ from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import (
     Border,
     Packed,
+    Pieces,
     column_range,
     load_border,
     of_a,
     of_b,
+    pack_beside,
     packed,
     rank_scales,
 )
@@ -25,7 +28,13 @@ from fused_lora.kernels.triton.elementwise import column_of
 from fused_lora.kernels.triton.elementwise import gelu as gelu_of
 from fused_lora.kernels.triton.launch import input_precision, launch
 from fused_lora.kernels.triton.philox import Dropout, kept
-from fused_lora.kernels.triton.tiles import MOST_ROW_RANKS, ThinTile, row_shrink_tile, thin_tile
+from fused_lora.kernels.triton.tiles import (
+    MOST_ROW_RANKS,
+    PACK,
+    ThinTile,
+    row_shrink_tile,
+    thin_tile,
+)
 
 # The thin products with a border: h = x aT and dh_g = s_g dy[:, span_g] b_g.
 #
@@ -130,6 +139,8 @@ def _launch(
 # and finds z in a cache the second time: mean and variance of the blocks are combined by their
 # counts, so that no square of a mean is taken off a mean of squares. x^ may be the left and h the
 # right of one bordered buffer [M, C + sum R]. Sums are fp32, x^ and h are rounded once, to 16 bits.
+# The adapters of the products behind it are packed by further programs of the same launch, where a
+# program joins both (programs/once): a itself is read as it lies.
 #
 # Source of the combination: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise
 # algorithm for computing sample variances" (STAN-CS-79-773).
@@ -180,12 +191,20 @@ def _row_shrink(
     columns,
     ranks,
     eps,
+    pieces,  # packed by the programs past those of rows, or None
     KIND: tl.constexpr,  # norm, or GELU's erf or tanh
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PACK_M: tl.constexpr,
+    PACK_N: tl.constexpr,
 ):
+    if pieces is not None:
+        past = tl.program_id(0) - tl.cdiv(rows, BLOCK_M)
+        if past >= 0:
+            pack_beside(pieces, past, PACK_M, PACK_N)
+            return
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m64, inside_m = m.to(tl.int64)[:, None], (m < rows)[:, None]
     r = tl.arange(0, BLOCK_R)
@@ -221,10 +240,12 @@ def layer_norm_shrink(
     out: Tensor,  # [M, C], rows contiguous, of 16 bits
     h: Tensor | None = None,  # [M, sum R], rows contiguous: the right end of [x | h]
     tile: ThinTile | None = None,
+    pieces: Pieces | None = None,  # packed in the same launch
 ) -> Shrunk:
     """LayerNorm of each row and its statistics, and h of the result."""
     mean, rstd = (z.new_empty((z.shape[0],), dtype=torch.float32) for _ in range(2))
-    h = _launch_rows(z, (weight, bias), out, (mean, rstd), eps, "norm", adapters, h, tile)
+    how = (eps, "norm", adapters, h, tile, pieces)
+    h = _launch_rows(z, (weight, bias), out, (mean, rstd), *how)
     return Shrunk(out, mean, rstd, h)
 
 
@@ -235,10 +256,12 @@ def gelu_shrink(
     out: Tensor,  # [M, C], rows contiguous, of 16 bits
     h: Tensor | None = None,  # [M, sum R], as above
     tile: ThinTile | None = None,
+    pieces: Pieces | None = None,  # packed in the same launch
 ) -> tuple[Tensor, Tensor]:
     """GELU of each element, and h of the result."""
     assert kind in ("erf", "tanh"), kind
-    return out, _launch_rows(z, (None, None), out, (None, None), 0.0, kind, adapters, h, tile)
+    how = (0.0, kind, adapters, h, tile, pieces)
+    return out, _launch_rows(z, (None, None), out, (None, None), *how)
 
 
 def _launch_rows(
@@ -251,6 +274,7 @@ def _launch_rows(
     adapters: Adapters,
     h: Tensor | None,
     tile: ThinTile | None,
+    pieces: Pieces | None,
 ) -> Tensor:
     border, (rows, columns) = of_a(adapters), z.shape
     h = x.new_empty((rows, border.rank)) if h is None else h
@@ -266,12 +290,14 @@ def _launch_rows(
     assert tile.block_r >= border.rank, (tile, border.rank)
     args = (
         *(z, z.stride(0), *vectors, x, x.stride(0), *statistics, border, h, h.stride(0)),
-        *(rows, columns, border.rank, float(eps)),
+        *(rows, columns, border.rank, float(eps), pieces),
     )
     constants = dict(KIND=kind, PRECISION=input_precision(x.dtype), **tile.arguments())
-    written = [t for t in (x, *statistics, h) if t is not None]
-    grid = (triton.cdiv(rows, tile.block_m),)
-    compiled = launch(_row_shrink, grid, z.device, args, constants, written)
+    constants |= {"PACK_M": PACK.block_m, "PACK_N": PACK.block_n}
+    written = [t for t in (x, *statistics, h, *(pieces.outs if pieces else ())) if t is not None]
+    grid = (triton.cdiv(rows, tile.block_m) + (math.prod(pieces.grid) if pieces else 0),)
+    room = None if pieces else len(args) - 1
+    compiled = launch(_row_shrink, grid, z.device, args, constants, written, room=room)
     if not spills.seen(compiled):
         spills.look(compiled, "shrink_norm" if kind == "norm" else "shrink_gelu", tile, x)
     return h

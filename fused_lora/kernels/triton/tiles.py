@@ -280,19 +280,26 @@ _ONE_PASS_SPILLS_RAGGED: dict[int, tuple[Tile, ...]] = {
 }
 
 
-def one_pass_candidates(arch: int, itemsize: int, ragged: bool = False) -> tuple[Tile, ...]:
-    """The one-pass GEMM's tiles for sm_``arch``, largest first."""
+def one_pass_candidates(
+    arch: int, itemsize: int, heavy: bool = False, ragged: bool = False
+) -> tuple[Tile, ...]:
+    """The one-pass GEMM's tiles for sm_``arch``, largest first; see ``candidates``."""
     single = _ONE_PASS_SINGLE_80 if _family(arch) == 80 else _ONE_PASS_SINGLE
     tiles = _ONE_PASS[_family(arch)] if itemsize == 2 else single
     spills = _ONE_PASS_SPILLS_RAGGED.get(_family(arch), ()) if ragged else ()
-    return tuple(tile for tile in tiles if tile.fits(arch, itemsize) and tile not in spills)
+    return tuple(tile for tile in tiles if tile.fits(arch, itemsize, heavy) and tile not in spills)
 
 
 def one_pass_tile(
-    rows: int, columns: int, itemsize: int, device: torch.device, ragged: bool = False
+    rows: int,
+    columns: int,
+    itemsize: int,
+    device: torch.device,
+    heavy: bool = False,
+    ragged: bool = False,
 ) -> Tile:
     """As ``gemm_tile``."""
-    tiles = one_pass_candidates(architecture(device), itemsize, ragged)
+    tiles = one_pass_candidates(architecture(device), itemsize, heavy, ragged)
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 

@@ -40,6 +40,7 @@ class ChainPass(NamedTuple):
     asked: Sequence[StageNeeds]
     keep: frozenset[int]  # boundaries kept for backward
     again: bool = False  # in backward, which reads all that it makes
+    joined: bool = False  # the last stage is told of a residual to add
 
     def behind(self, i: int, x: Tensors, free: bool = False) -> StageInput | None:
         """What stage i, given x, is to do for the one behind it; what is kept lies alone.
@@ -51,7 +52,8 @@ class ChainPass(NamedTuple):
             return None
         writes = j not in self.keep and (free or stages[i].places(x))
         shrinks = _never if free else partial(stages[i].shrinks, x, self.own[i])
-        return stages[j].prepared(x[0], self.own[j], self.asked[j], writes, shrinks)
+        joined = self.joined and j + 1 == len(stages)
+        return stages[j].prepared(x[0], self.own[j], self.asked[j], writes, shrinks, joined)
 
     def take(
         self,
@@ -234,9 +236,10 @@ def forward(
     values: dict[int, Tensors] = {0: (source.reshape(-1, source.shape[-1]),)}
     runs: list[StageRun] = []
     keep = spec.keep if any(flags) else NONE
-    steps = ChainPass(spec, [tuple(operands[part]) for part in spec.parts], asked, keep)
     added = source if spec.around else residual
     epilogue = spec.stages[-1].epilogue(added, gamma, mask)
+    own = [tuple(operands[part]) for part in spec.parts]
+    steps = ChainPass(spec, own, asked, keep, joined=epilogue is not None)
     prepared: StageInput | None = None
     while (i := len(runs)) < len(spec.stages):
         last = i + 1 == len(spec.stages)

@@ -38,8 +38,8 @@ from fused_lora.ops.lora_linear import (
     input_grads,
     lora_linear,
 )
-from fused_lora.ops.planning import traits_of
-from fused_lora.plan.strategies import fuses_epilogue, keeps_x
+from fused_lora.ops.planning import packed_with, traits_of
+from fused_lora.plan.strategies import fuses_activation, keeps_x
 from fused_lora.types import NO_CONTEXT, Forward, FusionContext, Impl, Keep, Needs, Plan
 
 
@@ -49,7 +49,7 @@ class LinearStage(Stage):
 
     frames: tuple[Frame, ...]
     dtype: torch.dtype
-    context: FusionContext = NO_CONTEXT  # of one frame; whether x is bordered shows in each pass
+    context: FusionContext = NO_CONTEXT  # of each frame; what else lies beside shows in each pass
 
     operands: int = field(init=False, compare=False)  # those of all frames
     parts: tuple[tuple[Frame, slice], ...] = field(init=False, compare=False)  # each one's own
@@ -78,22 +78,20 @@ class LinearStage(Stage):
     ) -> StageRun:
         """y [M, N] of x [M, K], for each frame; with an activation as its epilogue u, if stored."""
         ys, extra, plans = [], [], []
-        prepared = place.prepared
-        plan = prepared.plan if prepared else place.plan or self._plan(x[0], own, asked)
-        placed = (
-            prepared and prepared.buffer,
-            plan,
-            place.epilogue,
-            place.out,
-            prepared and prepared.h,
-        )
-        for (frame, part), needs in zip(self.parts, asked.note, strict=True):
+        prepared, epilogue = place.prepared, place.epilogue
+        settled = prepared.plan if prepared else place.plan
+        joined = epilogue is not None and epilogue.activation == "none"
+        placed = (epilogue, place.out, prepared and prepared.h)
+        for i, (frame, part) in enumerate(self.parts):
             w, bias, *ab = own[part]
             assert w is not None
-            done = compute(x[0], w, bias, frame, self.dtype, tuple(ab), needs, *placed)  # type: ignore[arg-type]
-            reads_w = frame.impl is Impl.REFERENCE or done.plan.keep is not Keep.MERGED
+            plan = settled or self._plan(x[0], own, asked, joined=joined, i=i)
+            given = (x[0], w, bias, frame, self.dtype, tuple(ab), asked.note[i])
+            done = compute(*given, prepared and prepared.buffer, plan, *placed)  # type: ignore[arg-type]
+            merged = frame.impl is not Impl.REFERENCE and done.plan.keep is Keep.MERGED
+            reads_w = asked.note[i].x and not merged
             ys.append(done.y)
-            extra += [done.kept, done.w if needs.x and reads_w and done.w is not w else None]
+            extra += [done.kept, done.w if reads_w and done.w is not w else None]
             plans.append(done.plan)
         if place.epilogue is None or place.epilogue.activation == "none":
             return StageRun(tuple(ys), tuple(extra), tuple(plans))
@@ -120,7 +118,7 @@ class LinearStage(Stage):
     ) -> Plan | None:
         """One product does, where an epilogue of its plan's serves."""
         plan = prepared.plan if prepared else self._plan(x[0], own, asked)
-        if plan is None or not fuses_epilogue(plan):
+        if plan is None or not fuses_activation(plan):
             return None
         assert own[0] is not None
         given = (self.frames[0].spans, plan, epilogue, self.dtype)
@@ -133,16 +131,21 @@ class LinearStage(Stage):
         asked: StageNeeds,
         bordered: bool = False,
         shrunk: bool = False,
+        joined: bool = False,
+        i: int = 0,
     ) -> Plan | None:
-        """The plan that counts on what may be part of its passes; None where nothing may."""
-        frame, w = self.frames[0], own[0]
-        if self.drops or self.context == NO_CONTEXT or why_nobody(like, self.dtype, frame.impl):
+        """Of frame i, the plan that counts on what may be part of its passes; None: nothing may."""
+        frame, part = self.parts[i]
+        together = packed_with(self.context.packed_with)
+        context = self.context._replace(joined=joined, packed_with=together)
+        if self.drops or context == NO_CONTEXT or why_nobody(like, self.dtype, frame.impl):
             return None
+        w, bias, *ab = own[part]
         assert w is not None
-        traits = traits_of(own[2:], frame.scales)  # type: ignore[arg-type]
-        question = (like, w, own[1] is not None, frame.spans, asked.note[0], traits, frame.impl)
+        traits = traits_of(ab, frame.scales)  # type: ignore[arg-type]
+        question = (like, w, bias is not None, frame.spans, asked.note[i], traits, frame.impl)
         return plan_in_context(
-            *question, self.dtype, self.context._replace(bordered=bordered, shrunk=shrunk)
+            *question, self.dtype, context._replace(bordered=bordered, shrunk=shrunk)
         )
 
     def fuses_activation_grad(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
@@ -204,6 +207,7 @@ class LinearStage(Stage):
         asked: StageNeeds,
         writes: bool,
         shrinks: Callable[[Adapters], bool],
+        joined: bool = False,
     ) -> StageInput | None:
         """A bordered buffer, where one GEMM on it wins once x lies there at no cost; and h, where
         the plan reads one apart from x."""
@@ -216,7 +220,7 @@ class LinearStage(Stage):
             return None
         assert w is not None
         for bordered in (True, False) if writes else (False,):
-            plan = self._plan_for(like, own, asked, bordered, shrunk)
+            plan = self._plan_for(like, own, asked, bordered, shrunk, joined)
             if bordered and plan.forward is not Forward.BORDERED:
                 continue
             made = adapters if shrunk and plan.forward in FORMS_H else None
@@ -226,10 +230,16 @@ class LinearStage(Stage):
         return None
 
     def _plan_for(
-        self, like: Tensor, own: Optional, asked: StageNeeds, bordered: bool, shrunk: bool
+        self,
+        like: Tensor,
+        own: Optional,
+        asked: StageNeeds,
+        bordered: bool,
+        shrunk: bool,
+        joined: bool,
     ) -> Plan:
         """The plan of one frame, given what whoever makes x does for it."""
-        if plan := self._plan(like, own, asked, bordered, shrunk):
+        if plan := self._plan(like, own, asked, bordered, shrunk, joined):
             return plan
         frame, w, (needs,) = self.frames[0], own[0], asked.note
         assert w is not None

@@ -171,6 +171,7 @@ class Stage:
         asked: StageNeeds,
         writes: bool,  # whoever makes x does so where it is told
         shrinks: Callable[[Adapters], bool],  # and forms h
+        joined: bool = False,  # a residual is added to what it makes of x
     ) -> StageInput | None:
         """What it wants of that, x being of as many rows as ``like`` and beside it."""
         return None

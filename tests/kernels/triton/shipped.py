@@ -19,7 +19,7 @@ from fused_lora.kernels.triton import (
     lora_shrink,
 )
 from fused_lora.kernels.triton import lora_merge as merging
-from fused_lora.kernels.triton.border import Packed, packed, packed_together
+from fused_lora.kernels.triton.border import Packed, packed, packed_together, packing
 from fused_lora.kernels.triton.launch import multiprocessors
 from fused_lora.kernels.triton.launches import Launch as Chosen
 from fused_lora.kernels.triton.lora_merge import lora_merge
@@ -167,6 +167,9 @@ def row_shrink_launches(x: Tensor) -> Iterator[Launch]:
         for t, z in product(and_smaller(row_shrink_tile(a.rank, norm=True)), (x, x.float())):
             run = lambda t=t, z=z, a=a: norm(z, v, v, 1e-6, a, out, tile=t)  # noqa: E731
             yield Launch("shrink_norm", t, run)
+            _, pieces = packing([a, group(16)], x.dtype)
+            run = lambda t=t, z=z, a=a, p=pieces: norm(z, v, v, 1e-6, a, out, None, t, p)  # noqa: E731
+            yield Launch("shrink_norm", t, run)
         for t, kind in product(and_smaller(row_shrink_tile(a.rank, norm=False)), ("erf", "tanh")):
             run = lambda t=t, k=kind, a=a: gelu_too(x, k, a, out, tile=t)  # noqa: E731
             yield Launch("shrink_gelu", t, run)
@@ -228,6 +231,20 @@ def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:
             yield Launch("one_pass", t, lambda t=t, a=a: one_pass.forward(x, w, bias, a, t))
         for a in largest:
             yield Launch("one_pass", t, lambda t=t, a=a: one_pass.input_grad(x, w, a, t))
+    for t in one_pass_candidates(arch, x.element_size(), heavy=True):
+        for a in threes:
+            given = (x, w, bias, a, t)
+            run = lambda g=given: one_pass.forward(*g, factor=bias, residual=x)  # noqa: E731
+            yield Launch("one_pass_scale", t, run)
+        for a in largest:
+            given = (x, w, a, t)
+            run = lambda g=given: one_pass.input_grad(*g, residual=x)  # noqa: E731
+            yield Launch("one_pass_scale", t, run)
+    wide = {"factor": torch.zeros(N), "residual": torch.zeros(M, N), "out": torch.zeros(M, N)}
+    for t in one_pass_candidates(arch, 2, heavy=True) if x.element_size() == 2 else ():
+        for a in (*threes, *largest):
+            run = lambda t=t, a=a: one_pass.forward(x, w, bias, a, t, **wide)  # noqa: E731
+            yield Launch("one_pass_wide", t, run)
 
 
 def row_launches(x: Tensor) -> Iterator[Launch]:

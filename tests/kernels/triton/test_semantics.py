@@ -25,9 +25,11 @@ from triton.runtime.jit import JITFunction
 
 from fused_lora.kernels import triton as room
 from fused_lora.kernels.triton import (
+    border,
     elementwise,
     lora_extended,
     lora_linear_fp8,
+    lora_one_pass,
     lora_shrink,
 )
 from fused_lora.kernels.triton import lora_merge as merging
@@ -78,6 +80,20 @@ def _(monkeypatch):
         assert error(found, other.double()) <= torch.finfo(torch.float16).eps
 
 
+@case_of("_one_pass")
+def _(monkeypatch):
+    p = build(TAILS, torch.bfloat16, torch.float32)
+    group, wide = adapters(p), torch.randn(TAILS.m, TAILS.n)
+    how = {"factor": p.w[:, 0].contiguous(), "residual": wide, "out": torch.empty_like(wide)}
+    y = lora_one_pass.forward(p.x, p.w, p.bias, group, TILE, **how).y
+    plain = lora_one_pass.forward(p.x, p.w, p.bias, group, TILE).y
+    truth = wide.double() + p.w[:, 0].double() * plain.double()
+    assert error(y, truth) <= torch.finfo(torch.bfloat16).eps
+    dx, _ = lora_one_pass.input_grad(p.dy, p.w, group, TILE, residual=p.x)
+    truth = p.x.double() + lora_one_pass.input_grad(p.dy, p.w, group, TILE)[0].double()
+    assert error(dx, truth) <= 2 * torch.finfo(torch.bfloat16).eps
+
+
 @case_of("_quantise", "_extended_fp8")
 def _(monkeypatch):
     p = build(TAILS, torch.bfloat16, torch.float32)
@@ -121,7 +137,11 @@ def _(monkeypatch):
     whole = torch.empty(37, 43 + a.shape[0], dtype=torch.bfloat16)
     left, right = whole[:, :43], whole[:, 43:]
     given = (adapters(p), left, right, THIN_TILE)
-    n, *_ = lora_shrink.layer_norm_shrink(p.x, weight, bias, 1e-6, *given)
+    both, pieces = border.packing([adapters(p)] * 2, p.x.dtype)
+    assert pieces is not None
+    n, *_ = lora_shrink.layer_norm_shrink(p.x, weight, bias, 1e-6, *given, pieces)
+    apart = border.packed_together([adapters(p)] * 2, p.x.dtype)
+    assert all(torch.equal(x, y) for x, y in zip(both[1][:2], apart[1][:2], strict=True))
     truth = torch.nn.functional.layer_norm(p.x.float(), (43,), weight, bias, 1e-6)
     assert error(n, truth.double()) <= torch.finfo(torch.bfloat16).eps
     assert error(right, n.double() @ a.T) <= 2 * torch.finfo(torch.bfloat16).eps

@@ -111,10 +111,16 @@ def test_odd_files_are_passed_by(kept):
 def test_every_kernel_with_a_product_has_something_to_stand_in():
     for arch in (80, 86, 90, 100, 120):
         for dtype in (FP32, BF16):
-            for name in ("extended", "extended_gelu", "extended_scale", "one_pass"):
+            for name in (
+                "extended",
+                "extended_gelu",
+                "extended_scale",
+                "one_pass",
+                "one_pass_scale",
+            ):
                 listed = (
-                    tiles.one_pass_candidates(arch, dtype.itemsize)
-                    if name == "one_pass"
+                    tiles.one_pass_candidates(arch, dtype.itemsize, name != "one_pass")
+                    if name.startswith("one_pass")
                     else tiles.candidates(
                         arch, dtype.itemsize, name != "extended", True, name == "extended_gelu"
                     )

@@ -23,9 +23,11 @@ def test_every_chip_has_tiles_that_fit(arch, itemsize, heavy, activation, bulk):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_every_chip_has_one_pass_tiles_that_fit(arch, itemsize):
-    found = tiles.one_pass_candidates(arch, itemsize)
-    assert found and all(tile.fits(arch, itemsize) for tile in found)
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_every_chip_has_one_pass_tiles_that_fit(arch, itemsize, heavy, ragged):
+    found = tiles.one_pass_candidates(arch, itemsize, heavy, ragged)
+    assert found and all(tile.fits(arch, itemsize, heavy) for tile in found)
 
 
 def test_an_activation_has_no_tile_that_would_spill():

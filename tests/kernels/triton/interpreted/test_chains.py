@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora.kernels.aten import lora_linear as aten
-from fused_lora.kernels.triton import lora_extended, lora_shrink
+from fused_lora.kernels.triton import lora_extended, lora_one_pass, lora_shrink
 from fused_lora.ops import elementwise
 from fused_lora.ops.epilogues import plan_in_context
 from fused_lora.ops.lora_block import lora_mlp
@@ -195,6 +195,33 @@ def test_it_keeps_what_it_kept(passes, recompute):
         saved = {t.untyped_storage() for t in y.grad_fn.saved_tensors if t is not None}
         kept.append(sum({s.data_ptr(): s.nbytes() for s in saved}.values()))
     assert kept[0] == kept[1] and passes.count("product erf") == 1
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["in 16 bits", "in fp32 under autocast"])
+def test_one_pass_adds_the_residual(passes, serving, wide):  # noqa: F811
+    """fc2's product in its own pass; fc1's, which no residual follows, adds none."""
+    one = Plan(Forward.ONE_PASS, Forward.ONE_PASS, Gradient.RANK, Keep.HIDDEN, 0, Backend.TRITON)
+    for module in ("chain.linear", "epilogues", "lora_linear"):
+        serving.setattr(f"fused_lora.ops.{module}.call_plan", lambda *_, **__: one)
+    joined, right = [], lora_one_pass.forward
+
+    def spy(*args, **options):
+        residual = options.get("residual")
+        done = right(*args, **options)
+        joined.append(None if residual is None else (residual.dtype, done.y.dtype))
+        return done
+
+    serving.setattr(lora_one_pass, "forward", spy)
+    dtype = F32 if wide else BF16
+    given = operands(dtype)
+    with torch.autocast("cpu", BF16, enabled=wide):
+        ours = run(given, dtype, "elementwise")
+        assert joined == [None, (dtype, dtype)]
+        for module in ("chain.linear", "epilogues", "lora_linear"):
+            serving.setattr(f"fused_lora.ops.{module}.call_plan", call_plan)
+        others = in_every_order(lambda: run(given, dtype, "elementwise", impl=Impl.ATEN))
+    verdict = judge_all(ours, others, plain(given, F64), BF16)
+    assert verdict.passed, str(verdict)
 
 
 def test_into_the_room_of_fc2(passes, serving):  # noqa: F811

@@ -35,6 +35,8 @@ LAUNCHES = [
     Launch("merge", MergeTile()),
     *(Launch(f"extended_{epilogue}", SAFE) for epilogue in ("gelu", "scale", "dropout")),
     Launch("extended_scale", BulkTile(128, 128, 64, 3, 8, rest_n=64)),
+    Launch("one_pass_scale", SAFE),
+    Launch("one_pass_wide", SAFE),
     Launch("shrink_dropout", ThinTile(64, 16, 64, 4, 8)),
     Launch("shrink_norm", row_shrink_tile(48, True)),
     Launch("shrink_gelu", row_shrink_tile(48, False)),

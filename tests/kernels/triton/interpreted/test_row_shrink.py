@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fused_lora.kernels.triton import elementwise, lora_shrink
+from fused_lora.kernels.triton import border, elementwise, lora_shrink
 from fused_lora.testing.yardstick import judge_all
 from tests.kernels.triton.cases import CASES, THIN_TILE, Case, adapters, build, lowered
 from tests.kernels.triton.guards import fenced
@@ -96,3 +96,23 @@ def test_the_same_bits_whatever_the_rows():
     ]
     for whole, again, part in zip(*runs, strict=True):
         assert torch.equal(whole, again) and torch.equal(whole[5:9], part)
+
+
+@DTYPE
+def test_adapters_are_packed_in_the_same_launch(dtype):
+    """As by a launch of their own, those of several linears; x and h are the same bits."""
+    p, weight, bias = problem(FEW[3], dtype)
+    every = [adapters(p), adapters(problem(FEW[1], dtype)[0])]
+    both, pieces = border.packing(every, dtype)
+    assert pieces is not None and len(pieces.outs) == 4
+    for out in pieces.outs:
+        out.fill_(torch.nan)
+    runs = [
+        lora_shrink.layer_norm_shrink(
+            p.x, weight, bias, EPS, every[0], torch.empty_like(p.x), None, THIN_TILE, beside
+        )
+        for beside in (None, pieces)
+    ]
+    assert all(map(torch.equal, *runs))
+    for one, other in zip(both, border.packed_together(every, dtype), strict=True):
+        assert torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
