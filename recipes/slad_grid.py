@@ -5,8 +5,9 @@
     python recipes/slad_grid.py photographs runs/grid recipes/results/photographs_slad_grid.json
 
 Learning rates are chosen first, on a seed of its own, by accuracy on training images that were not
-shown: no test image has a say. Every phase has three to choose from: the joint step by the mean of
-teacher and student, a teacher's own phase by the teacher, then the student's phase by the student.
+shown: no test image has a say. Every phase has three to choose from, and more beyond the end of its
+range where the best lies there: the joint step by the mean of teacher and student, a teacher's own
+phase by the teacher, then the student's phase by the student.
 A run that is broken off goes on where it stopped.
 """
 
@@ -53,6 +54,7 @@ class Grid:
     teacher_rates: dict[str, Rates]  # of a teacher's own phase
     fractions: tuple[float, ...]
     seeds: tuple[int, ...]
+    beyond: dict[tuple[str, str], Rates]  # of (method, sweeps) whose best was the end of its range
     mappings: tuple[str, ...] = ()  # further ones of the joint step
 
 
@@ -69,6 +71,11 @@ GRIDS = {
         },
         fractions=(0.02, 0.10, 0.50),
         seeds=(0, 1, 2, 3, 4),
+        beyond={
+            ("two_step", "teacher"): (0.02,),
+            ("probe", "student"): (0.32,),
+            ("finetune", "teacher"): (0.128,),
+        },
         mappings=("joint, first", "joint, last"),
     ),
     "photographs": Grid(
@@ -82,6 +89,7 @@ GRIDS = {
         },
         fractions=(0.02, 0.10),
         seeds=(0, 1, 2),
+        beyond={},
     ),
 }
 
@@ -104,13 +112,13 @@ def main() -> None:
 def every(grid: Grid) -> Iterator[Row]:
     """The sweep first; then the grid, seed by seed; then the other mappings."""
     swept = dict(fraction=SWEEP_FRACTION, seed=SWEEP_SEED)
-    for blr in grid.rates:
-        yield dict(method=JOINT, sweeps="both", blr=blr, **swept)
+    phases = [(JOINT, "both", grid.rates)]
     for method in TWO_PHASES:
-        for blr in grid.teacher_rates[method]:
-            yield dict(method=method, sweeps="teacher", blr=blr, **swept)
-        for blr in grid.rates:
-            yield dict(method=method, sweeps="student", blr=blr, **swept)
+        phases.append((method, "teacher", grid.teacher_rates[method]))
+        phases.append((method, "student", grid.rates))
+    for method, sweeps, own in phases:
+        for blr in own + grid.beyond.get((method, sweeps), ()):
+            yield dict(method=method, sweeps=sweeps, blr=blr, **swept)
     for methods in ((JOINT, *TWO_PHASES), grid.mappings):
         for seed, fraction, method in product(grid.seeds, grid.fractions, methods):
             yield dict(method=method, fraction=fraction, seed=seed)
