@@ -38,7 +38,7 @@ METHODS = {
 }
 JOINT = "joint, even"  # whose rate the other mappings go by
 TWO_PHASES = ("two_step", "probe", "finetune")
-SWEEP_FRACTION, SWEEP_SEED = 0.10, 9
+SWEEP_SEED = 9
 MOST_HELD = 1000  # images not shown, for the sweep
 FIGURES = ("student", "teacher")
 Rates = tuple[float, ...]
@@ -52,7 +52,7 @@ class Grid:
     steps: int  # of each phase
     rates: Rates  # of the joint step, and of a student's own phase
     teacher_rates: dict[str, Rates]  # of a teacher's own phase
-    fractions: tuple[float, ...]
+    swept: dict[float, float]  # fraction: the one whose sweep it goes by
     seeds: tuple[int, ...]
     beyond: dict[tuple[str, str], Rates]  # of (method, sweeps) whose best was the end of its range
     mappings: tuple[str, ...] = ()  # further ones of the joint step
@@ -69,7 +69,7 @@ GRIDS = {
             "probe": DIGITS_RATES,
             "finetune": (0.002, 0.008, 0.032),
         },
-        fractions=(0.02, 0.10, 0.50),
+        swept={0.02: 0.10, 0.10: 0.10, 0.50: 0.10},
         seeds=(0, 1, 2, 3, 4),
         beyond={
             ("two_step", "teacher"): (0.02,),
@@ -87,9 +87,13 @@ GRIDS = {
             "probe": (0.02, 0.04, 0.08),
             "finetune": (0.002, 0.008, 0.032),
         },
-        fractions=(0.02, 0.10),
+        swept={0.02: 0.02, 0.10: 0.10},
         seeds=(0, 1, 2),
-        beyond={},
+        beyond={
+            ("two_step", "student"): (0.16, 0.32),
+            ("probe", "student"): (0.16,),
+            ("finetune", "student"): (0.16, 0.32),
+        },
     ),
 }
 
@@ -111,35 +115,37 @@ def main() -> None:
 
 def every(grid: Grid) -> Iterator[Row]:
     """The sweep first; then the grid, seed by seed; then the other mappings."""
-    swept = dict(fraction=SWEEP_FRACTION, seed=SWEEP_SEED)
     phases = [(JOINT, "both", grid.rates)]
     for method in TWO_PHASES:
         phases.append((method, "teacher", grid.teacher_rates[method]))
         phases.append((method, "student", grid.rates))
-    for method, sweeps, own in phases:
+    for fraction, (method, sweeps, own) in product(sorted(set(grid.swept.values())), phases):
         for blr in own + grid.beyond.get((method, sweeps), ()):
-            yield dict(method=method, sweeps=sweeps, blr=blr, **swept)
+            about = dict(method=method, sweeps=sweeps, blr=blr)
+            yield about | dict(fraction=fraction, seed=SWEEP_SEED)
     for methods in ((JOINT, *TWO_PHASES), grid.mappings):
-        for seed, fraction, method in product(grid.seeds, grid.fractions, methods):
+        for seed, fraction, method in product(grid.seeds, grid.swept, methods):
             yield dict(method=method, fraction=fraction, seed=seed)
 
 
-def best(sweep: list[Row], method: str, sweeps: str) -> float:
+def best(sweep: list[Row], method: str, sweeps: str, fraction: float) -> float:
     """The rate that did best on images not shown."""
-    mine = [row for row in sweep if (row["method"], row["sweeps"]) == (method, sweeps)]
+    wanted = {"method": method, "sweeps": sweeps, "fraction": fraction}
+    mine = [row for row in sweep if row.items() >= wanted.items()]
     return max(mine, key=lambda row: row[f"{sweeps}_not_shown"])["blr"]
 
 
 def rates(grid: Grid, given: Row, sweep: list[Row]) -> tuple[float, float]:
     """The learning rates of a row: of the student's phase, and of the teacher's."""
     method, sweeps = given["method"], given.get("sweeps")
+    fraction = grid.swept[given["fraction"]]
     if method.startswith("joint"):
-        rate = given.get("blr") or best(sweep, JOINT, "both")
+        rate = given.get("blr") or best(sweep, JOINT, "both", fraction)
         return rate, rate
     if sweeps == "teacher":
         return grid.rates[1], given["blr"]
-    own = best(sweep, method, "teacher")
-    return (given["blr"] if sweeps else best(sweep, method, "student")), own
+    own = best(sweep, method, "teacher", fraction)
+    return (given["blr"] if sweeps else best(sweep, method, "student", fraction)), own
 
 
 def row(grid: Grid, folder: Path, given: Row, sweep: list[Row]) -> Row:
@@ -183,17 +189,17 @@ def row(grid: Grid, folder: Path, given: Row, sweep: list[Row]) -> Row:
 def tables(grid: Grid, rows: list[Row]) -> str:
     """Markdown: mean and standard deviation over the seeds, then paired differences."""
     lines = ["| data | method | student | teacher | CKA before | CKA after |", "|---" * 6 + "|"]
-    for fraction, method in product(grid.fractions, METHODS):
+    for fraction, method in product(grid.swept, METHODS):
         mine = [r for r in rows if (r["fraction"], r["method"]) == (fraction, method)]
         if mine:
             cells = [cell([100 * r[name] for r in mine]) for name in FIGURES]
             cells += [cell([r[name] for r in mine], 2) for name in ("cka_before", "cka")]
             lines.append(f"| {fraction:.0%} | {method} | {' | '.join(cells)} |")
-    heads = [f"{JOINT} minus", "figure", *(f"{f:.0%}" for f in grid.fractions)]
+    heads = [f"{JOINT} minus", "figure", *(f"{f:.0%}" for f in grid.swept)]
     lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for other, figure in product([m for m in METHODS if m != JOINT], FIGURES):
         result = []
-        for fraction in grid.fractions:
+        for fraction in grid.swept:
             ours = {"method": JOINT, "fraction": fraction}
             result.append(compared(rows, ours, ours | {"method": other}, figure, ["seed"]))
         if any(result):

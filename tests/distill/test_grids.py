@@ -32,7 +32,7 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
 
 def tiny(module: ModuleType) -> Any:
     """A grid of one mapping, one fraction and two seeds."""
-    about = replace(module.GRIDS["digits"], steps=2, fractions=(0.1,), seeds=(0, 1))
+    about = replace(module.GRIDS["digits"], steps=2, swept={0.1: 0.1}, seeds=(0, 1))
     return replace(about, rates=(0.02, 0.04), beyond={}, mappings=("joint, last",))
 
 
@@ -42,13 +42,15 @@ def test_a_sweep_goes_before_what_it_is_for_and_methods_search_alike(grids: dict
         rows = list(module.every(grid))
         sweep = [row for row in rows if "blr" in row]
         assert rows[: len(sweep)] == sweep and all(row["seed"] not in grid.seeds for row in sweep)
-        of = groupby(sweep, key=lambda row: (row["method"], row["sweeps"]))
-        counts = {key: len(list(group)) for key, group in of}
         further = {key: 3 + len(rates) for key, rates in grid.beyond.items()}
-        assert counts == dict.fromkeys(counts, 3) | further and len(counts) == 7, name
+        for fraction in set(grid.swept.values()):
+            mine = [row for row in sweep if row["fraction"] == fraction]
+            of = groupby(mine, key=lambda row: (row["method"], row["sweeps"]))
+            counts = {key: len(list(group)) for key, group in of}
+            assert counts == dict.fromkeys(counts, 3) | further and len(counts) == 7, name
         plain = [row for row in rows if "blr" not in row]
         methods = 4 + len(grid.mappings)
-        assert len(plain) == methods * len(grid.fractions) * len(grid.seeds)
+        assert len(plain) == methods * len(grid.swept) * len(grid.seeds)
 
 
 def test_the_rate_of_a_phase_is_the_best_on_images_not_shown(grids: dict) -> None:
