@@ -54,7 +54,8 @@ class Grid:
     teacher_rates: dict[str, Rates]  # of a teacher's own phase
     swept: dict[float, float]  # fraction: the one whose sweep it goes by
     seeds: tuple[int, ...]
-    beyond: dict[tuple[str, str], Rates]  # of (method, sweeps) whose best was the end of its range
+    beyond: dict[tuple[float, str, str], Rates]  # of a (fraction, method, sweeps) whose best was
+    # the end of its range
     mappings: tuple[str, ...] = ()  # further ones of the joint step
 
 
@@ -72,9 +73,9 @@ GRIDS = {
         swept={0.02: 0.10, 0.10: 0.10, 0.50: 0.10},
         seeds=(0, 1, 2, 3, 4),
         beyond={
-            ("two_step", "teacher"): (0.02,),
-            ("probe", "student"): (0.32,),
-            ("finetune", "teacher"): (0.128,),
+            (0.10, "two_step", "teacher"): (0.02,),
+            (0.10, "probe", "student"): (0.32,),
+            (0.10, "finetune", "teacher"): (0.128,),
         },
         mappings=("joint, first", "joint, last"),
     ),
@@ -90,9 +91,11 @@ GRIDS = {
         swept={0.02: 0.02, 0.10: 0.10},
         seeds=(0, 1, 2),
         beyond={
-            ("two_step", "student"): (0.16, 0.32),
-            ("probe", "student"): (0.16,),
-            ("finetune", "student"): (0.16, 0.32),
+            (0.02, JOINT, "both"): (0.01,),
+            (0.02, "two_step", "student"): (0.16, 0.32),
+            (0.10, "two_step", "student"): (0.16, 0.32),
+            (0.10, "probe", "student"): (0.16,),
+            (0.10, "finetune", "student"): (0.16, 0.32),
         },
     ),
 }
@@ -120,7 +123,7 @@ def every(grid: Grid) -> Iterator[Row]:
         phases.append((method, "teacher", grid.teacher_rates[method]))
         phases.append((method, "student", grid.rates))
     for fraction, (method, sweeps, own) in product(sorted(set(grid.swept.values())), phases):
-        for blr in own + grid.beyond.get((method, sweeps), ()):
+        for blr in own + grid.beyond.get((fraction, method, sweeps), ()):
             about = dict(method=method, sweeps=sweeps, blr=blr)
             yield about | dict(fraction=fraction, seed=SWEEP_SEED)
     for methods in ((JOINT, *TWO_PHASES), grid.mappings):

@@ -221,6 +221,7 @@ def row(grid: Grid, folder: Path, given: Row, sweep: list[Row]) -> Row:
     }
     if "rank" in given:
         settings |= {"student.rank": given["rank"], "student.allow_large_rank": "true"}
+        settings["train.stop_above"] = 0  # a rate that is too large has a row as well
     asked = [f"{key}={value}" for key, value in settings.items()]
     asked += [*grid.settings, *METHODS[given["method"]]]
     recipe = read(Path(__file__).with_name(grid.recipe), asked)

@@ -42,8 +42,9 @@ def test_a_sweep_goes_before_what_it_is_for_and_methods_search_alike(grids: dict
         rows = list(module.every(grid))
         sweep = [row for row in rows if "blr" in row]
         assert rows[: len(sweep)] == sweep and all(row["seed"] not in grid.seeds for row in sweep)
-        further = {key: 3 + len(rates) for key, rates in grid.beyond.items()}
         for fraction in set(grid.swept.values()):
+            beyond = [(key[1:], rates) for key, rates in grid.beyond.items() if key[0] == fraction]
+            further = {key: 3 + len(rates) for key, rates in beyond}
             mine = [row for row in sweep if row["fraction"] == fraction]
             of = groupby(mine, key=lambda row: (row["method"], row["sweeps"]))
             counts = {key: len(list(group)) for key, group in of}
