@@ -6,16 +6,21 @@ import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from statistics import mean, stdev
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
+from fused_lora.distill.models import build
 from fused_lora.distill.recipe import read
-from tests.distill.runs import OPTIONS, checkpoint
+from fused_lora.distill.recipe.tables import Teacher
+from fused_lora.distill.run import distill
+from tests.distill.runs import MODEL, OPTIONS, checkpoint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RESULTS = RECIPES / "results"
@@ -109,6 +114,33 @@ def test_a_row_is_run_once_and_never_again(grids: dict, tmp_path: Path) -> None:
         (row["student_not_shown"] + row["teacher_not_shown"]) / 2, abs=1e-5
     )
     assert module.tables(grid, result["rows"]).count("\n| 10% |") == 2
+
+
+@pytest.mark.parametrize("method", ["joint", "probe"])
+def test_slad_on_photographs_with_small_backbones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The recipe's own file; teacher and student are not trained first."""
+    own = read(RECIPES / "photographs_slad.toml").data.classes
+    for split, label in product(("train", "test"), (*own, "airplane")):
+        home = tmp_path / "images" / split / label
+        home.mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32), (60 * i, 90, 20)).save(home / f"{i}.png")
+    monkeypatch.setenv("PHOTOGRAPHS", str(tmp_path / "images"))
+    asked = ["train.steps=2", "data.fraction=0.5", f"slad.method={method}", "student.rank=4"]
+    for side, (width, depth) in {"teacher": (16, 4), "slad": (8, 3)}.items():
+        table = MODEL | {"options": OPTIONS | dict(embed_dim=width, depth=depth, in_chans=3)}
+        table["options"] |= dict(img_size=32, patch_size=16, num_classes=0)
+        torch.manual_seed(0)
+        weights = tmp_path / f"{side}.pth"
+        torch.save(build(Teacher(**table)).state_dict(), weights)
+        options = ", ".join(f"{key} = {value}" for key, value in table["options"].items())
+        asked += [f"{side}.recipe=", f"{side}.model={table['model']}"]
+        asked += [f"{side}.checkpoint={weights}", f"{side}.options={{{options}}}"]
+    figures = distill(read(RECIPES / "photographs_slad.toml", asked), tmp_path / "run")["figures"]
+    assert figures["images"] == 10 and figures["steps"] == (2 if method == "joint" else 4)
+    assert set(figures["cka_before"]) == {"blocks.0", "blocks.1", "blocks.2"}
 
 
 def test_paired_differences(grids: dict) -> None:
