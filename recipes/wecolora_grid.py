@@ -321,17 +321,26 @@ def ends(cosine: dict[str, dict[str, float]], block: str) -> tuple[float, float]
 def ranks(grid: Grid, rows: list[Row]) -> str:
     """WeCoLoRA by rank, at one reduction: at the plain one's rate, then at a rate of its own."""
     lines = lines_of(grid, "probe, by rank")
-    mine = [r for r in rows if (r["method"], r["reduction"]) == ("wecolora", grid.rank_reduction)]
-    asked = [(rank, False) for rank in sorted((grid.plain_rank, *grid.ranks))]
-    asked += [(rank, True) for rank in grid.rank_rates]
-    for rank, tuned in asked:
-        wanted = (rank, tuned)
-        of = [r for r in mine if (r.get("rank", grid.plain_rank), r.get("tuned", False)) == wanted]
+    wanted = {"method": "wecolora", "reduction": grid.rank_reduction}
+    plain = {"rank": grid.plain_rank, "tuned": False}
+    mine = [plain | row for row in rows if row.items() >= wanted.items()]
+    asked = [plain | {"rank": rank} for rank in sorted((grid.plain_rank, *grid.ranks))]
+    asked += [{"rank": rank, "tuned": True} for rank in grid.rank_rates]
+    for about in asked:
+        of = [row for row in mine if row.items() >= about.items()]
         result = [
             cell([100 * r["probe"] for r in of if r["fraction"] == f]) for f in sorted(grid.swept)
         ]
         rate = ", ".join(f"{blr:g}" for blr in sorted({r["blr"] for r in of}))
-        lines.append(f"| {rank}, rate {rate} | " + " | ".join(result) + " |")
+        lines.append(f"| {about['rank']}, rate {rate} | " + " | ".join(result) + " |")
+    lines += ["", *lines_of(grid, f"minus rank {grid.plain_rank}, each at its own rate")]
+    for rank, figure in product(grid.rank_rates, ("probe", "head")):
+        result = []
+        for fraction in sorted(grid.swept):
+            here = [row for row in mine if row["fraction"] == fraction]
+            own = {"rank": rank, "tuned": True}
+            result.append(compared(here, own, plain, figure, ["seed"]))
+        lines.append(f"| {rank}, {figure} | " + " | ".join(result) + " |")
     return "\n".join(lines) + "\n"
 
 
