@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -76,7 +76,9 @@ class Grid:
     untrained: tuple[str, ...] = ("weco",)
     seeds: tuple[int, ...] = (0, 1, 2)
     sweep_reduction: int | None = 3  # None: each reduction has a sweep of its own
-    ranks: tuple[int, ...] = ()  # further ranks of WeCoLoRA
+    ranks: tuple[int, ...] = ()  # further ranks of WeCoLoRA, at the rate of the plain one
+    rank_rates: dict[int, tuple[float, ...]] = field(default_factory=dict)  # ranks that are also
+    # run at a rate of their own
     plain_rank: int = 16
     rank_reduction: int = 3
     settings: tuple[str, ...] = ()
@@ -118,7 +120,8 @@ GRIDS = {
         swept={0.01: 0.02, 0.02: 0.02, 0.10: 0.02, 0.05: 0.02},
         reductions=(2, 3, 4, 6),
         untrained=UNTRAINED,
-        ranks=(4, 64),
+        ranks=(4, 64, 128),
+        rank_rates=dict.fromkeys((64, 128), (0.0125, 0.025, 0.05, 0.1)),
     ),
     "photographs_choice": Grid(
         "photographs_wecolora.toml",
@@ -174,9 +177,20 @@ def every(grid: Grid) -> Iterator[Row]:
         grid.swept, grid.seeds, grid.reductions, grid.rates
     ):
         yield dict(method=method, fraction=fraction, reduction=reduction, seed=seed)
+    yield from further_ranks(grid)
+
+
+def further_ranks(grid: Grid) -> Iterator[Row]:
+    """At the rate of the plain one; then at their own, by a sweep of each."""
+    about: Row = {"method": "wecolora", "reduction": grid.rank_reduction}
     for seed, rank, fraction in product(grid.seeds, grid.ranks, grid.swept):
-        reduction = grid.rank_reduction
-        yield dict(method="wecolora", fraction=fraction, reduction=reduction, seed=seed, rank=rank)
+        yield about | dict(fraction=fraction, seed=seed, rank=rank)
+    about["tuned"] = True
+    for rank, fraction in product(grid.rank_rates, sorted(set(grid.swept.values()))):
+        for blr in grid.rank_rates[rank]:
+            yield about | dict(fraction=fraction, seed=SWEEP_SEED, rank=rank, blr=blr)
+    for seed, rank, fraction in product(grid.seeds, grid.rank_rates, grid.swept):
+        yield about | dict(fraction=fraction, seed=seed, rank=rank)
 
 
 def best(grid: Grid, sweep: list[Row], given: Row) -> float:
@@ -186,7 +200,8 @@ def best(grid: Grid, sweep: list[Row], given: Row) -> float:
         return rates[0]
     wanted = {"method": method, "fraction": grid.swept[given["fraction"]]}
     wanted["reduction"] = grid.sweep_reduction or given["reduction"]
-    mine = [row for row in sweep if row.items() >= wanted.items()]
+    rank = given["rank"] if given.get("tuned") else None
+    mine = [r for r in sweep if r.items() >= wanted.items() and r.get("rank") == rank]
     return min(mine, key=lambda row: row["distance"])["blr"]
 
 
@@ -206,6 +221,7 @@ def row(grid: Grid, folder: Path, given: Row, sweep: list[Row]) -> Row:
     }
     if "rank" in given:
         settings |= {"student.rank": given["rank"], "student.allow_large_rank": "true"}
+        settings["train.stop_above"] = 0  # a rate that is too large has a row as well
     asked = [f"{key}={value}" for key, value in settings.items()]
     asked += [*grid.settings, *METHODS[given["method"]]]
     recipe = read(Path(__file__).with_name(grid.recipe), asked)
@@ -303,15 +319,28 @@ def ends(cosine: dict[str, dict[str, float]], block: str) -> tuple[float, float]
 
 
 def ranks(grid: Grid, rows: list[Row]) -> str:
-    """WeCoLoRA by rank, at one reduction."""
+    """WeCoLoRA by rank, at one reduction: at the plain one's rate, then at a rate of its own."""
     lines = lines_of(grid, "probe, by rank")
-    mine = [r for r in rows if (r["method"], r["reduction"]) == ("wecolora", grid.rank_reduction)]
-    for rank in sorted((grid.plain_rank, *grid.ranks)):
-        of = [r for r in mine if r.get("rank", grid.plain_rank) == rank]
+    wanted = {"method": "wecolora", "reduction": grid.rank_reduction}
+    plain = {"rank": grid.plain_rank, "tuned": False}
+    mine = [plain | row for row in rows if row.items() >= wanted.items()]
+    asked = [plain | {"rank": rank} for rank in sorted((grid.plain_rank, *grid.ranks))]
+    asked += [{"rank": rank, "tuned": True} for rank in grid.rank_rates]
+    for about in asked:
+        of = [row for row in mine if row.items() >= about.items()]
         result = [
             cell([100 * r["probe"] for r in of if r["fraction"] == f]) for f in sorted(grid.swept)
         ]
-        lines.append(f"| {rank} | " + " | ".join(result) + " |")
+        rate = ", ".join(f"{blr:g}" for blr in sorted({r["blr"] for r in of}))
+        lines.append(f"| {about['rank']}, rate {rate} | " + " | ".join(result) + " |")
+    lines += ["", *lines_of(grid, f"minus rank {grid.plain_rank}, each at its own rate")]
+    for rank, figure in product(grid.rank_rates, ("probe", "head")):
+        result = []
+        for fraction in sorted(grid.swept):
+            here = [row for row in mine if row["fraction"] == fraction]
+            own = {"rank": rank, "tuned": True}
+            result.append(compared(here, own, plain, figure, ["seed"]))
+        lines.append(f"| {rank}, {figure} | " + " | ".join(result) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ from fused_lora.distill.data.sets import (
     ImageSet,
     balanced,
     located,
+    only,
     spread,
     uniform,
 )
@@ -95,7 +96,9 @@ class Run:
         return student
 
     def _images(self, split: str) -> ImageSet:
-        return SOURCES[self.recipe.data.source](located(self.recipe.data.path), split)
+        about = self.recipe.data
+        every = SOURCES[about.source](located(about.path), split)
+        return only(every, about.classes) if about.classes else every
 
     def _student(self) -> nn.Module:
         student = self.method.student(self.teacher, self.recipe)

@@ -21,6 +21,7 @@ from fused_lora.distill.data.sets import (
     folder,
     huggingface,
     located,
+    only,
     spread,
     uniform,
 )
@@ -62,6 +63,19 @@ def test_some_digits_of_all() -> None:
     i = digits("train").labels.index(7)
     assert torch.equal(high.load(high.labels.index(2)), digits("train").load(i))
     assert low.name != high.name  # caches go by it
+
+
+def test_some_classes_of_all(photos: Path) -> None:
+    every = folder(photos, "train")
+    dogs, both = only(every, ["dog"]), only(every, ["dog", "cat"])
+    assert (dogs.labels, dogs.classes) == ([0, 0, 0], ["dog"])
+    assert (both.labels, both.classes) == ([1, 1, 1, 0, 0, 0], ["dog", "cat"])
+    assert dogs.load(1).tobytes() == every.load(4).tobytes() and dogs.files[1] == every.files[4]
+    assert len({every.name, dogs.name, both.name}) == 3
+    with pytest.raises(DataError, match=r"data.classes: .* has no class \['emu'\]; .*'cat', 'dog'"):
+        only(every, ["dog", "emu"])
+    with pytest.raises(DataError, match=r"names a class twice: \['dog', 'dog'\]"):
+        only(every, ["dog", "dog"])
 
 
 def test_a_balanced_choice_is_nested_seeded_and_never_without_a_class() -> None:

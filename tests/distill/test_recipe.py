@@ -36,6 +36,11 @@ def test_the_recipes_that_come_with_the_repository_are_sound(path: Path) -> None
         ({"data": {"fraction": "10%"}}, "data.fraction must be a number, got '10%'"),
         ({"data": {"source": "folder"}}, "data.path is for .* got source 'folder' and path ''"),
         ({"data": {"path": "x"}}, "data.path is for .* got source 'digits' and path 'x'"),
+        ({"data": {"classes": "cat"}}, "data.classes must be a list of strings, got 'cat'"),
+        (
+            {"data": {"source": "digit_masks", "classes": ["3"]}},
+            r"data.classes = \['3'\] is for labels, and data.source = 'digit_masks' has masks",
+        ),
         ({"loss": {"tokens": 0, "labels": 0.0}}, "nothing to learn"),
         ({"loss": {"cache": True}}, "loss.cache must be a string, got True"),
         ({"train": {"blr": float("nan")}}, r"train.blr must lie in \[0, inf\], got nan"),

@@ -316,3 +316,14 @@ def test_a_folder_of_photographs_with_one_that_does_not_decode(tmp_path: Path) -
         tables["data"] = asked["data"] | {"bad_images": "skip"}
         figures = distill(recipe(**tables), tmp_path / cache)["figures"]
         assert figures["skipped"] == 2 and figures["steps"] == 4
+
+
+def test_some_classes_are_a_task_of_their_own(tmp_path: Path, teacher: dict) -> None:
+    """As SLAD's recipes take them: learned and tested on, numbered from 0."""
+    asked = slad_recipe(tmp_path, data={"classes": ["7", "2"]})
+    run = Run(asked, tmp_path / "run", World())
+    assert run.images.classes == run.test.classes == ["7", "2"]
+    figures = distill(asked, tmp_path / "run")["figures"]
+    assert figures["images"] == len(run.chosen()) == 14
+    with pytest.raises(DataError, match=r"digits train has no class \['ten'\]"):
+        Run(recipe(teacher=teacher, data={"classes": ["ten"]}), tmp_path / "ten", World())

@@ -57,14 +57,28 @@ def digits(split: str) -> ImageSet:
     return ImageSet(f"digits {split}", [labels[i] for i in chosen], names, mine.__getitem__)
 
 
-def digits_of(split: str, classes: Sequence[int]) -> ImageSet:
-    """Those of ``digits`` that show one of ``classes``: to learn on some, and adapt to others."""
-    every = digits(split)
-    rows = [i for i, label in enumerate(every.labels) if label in classes]
-    names = [every.classes[label] for label in classes]
-    labels = [classes.index(every.labels[i]) for i in rows]
-    name = f"{every.name} {'|'.join(names)}"
-    return ImageSet(name, labels, names, lambda i: every.load(rows[i]))
+def only(every: ImageSet, names: Sequence[str]) -> ImageSet:
+    """Those of ``every`` that show one of the classes ``names``, labelled in that order.
+
+    To learn on some classes, and adapt to others. Raises DataError for a class that is none of the
+    set's, or named twice.
+    """
+    if unknown := [name for name in names if name not in every.classes]:
+        raise DataError(
+            f"data.classes: {every.name} has no class {unknown}; its classes are {every.classes}"
+        )
+    if len(set(names)) < len(names):
+        raise DataError(f"data.classes names a class twice: {list(names)}")
+    label_of = {every.classes.index(name): i for i, name in enumerate(names)}
+    rows = [i for i, label in enumerate(every.labels) if label in label_of]
+    files = [every.files[i] for i in rows] if every.files else ()
+    return ImageSet(
+        f"{every.name} {'|'.join(names)}",
+        [label_of[every.labels[i]] for i in rows],
+        list(names),
+        lambda i: every.load(rows[i]),
+        files,
+    )
 
 
 def folder(path: str | Path, split: str) -> ImageSet:
@@ -182,8 +196,8 @@ def located(path: str) -> str:
 
 SOURCES: dict[str, Callable[[str, str], ImageSet]] = {
     "digits": lambda path, split: digits(split),
-    "digits_low": lambda path, split: digits_of(split, range(5)),
-    "digits_high": lambda path, split: digits_of(split, range(5, 10)),
+    "digits_low": lambda path, split: only(digits(split), "01234"),
+    "digits_high": lambda path, split: only(digits(split), "56789"),
     "folder": folder,
     "huggingface": huggingface,
 }

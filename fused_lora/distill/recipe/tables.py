@@ -196,6 +196,7 @@ class Data(Table):
     path: str = ""  # folder: holds train/ and val/, a folder per class in each, or is a tar archive
     # of them; masks: classes.txt and train/ and val/, with images/ and masks/ in each; "$NAME"
     # stands for a variable of the environment
+    classes: tuple[str, ...] = names()  # learn and test on these alone; none for all
     image_size: int = number(0, 0, 4096)  # 0: what the model expects
     augment: str = word("none", "none", "flip", "crop", "shift")
     fraction: float = number(1.0, 0, 1)  # of the training images
@@ -325,6 +326,11 @@ class Recipe(Table):
             looks = "labels" if self.method == "slad" else "class tokens"
             raise RecipeError(
                 f"the method {self.method} has {looks}, and data.source = {source!r} has masks"
+            )
+        if self.data.classes:
+            raise RecipeError(
+                f"data.classes = {list(self.data.classes)} is for labels, and data.source = "
+                f"{source!r} has masks"
             )
         if about.probe != "none" or about.knn:
             raise RecipeError(
