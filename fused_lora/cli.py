@@ -54,10 +54,12 @@ def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _run_env(args: argparse.Namespace) -> int:
-    for title, rows in environment().items():
+    found = environment()
+    width = 2 + max(len(name) for rows in found.values() for name, _ in rows)
+    for title, rows in found.items():
         print(title)
         for name, value in rows:
-            print(f"  {name:<28}{value}")
+            print(f"  {name:<{width}}{value}")
     return 0
 
 
