@@ -95,18 +95,18 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
 
 def test_native_here_builds_for_the_gpus_that_are_here(machine, monkeypatch) -> None:
     machine("9.0", "9.0", "8.9")
-    assert here.gpus() == ["9.0", "8.9"] and "9.0;8.9 alone" in here.said()
+    assert here.gpus() == ["9.0", "8.9"] and "9.0;8.9 alone" in here.text()
     (extension,) = cmake_build.native_extensions()
     assert extension.optional
     assert cmake_build.wanted_archs("nvcc") == ["90a-real", "89-real"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    assert cmake_build.wanted_archs("nvcc") == ["80-real"] and "for 8.0" in here.said()
+    assert cmake_build.wanted_archs("nvcc") == ["80-real"] and "for 8.0" in here.text()
 
 
 def test_native_here_builds_nothing_where_no_gpu_is(machine, monkeypatch, capsys) -> None:
     machine()
     assert cmake_build.native_extensions() == [] and "lists no GPU" in capsys.readouterr().err
-    assert "not built, since" in here.said()
+    assert "not built, since" in here.text()
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     assert len(cmake_build.native_extensions()) == 1
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")

@@ -6,27 +6,49 @@
 namespace fused_lora {
 namespace py = pybind11;
 
-using Placed = std::pair<uintptr_t, int64_t>;  // a matrix: address, elements from row to row
-
-inline sm90::Matrix matrix(Placed placed) { return {pointer<void>(placed.first), placed.second}; }
-
-inline sm90::LinearProblem linear_problem(Placed x, Placed w, Placed y, Placed u, Placed residual,
-                                          uintptr_t bias, uintptr_t factor,
-                                          const std::vector<sm90::LinearGroup>& groups,
-                                          DType type) {
-  sm90::LinearProblem problem = {};
-  problem.x = matrix(x), problem.w = matrix(w), problem.y = matrix(y);
-  problem.u = matrix(u), problem.residual = matrix(residual);
-  problem.bias = pointer<void>(bias), problem.factor = pointer<void>(factor);
-  if (groups.size() > sm90::kMostLinearGroups) {
-    throw std::invalid_argument("lora_linear: serves up to " +
-                                std::to_string(sm90::kMostLinearGroups) + " groups, got " +
-                                std::to_string(groups.size()));
+// A launch bound to all but its tensors: in the calls of one program they alone change.
+class BoundLinear {
+ public:
+  BoundLinear(const sm90::LinearPlan& plan, int64_t x_row, int64_t w_row, int64_t y_row,
+              int64_t u_row, int64_t residual_row, const std::vector<sm90::LinearGroup>& groups,
+              DType type)
+      : plan_(plan) {
+    problem_.x.row = x_row, problem_.w.row = w_row, problem_.y.row = y_row;
+    problem_.u.row = u_row, problem_.residual.row = residual_row;
+    if (groups.size() > sm90::kMostLinearGroups) {
+      throw std::invalid_argument("lora_linear: serves up to " +
+                                  std::to_string(sm90::kMostLinearGroups) + " groups, got " +
+                                  std::to_string(groups.size()));
+    }
+    std::copy(groups.begin(), groups.end(), problem_.group);
+    problem_.groups = static_cast<int32_t>(groups.size()), problem_.type = type;
   }
-  std::copy(groups.begin(), groups.end(), problem.group);
-  problem.groups = static_cast<int32_t>(groups.size()), problem.type = type;
-  return problem;
-}
+
+  // Addresses, 0 for what there is not: of x, w, y, u, residual, bias and factor, then of every h
+  // and every border.
+  void operator()(const std::vector<uintptr_t>& at, int device, uintptr_t stream) const {
+    sm90::LinearProblem problem = problem_;
+    const size_t groups = problem.groups, own = 7;
+    if (at.size() != own + 2 * groups) {
+      throw std::invalid_argument("lora_linear: " + std::to_string(groups) + " groups have " +
+                                  std::to_string(own + 2 * groups) + " addresses, got " +
+                                  std::to_string(at.size()));
+    }
+    problem.x.at = pointer<void>(at[0]), problem.w.at = pointer<void>(at[1]);
+    problem.y.at = pointer<void>(at[2]), problem.u.at = pointer<void>(at[3]);
+    problem.residual.at = pointer<void>(at[4]);
+    problem.bias = pointer<void>(at[5]), problem.factor = pointer<void>(at[6]);
+    for (size_t g = 0; g < groups; ++g) {
+      problem.group[g].h.at = pointer<void>(at[own + g]);
+      problem.group[g].border.at = pointer<void>(at[own + groups + g]);
+    }
+    sm90::lora_linear(problem, plan_, device, pointer<void>(stream));
+  }
+
+ private:
+  sm90::LinearProblem problem_ = {};
+  sm90::LinearPlan plan_;
+};
 
 inline void bind_linear_plan(py::module_& m) {
   py::enum_<sm90::Right>(m, "Right", py::module_local())
@@ -61,24 +83,23 @@ inline void bind_lora_linear(py::module_& m) {
   bind_linear_plan(m);
 
   py::class_<sm90::LinearGroup>(m, "LinearGroup", py::module_local())
-      .def(py::init([](Placed h, Placed border, int32_t first_column, int32_t columns,
+      .def(py::init([](int64_t h_row, int64_t border_row, int32_t first_column, int32_t columns,
                        int32_t rank) {
-             return sm90::LinearGroup{matrix(h), matrix(border), first_column, columns, rank, 0};
+             return sm90::LinearGroup{
+                 {nullptr, h_row}, {nullptr, border_row}, first_column, columns, rank, 0};
            }),
-           py::kw_only(), py::arg("h"), py::arg("border"), py::arg("first_column"),
+           py::kw_only(), py::arg("h_row"), py::arg("border_row"), py::arg("first_column"),
            py::arg("columns"), py::arg("rank"));
 
-  py::class_<sm90::LinearProblem>(m, "LinearProblem", py::module_local())
-      .def(py::init(&linear_problem), py::kw_only(), py::arg("x"), py::arg("w"), py::arg("y"),
-           py::arg("u"), py::arg("residual"), py::arg("bias"), py::arg("factor"), py::arg("groups"),
-           py::arg("type"));
-
-  m.def(
-      "lora_linear",
-      [](const sm90::LinearProblem& problem, const sm90::LinearPlan& plan, int device,
-         uintptr_t stream) { sm90::lora_linear(problem, plan, device, pointer<void>(stream)); },
-      py::kw_only(), py::arg("problem"), py::arg("plan"), py::arg("device"), py::arg("stream"),
-      "y = residual + factor act(x right + h border + bias), of every group, in one sum.");
+  py::class_<BoundLinear>(
+      m, "BoundLinear", py::module_local(),
+      "y = residual + factor act(x right + h border + bias), of every group, in one sum.")
+      .def(py::init<const sm90::LinearPlan&, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    const std::vector<sm90::LinearGroup>&, DType>(),
+           py::kw_only(), py::arg("plan"), py::arg("x_row"), py::arg("w_row"), py::arg("y_row"),
+           py::arg("u_row"), py::arg("residual_row"), py::arg("groups"), py::arg("type"))
+      .def("__call__", &BoundLinear::operator(), py::arg("at"), py::arg("device"),
+           py::arg("stream"));
 }
 
 }  // namespace fused_lora

@@ -24,7 +24,8 @@ CUDA_LAUNCH_CALLS = 1.0  # cost of a launch in library calls, the queue hiding t
 CUDA_RANK_BLOCK = 16  # ranks are padded to it on chip
 TILE_ROW_BYTES = 32  # a tile has as many rows as elements lie in these
 SLICES = 132  # of rows, whose fp32 sums are written and read: one per processor, at most
-PACKING_CALLS = 12.0  # library calls that the host's packing of a launch takes: 74 us by 6
+GRADIENT_CALLS = 2.0  # library calls of the host's time: 4 us of Python and two launches
+PRODUCT_CALLS = 1.0  # likewise: 3 us of Python and one launch
 
 
 def cuda_gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
@@ -38,7 +39,7 @@ def cuda_gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     sums = slices * ranks * (k + n) * (4 // p.itemsize)
     shrinks = 2 * p.m * ranks * (forms_h * p.k + forms_dh * p.n)
     handed = p.m * p.rank * plan.writes_dh
-    how = (False, shrinks, sums + handed, CUDA_EFFICIENCY, CUDA_LAUNCH_CALLS, PACKING_CALLS)
+    how = (False, shrinks, sums + handed, CUDA_EFFICIENCY, CUDA_LAUNCH_CALLS, GRADIENT_CALLS)
     yield Step("one pass db da", ranks, k + n, p.m, *how)
     again = Step("sums db da", ranks, k + n, extra_elements=sums, calls=CUDA_LAUNCH_CALLS)
     yield replace(again, host_calls=0.0)  # one call of the host's launches both
@@ -52,7 +53,7 @@ def cuda_product_step(name: str, p: Problem, columns: int, depth: int, beside: i
     width = sum(span.rank * span.width for span in p.spans) // p.n  # ranks of a column of y
     ranks = width if columns == p.n else p.rank
     extra = columns * ranks + p.m * columns * beside
-    rates = (PRODUCT_EFFICIENCY, CUDA_LAUNCH_CALLS, PACKING_CALLS)
+    rates = (PRODUCT_EFFICIENCY, CUDA_LAUNCH_CALLS, PRODUCT_CALLS)
     return Step(name, p.m, columns, depth + ranks, False, 0, extra, *rates)
 
 

@@ -89,10 +89,15 @@ def merged_views(
     calls: Sequence[Call], wanted: Sequence[Value]
 ) -> tuple[list[Call], dict[Value, Value]]:
     """The calls that ``wanted`` depend on, ``fused``, no memory viewed the same way twice; and
-    which value stands for which."""
+    which value stands for which.
+
+    A launch ``by_address`` has strides of its own: it takes whatever begins where a view does and
+    shows as much, and the view is not made for it; nor for ``new_empty``, which reads a dtype.
+    """
     calls = needed(calls, wanted)
     stands: dict[Value, Value] = {}
     shown: dict[Any, Value] = {}  # the first value that shows this memory so
+    begins: dict[Any, Value] = {}  # the first value that begins there and shows as much
     viewed: dict[Value, Value] = {}  # by plain ``view``: of what, laid out without gaps
     kept = []
     for call in calls:
@@ -101,6 +106,9 @@ def merged_views(
             same = shown.setdefault(shows(value), value)
             if same is not value and value in call.outs:
                 stands[value] = same
+            begins.setdefault(_begin(value), value)
+        if call.target is aten.new_empty.default or getattr(call.target, "by_address", False):
+            call = replaced(call, {value: begins[_begin(value)] for value in call.reads})
         if call.view and all(out is None or out in stands for out in call.outs):
             continue
         if call.target in VIEWS and not call.kwargs:
@@ -111,6 +119,10 @@ def merged_views(
                 viewed[call.outs[0]] = source  # type: ignore[index]
         kept.append(call)
     return fused(kept, [stands.get(value, value) for value in wanted]), stands
+
+
+def _begin(value: Value) -> tuple[Any, ...]:
+    return value.storage, value.offset, value.nbytes, value.dtype
 
 
 def shows(value: Value) -> tuple[Any, ...]:
@@ -300,6 +312,31 @@ def _to(call: Call, names: Names) -> str | None:
     return f"{names.text(x)}.to({names.text(call.kwargs['dtype'])})"
 
 
+USUAL = {"pin_memory": (False, None), "layout": (None, torch.strided), "memory_format": (None,)}
+
+
+def _unusual(call: Call) -> dict[str, Any]:
+    """The keywords of an allocation that say more than its defaults."""
+    return {k: v for k, v in call.kwargs.items() if v is not None and v not in USUAL.get(k, ())}
+
+
+def _new_empty(call: Call, names: Names) -> str | None:
+    x, size = call.args
+    how = _unusual(call)
+    if not size or not how.keys() <= {"dtype"}:
+        return None
+    given = [*map(names.text, size), *(f"{key}={names.text(value)}" for key, value in how.items())]
+    return f"{names.text(x)}.new_empty({', '.join(given)})"
+
+
+def _empty_like(call: Call, names: Names) -> str | None:
+    how = _unusual(call)
+    if not how.keys() <= {"dtype"}:
+        return None
+    given = [*map(names.text, call.args), *(f"{k}={names.text(v)}" for k, v in how.items())]
+    return f"{names.of(_direct.empty_like, 'empty_like')}({', '.join(given)})"
+
+
 SHORT: dict[Any, Writer] = {
     aten.mm.default: _method("mm"),
     aten.mm.out: _function(_direct.mm, ("out",)),
@@ -328,9 +365,13 @@ SHORT: dict[Any, Writer] = {
     aten._to_copy.default: _to,
     aten.cat.default: _function(_direct.cat),
     aten.addmm.default: _addmm,
-    aten.new_empty.default: _method("new_empty"),
+    aten.new_empty.default: _new_empty,
+    aten.empty_like.default: _empty_like,
     aten.native_layer_norm.default: _function(_direct.native_layer_norm),
     aten.gelu.default: _function(torch._C._nn.gelu, ("approximate",)),
+    aten.silu.default: _function(torch._C._nn.silu),
+    aten.sigmoid.default: _method("sigmoid"),
+    aten.sum.dim_IntList: _method("sum"),
     aten._scaled_dot_product_flash_attention_for_cpu.default: _function(
         _direct._scaled_dot_product_flash_attention_for_cpu
     ),

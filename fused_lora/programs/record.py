@@ -255,12 +255,6 @@ def _values(arguments: Any) -> Iterator[Value]:
     return (each for each in _flat(arguments) if isinstance(each, Value))
 
 
-def refuse(reason: str) -> None:
-    """Raises CannotRecord where a program is recorded now."""
-    if _now.recorder is not None:
-        raise CannotRecord(reason)
-
-
 def begins_at(t: Tensor) -> int:
     """Where ``t`` begins in memory, in bytes; while a program is recorded, within 16 of them."""
     if _now.recorder is None:

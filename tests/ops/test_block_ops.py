@@ -167,7 +167,7 @@ def test_composed_is_the_same(recompute, form, monkeypatch):
     def instead(operation, inputs):
         source, residual, gamma, mask, *operands = inputs
         seen.append(operation)
-        return composed(operation.recipe, source, operands, residual, gamma, mask)
+        return composed(operation.spec, source, operands, residual, gamma, mask)
 
     monkeypatch.setattr(chain, "call", instead)
     same(y, lora_mlp(x, fc1, fc2, activation, **options), (x, fc1, fc2))

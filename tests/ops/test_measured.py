@@ -64,7 +64,7 @@ def as_if(monkeypatch, favourite):
         ran.append(plans)
         return {n: 1.0 if favourite(n) else 100.0 + i for i, n in enumerate(plans)}
 
-    monkeypatch.setattr(measured, "race", race)
+    monkeypatch.setattr(measured, "time_candidates", race)
     return ran
 
 
@@ -110,11 +110,11 @@ def test_every_strategy_is_timed():
         {"m": 200},
         {"needs": Needs(x=False)},
         {"needs": Needs(b=False)},
-        {"halves": AdapterTraits("bfloat16")},
+        {"traits": AdapterTraits("bfloat16")},
         {"keep": Keep.HIDDEN},
         {"impl": Impl.ATEN},
         {"dtype": torch.bfloat16},
-        {"beside": FusionContext(bordered=True)},
+        {"context": FusionContext(bordered=True)},
     ],
     ids=str,
 )
@@ -212,14 +212,16 @@ def test_precision_goes_before_time(monkeypatch):
     low = question(dtype=torch.bfloat16)
     timed = [replace(p, time_us=time_of(str(p))) for p in candidates(low)]
     assert ordered(low, timed)[0].plan.forward in ROUNDS_ONCE
-    monkeypatch.setattr(measured, "race", lambda plans, *_: {n: time_of(n) for n in plans})
+    monkeypatch.setattr(
+        measured, "time_candidates", lambda plans, *_: {n: time_of(n) for n in plans}
+    )
     found = plan(dtype=torch.bfloat16)
     assert found.forward in ROUNDS_ONCE and found.dx is not Forward.MERGE
 
 
 @pytest.mark.parametrize("needs", [Needs(), Needs(x=False), Needs(a=False, b=False)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("beside", [FusionContext(), FusionContext(bordered=True)], ids=str)
+@pytest.mark.parametrize("context", [FusionContext(), FusionContext(bordered=True)], ids=str)
 def test_every_plan_that_there_is_can_be_timed(needs, dtype, context):
     more = (needs, context, AdapterTraits("float32", (True,)))
     asked = planning.problem(9, 24, 40, SPANS, dtype, True, *more)

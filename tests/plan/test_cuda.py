@@ -213,7 +213,7 @@ def test_a_step_takes_the_device_or_the_host_whichever_is_longer():
 def test_the_host_packs_a_launch_of_the_gradients_once():
     gpu = dataclasses.replace(H200, gap_us=1.5, call_us=5.0)
     one, two = (s for s in steps(problem(), compiled()) if "db da" in s.name)
-    assert one.host_us(gpu) == 5.0 * cost_kernels.PACKING_CALLS and two.host_us(gpu) == 0
+    assert one.host_us(gpu) == 5.0 * cost_kernels.GRADIENT_CALLS and two.host_us(gpu) == 0
 
 
 def test_slices_are_those_of_the_kernels_planner():

@@ -211,3 +211,54 @@ def test_what_holds_for_the_moment_is_not_remembered():
     assert not run.programs()
     model(x)
     assert len(run.programs()) == 3  # the first block's x asks for no gradient
+
+
+class Launch:
+    """A call that takes where tensors begin, as a kernel's launch does, and has their strides."""
+
+    __name__ = "launch"
+    launches = 1
+
+    def __init__(self, by_address: bool) -> None:
+        self.by_address = by_address
+
+    def __call__(self, a, half, out) -> None:
+        shown = a.as_strided((6, 4), (1, 6)), half.as_strided((4, 3), (6, 1))
+        torch.mm(*shown, out=out)
+
+
+@pytest.mark.parametrize("by_address", [True, False], ids=["by address", "by tensor"])
+def test_a_view_is_not_made_for_who_takes_an_address(by_address):
+    """But where it shows less, its bytes are what is read, and where it begins elsewhere."""
+
+    def ahead(a, w):
+        out = a.new_empty(6, 3)
+        with torch.no_grad():
+            launch = Launch(by_address)
+            opaque(launch, lambda *_: None, a.t(), w[:, 3:], out, writes=[out])
+        return out, ((), None)
+
+    a, w = torch.randn(4, 6), torch.randn(4, 6)
+    program = build(Op(ahead), given(a, w))
+    names = [call.target.__name__ for call in program.calls]
+    views = ["slice.Tensor"] if by_address else ["t.default", "slice.Tensor"]
+    assert sorted(names) == sorted(["new_empty.default", "launch", *views])
+    assert torch.equal(program.forward(a, w), a.t() @ w[:, 3:])
+    (call,) = (call for call in program.calls if call.target.__name__ == "launch")
+    assert [value.nbytes for value in call.reads] == [96, 48, 72]
+
+
+def test_memory_is_asked_for_in_the_shortest_call():
+    def ahead(x):
+        views = x.view(24)  # which only memory is asked like
+        made = [views.new_empty(3, 4), views.new_empty((5,), dtype=torch.bfloat16)]
+        made += [torch.empty_like(x, dtype=torch.float64), torch.empty_like(x.t()), x.new_empty(())]
+        return tuple(made), ((), None)
+
+    x = torch.randn(4, 6)
+    program = build(Op(ahead), given(x))
+    assert "v0.new_empty(3, 4)" in program.text and "v0.new_empty(5, dtype=" in program.text
+    assert "view" not in program.text and program.text.count("pin_memory") == 1  # of the scalar
+    for ours, theirs in zip(program.forward(x), ahead(x)[0], strict=True):
+        assert ours.shape == theirs.shape and ours.dtype is theirs.dtype
+        assert ours.stride() == theirs.stride() and ours.device == theirs.device

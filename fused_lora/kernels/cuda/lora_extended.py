@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters
-from fused_lora.programs.record import begins_at, refuse
+from fused_lora.programs.record import begins_at, opaque
 
 # Adapters as ``lora_extended`` reads them: 16-bit matrices in rows of whole 16 bytes.
 #
@@ -240,39 +240,60 @@ def _launch(
     tile: Tile | None,
     chip: Chip | None,
 ) -> None:
-    refuse("the compiled product is launched by address at every call")
-    module, chip = native.load(), chip or Chip.of(x.device)
-    assert x.is_cuda or module.archs == "none", x.device
     across = 0 if right == "rows" else 1  # the dimension of w and borders that is y's columns
     assert y.shape == (x.shape[0], w.shape[across]) and x.shape[1] == w.shape[1 - across]
     assert all(t is None or t.dtype is x.dtype for t in (w, y, *epilogue.values())), x.dtype
     ranks = sum(h.shape[1] for h, _, _ in groups)
+    chip = chip or Chip.of(x.device)
     plan = _plan(*y.shape, x.shape[1], ranks, chip, right, activation, tile)
-    problem = module.LinearProblem(
-        **dict(x=_placed(x), w=_placed(w), y=_placed(y)),
-        **dict(u=_placed(epilogue["u"]), residual=_placed(epilogue["residual"])),
-        **{name: _address(epilogue[name]) for name in ("bias", "factor")},
-        groups=[
-            module.LinearGroup(
-                **dict(h=_placed(h), border=_placed(border), first_column=first),
-                **dict(columns=border.shape[across], rank=h.shape[1]),
-            )
-            for h, border, first in groups
-        ],
-        type=getattr(module.DType, str(x.dtype).removeprefix("torch.")),
-    )
-    device, stream = native.queue(x.device)
-    module.lora_linear(problem=problem, plan=plan, device=device, stream=stream)
+    u, residual, bias, factor = (epilogue[name] for name in ("u", "residual", "bias", "factor"))
+    assert all(vector is None or vector.is_contiguous() for vector in (bias, factor))
+    launch = LinearLaunch(plan, (x, w, y, u, residual), groups, across)
+    hs, borders, _ = zip(*groups, strict=True) if groups else ((), (), ())
+    written = [t for t in (y, u) if t is not None]
+    given = (x, w, y, u, residual, bias, factor, *hs, *borders)
+    opaque(launch, lambda *_: None, *given, writes=written)
 
 
-def _address(vector: Tensor | None) -> int:
-    assert vector is None or vector.is_contiguous()
-    return 0 if vector is None else vector.data_ptr()
+class LinearLaunch:
+    """One launch but for its tensors, whose layouts are packed once: done now, and by programs."""
+
+    __name__ = "lora_linear_sm90"
+    by_address = True  # strides are bound
+
+    def __init__(
+        self,
+        plan: Any,
+        matrices: Sequence[Tensor | None],  # x, w, y, u and residual
+        groups: Sequence[tuple[Tensor, Tensor, int]],
+        across: int,
+    ) -> None:
+        module, x = native.load(), matrices[0]
+        assert x is not None and (x.is_cuda or module.archs == "none"), matrices
+        self.device = x.device
+        names = ("x_row", "w_row", "y_row", "u_row", "residual_row")
+        self._bound = module.BoundLinear(
+            plan=plan,
+            **dict(zip(names, map(_row, matrices), strict=True)),
+            groups=[
+                module.LinearGroup(
+                    **dict(h_row=_row(h), border_row=_row(border), first_column=first),
+                    **dict(columns=border.shape[across], rank=h.shape[1]),
+                )
+                for h, border, first in groups
+            ],
+            type=getattr(module.DType, str(x.dtype).removeprefix("torch.")),
+        )
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """On the current stream."""
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        self._bound(addresses, *native.queue(self.device))
 
 
-def _placed(matrix: Tensor | None) -> tuple[int, Any]:
-    """Address, and elements from one row to the next."""
+def _row(matrix: Tensor | None) -> int:
+    """Elements from one row to the next."""
     if matrix is None:
-        return 0, 0
+        return 0
     assert matrix.stride(1) == 1 or matrix.shape[1] <= 1, matrix.stride()
-    return matrix.data_ptr(), matrix.stride(0)
+    return matrix.stride(0)

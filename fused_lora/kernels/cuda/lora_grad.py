@@ -91,6 +91,7 @@ class GradLaunch:
 
     __name__ = "lora_grad"
     launches = 2  # the pass, and the sum of its slices
+    by_address = True  # strides are bound
 
     def __init__(
         self,

@@ -8,12 +8,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fused_lora.kernels.aten import attention
 from fused_lora.ops.chain import stages as stage
-from fused_lora.ops.chain.stage import Asked
+from fused_lora.ops.chain.stage import StageNeeds
 from fused_lora.testing.yardstick import judge
 
 ON_GPU = [key for key in attention.KERNELS if key[0] == "cuda"]
 each_on_gpu = pytest.mark.parametrize("key", ON_GPU, ids=lambda key: SDPBackend(key[1]).name)
-ASKED = Asked(True, (), True, None)
+ASKED = StageNeeds(True, (), True, None)
 
 
 @pytest.fixture

@@ -88,17 +88,18 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, host):
     """Tensors on cuda:1 without data, cuda:0 current, and a module that writes calls down."""
     calls = []
 
+    def named(device: int, stream: int) -> dict[str, int]:
+        return {"device": device, "stream": stream}
+
     class Module(SimpleNamespace):
         def __getattr__(self, name):
             return getattr(host, name)
 
-        def lora_linear(self, **call):
-            calls.append(call)
+        def BoundLinear(self, **layout):
+            return lambda at, *queue: calls.append(named(*queue))
 
         def BoundGrad(self, **layout):
-            return lambda at, partial, device, stream: calls.append(
-                {"device": device, "stream": stream}
-            )
+            return lambda at, partial, *queue: calls.append(named(*queue))
 
         def lora_merge(self, **call):
             calls.append(call)
@@ -117,10 +118,6 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, host):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip(90, 132)))
-    monkeypatch.setattr(lora_extended, "_address", lambda t: 0 if t is None else 4096)
-    monkeypatch.setattr(
-        lora_extended, "_placed", lambda t: (0, 0) if t is None else (4096, t.stride(0))
-    )
     monkeypatch.setattr("fused_lora.kernels.cuda.lora_extended.begins_at", lambda t: 0)
     monkeypatch.setattr("fused_lora.kernels.cuda.lora_grad_shape.begins_at", lambda t: 0)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: 4096)

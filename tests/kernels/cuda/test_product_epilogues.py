@@ -12,6 +12,7 @@ from fused_lora.kernels.interface import Epilogue
 from fused_lora.ops import elementwise
 from fused_lora.ops.lora_block import lora_mlp, lora_residual
 from fused_lora.programs import run
+from fused_lora.programs.describe import name_of
 from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.types import Impl
 from fused_lora.verify import verdicts
@@ -40,8 +41,8 @@ def ends(hopper: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # no
     monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
     for module, name in (
         (lora_extended, "_launch"),
-        (elementwise, "forward"),
-        (elementwise, "input_grad"),
+        (elementwise, "gelu_forward"),
+        (elementwise, "gelu_input_grad"),
     ):
         monkeypatch.setattr(module, name, told(getattr(module, name), name, ran))
     return ran
@@ -57,7 +58,7 @@ def told(right, name: str, ran: list[str]):
             joined = " residual" if epilogue["residual"] is not None else ""
             ran.append(said + joined + f" {activation}" * (activation != "none"))
         else:
-            ran.append(f"gelu {name}")
+            ran.append(name.replace("_", " ", 1))
         return right(*args, **options)
 
     return watched
@@ -106,6 +107,27 @@ def test_a_chain(ends: list[str], kind: str, recompute: str, again: list[str]) -
     within(ours, plain, given)
     forward = [f"product {kind}", "product residual"]
     assert ends == [*forward, *again, "dx", "gelu input_grad", "dx"]
+
+
+def test_its_programs_launch_it_with_addresses_alone(
+    hopper: list[str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
+    given = operands()
+
+    def ours(x, before, *fcs):
+        fcs = [fc._replace(impl=Impl.CUDA) for fc in fcs]
+        return lora_mlp(x, *fcs, "gelu", norm=before, around=True, recompute="elementwise")
+
+    as_written = outcome(ours, given, BF16)
+    monkeypatch.delenv("FUSED_LORA_PROGRAMS")
+    recorded, again = outcome(ours, given, BF16), outcome(ours, given, BF16)
+    (program,) = run.programs()
+    names = [name_of(call) for call in (*program.calls, *program.calls_back)]
+    assert names.count("lora_linear_sm90") == 4 and names.count("lora_grad") == 2
+    for one, two, three in zip(as_written, recorded, again, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["bf16", "fp32 around"])

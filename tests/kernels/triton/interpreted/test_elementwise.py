@@ -55,14 +55,14 @@ def test_rows_in_a_bordered_buffer(checking):
 def test_a_broken_norm_never_serves(checking):
     from fused_lora.kernels.triton import elementwise as kernels
 
-    right = kernels.forward
+    right = kernels.layer_norm_forward
 
     def broken(x, *arguments, **options):
         found = right(x, *arguments, **options)
         found.y[-1, -1] += 1
         return found
 
-    checking.setattr(kernels, "forward", broken)
+    checking.setattr(kernels, "layer_norm_forward", broken)
     x = torch.randn(9, 40)
     with pytest.warns(RuntimeWarning, match="does not use triton layer_norm"):
         ours = elementwise.layer_norm_forward(x, None, None, 1e-6).y
@@ -95,7 +95,7 @@ class TestNormBeforeOneGemm:
     @pytest.fixture(autouse=True)
     def one_gemm(self, serving):  # noqa: F811
         plan = Plan(Forward.BORDERED, Forward.SEPARATE, Gradient.RANK, Keep.HIDDEN)
-        for asked in ("call_plan", "plan_beside"):
+        for asked in ("call_plan", "plan_in_context"):
             serving.setattr(linear_stage, asked, lambda *_, **__: plan)
         self.buffers, right = [], aten_linear.forward
 
@@ -176,7 +176,8 @@ def test_dropout_reaches_the_same_kernels_when_compiled(serving):  # noqa: F811
 
     x, a = (torch.randn(*shape, requires_grad=True) for shape in ((21, 24), (5, 24)))
     runs, calls = [], []
-    for name in ("shrink", "input_grad", "a_grad"):
+    names = ["dropout_shrink", "dropout_input_grad", "dropout_a_grad"]
+    for name in names:
         right = getattr(kernels, name)
         spy = lambda *args, name=name, right=right: (calls.append(name), right(*args))[1]  # noqa: E731
         serving.setattr(kernels, name, spy)
@@ -184,7 +185,7 @@ def test_dropout_reaches_the_same_kernels_when_compiled(serving):  # noqa: F811
         torch.manual_seed(11)
         h = run(x, a, 0.3)
         runs.append([h.detach(), *torch.autograd.grad(h.square().sum(), (x, a))])
-    assert calls == ["shrink", "input_grad", "a_grad"] * 2
+    assert calls == names * 2
     for mine, other in zip(*runs, strict=True):
         assert torch.equal(mine, other)
 
@@ -265,14 +266,19 @@ def epilogues(m, n):
     yield Epilogue("erf", torch.randn(n))  # no epilogue does both
 
 
-def test_endings_in_the_epilogue(serving):  # noqa: F811
+def tile_of_epilogue(right):
+    """``TILE`` for products that have one."""
+    return lambda kernel, *shape: TILE if "_" in kernel else right(kernel, *shape)
+
+
+def test_epilogues_in_the_product(serving):  # noqa: F811
     from fused_lora.ops import epilogues as module
     from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
 
     fused = []
     right = lora_linear.forward_epilogue
     serving.setattr(lora_linear, "forward_epilogue", lambda *a: (fused.append(1), right(*a))[1])
-    serving.setattr(lora_linear, "tile_of", lambda *shape: TILE)
+    serving.setattr(lora_linear, "tile_of", tile_of_epilogue(lora_linear.tile_of))
     plan = Plan(Forward.EXTENDED, Forward.EXTENDED, Gradient.RANK, Keep.HIDDEN, 0, Backend.TRITON)
     serving.setattr("fused_lora.ops.lora_linear.call_plan", lambda *_, **__: plan)
     p = build(CASES[3], BF16, torch.float32)
@@ -296,7 +302,7 @@ def test_endings_in_the_epilogue(serving):  # noqa: F811
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["bf16", "fp32 around"])
-def test_a_chain_ends_in_the_epilogue(serving, wide):  # noqa: F811
+def test_a_chain_ends_in_its_products_epilogue(serving, wide):  # noqa: F811
     from fused_lora.ops.lora_block import lora_residual
     from fused_lora.ops.operand import Adapted
 
@@ -306,7 +312,7 @@ def test_a_chain_ends_in_the_epilogue(serving, wide):  # noqa: F811
     fused = []
     right = lora_linear.forward_epilogue
     serving.setattr(lora_linear, "forward_epilogue", lambda *a: (fused.append(1), right(*a))[1])
-    serving.setattr(lora_linear, "tile_of", lambda *shape: TILE)
+    serving.setattr(lora_linear, "tile_of", tile_of_epilogue(lora_linear.tile_of))
     x, w, a, b = (torch.randn(*s).to(BF16) for s in ((2, 16, 32), (48, 32), (4, 32), (48, 4)))
     beside = torch.randn(2, 16, 48, dtype=torch.float32 if wide else BF16)
     gamma, dy = torch.randn(48).to(beside.dtype), torch.randn(2, 16, 48, dtype=beside.dtype)

@@ -43,7 +43,7 @@ class Clock:
 def tuning(serving, monkeypatch):  # noqa: F811
     clock = Clock()
     every = [launches.Launch(kernel, tile) for kernel, tiles in TILES.items() for tile in tiles]
-    monkeypatch.setattr(command, "launches", lambda dtype, device: every)
+    monkeypatch.setattr(command, "every_launch", lambda dtype, device: every)
     monkeypatch.setattr(command, "clock_for", lambda device: clock)
     whole = command._step
     monkeypatch.setattr(
@@ -71,7 +71,7 @@ def test_the_fastest_tile_is_kept_and_launched(tuning, capsys):
     before = launches.tile_of("extended", *shape)
     tuning.setitem(TILES, "extended", [before, Tile(32, 32, 32, 2, 4)])
     every = [launches.Launch(kernel, tile) for kernel, tiles in TILES.items() for tile in tiles]
-    tuning.setattr(command, "launches", lambda dtype, device: every)
+    tuning.setattr(command, "every_launch", lambda dtype, device: every)
     assert tune() == 0
     assert "extended bfloat16 33x32x24" in capsys.readouterr().out
     assert launches.tile_of("extended", *shape) is before  # this process has begun with it
