@@ -112,7 +112,8 @@ def _with(carrier: Call, other: Call) -> Call | None:
     if target is None:
         return None
     args = list(carrier.args)
-    args[carrier.target.room] = other.args  # type: ignore[attr-defined]
+    first = carrier.target.room  # type: ignore[attr-defined]
+    args[first : first + len(other.args)] = other.args
     writes, reads = (*carrier.writes, *other.writes), [*carrier.reads, *other.reads]
     return Call(target, tuple(args), {}, carrier.outs, carrier.single, writes, False, reads)
 

@@ -314,13 +314,13 @@ def _pack(
 
 
 @triton.jit
-def pack_beside(pieces, program, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def pack_beside(borders, outs, rows, program, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The same in a launch of another kernel, whose programs past its own are numbered from 0."""
-    rows, blocks = pieces[2], 0
+    blocks = 0
     for i in tl.static_range(len(rows)):
         blocks += tl.cdiv(rows[i], BLOCK_N)
     rank = program // blocks * BLOCK_M
-    _pack_blocks(pieces[0], pieces[1], rows, program % blocks, rank, BLOCK_M, BLOCK_N)
+    _pack_blocks(borders, outs, rows, program % blocks, rank, BLOCK_M, BLOCK_N)
 
 
 def packed(adapters: Adapters | Packed, dtype: torch.dtype, rows: int = 0) -> Adapters | Packed:

@@ -37,8 +37,8 @@ def launch(
     While a program is recorded, one of its calls, which changes the tensors ``writes``. ``keeps``
     makes it one that ``programs/once`` may join with others of its kernel, whose arguments are
     tuples with an entry for each piece, and whose blocks are those of the pieces in turn; and says
-    whether what it writes may be kept for backward. ``room`` is the place among ``args`` where a
-    kernel takes the arguments of such a launch, which its programs past its own then do.
+    whether what it writes may be kept for backward. ``room`` is the first place among ``args``
+    where a kernel takes those of such a launch, which its programs past its own then do.
     """
     if not recording():
         with on_device(device):
@@ -87,12 +87,12 @@ class BoundLaunch:
         return BoundLaunch(self.kernel, grid, self.device, forms, self.constants, self.keeps)
 
     def carrying(self, other: BoundLaunch) -> BoundLaunch | None:
-        """One launch that does ``other`` too, given its arguments as one; None without room."""
+        """One launch that does ``other`` too, given its arguments as well; None without room."""
         if self.room is None or self.device != other.device:
             return None
         grid = (self.grid[0] + math.prod(other.grid),)
         forms = [*self.forms]
-        forms[self.room] = (tuple, other.forms)
+        forms[self.room : self.room + len(other.forms)] = other.forms
         both = BoundLaunch(self.kernel, grid, self.device, forms, self.constants)
         both.__name__ = f"{self.__name__}_and_{other.__name__}"
         return both

@@ -146,6 +146,9 @@ def _launch(
 # algorithm for computing sample variances" (STAN-CS-79-773).
 
 
+NO_PIECES = (None, None, None)
+
+
 class Shrunk(NamedTuple):
     """What one LayerNorm hands back."""
 
@@ -191,7 +194,9 @@ def _row_shrink(
     columns,
     ranks,
     eps,
-    pieces,  # packed by the programs past those of rows, or None
+    borders,  # packed by the programs past those of rows, as border.py's ``Pieces``; or None
+    outs,
+    lengths,
     KIND: tl.constexpr,  # norm, or GELU's erf or tanh
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -200,10 +205,10 @@ def _row_shrink(
     PACK_M: tl.constexpr,
     PACK_N: tl.constexpr,
 ):
-    if pieces is not None:
+    if lengths is not None:
         past = tl.program_id(0) - tl.cdiv(rows, BLOCK_M)
         if past >= 0:
-            pack_beside(pieces, past, PACK_M, PACK_N)
+            pack_beside(borders, outs, lengths, past, PACK_M, PACK_N)
             return
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m64, inside_m = m.to(tl.int64)[:, None], (m < rows)[:, None]
@@ -290,13 +295,13 @@ def _launch_rows(
     assert tile.block_r >= border.rank, (tile, border.rank)
     args = (
         *(z, z.stride(0), *vectors, x, x.stride(0), *statistics, border, h, h.stride(0)),
-        *(rows, columns, border.rank, float(eps), pieces),
+        *(rows, columns, border.rank, float(eps), *(pieces or NO_PIECES)),
     )
     constants = dict(KIND=kind, PRECISION=input_precision(x.dtype), **tile.arguments())
     constants |= {"PACK_M": PACK.block_m, "PACK_N": PACK.block_n}
     written = [t for t in (x, *statistics, h, *(pieces.outs if pieces else ())) if t is not None]
     grid = (triton.cdiv(rows, tile.block_m) + (math.prod(pieces.grid) if pieces else 0),)
-    room = None if pieces else len(args) - 1
+    room = None if pieces else len(args) - len(NO_PIECES)
     compiled = launch(_row_shrink, grid, z.device, args, constants, written, room=room)
     if not spills.seen(compiled):
         spills.look(compiled, "shrink_norm" if kind == "norm" else "shrink_gelu", tile, x)
