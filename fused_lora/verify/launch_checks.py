@@ -229,7 +229,7 @@ def _halves(p: Operands) -> tuple[Tensor, Tensor]:
 
 
 def _shrink_norm(p: Operands, tile: Any) -> Named:
-    from fused_lora.kernels.triton.border import packing
+    from fused_lora.kernels.triton.border import Packed, packing
     from fused_lora.kernels.triton.elementwise import layer_norm_rebuild
     from fused_lora.kernels.triton.lora_shrink import layer_norm_shrink
 
@@ -239,6 +239,7 @@ def _shrink_norm(p: Operands, tile: Any) -> Named:
         given = (p.x, p.gamma, p.beta, EPS, p.adapters, *_halves(p), tile, pieces)
         n, _, _, h = layer_norm_shrink(*given)
         named |= {"n, packing": n, "h, packing": h}
+        assert isinstance(low, Packed)
         named |= {"a": low.a, "b": low.b}
     for way, z in {"": p.x, ", of float32": p.x.float()}.items():  # as autocast has it
         n, mean, rstd, h = layer_norm_shrink(z, p.gamma, p.beta, EPS, p.adapters, *_halves(p), tile)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -224,7 +226,7 @@ def forward_epilogue(
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
     if out is None:
         out = x.new_empty((x.shape[0], n), dtype=dtype)
-    joined = {"factor": factor, "residual": residual, "out": out}
+    joined: dict[str, Any] = {"factor": factor, "residual": residual, "out": out}
     if plan.forward is Forward.ONE_PASS:
         assert active == "none", active
         y, h, u = lora_one_pass.forward(x, w, bias, low, tile, **joined)
