@@ -307,7 +307,7 @@ class _Operands:
 
 def _key(question: Problem, device: torch.device, asked: Any) -> str:
     rows = shape_class(question.m)
-    alone: dict[str, Any] = {"activated": False, "input_activated": False, "joined": False}
-    plain = replace(question, m=rows, packed_with=1, **alone)
+    alone = replace(question, activated=False, input_activated=False, joined=False, packed_with=1)
+    plain = replace(alone, m=rows)
     where = f"{device_name(device)}|{identity(device)}"
     return f"{FORMAT}|{where}|{plain}|{asked}"
