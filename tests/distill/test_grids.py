@@ -181,6 +181,7 @@ def test_ranks_beside_the_plain_one(grids: dict) -> None:
     ("module", "name", "file"),
     [
         ("slad_grid", "digits", "digits_slad_grid.json"),
+        ("slad_grid", "photographs", "photographs_slad_grid.json"),
         ("wecolora_grid", "photographs", "photographs_grid.json"),
     ],
 )
