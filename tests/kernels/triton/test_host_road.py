@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from tests.kernels.triton import stub
 
 KERNELS = {"shrink", "extended", "partial_sums", "add_slices", "layer_norm", "layer_norm_grad"}
-KERNELS |= {"gelu_rows", "extended_bulk", "row_shrink"}
+KERNELS |= {"gelu_rows", "extended_bulk", "row_shrink_and_pack"}
 
 pytestmark = stub.needed
 
