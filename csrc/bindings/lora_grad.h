@@ -114,8 +114,8 @@ inline void bind_lora_grad(py::module_& m) {
            py::arg("dh_row"), py::arg("groups"), py::arg("dh_out_row") = 0, py::arg("rows"),
            py::arg("type"), py::arg("adapter"), py::arg("grad"), py::arg("dbias_type"),
            py::arg("add"), py::arg("activation") = Activation::kNone)
-      .def("__call__", &BoundGrad::operator(), py::arg("at"), py::arg("partial"),
-           py::arg("device"), py::arg("stream"));
+      .def("__call__", &BoundGrad::operator(), py::arg("at"), py::arg("partial"), py::arg("device"),
+           py::arg("stream"));
 }
 
 }  // namespace fused_lora

@@ -1,7 +1,8 @@
 // One block of lora_linear, from tile to tile of y.
 //
 //   producer    copies a stage of x and of w, or of h and of a border, as soon as one is empty
-//   consumers   multiply stage after stage into their sums; then give them their epilogue, and copy y
+//   consumers   multiply stage after stage into their sums; then give them their epilogue, and copy
+//   y
 //               out while the next stages arrive
 //
 //            K in steps of 64           R_g in steps of 64, for each group that the tile meets

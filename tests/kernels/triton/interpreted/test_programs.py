@@ -156,7 +156,9 @@ def test_mlp_half(preferred, recompute):
     before = norm(D, BF16, trains=False)
     call = lambda: lora_mlp(x, fc1, fc2, norm=before, around=True, recompute=recompute)  # noqa: E731
     kernels = both_ways(preferred, call, (x, fc1, fc2))
-    assert {"extended", "shrink", "row_shrink_and_pack", "layer_norm_grad", "add_slices"} <= set(kernels)
+    assert {"extended", "shrink", "row_shrink_and_pack", "layer_norm_grad", "add_slices"} <= set(
+        kernels
+    )
     assert ("layer_norm" in kernels) == (recompute == "elementwise")  # n again, without h
 
 
