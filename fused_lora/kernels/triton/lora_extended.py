@@ -162,7 +162,7 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
 # EXTENDED: base and low-rank products in one fp32 accumulator.
 #
 #     u[m, n] = s_n sum_r h[m, r] border[r, n] + sum_k x[m, k] w[n, k] + bias[n]
-#     y[m, n] = residual[m, n] + factor[n] act(u[m, n])                see epilogue.py
+#     y[m, n] = residual[m, n] + factor[n] act(u[m, n])                see elementwise.py
 #
 #     forward   h = x aT, border = bT, each column n by the ranks of its own group only
 #     dx        h = dh,   border = a,  x = dy, w read through transposed strides: dx = dy w + dh a
