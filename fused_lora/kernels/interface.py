@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_lora.reference.lora_linear import Grads
 from fused_lora.types import Span
 
-__all__ = ["ActivationGrad", "Adapters", "Epilogue", "Grads", "HiddenGrad"]
+__all__ = ["ActivationGrad", "Adapters", "Epilogue", "Grads", "HiddenGrad", "PreviousLinear"]
 
 
 class Epilogue(NamedTuple):
@@ -39,6 +39,15 @@ class ActivationGrad(NamedTuple):
 
     activation: str  # GELU: erf, tanh
     u: Tensor  # [M, K], rows contiguous
+    previous: PreviousLinear | None = None  # where its db is formed in the same pass, and da
+
+
+class PreviousLinear(NamedTuple):
+    """The linear that made u, as its db = s duT h is formed where du is."""
+
+    h: Tensor  # [M, sum R], that it kept
+    adapters: Adapters
+    b_grads: list[Tensor] = []  # where db goes, each in its own dtype
 
 
 class HiddenGrad(NamedTuple):

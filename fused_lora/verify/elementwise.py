@@ -68,6 +68,16 @@ def _extended_gelu(p: Operands) -> Named:
     return named
 
 
+def _extended_grads(p: Operands) -> Named:
+    """du behind an activation of x = u, da of act(u) and duT h, both transposed."""
+    (h, dh), dx, named = thin(p), products(p)["dx"], {}
+    for kind, approximate in KINDS.items():
+        du = _slope(p.x, dx, kind)
+        da = F.gelu(p.x, approximate=approximate).T @ dh
+        named |= {f"{kind} du": du, f"{kind} da": da, f"{kind} db before": du.T @ h}
+    return named
+
+
 def _product_scale(p: Operands) -> Named:
     """y scaled, with dy in the residual's place, and dx that a gradient joins; h and dh."""
     right = products(p)
@@ -135,6 +145,7 @@ def apart(p: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 EQUATIONS: dict[str, Callable[[Operands], Named]] = {
     "extended_gelu": _extended_gelu,
+    "extended_grads": _extended_grads,
     "extended_scale": _product_scale,
     "extended_wide": _product_scale,
     "one_pass_scale": _product_scale,

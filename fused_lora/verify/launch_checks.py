@@ -27,6 +27,10 @@ PRODUCTS = (  # ranks beyond a stage, columns of several adapters and of none in
     Shape(300, 584, 520, (Span(0, 200, 5), Span(200, 328, 70), Span(400, 520, 16)), True, True, 8),
     Shape(5, 72, 88, (Span(0, 88, 24),), bias=False, wide=False, inside=0),
 )
+WHOLE = (  # columns in whole tiles; two adapters, few ranks and many rows, and the other way
+    Shape(300, 256, 192, (Span(0, 128, 12), Span(128, 192, 20)), False, True, 8),
+    Shape(5, 128, 64, (Span(0, 64, 5),), bias=False, wide=False, inside=0),
+)
 ROWS = 197  # thirteen tiles, the last of five rows
 EVERY = ", every processor"
 FEW = 4  # processors that share them: several tiles each, more than are under way at once
@@ -183,6 +187,19 @@ def _extended_gelu(p: Operands, tile: Any) -> Named:
         if p.x.element_size() == 2:
             alone = forward(p.x, p.w, p.bias, p.adapters, kind, h, tile, stores_u=False).y
             named[f"{kind}, u not stored"] = alone
+    return named
+
+
+def _extended_grads(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_grad import input_grad_and_slices
+
+    h, dh = thin(p)
+    rank, named = p.adapters.rank, {}
+    for kind in KINDS:
+        du, *sums = input_grad_and_slices(p.dy, p.w, p.adapters, dh, kind, p.x, h, tile)
+        named[f"{kind} du"] = du
+        for name, slices in zip(("da", "db before"), sums, strict=True):
+            named[f"{kind} {name}"] = slices.sum(0)[:, :rank].to(p.x.dtype)
     return named
 
 
@@ -355,6 +372,7 @@ def triton_merged(p: Operands, tile: Any, noise: tuple[int, int] | None = None) 
 
 RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "extended_gelu": _extended_gelu,
+    "extended_grads": _extended_grads,
     "extended_scale": _extended_scale,
     "extended_wide": _extended_scale,
     "one_pass_scale": _one_pass_scale,

@@ -20,6 +20,7 @@ RESULTS = {
     "merge": ("w'",),
     "merge_many": ("w'",),
     "extended_gelu": ("u", "erf", "erf du", "tanh", "tanh du"),
+    "extended_grads": tuple(f"{k} {t}" for k in ("erf", "tanh") for t in ("du", "da", "db before")),
     "extended_scale": ("y", "dx"),
     "extended_wide": ("y", "dx"),
     "one_pass_scale": ("h", "dh", "y", "dx"),

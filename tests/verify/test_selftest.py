@@ -11,7 +11,14 @@ from fused_lora.verify import kernel_registry, own_process, selftest, verdicts
 
 CPU = torch.device("cpu")
 ELEMENTWISE = {
-    *("extended_gelu", "extended_scale", "extended_dropout", "shrink_dropout", "grad_dropout"),
+    *(
+        "extended_gelu",
+        "extended_grads",
+        "extended_scale",
+        "extended_dropout",
+        "shrink_dropout",
+        "grad_dropout",
+    ),
     *(
         "shrink_norm",
         "shrink_gelu",

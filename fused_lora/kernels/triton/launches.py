@@ -92,6 +92,7 @@ def _tile(name: str, row: object) -> MeasuredTile | None:
 # merge             N     K        sum R
 #
 # extended_gelu     M     N        K       with GELU behind it, or its derivative behind dx
+# extended_grads    M     K        N       dx with that derivative, and gradients of its tiles
 # extended_scale    M     N        K       with LayerScale and a residual behind it
 # extended_wide     M     N        K       likewise, either of them wider than x
 # one_pass_scale    M     N        K       as extended_scale; one_pass_wide as extended_wide
@@ -199,6 +200,8 @@ def in_its_place(
     others: tuple[AnyTile, ...] = ()
     if suffix == "fp8":
         others = tiles.FP8
+    elif suffix == "grads":
+        others = tiles.extended_grads_candidates(arch)
     elif name == "extended":
         bulk = isinstance(tile, tiles.BulkTile)
         others = tiles.candidates(
@@ -225,6 +228,8 @@ def _least_cost(
     size, dropout = dtype.itemsize, suffix == "dropout"
     if suffix == "fp8":
         return tiles.fp8_tile(rows, columns, device)
+    if suffix == "grads":
+        return tiles.extended_grads_tile(device)
     if name == "extended":
         rows_fit = depth * size % 16 == columns * size % 16 == 0  # as descriptors need them to be
         bulk = rows_fit and suffix not in ("dropout", "wide")  # which take registers

@@ -1,4 +1,6 @@
-"""RANK gradients: db_g = s_g dy[:, span_g]T h_g and da_g = dh_gT (D x), D dropout or 1.
+"""RANK gradients: of z and t alone, and in the pass of dx that goes on through GELU's derivative.
+
+    db_g = s_g dy[:, span_g]T h_g     da_g = dh_gT (D x), D dropout or 1
 
     border[r, c] = s_r sum_m t[m, r] z[m, c]     t [M, sum R]   z [M, C]   for c in r's group's span
 
@@ -16,6 +18,7 @@ fp32 and each gradient is rounded once, to its block's dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,17 +29,30 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import (
     Border,
+    Packed,
     column_range,
+    load_border,
     of_a,
     of_b,
+    packed,
     rank_scales,
     store_border,
 )
+from fused_lora.kernels.triton.elementwise import gelu, gelu_grad
 from fused_lora.kernels.triton.launch import input_precision, launch, multiprocessors
 from fused_lora.kernels.triton.philox import Dropout, kept
-from fused_lora.kernels.triton.tiles import CONTRACTED, GradTile, grad_tile, power_of_two
+from fused_lora.kernels.triton.tiles import (
+    CONTRACTED,
+    EXTENDED_GRADS,
+    GradTile,
+    Tile,
+    extended_grads_tile,
+    grad_tile,
+    power_of_two,
+)
 
 MOST_SLICES = 64  # what pass 2 holds in registers
+MOST_GRAD_RANKS = 32  # sum R whose sums stand beside an accumulator
 REDUCE_BLOCK = 128  # elements per program of pass 2
 
 
@@ -176,3 +192,162 @@ def _slices(rows: int, blocks: int, block_m: int, device: torch.device) -> tuple
     slices = max(1, min(wanted, steps, MOST_SLICES))
     slice_rows = max(1, triton.cdiv(steps, slices)) * block_m
     return max(1, triton.cdiv(rows, slice_rows)), slice_rows
+
+
+# EXTENDED dx on its way through GELU's derivative, and the gradients whose operands lie in its
+# tiles: x = act(u) need not be read again, nor du once it is written.
+#
+#     du [M, K] = act'(u) (dy w + dh a)
+#     da = dhT act(u)          of this linear
+#     db' = s' duT h'          of the linear that made u, h' [M, sum R'] what it formed
+#
+#            columns of u      One program per block of columns and slice of rows. It walks its row
+#     rows [ z | z | z ]       blocks in order and holds both sums in registers; what it leaves are
+#          [ z | z | z ]       the sums of its slice, fp32, which others add in a fixed order.
+#
+# Tiles lie transposed, [columns, rows]: so an accumulator is, register for register, the left
+# operand of the next product, and neither x nor du passes through shared memory for it. Both are
+# rounded as they are stored before the gradients read them.
+
+
+class GradSlices(NamedTuple):
+    """What one pass leaves; ranks in whole 16."""
+
+    du: Tensor  # [M, K]
+    a: Tensor  # [slices, K, sum R], fp32: parts of da, transposed
+    b: Tensor  # [slices, K, sum R'], fp32: parts of db', before its scale
+
+
+@triton.jit
+def _extended_grads(
+    dy,  # [M, N]
+    dy_row,
+    w,  # [N, K]
+    w_row,
+    w_column,
+    dh,  # [M, R]
+    dh_row,
+    border,  # a, [R, K]
+    h,  # [M, R']
+    h_row,
+    u,  # [M, K]
+    u_row,
+    du,  # [M, K], contiguous
+    a_sums,  # [slices, K, BLOCK_A]
+    b_sums,  # [slices, K, BLOCK_B]
+    rows,
+    columns,  # K, whole blocks of it
+    depth,  # N, likewise
+    ranks,
+    ranks_before,  # R'
+    slices,
+    ACTIVATION: tl.constexpr,  # erf or tanh
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr,  # holds all ranks
+    BLOCK_B: tl.constexpr,  # likewise R'
+):
+    dtype: tl.constexpr = dy.dtype.element_ty
+    blocks = columns // BLOCK_N
+    first = tl.program_id(0) // blocks
+    n0 = tl.program_id(0) % blocks * BLOCK_N
+    i, j, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    r, r_before = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
+    n = n0 + j
+    a_sum = tl.zeros([BLOCK_N, BLOCK_A], tl.float32)
+    b_sum = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    # What does not change with the row block is made again in each: no register waits with it.
+    for block in tl.range(first, tl.cdiv(rows, BLOCK_M), slices, disable_licm=True):
+        m0 = block * BLOCK_M
+        base = m0.to(tl.int64)
+        inside_m = m0 + i < rows
+
+        dh_at = dh + base * dh_row
+        inside = inside_m[None, :] & (r < ranks)[:, None]
+        thin = tl.load(dh_at + (i * dh_row)[None, :] + r[:, None], mask=inside, other=0.0)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        acc = tl.dot(load_border(border, r[None, :], n[:, None], dtype), thin, acc)
+        w_tile = w + n.to(tl.int64)[:, None] * w_column + k.to(tl.int64)[None, :] * w_row
+        dy_tile = dy + base * dy_row + (i * dy_row)[None, :] + k[:, None]
+        for k0 in range(0, depth, BLOCK_K):
+            right = tl.load(dy_tile, mask=inside_m[None, :], other=0.0)
+            acc = tl.dot(tl.load(w_tile), right, acc)
+            w_tile += BLOCK_K * w_row
+            dy_tile += BLOCK_K
+
+        at = u + (base * u_row + n0) + (i * u_row)[None, :] + j[:, None]
+        value = tl.load(at, mask=inside_m[None, :], other=0.0).to(tl.float32)
+        out = (acc * gelu_grad(value, ACTIVATION)).to(dtype)
+        x = gelu(value, ACTIVATION).to(dtype)
+        at = h + base * h_row + (i * h_row)[:, None] + r_before[None, :]
+        h_tile = tl.load(at, mask=inside_m[:, None] & (r_before < ranks_before)[None, :], other=0.0)
+        at = dh_at + (i * dh_row)[:, None] + r[None, :]
+        dh_tile = tl.load(at, mask=inside_m[:, None] & (r < ranks)[None, :], other=0.0)
+        a_sum = tl.dot(x, dh_tile, a_sum)
+        b_sum = tl.dot(out, h_tile, b_sum)
+        at = du + (base * columns + n0) + (i * columns)[None, :] + j[:, None]
+        tl.store(at, out, mask=inside_m[None, :])
+    column = (first * columns + n).to(tl.int64)[:, None]
+    tl.store(a_sums + column * BLOCK_A + r[None, :], a_sum)
+    tl.store(b_sums + column * BLOCK_B + r_before[None, :], b_sum)
+
+
+def whole_blocks(columns: int, depth: int) -> bool:
+    """Whether tiles divide w [depth, columns]: masks would take the registers of the sums."""
+    return all(columns % t.block_n == depth % t.block_k == 0 < columns for t in EXTENDED_GRADS)
+
+
+def input_grad_and_slices(
+    dy: Tensor,  # [M, N] of 16 bits, rows contiguous
+    w: Tensor,  # [N, K], dy's dtype, any strides
+    adapters: Adapters | Packed,  # sum R <= 32
+    dh: Tensor,  # [M, sum R], dy's dtype, rows contiguous
+    activation: str,  # GELU: erf, tanh
+    u: Tensor,  # [M, K], dy's dtype, rows contiguous
+    h: Tensor,  # [M, sum R'] of the linear that made u, likewise; sum R' <= 32
+    tile: Tile | None = None,
+) -> GradSlices:
+    """du = act'(u) (dy w + dh a), and what its rows are parts of: da of act(u), db' of h."""
+    adapters = packed(adapters, dy.dtype)
+    (rows, depth), columns, border = dy.shape, w.shape[1], of_a(adapters)
+    for matrix, width in ((dh, border.rank), (u, columns), (h, h.shape[1])):
+        assert matrix.shape == (rows, width) and matrix.stride(1) == 1, matrix.stride()
+        assert matrix.dtype is dy.dtype is w.dtype and dy.element_size() == 2, matrix.dtype
+    assert w.shape[0] == depth and dy.stride(1) == 1, (w.shape, dy.stride())
+    assert whole_blocks(columns, depth), (columns, depth)
+    assert max(border.rank, h.shape[1]) <= MOST_GRAD_RANKS, (border.rank, h.shape)
+    tile = tile or extended_grads_tile(dy.device)
+    slices = _slices_of(rows, columns, tile, dy.device)
+    block_a, block_b = (power_of_two(t.shape[1], 16, MOST_GRAD_RANKS) for t in (dh, h))
+    du = dy.new_empty(rows, columns)
+    sums = [
+        dy.new_empty((slices, columns, block), dtype=torch.float32) for block in (block_a, block_b)
+    ]
+    args = (
+        *(dy, dy.stride(0), w, w.stride(0), w.stride(1), dh, dh.stride(0), border),
+        *(h, h.stride(0), u, u.stride(0), du, *sums),
+        *(rows, columns, depth, border.rank, h.shape[1], slices),
+    )
+    constants = dict(
+        ACTIVATION=activation,
+        **{name: n for name, n in tile.arguments().items() if name != "GROUP_M"},
+        BLOCK_A=block_a,
+        BLOCK_B=block_b,
+    )
+    grid = (columns // tile.block_n * slices,)
+    compiled = launch(_extended_grads, grid, dy.device, args, constants, [du, *sums])
+    if not spills.seen(compiled):
+        spills.look(compiled, "extended_grads" + border.word, tile, dy)
+    return GradSlices(du, *sums)
+
+
+def _slices_of(rows: int, columns: int, tile: Tile, device: torch.device) -> int:
+    """The fewest slices of rows whose programs end soonest, one at a time a multiprocessor."""
+    blocks, steps = columns // tile.block_n, triton.cdiv(rows, tile.block_m)
+    processors = multiprocessors(device)
+
+    def time(slices: int) -> int:
+        return triton.cdiv(blocks * slices, processors) * triton.cdiv(steps, slices)
+
+    return min(range(1, max(1, min(steps, MOST_SLICES)) + 1), key=time)

@@ -109,8 +109,23 @@ def input_grad(
         return lora_one_pass.input_grad(dy, w, low, tile=tile)
     dy, w = (readable(t, tile) for t in (dy, w))
     dh = given.dh if given else shrink_grad(dy, low)
-    how = activation_grad._asdict() if activation_grad else {}
+    how = dict(activation=activation_grad[0], u=activation_grad[1]) if activation_grad else {}
     return lora_extended.input_grad(dy, w, low, dh=dh, tile=tile, **how)
+
+
+def input_grad_and_slices(
+    dy: Tensor,  # [M, N]
+    w: Tensor,  # [N, K]
+    adapters: Adapters,
+    dh: Tensor,  # [M, sum R]
+    activation_grad: ActivationGrad,  # with a previous linear
+) -> lora_grad.GradSlices:
+    """du [M, K], and the sums that da and the previous linear's db are added up from."""
+    assert activation_grad.previous is not None
+    activation, u, (h, *_) = activation_grad
+    dy, low = rows(dy), packed(uniform(adapters), dy.dtype)
+    tile = _product_tile("extended_grads", dy, w.shape[1], adapters)
+    return lora_grad.input_grad_and_slices(dy, w, low, dh, activation, rows(u), rows(h), tile)
 
 
 def rows_kept(x: Tensor, plan: Plan) -> int:

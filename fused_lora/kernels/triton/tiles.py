@@ -303,6 +303,20 @@ def one_pass_tile(
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
+# Two thin accumulators beside the one; on sm_100 and sm_120 rows of 128 spill, 16 to 96 bytes.
+EXTENDED_GRADS = (SAFE, Tile(64, 128, 64, 3, 8))
+
+
+def extended_grads_candidates(arch: int) -> tuple[Tile, ...]:
+    """Of dx whose tiles are operands of gradients, in 16 bits; see ``candidates``."""
+    return EXTENDED_GRADS if _family(arch) < 100 else EXTENDED_GRADS[1:]
+
+
+def extended_grads_tile(device: torch.device) -> Tile:
+    """The largest, since one block has a multiprocessor however few rows there are."""
+    return extended_grads_candidates(architecture(device))[0]
+
+
 # Operands of one byte: 128 of them in a row of a step.
 FP8 = (Tile(128, 128, 128, 3, 8), Tile(128, 64, 128, 3, 8), Tile(64, 64, 128, 3, 4))
 

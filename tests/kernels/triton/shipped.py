@@ -30,6 +30,7 @@ from fused_lora.kernels.triton.tiles import (
     PACK,
     MergeTile,
     candidates,
+    extended_grads_candidates,
     grad_tile,
     one_pass_candidates,
     row_shrink_tile,
@@ -88,6 +89,7 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     yield from dropout_launches(x, arch)
     yield from gemm_launches(x, arch)
     yield from one_pass_launches(x, arch)
+    yield from extended_grads_launches(x, arch)
     for adapters in (group(64, 64, 64), group(12, 12, 12)):
         yield from fp8_launches(x, arch, adapters)
     yield from ragged_launches(x, arch)
@@ -220,6 +222,19 @@ def gemm_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         yield Launch("extended_gelu", t, run)
         run = lambda t=t, k=kind: input_grad(x, w, one, h, t, activation=k, u=x)  # noqa: E731
         yield Launch("extended_gelu", t, run)
+
+
+def extended_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
+    """dx through GELU's derivative with gradients, in every tile, of the least and most ranks."""
+    if x.element_size() != 2:
+        return
+    w = x.new_zeros(N, K)
+    for t, rank, kind in product(extended_grads_candidates(arch), (16, 32), ("erf", "tanh")):
+        h, own = x.new_zeros(M, rank), borders(x, rank)[0]
+        run = lambda t=t, a=own, h=h, k=kind: (  # noqa: E731
+            lora_grad.input_grad_and_slices(x, w, a, h, k, x, h, t)
+        )
+        yield Launch("extended_grads", t, run)
 
 
 def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:

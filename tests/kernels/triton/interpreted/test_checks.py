@@ -7,6 +7,7 @@ from fused_lora.kernels.triton import lora_extended, lora_one_pass
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
+    EXTENDED_GRADS,
     FP8,
     SAFE,
     BulkTile,
@@ -34,6 +35,7 @@ LAUNCHES = [
     Launch("grad", GradTile(16, 128, 64, 4, 4)),
     Launch("merge", MergeTile()),
     *(Launch(f"extended_{epilogue}", SAFE) for epilogue in ("gelu", "scale", "dropout")),
+    *(Launch("extended_grads", tile) for tile in EXTENDED_GRADS),
     Launch("extended_scale", BulkTile(128, 128, 64, 3, 8, rest_n=64)),
     Launch("one_pass_scale", SAFE),
     Launch("one_pass_wide", SAFE),
