@@ -17,9 +17,9 @@ from fused_lora.kernels.triton import available
 from fused_lora.ops import elementwise
 from fused_lora.ops import lora_grad_backends as compiled_grads
 from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
-from fused_lora.ops.chain.stage import finish
+from fused_lora.ops.chain.stage import Previous, finish
 from fused_lora.ops.lora_linear import call_plan, forward
-from fused_lora.ops.planning import problem
+from fused_lora.ops.planning import problem, together_wins
 from fused_lora.plan.strategies import fuses_activation, fuses_activation_grad, fuses_residual
 from fused_lora.types import AdapterTraits, Backend, FusionContext, Impl, Needs, Plan, Span, ragged
 from fused_lora.verify.kernel_registry import of_compiled_product
@@ -124,6 +124,34 @@ def why_not_activation_grad(
         return f"the derivative is taken by triton:extended, and the plan is {plan}"
     n, k = w.shape
     return why_not_launch("extended_gelu", dy.shape[0], k, n, dy, dtype, ragged(spans))
+
+
+def why_not_previous(
+    previous: Previous,
+    kind: str,  # of the GELU between them: erf, tanh
+    dy: Tensor,  # [M, N]
+    w: Tensor,  # [N, K]
+    spans: tuple[Span, ...],
+    needs: Needs,
+    plan: Plan,
+    dtype: torch.dtype,  # of dy as it is multiplied
+    traits: AdapterTraits,
+) -> str | None:
+    """One sentence why no dx through a derivative forms gradients as well; None when one does.
+
+    Those are da of its own linear, and db of the one that made u.
+    """
+    rank = sum(span.rank for span in spans)
+    if reason := compiled_grads.why_not_previous(previous.linear, dy, w, rank, needs, plan):
+        return reason
+    n, k = w.shape
+    question = ("extended_grads", dy.shape[0], k, n, dy, dtype, ragged(spans))
+    if reason := why_not_launch(*question):
+        return reason
+    context = FusionContext(input_activated=True)
+    own = problem(dy.shape[0], k, n, spans, dtype, False, needs, context, traits, dy.device)
+    wins = together_wins(own, plan, kind, previous, dtype, dy.device)
+    return None if wins else "it is slower than gradients in a pass of their own"
 
 
 def why_not_activated(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.cuda.lora_grad import lora_grads
+from fused_lora.kernels.cuda.lora_grad import add_slices, lora_grads
 from fused_lora.kernels.cuda.lora_grad_shape import (
     ADAPTERS,
     GradCall,
@@ -29,11 +29,14 @@ from fused_lora.kernels.cuda.lora_grad_shape import (
     why_not_dtype,
 )
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.interface import ActivationGrad, Adapters, Grads
-from fused_lora.types import Keep, Needs, Plan
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Grads, PreviousLinear
+from fused_lora.types import Backend, Keep, Needs, Plan
 from fused_lora.verify.check import CannotVerifyNow
 from fused_lora.verify.kernel_registry import Checked, of_compiled_grads
 from fused_lora.verify.verdicts import verdict
+
+TILE_COLUMNS, TILE_DEPTH = 128, 64  # of Triton's dx whose tiles are operands of gradients
+PREVIOUS_RANKS = 32  # of either linear, that it holds
 
 why_not_on = lru_cache(maxsize=64)(native.why_not_on)
 
@@ -69,6 +72,9 @@ def backward(
     activation: str = "none",  # erf or tanh: ``x`` is the u of x = GELU(u)
 ) -> Grads:
     """The gradients named by ``needs``."""
+    if activation_grad and activation_grad[0].previous:
+        assert kept is not None and w is not None
+        return _with_previous(dy, kept, w, adapters, needs, *activation_grad)
     dw = None
     if needs.w:
         assert x is not None
@@ -87,6 +93,58 @@ def backward(
     )
     grads = adapter_grads(dy, x, h, dh, adapters, own, None, activation)
     return grads._replace(x=dx, w=dw)
+
+
+def _with_previous(
+    dy: Tensor,
+    h: Tensor,
+    w: Tensor,
+    adapters: Adapters,
+    needs: Needs,
+    activation_grad: ActivationGrad,
+) -> Grads:
+    """db and dh of dy alone; then du, with da of the tiles of u and the previous db of those of du.
+
+    Neither u nor du is read again for a gradient.
+    """
+    from fused_lora.kernels.triton.lora_linear import input_grad_and_slices
+
+    previous = activation_grad.previous
+    assert previous is not None
+    dh = dy.new_empty(dy.shape[0], adapters.rank)
+    grads = adapter_grads(dy, None, h, None, adapters, replace(needs, x=False, a=False), dh)
+    made = input_grad_and_slices(dy, w, adapters, dh, activation_grad)
+    own, k = adapters.uniform(ADAPTERS), w.shape[1]
+    a = [torch.empty_like(a_g) for a_g in own.a]
+    add_slices(made.a, k, 0, own, Grads(None, None, None, a, [None] * len(a)))
+    b = previous.b_grads
+    add_slices(made.b, 0, k, previous.adapters, Grads(None, None, None, [None] * len(b), b))
+    return grads._replace(x=made.du, a=_as(a, adapters.a))
+
+
+def why_not_previous(
+    previous: PreviousLinear, dy: Tensor, w: Tensor, ranks: int, needs: Needs, plan: Plan
+) -> str | None:
+    """One sentence why ``_with_previous`` has nothing for these; None where it has."""
+    if not (plan.grads_by is Backend.CUDA and plan.writes_dh and plan.keep is Keep.HIDDEN):
+        return f"h is kept and dh written by the compiled gradients, and the plan is {plan}"
+    if needs.w or not (needs.a and needs.b):
+        return "a and b train, and w does not"
+    if dy.dtype.itemsize != 2:
+        return f"its tiles are of 16 bits, not of {dy.dtype}"
+    n, k = w.shape
+    before = previous.adapters.rank
+    if k % TILE_COLUMNS or n % TILE_DEPTH or max(ranks, before) > PREVIOUS_RANKS:
+        return (
+            f"its tiles are whole, of {TILE_COLUMNS} columns and {TILE_DEPTH} deep, and hold "
+            f"{PREVIOUS_RANKS} ranks; w is [{n}, {k}], the ranks {ranks} and {before}"
+        )
+    if previous.adapters.uniform(ADAPTERS) is not previous.adapters:
+        return "the previous adapters are of several dtypes"
+    alone = GradShape(0, n, ranks, h_given=True, needs_a=False, needs_bias=needs.bias)
+    alone = alone._replace(writes_dh=True)
+    fits = fitting(alone, Chip.of(dy.device)).writes_dh and _trusted(alone, dy)
+    return None if fits else "no block forms dh beside db, or it is not checked, or found wrong"
 
 
 def adapter_grads(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from fused_lora import disk, env
-from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.interface import ActivationGrad, Adapters, PreviousLinear
 from fused_lora.kernels.triton.available import identity
 from fused_lora.ops.ceilings import device_name
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.strategies import ROUNDS_ONCE
-from fused_lora.plan.timing import time_candidates
+from fused_lora.plan.timing import Part, time_candidates
 from fused_lora.types import Backend, Forward, Impl, Keep, Plan
 from fused_lora.verify.check import own_stream
 from fused_lora.verify.verdicts import why_not_now
@@ -106,7 +106,8 @@ def times(
     if time.monotonic() < _later.get(key, 0.0):
         return {}
     with _one_at_a_time:
-        return load(question, plans, device, asked) or _timed(question, plans, device, key)
+        race = partial(_race, question, plans, device)
+        return load(question, plans, device, asked) or _timed(question, race, device, key)
 
 
 def collect(question: Problem, plans: Sequence[Plan], device: torch.device) -> None:
@@ -139,7 +140,7 @@ def path() -> Path:
 
 
 def load(
-    question: Problem, plans: Sequence[Plan], device: torch.device, asked: Any
+    question: Problem, plans: Sequence[object], device: torch.device, asked: Any
 ) -> dict[str, float]:
     """The times that are kept, if all are sound and the best is of one of ``plans``."""
     try:
@@ -195,14 +196,70 @@ def parts(question: Problem, plan: Plan) -> tuple[PlanPart, ...]:
     return forward, PlanPart("backward", how)
 
 
+def together(
+    question: Problem,
+    plan: Plan,
+    kind: str,  # erf or tanh: the GELU whose u the previous linear makes
+    previous: Any,  # ``ops.chain.stage.Previous``
+    device: torch.device,
+) -> tuple[float, float] | None:
+    """Microseconds of two backwards, their gradients apart and in the tiles of dx; or None.
+
+    They are timed now, or kept; None where the cost model decides.
+    """
+    if (mode := timing_mode(device)) not in (TimingMode.MEASURE, TimingMode.KEPT):
+        return None
+    _, before, own, rest = previous
+    before = replace(before, m=shape_class(before.m), packed_with=1)
+    plans = tuple(map(str, (plan, own, rest)))
+    key = _key(question, device, ("together", kind, before, plans))
+    with _one_at_a_time:
+        found = load(question, BOTH, device, ("together", kind, before, plans))
+        if not found and mode is TimingMode.MEASURE and time.monotonic() >= _later.get(key, 0.0):
+            race = partial(_race_together, question, plan, kind, previous, device)
+            found = _timed(question, race, device, key)
+    return (found[BOTH[0]], found[BOTH[1]]) if found else None
+
+
+BOTH = ("apart", "together")
+
+
+def _race_together(
+    question: Problem, plan: Plan, kind: str, previous: Any, device: torch.device
+) -> dict[str, float]:
+    from fused_lora.ops.lora_linear import backward
+
+    with torch.inference_mode(), own_stream(device):
+        behind, before = _Operands(question, device), _Operands(previous.question, device)
+        h, h_before = (
+            torch.empty_like(one.x[:, :1]).expand(-1, one.question.rank).contiguous().normal_()
+            for one in (behind, before)
+        )
+        b_grads = [torch.empty_like(b_g) for b_g in before.adapters.b]
+        linear = PreviousLinear(h_before, before.adapters, b_grads)
+
+        def run(name: str) -> object:
+            joint = name == BOTH[1]
+            through = ActivationGrad(kind, behind.x, linear if joint else None)
+            given = (behind.dy, behind.x, h, behind.w, behind.adapters, question.needs, plan)
+            du = backward(*given, Impl.AUTO, through, activation=kind).x
+            assert du is not None
+            needs = previous.question.needs
+            kept, needs = (None, replace(needs, b=False)) if joint else (h_before, needs)
+            rest = previous.rest if joint else previous.plan
+            return backward(du, before.x, kept, before.w, before.adapters, needs, rest)
+
+        return _raced({name: (name,) for name in BOTH}, run, device)
+
+
 def _timed(
-    question: Problem, plans: Sequence[Plan], device: torch.device, key: str
+    question: Problem, race: Callable[[], dict[str, float]], device: torch.device, key: str
 ) -> dict[str, float]:
     """In a thread of its own no autocast, fake tensors or capture of the caller's intervene."""
     global _count
     try:
         with ThreadPoolExecutor(1, "fused_lora times") as own:
-            found = own.submit(_race, question, plans, device).result()
+            found = own.submit(race).result()
     except (torch.OutOfMemoryError, MemoryError):
         _later[key] = time.monotonic() + AGAIN_S
         return {}
@@ -221,25 +278,31 @@ def _release_memory(device: torch.device) -> None:
 
 
 def _race(question: Problem, plans: Sequence[Plan], device: torch.device) -> dict[str, float]:
-    on_gpu = device.type == "cuda"
     with torch.inference_mode(), own_stream(device):
         operands = _Operands(question, device)
         by_name = {str(plan): parts(question, plan) for plan in plans}
         of = {part: plan for plan in reversed(plans) for part in by_name[str(plan)]}
-        runs = {part: partial(operands.run, part, plan) for part, plan in of.items()}
-        repeats: dict[PlanPart, int] = dict.fromkeys(runs, 1)
-        for part, run in runs.items():
-            for _ in range(WARM if on_gpu else WARM_CPU):
-                run()
-            if not on_gpu:
-                repeats[part] = max(1, round(SAMPLE_US / max(_clock_us(run, 1), 1.0)))
+        return _raced(by_name, lambda part: operands.run(part, of[part]), device)
 
-        def once(part: PlanPart) -> float:
-            return _events_us(runs[part]) if on_gpu else _clock_us(runs[part], repeats[part])
 
-        return time_candidates(
-            by_name, once, *((ROUNDS, MOST) if on_gpu else (ROUNDS_CPU, MOST_CPU))
-        )
+def _raced(
+    by_name: Mapping[str, Sequence[Part]], run: Callable[[Part], object], device: torch.device
+) -> dict[str, float]:
+    """Each part run a few times unseen, then all of them in turns."""
+    on_gpu = device.type == "cuda"
+    repeats: dict[Part, int] = {}
+    for part in dict.fromkeys(part for every in by_name.values() for part in every):
+        for _ in range(WARM if on_gpu else WARM_CPU):
+            run(part)
+        if not on_gpu:
+            taken = _clock_us(partial(run, part), 1)
+            repeats[part] = max(1, round(SAMPLE_US / max(taken, 1.0)))
+
+    def once(part: Part) -> float:
+        again = partial(run, part)
+        return _events_us(again) if on_gpu else _clock_us(again, repeats[part])
+
+    return time_candidates(by_name, once, *((ROUNDS, MOST) if on_gpu else (ROUNDS_CPU, MOST_CPU)))
 
 
 def _events_us(run: Callable[[], object]) -> float:

@@ -14,7 +14,7 @@ from fused_lora import env
 from fused_lora.ops import backends, measured
 from fused_lora.ops.ceilings import ceilings, conditions
 from fused_lora.ops.measured import TimingMode
-from fused_lora.plan.choose import RankedPlan, context_us, ordered, ranked
+from fused_lora.plan.choose import RankedPlan, context_us, ordered, ranked, together_us
 from fused_lora.plan.problem import Problem
 from fused_lora.types import (
     DEFAULT_TRAITS,
@@ -117,6 +117,21 @@ def _plan_for(
 ) -> Plan:
     question = problem(m, k, n, spans, dtype, bias, needs, context, traits, device)
     return settled(question, dtype, device, keep, impl, times).rows[0].plan
+
+
+def together_wins(
+    question: Problem,
+    plan: Plan,
+    kind: str,  # erf or tanh: the GELU between them
+    previous: Any,  # ``ops.chain.stage.Previous``
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether gradients formed in the tiles of dx, through GELU's derivative, take less time."""
+    found = measured.together(question, plan, kind, previous, device)
+    limits = ceilings(device, dtype)
+    apart, joint = found or together_us(question, plan, *previous[1:], limits)
+    return joint < apart
 
 
 class Settled(NamedTuple):

@@ -41,16 +41,37 @@ def context_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 
 def steps(p: Problem, plan: Plan) -> list[Step]:
     """Every call of the plan, in order."""
-    if plan.backend is Backend.TRITON:
-        forward, backward = cost_kernels.triton_forward_steps, cost_kernels.triton_backward_steps
-    else:
-        forward, backward = cost_aten.forward_steps, cost_aten.backward_steps
-    found = [*forward(p, plan), *(backward(p, plan) if p.trains else ())]
+    by_triton = plan.backend is Backend.TRITON
+    forward = cost_kernels.triton_forward_steps if by_triton else cost_aten.forward_steps
+    return [*forward(p, plan), *backward_steps(p, plan), *context_steps(p, plan)]
+
+
+def backward_steps(p: Problem, plan: Plan) -> list[Step]:
+    """Those of its backward, without what lies beside its products."""
+    by_triton = plan.backend is Backend.TRITON
+    backward = cost_kernels.triton_backward_steps if by_triton else cost_aten.backward_steps
+    found = [*(backward(p, plan) if p.trains else ())]
     if p.needs.bias and plan.grads_by is None:
         found.append(Step("dbias", 1, p.n, extra_elements=p.m * p.n))
     if plan.grads_by is Backend.CUDA:
         found += cost_kernels.cuda_gradient_steps(p, plan)
-    return [*found, *context_steps(p, plan)]
+    return found
+
+
+def together_us(
+    p: Problem, plan: Plan, previous: Problem, own: Plan, rest: Plan, ceilings: Ceilings
+) -> tuple[float, float]:
+    """Estimates of two backwards, dx of ``p`` going through GELU's derivative to ``previous``.
+
+    Gradients in passes of their own, ``previous`` by ``own``; and those whose operands lie in the
+    tiles of dx formed there, what is left of ``previous`` by ``rest``.
+    """
+    left = replace(previous, needs=replace(previous.needs, b=False))
+    apart = [*backward_steps(p, plan), *backward_steps(previous, own)]
+    ranks = previous.rank
+    joint = [*cost_kernels.extended_grads_steps(p, plan, ranks), *backward_steps(left, rest)]
+    both = [sum(step.time_us(p.itemsize, ceilings) for step in each) for each in (apart, joint)]
+    return both[0], both[1]
 
 
 def context_us(p: Problem, plan: Plan, ceilings: Ceilings) -> float:

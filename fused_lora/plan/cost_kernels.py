@@ -31,7 +31,7 @@ PRODUCT_CALLS = 1.0  # likewise: 3 us of Python and one launch
 def cuda_gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The two launches that make db, da and the gradient of the bias."""
     forms_h = p.needs.b and plan.keep is not Keep.HIDDEN
-    forms_dh = p.needs.a and not dh_given(p, plan)
+    forms_dh = plan.writes_dh or (p.needs.a and not dh_given(p, plan))
     k = p.k if p.needs.a or forms_h else 0
     n = p.n if p.needs.b or p.needs.bias or forms_dh else 0
     ranks = -(-p.rank // CUDA_RANK_BLOCK) * CUDA_RANK_BLOCK
@@ -75,6 +75,8 @@ def may_write_dh(p: Problem, plan: Plan) -> bool:
 
 TRITON_EFFICIENCY = 0.8  # of Triton's GEMM beside the library's; unmeasured
 GELU_SHARE = 0.93  # of that: its epilogue is exposed, about 14 instructions an element
+GRADS_SHARE = 0.8  # likewise: GELU beside it, and one block a processor; unmeasured
+GRADS_SLICES = 16  # of rows, whose fp32 sums are written and read; about
 TRITON_LAUNCH_CALLS = (
     1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
 )
@@ -151,6 +153,21 @@ def _launch(
     return Step(
         name, m, n, k, False, flops, elements, share * TRITON_EFFICIENCY, TRITON_LAUNCH_CALLS
     )
+
+
+def extended_grads_steps(p: Problem, plan: Plan, ranks_before: int) -> Iterator[Step]:
+    """A backward whose dx goes through GELU's derivative, da and the db before it formed there.
+
+    ``ranks_before``: of the linear that made u. db and dh come of dy alone, before.
+    """
+    yield from cuda_gradient_steps(replace(p, needs=replace(p.needs, a=False)), plan)
+    ranks = sum(-(-r // CUDA_RANK_BLOCK) * CUDA_RANK_BLOCK for r in (p.rank, ranks_before))
+    sums = GRADS_SLICES * ranks * p.k * (4 // p.itemsize)
+    beside = p.m * (p.k + p.rank + ranks_before) + sums
+    flops, how = 2 * p.m * p.k * ranks, dict(elements=beside, share=GRADS_SHARE)
+    yield _launch("dx extended grads", p.m, p.k, p.n + p.rank, flops, **how)
+    again = Step("sums da db", ranks, p.k, extra_elements=sums, calls=TRITON_LAUNCH_CALLS)
+    yield replace(again, host_calls=0.0)  # one launch with the other sums
 
 
 def keeps_packed(p: Problem, plan: Plan) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, PreviousLinear
 from fused_lora.ops.chain.stage import (
     ChainSpec,
     GradEpilogue,
@@ -105,6 +105,7 @@ class ChainBackward:
         self.own = [operands[part] for part in spec.parts]
         self.steps = ChainPass(spec, self.own, asked, spec.keep, again=True)
         self.prepared: dict[int, StageInput | None] = {}  # of boundaries, each with what lies in it
+        self.b_grads: dict[int, list[Tensor]] = {}  # of stages, formed by the one behind each
 
     def value(self, i: int) -> Tensors:
         """Boundary i, kept or made again."""
@@ -152,24 +153,38 @@ class ChainBackward:
         if self.runs[i] is None and stage.leaves:
             self.value(i + 1)
         run, kind, x = self.runs[i] or StageRun(()), self.spec.before[i], None
-        source = "none"
-        if stage.reads_input(run, asked):
+        source, previous = "none", None
+        through = kind is not None and asked.x and residual_grad is None
+        through = through and stage.fuses_activation_grad(grads, run, own)
+        if through:
+            previous = self._previous(i, kind, grads, run)
+        if previous is None and stage.reads_input(run, asked):
             if kind and i not in self.values and stage.activates(grads, run, own, asked):
                 x, source = self.value(i - 1), kind
             else:
                 x = self.value(i)
         self.values.pop(i + 1, None)
         activation_grad = None
-        if (
-            kind
-            and asked.x
-            and residual_grad is None
-            and stage.fuses_activation_grad(grads, run, own)
-        ):
-            activation_grad = ActivationGrad(kind, self.value(i - 1)[0])
+        if through:
+            assert kind is not None
+            activation_grad = ActivationGrad(kind, self.value(i - 1)[0], previous)
             self.values.pop(i, None)
-        epilogue = GradEpilogue(activation_grad, residual_grad, source)
+        b_grads = self.b_grads.pop(i, None)
+        epilogue = GradEpilogue(activation_grad, residual_grad, source, b_grads)
         return *stage.backward(grads, x, run, own, asked, epilogue), activation_grad is not None
+
+    def _previous(self, i: int, kind: str, grads: Tensors, run: StageRun) -> PreviousLinear | None:
+        """The linear before stage i and its activation, where stage i forms gradients of its b."""
+        before = self.runs[i - 2] if i > 1 else None
+        if before is None:
+            return None
+        found = self.spec.stages[i - 2].previous(before, self.own[i - 2], self.asked[i - 2])
+        given = (grads, run, self.own[i], self.asked[i])
+        if found is None or not self.spec.stages[i].takes_previous(found, kind, *given):
+            return None
+        linear = found.linear
+        self.b_grads[i - 2] = [torch.empty_like(b_g) for b_g in linear.adapters.b]
+        return linear._replace(b_grads=self.b_grads[i - 2])
 
 
 # The autograd node of a chain of stages.

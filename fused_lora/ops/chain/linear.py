@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters, Epilogue
+from fused_lora.kernels.interface import Adapters, Epilogue, PreviousLinear
 from fused_lora.ops.chain.stage import (
     FREE,
     PLAIN,
     GradEpilogue,
     Optional,
     Placement,
+    Previous,
     Stage,
     StageInput,
     StageNeeds,
@@ -28,6 +29,7 @@ from fused_lora.ops.epilogues import (
     why_not_activated,
     why_not_activation_grad,
     why_not_fused,
+    why_not_previous,
 )
 from fused_lora.ops.lora_dropout import FORMS_H
 from fused_lora.ops.lora_linear import (
@@ -38,7 +40,7 @@ from fused_lora.ops.lora_linear import (
     input_grads,
     lora_linear,
 )
-from fused_lora.ops.planning import packed_with, traits_of
+from fused_lora.ops.planning import packed_with, problem, traits_of
 from fused_lora.plan.strategies import fuses_activation, keeps_x
 from fused_lora.types import NO_CONTEXT, Forward, FusionContext, Impl, Keep, Needs, Plan
 
@@ -164,6 +166,45 @@ class LinearStage(Stage):
         assert w is not None
         return why_not_activated(dy[0], w, frame.spans, needs, run.note[0], self.dtype) is None
 
+    def previous(self, run: StageRun, own: Optional, asked: StageNeeds) -> Previous | None:
+        """Of one frame, where h was kept."""
+        frame, needs, plan = self.frames[0], asked.note[0], run.note[0]
+        if len(self.frames) > 1 or frame.impl is Impl.REFERENCE or self.drops or not needs.b:
+            return None
+        (kept, *_), (w, bias, *ab) = run.extra, own
+        if plan.keep is not Keep.HIDDEN or kept is None or not needs.x:
+            return None
+        assert w is not None
+        linear = PreviousLinear(kept, frame.adapters(ab))  # type: ignore[arg-type]
+        traits = traits_of(ab, frame.scales)  # type: ignore[arg-type]
+        sizes = (kept.shape[0], *reversed(w.shape), frame.spans, self.dtype, bias is not None)
+        question = problem(*sizes, needs, traits=traits, device=kept.device)
+        return Previous(linear, question, plan, self._without_b(kept, own, needs)[1])
+
+    def takes_previous(
+        self,
+        previous: Previous,
+        kind: str,
+        dy: Tensors,
+        run: StageRun,
+        own: Optional,
+        asked: StageNeeds,
+    ) -> bool:
+        """As Triton's dx and the compiled gradients do, where their plan has both."""
+        frame, (w, _, *ab) = self.frames[0], own
+        assert w is not None
+        traits = traits_of(ab, frame.scales)  # type: ignore[arg-type]
+        given = (frame.spans, asked.note[0], run.note[0], self.dtype, traits)
+        return why_not_previous(previous, kind, dy[0], w, *given) is None
+
+    def _without_b(self, dy: Tensor, own: Optional, needs: Needs) -> tuple[Needs, Plan]:
+        """What is left to do of the one frame, and its plan, where gradients of b are there."""
+        (frame,), (w, bias, *ab) = self.frames, own
+        assert w is not None
+        needs, traits = replace(needs, b=False), traits_of(ab, frame.scales)  # type: ignore[arg-type]
+        question = (dy, w, bias is not None, frame.spans, needs, traits, Keep.NOTHING, frame.impl)
+        return needs, call_plan(*question, self.dtype)
+
     def backward(
         self,
         dy: Tensors,
@@ -182,9 +223,15 @@ class LinearStage(Stage):
             w, _, *ab = own[part]
             assert w is not None
             w, dy_i = w.to(self.dtype) if cast is None else cast, as_rows(dy[i], self.dtype)
-            given = (dy_i, rows, kept, w, frame, ab, needs, run.note[i])
+            plan = run.note[i]
+            if epilogue.b_grads is not None:
+                needs, plan = self._without_b(dy_i, own, needs)
+                kept = None
+            given = (dy_i, rows, kept, w, frame, ab, needs, plan)
             activation_grad = (epilogue.activation_grad,) if epilogue.activation_grad else ()
             dx_i, *own_grads = input_grads(*given, *activation_grad, activation=epilogue.source)
+            if epilogue.b_grads is not None:
+                own_grads[-len(epilogue.b_grads) :] = epilogue.b_grads
             down += own_grads
             dx = dx_i if dx is None or dx_i is None else dx.add_(dx_i)
         return None if dx is None else (dx,), tuple(down)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, PreviousLinear
+from fused_lora.plan.problem import Problem
 from fused_lora.types import Plan
 
 # The tensors between stages are boundaries: boundary i goes into stage i, boundary i + 1 comes out
@@ -79,9 +80,19 @@ class GradEpilogue(NamedTuple):
     activation_grad: ActivationGrad | None = None  # of x = act(u): dx goes on to du
     residual_grad: Tensor | None = None  # [M, K], the gradient that passed by: added
     source: str = "none"  # or GELU, erf or tanh: u is given in the place of x = GELU(u)
+    b_grads: Sequence[Tensor] | None = None  # of its one frame, formed by the stage behind
 
 
 PLAIN = GradEpilogue()
+
+
+class Previous(NamedTuple):
+    """The linear before a stage and its activation, whose db the stage may form; see there."""
+
+    linear: PreviousLinear
+    question: Problem
+    plan: Plan  # of its backward where it forms db itself
+    rest: Plan  # and where db is there
 
 
 def consecutive(lengths: Iterable[int]) -> tuple[slice, ...]:
@@ -136,6 +147,22 @@ class Stage:
 
     def fuses_activation_grad(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
         """Whether its dx goes through the derivative of the activation before it in one pass."""
+        return False
+
+    def previous(self, run: StageRun, own: Optional, asked: StageNeeds) -> Previous | None:
+        """What the gradients of its b are formed from beside dy; None where it has to itself."""
+        return None
+
+    def takes_previous(
+        self,
+        previous: Previous,
+        kind: str,  # of the GELU between them
+        dy: Tensors,
+        run: StageRun,
+        own: Optional,
+        asked: StageNeeds,
+    ) -> bool:
+        """Whether it forms those in the pass of its dx through an activation's derivative."""
         return False
 
     def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: StageNeeds) -> bool:
