@@ -15,7 +15,7 @@ from torch.nn.functional import gelu
 
 from fused_lora.kernels.cuda import lora_grad as cuda
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.cuda.lora_grad_shape import GradCall
+from fused_lora.kernels.cuda.lora_grad_shape import GradCall, GradShape, fitting
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.reference import lora_linear as reference
@@ -97,6 +97,36 @@ def test_dh_is_written_as_it_is_formed(on_host: ModuleType, case: Case) -> None:
     assert (whole[:, :5] == 7).all() and (whole[:, -3:] == 7).all()
     alone = flat(run(p, needs))
     assert all(torch.equal(alone[name], value) for name, value in flat(ours).items())
+
+
+@pytest.mark.parametrize("case", FORMED, ids=[case.why for case in FORMED])
+def test_dh_is_written_without_da(on_host: ModuleType, case: Case) -> None:
+    """From dy alone, beside db of a given h, beside dbias if that fits, or by itself."""
+    p, chip = Problem(case), Chip(case.arch, 2)
+    world(on_host, True, False, case.arch >= 90)
+    with_bias = p.adapters.rank % 16 > 0  # dbias is one rank more
+    for b, bias in {(True, with_bias), (True, False), (False, with_bias), (False, False)}:
+        needs = Needs(False, bias=bias, a=False, b=b)
+        whole = torch.full((case.m, 2 + p.adapters.rank + 1), 7.0, dtype=case.dtype)
+        dh, h = whole[:, 2:-1], p.h if b else None
+        ours = cuda.lora_grads(None, p.dy, p.adapters, needs, h=h, dh_out=dh, chip=chip)
+        assert torch.equal(dh, p.dh)
+        assert (whole[:, :2] == 7).all() and (whole[:, -1:] == 7).all()
+        assert ours.a == [None] * len(case.spans)
+        check(ours, p.expected(needs))
+
+
+def test_what_is_formed_where_dh_is_written(on_host: ModuleType) -> None:
+    given = GradShape(768, 768, 16, h_given=True, needs_a=False)
+    written = given._replace(writes_dh=True)
+    assert not given.forms_dh and not given.forms and written.forms_dh and written.forms
+    assert not written._replace(dh_given=True).forms_dh
+    assert written._replace(needs_a=True).forms_dh
+    chip = Chip(90, 132)
+    assert not given.form(chip).forms and written.form(chip).forms
+    assert fitting(written, chip) == written
+    wide = written._replace(n=8192, ranks=64)  # more than a cluster holds
+    assert wide.form(chip) is None and not fitting(wide, chip).forms_dh
 
 
 OF_U = [case for case in CASES if case.dtype is not F32]
@@ -386,6 +416,9 @@ def test_the_module_refuses_what_would_read_out_of_place(on_host: ModuleType) ->
     fp32 = GradCall(p.x.float(), p.dy.float(), p.adapters, Needs(), None, None).plan(Chip(90, 2))
     with pytest.raises(ValueError, match="formed of a u of 16 bits, planned for fp32"):
         launch(fp32, dict(type=on_host.DType.float32, activation=on_host.Activation.erf), {})
+    asked = GradCall(None, p.dy, p.adapters, Needs(a=False), p.h, None, writes_dh=True)
+    with pytest.raises(ValueError, match="dh must be written as planned"):
+        launch(asked.plan(Chip(80, 2)), dict(h_row=16), dict(h=p.h.data_ptr(), x=0))
     given = GradCall(p.x, p.dy, p.adapters, Needs(), p.h, p.dh).plan(Chip(80, 2))
     written = dict(h_row=16, dh_row=16, dh_out_row=16)
     where = dict(h=p.h.data_ptr(), dh=p.dh.data_ptr(), dh_out=p.dh.data_ptr())
