@@ -29,5 +29,6 @@ PYBIND11_MODULE(_native, m) {
   bind_common(m);
   bind_lora_merge(m);
   bind_lora_grad(m);
+  bind_add_partials(m);
   bind_lora_linear(m);
 }

@@ -1,71 +1,64 @@
-// The second kernel of lora_grad: slices added in a fixed order, each sum scaled, rounded once and
-// put where its adapter's gradient lies. 32 neighbouring elements of a partial per block; warp w
-// adds slices w, w + 8, ... and the first warp adds the warps.
+// The second launch of lora_grad: slices of fp32 partial sums added in a fixed order, for up to six
+// passes at once. Each sum is scaled, rounded once and put where its adapter's gradient lies.
+//
+//   da_g[r, c] = sum over slices of partial[slice, c, first_rank_g + r]          columns of x
+//   db_g[n, r] = s_g times likewise, of column 16 ceil(k / 16) + first_column_g + n      of dy
+//   dbias[n]   = likewise of rank R, which no adapter has; unscaled
 #pragma once
 
-#include "common/warp.h"
-#include "lora_grad/fragments.h"
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "lora_grad/lora_grad.h"
 
 namespace fused_lora {
 
-struct GradTarget {
-  void* base;
-  int64_t index;
+constexpr int kMostPieces = 6;
+constexpr int kSumColumns = 16;   // columns of x, and of dy, are whole multiples of it
+constexpr int kSumElements = 32;  // of a partial, that a block adds up
+
+// Where one adapter's gradients go. Strides count elements, any are served.
+struct SumGroup {
+  void* da;  // [R_g, K]; null where nobody asks
+  void* db;  // [N_g, R_g]
+  int64_t da_r, da_k, db_n, db_r;
+  int32_t first_column, columns;  // of dy
+  int32_t first_rank, rank;       // of the stacked h
   float scale;
-  DType type;
-  bool add;
+  int32_t reserved;
 };
 
-// Where the element of [columns of x | dy, R] goes; a null base if nowhere.
-FL_DEVICE GradTarget target_of(const GradProblem& problem, const GradPlan& plan, int column,
-                               int r) {
-  const int n = column - 16 * plan.x_strips;
-  if (n >= 0 && r == problem.ranks) {
-    const bool inside = n < problem.dy.columns;
-    return {inside ? problem.dbias : nullptr, n, 1.0f, problem.dbias_type, false};
-  }
-  const int g = group_of(problem, r);
-  if (g == problem.groups) return {};
-  const GradGroup& group = problem.group[g];
-  const int64_t rank = r - group.first_rank, row = n - group.first_column;
-  if (n < 0) {
-    void* base = column < problem.x.columns ? group.da : nullptr;
-    return {base, rank * group.da_r + column * group.da_k, 1.0f, problem.grad, problem.add};
-  }
-  void* base = row >= 0 && row < group.columns ? group.db : nullptr;
-  return {base, row * group.db_n + rank * group.db_r, group.scale, problem.grad, problem.add};
-}
+// What one pass left, and what becomes of it.
+struct SumPiece {
+  const float* partial;  // [slices, all_columns(), 16 rank_blocks]
+  void* dbias;           // [N], contiguous; null where nobody asks
+  SumGroup group[kMostGroups];
+  int32_t slices;
+  int32_t k, n;         // columns of x and of dy that it has; 0 if none
+  int32_t rank_blocks;  // of 16
+  int32_t ranks, groups;
+  DType grad, dbias_type;
+  bool add;  // to what da and db hold
 
-template <typename T>
-FL_DEVICE void put_as(const GradTarget& target, float value) {
-  T* at = static_cast<T*>(target.base) + target.index;
-  *at = nearest<T>(target.add ? widen(*at) + value : value);
-}
-
-FL_DEVICE void put(const GradTarget& target, float value) {
-  switch (target.type) {
-    case DType::kFloat32: return put_as<float>(target, value);
-    case DType::kBFloat16: return put_as<BFloat16>(target, value);
-    case DType::kFloat16: return put_as<Float16>(target, value);
+  constexpr int32_t x_columns() const { return (k + kSumColumns - 1) / kSumColumns * kSumColumns; }
+  constexpr int32_t dy_columns() const { return (n + kSumColumns - 1) / kSumColumns * kSumColumns; }
+  constexpr int64_t elements() const {
+    return (static_cast<int64_t>(x_columns()) + dy_columns()) * 16 * rank_blocks;
   }
-}
+};
 
-FL_DEVICE void add_partials(const GradProblem& problem, const GradPlan& plan, const float* partial,
-                            float (&sums)[kGradWarps][32], int block) {
-  const int lane = thread_index() % 32, warp = thread_index() / 32;
-  const int ranks = 16 * plan.rank_blocks, size = plan.columns() * ranks, e = block * 32 + lane;
-  const GradTarget target = target_of(problem, plan, e / ranks, e % ranks);
-  float sum = 0.0f;
-  if (target.base) {
-    for (int slice = warp; slice < plan.slices; slice += kGradWarps) {
-      sum += partial[static_cast<int64_t>(slice) * size + e];
-    }
-  }
-  sums[warp][lane] = sum;
-  sync_block();
-  if (warp > 0 || !target.base) return;
-  for (int w = 1; w < kGradWarps; ++w) sum += sums[w][lane];
-  put(target, target.scale * sum);
-}
+// A launch: piece p has the blocks from first_block[p] on.
+struct Sums {
+  SumPiece piece[kMostPieces];
+  int32_t first_block[kMostPieces + 1];
+  int32_t pieces;
+};
+static_assert(sizeof(Sums) <= 4096, "what a kernel is given may have 4,096 bytes");
+
+// Fills in first_block.
+void add_partials(Sums sums, int device, void* stream);
+
+// The launch alone, in add_partials.cu. Returns a cudaError_t.
+int launch_add_partials(const Sums& sums, int device, void* stream);
 
 }  // namespace fused_lora

@@ -7,10 +7,11 @@
 namespace fused_lora {
 
 // The adapter that has this stacked rank; groups if none.
-FL_DEVICE int group_of(const GradProblem& problem, int r) {
+template <typename Grouped>
+FL_DEVICE int group_of(const Grouped& of, int r) {
   int g = 0;
-  while (g < problem.groups && (r < problem.group[g].first_rank ||
-                                r >= problem.group[g].first_rank + problem.group[g].rank)) {
+  while (g < of.groups &&
+         (r < of.group[g].first_rank || r >= of.group[g].first_rank + of.group[g].rank)) {
     ++g;
   }
   return g;

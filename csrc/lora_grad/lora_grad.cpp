@@ -75,13 +75,13 @@ void check(const GradProblem& problem, const GradPlan& plan) {
           std::string("planned for x and dy of ") + (shape.tf32 ? "fp32" : "16 bits"));
   require(problem.activation == Activation::kNone || !shape.tf32,
           "x is formed of a u of 16 bits, planned for fp32");
-  require(shape.needs_bias == (problem.dbias != nullptr), "dbias must be as planned");
   require(!problem.dh || shape.forms_dh(), "dh is written where it is formed, and it is given");
   require(!problem.dh || problem.dh_row >= problem.ranks, "rows of the written dh overlap");
   if (problem.rows == 0) return;  // tensors of no elements may have no address
   require(shape.h_given == (problem.x.given != nullptr) &&
               shape.dh_given == (problem.dy.given != nullptr),
           "h and dh must be given as planned");
+  require(!shape.writes_dh || shape.dh_given || problem.dh, "dh must be written as planned");
   if (shape.reads_x()) check_side(problem.x, shape.bytes(), "x");
   if (shape.reads_dy()) check_side(problem.dy, shape.bytes(), "dy");
 }

@@ -1,7 +1,6 @@
 #include <cuda_runtime_api.h>
 
 #include "common/device_guard.h"
-#include "lora_grad/add_partials.h"
 #include "lora_grad/one_pass.h"
 
 namespace fused_lora {
@@ -31,12 +30,6 @@ __global__ void __launch_bounds__(kGradThreads, GradLayout<T, S, RB, forms>::kBl
         .run(arguments.partial + static_cast<int64_t>(slice) * arguments.plan.columns() * 16 * RB);
   }
 #endif
-}
-
-__global__ void __launch_bounds__(kGradThreads)
-    add_partials_kernel(const __grid_constant__ Arguments arguments) {
-  __shared__ float sums[kGradWarps][32];
-  add_partials(arguments.problem, arguments.plan, arguments.partial, sums, blockIdx.x);
 }
 
 using Kernel = void (*)(Arguments);
@@ -84,11 +77,7 @@ int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* pa
   each_grad_shape(problem.type, Find{&arguments, &kernel});
   const dim3 grid(plan.slices, plan.chunks);
   const int cluster = plan.in_clusters() ? plan.chunks : 1;
-  if (const cudaError_t error = launch(kernel, grid, cluster, plan.smem_bytes, arguments, stream)) {
-    return error;
-  }
-  const int sums = plan.columns() * 16 * plan.rank_blocks;
-  return launch(add_partials_kernel, dim3(sums / 32), 1, 0, arguments, stream);
+  return launch(kernel, grid, cluster, plan.smem_bytes, arguments, stream);
 }
 
 }  // namespace fused_lora

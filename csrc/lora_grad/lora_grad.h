@@ -1,4 +1,5 @@
-// RANK gradients of all groups from one read of x and dy. The shapes of the operation.
+// RANK gradients of all groups from one read of x and dy, as sums of slices of rows, which
+// add_partials.h adds up. The shapes of the operation.
 //
 //   h  = x aT     dh_g = s_g dy[:, g] b_g      formed on chip, or given
 //   db_g = s_g dy[:, g]T h_g                   da = dhT x      dbias = sum over rows of dy
@@ -17,13 +18,11 @@ namespace fused_lora {
 constexpr int kMostGroups = 4;
 constexpr int kMostRanks = 64;  // stacked, and one more where dbias is asked for
 
-// One adapter: where its operands and gradients lie. Strides count elements, any are served.
+// One adapter: where its operands lie. Strides count elements, any are served.
 struct GradGroup {
   const void* a;  // [R_g, K]; null where dh and h are given
   const void* b;  // [N_g, R_g]
-  void* da;       // [R_g, K]; null where nobody asks
-  void* db;       // [N_g, R_g]
-  int64_t a_r, a_k, b_n, b_r, da_r, da_k, db_n, db_r;
+  int64_t a_r, a_k, b_n, b_r;
   int32_t first_column, columns;  // of dy
   int32_t first_rank, rank;       // of the stacked h
   float scale;
@@ -43,15 +42,12 @@ struct GradSide {
 struct GradProblem {
   GradSide x, dy;
   GradGroup group[kMostGroups];
-  void* dbias;  // [N], contiguous; null where nobody asks
-  void* dh;     // [M, R], rows contiguous: where dh goes as it is formed; null where nobody asks
+  void* dh;  // [M, R], rows contiguous: where dh goes as it is formed; null where nobody asks
   int64_t dh_row;
   int64_t rows;
   int32_t groups, ranks;
-  DType type;     // of x, dy, h and dh; products of fp32 are of TF32
-  DType adapter;  // of a and b
-  DType grad, dbias_type;
-  bool add;               // to what da and db hold
+  DType type;             // of x, dy, h and dh; products of fp32 are of TF32
+  DType adapter;          // of a and b
   Activation activation;  // x is that of what is given in its place; of 16 bits
 };
 
@@ -59,12 +55,13 @@ struct GradProblem {
 struct GradShape {
   int32_t k, n, ranks;
   bool h_given, dh_given, needs_a, needs_b, needs_bias;
-  bool tf32;  // x, dy, h and dh are fp32; else of 16 bits
+  bool tf32;       // x, dy, h and dh are fp32; else of 16 bits
+  bool writes_dh;  // which is then formed whether or not da is asked for
 
   constexpr int32_t bytes() const { return tf32 ? 4 : 2; }  // of an element
   constexpr int32_t all_ranks() const { return ranks + needs_bias; }
   constexpr bool forms_h() const { return needs_b && !h_given; }
-  constexpr bool forms_dh() const { return needs_a && !dh_given; }
+  constexpr bool forms_dh() const { return (needs_a || writes_dh) && !dh_given; }
   constexpr bool forms() const { return forms_h() || forms_dh(); }
   constexpr bool reads_x() const { return needs_a || forms_h(); }
   constexpr bool reads_dy() const { return needs_b || needs_bias || forms_dh(); }
@@ -99,7 +96,7 @@ struct GradPlan {
 // Nothing where no block or cluster of this architecture (80, 86, 89, 90, ...) holds the problem.
 std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors);
 
-// `partial` is device memory for plan.partial_floats() floats.
+// `partial` [slices, columns(), 16 rank_blocks] is written where its gradients are asked for.
 void lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,
                void* stream);
 

@@ -158,7 +158,7 @@ def adapter_grads(
     activation: str = "none",  # as above
 ) -> Grads:
     """da, db and dbias, each in its own operand's dtype."""
-    call = GradCall(x, dy, adapters, needs, h, dh)
+    call = GradCall(x, dy, adapters, needs, h, dh, writes_dh=dh_out is not None)
     if activation != "none" and why_not_activated(dy, call.shape):
         x, activation = activated(x, activation), "none"
     if why_not_dtype(dy.dtype) or not _trusted(call.shape, dy):
@@ -167,11 +167,11 @@ def adapter_grads(
         a, b = aten.rank_grads(dy, x, h, dh, adapters, low, needs)
         return Grads(None, None, dy.sum(0) if needs.bias else None, a, b)
     shape = fitting(call.shape, Chip.of(dy.device))
-    h, dh = _given(shape, dy, x, h, dh, adapters, dh_out)
-    dh_out = dh_out if dh is None else None
+    h, dh, dh_out = _given(shape, dy, x, h, dh, adapters, dh_out)
     x, rows = (None if x is None else aligned(x)), aligned(dy)
     asked = replace(needs, bias=shape.needs_bias)
     how: dict[str, Any] = dict(dh_out=dh_out, activation=activation)
+    dh = dh if needs.a else None  # which nothing else reads
     found = lora_grads(x, rows, adapters.uniform(ADAPTERS), asked, h, dh, **how)
     if needs.bias and not shape.needs_bias:
         found = found._replace(bias=dy.sum(0))
@@ -211,14 +211,15 @@ def _given(
     dh: Tensor | None,
     adapters: Adapters,
     dh_out: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """h and dh as the kernel for ``shape`` is given them, formed by the library where missing."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """h and dh as the kernel for ``shape`` is given them, formed by the library where missing; and
+    where the kernel writes dh, None where it is there by now."""
     if shape.h_given and shape.needs_b and h is None:
         assert x is not None
         h = aten.shrink(x, adapters.to(dy.dtype))
-    if shape.dh_given and shape.needs_a and dh is None:
+    if shape.dh_given and (shape.needs_a or dh_out is not None) and dh is None:
         dh = aten.shrink_grad(dy, adapters.to(dy.dtype), dh_out)
-    return h, dh
+    return h, dh, dh_out if dh is None else None
 
 
 def _as(grads: list[Tensor | None], like: Any) -> list[Tensor | None]:

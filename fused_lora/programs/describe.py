@@ -28,10 +28,7 @@ class Work(NamedTuple):
 
 
 def work(call: Call) -> Work:
-    """Of one call, from the sizes of what it reads and gives; what it adds to, it reads and writes.
-
-    A kernel's own workspace, written and read, is what its launch calls ``scratch_bytes``.
-    """
+    """Of one call, from the sizes of what it reads and gives; what it adds to counts as both."""
     name = name_of(call)
     if is_view(call) or name in ALLOCATIONS:
         return Work(0, 0)
@@ -40,7 +37,6 @@ def work(call: Call) -> Work:
     moved = 0 if name in FILLS else sum(read.values())
     moved += (1 + _accumulates(call)) * sum(written.values())
     moved += sum(out.nbytes for out in call.outs if out is not None)
-    moved += getattr(call.target, "scratch_bytes", 0)
     if name not in PRODUCTS:
         return Work(0, moved)
     result = call.outs[0] or call.writes[0]

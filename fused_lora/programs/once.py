@@ -1,8 +1,12 @@
-"""Calls that read an operation's inputs alone: made once, several as one, or within another.
+"""Calls that a program makes once, several as one, or within another.
 
-A target says by ``keeps`` that its calls may be so, and whether backward may have what forward's
-made: then backward does not repeat it. What backward no longer reads of the inputs is saved all the
-same, so that torch still sees a write in between.
+Those that read an operation's inputs alone go where the first of them stands. A target says by
+``keeps`` that its calls may be so, and whether backward may have what forward's made: then backward
+does not repeat it. What backward no longer reads of the inputs is saved all the same, so that torch
+still sees a write in between.
+
+Those whose results nobody reads for a while go where the last of them stands: a target says by
+``waits`` that its calls may.
 """
 
 from __future__ import annotations
@@ -25,6 +29,16 @@ class Preparation(Protocol):
         """The target of one call with the pieces of all."""
 
 
+class Waiting(Protocol):
+    """A target of one argument, a tuple of each piece's tensors in turn."""
+
+    waits: bool  # whether its calls may be made later, as one
+    kind: Hashable  # with those of this kind
+
+    def joined(self, others: Sequence[Any]) -> Any | None:
+        """The target of one call with the pieces of all; None where one cannot hold them."""
+
+
 class Shared(NamedTuple):
     """Both directions, and the inputs that backward depends on without reading them."""
 
@@ -40,7 +54,7 @@ class _Found:
 
 
 def shared(ahead: Sequence[Call], back: Sequence[Call], inputs: Sequence[Value]) -> Shared:
-    """``ahead`` and ``back``, each with one such call of a kind, where the first of them stood."""
+    """``ahead`` and ``back``, each with one such call of a kind as far as there can be one."""
     given = {value.storage for value in inputs}
     made: dict[Any, Call] = {}
     ahead = _once(ahead, _found(ahead, given), made)
@@ -49,7 +63,7 @@ def shared(ahead: Sequence[Call], back: Sequence[Call], inputs: Sequence[Value])
     reads = {v.storage for each in again if _key(each.call) in kept for v in each.call.reads}
     back = _once(back, again, kept)
     watched = [value for value in inputs if value.storage in reads]
-    return Shared(_carried(ahead, given), _carried(back, given), watched)
+    return Shared(_late(_carried(ahead, given)), _late(_carried(back, given)), watched)
 
 
 def _found(calls: Sequence[Call], given: set[int]) -> list[_Found]:
@@ -85,7 +99,9 @@ def _once(calls: Sequence[Call], found: Sequence[_Found], made: dict[Any, Call])
     for first, *others in kinds.values():
         moved = {id(call): call for each in others for call in each.before}
         gone |= moved.keys()
-        joint[id(first.call)] = [*moved.values(), _joined([first, *others])]
+        whole = _joined([first.call, *(each.call for each in others)])
+        assert whole is not None, first.call.target
+        joint[id(first.call)] = [*moved.values(), whole]
     written: list[Call] = []
     for call in calls:
         written += joint.get(id(call), [] if id(call) in gone else [call])
@@ -123,14 +139,42 @@ def _in_order(calls: Sequence[Call]) -> list[Call]:
     return list({id(call): call for call in calls}.values())
 
 
-def _joined(found: Sequence[_Found]) -> Call:
-    first, *others = (each.call for each in found)
+def _late(calls: Sequence[Call]) -> list[Call]:
+    """``calls``, those that may wait joined with the next of their kind for which they can."""
+    placed: list[Call | None] = []
+    waiting: dict[Hashable, int] = {}  # where the last of a kind stands, all before it joined
+    for call in calls:
+        waiting = {kind: i for kind, i in waiting.items() if not _bars(call, placed[i])}
+        if getattr(call.target, "waits", False):
+            kind = call.target.kind  # type: ignore[attr-defined]
+            before = waiting.get(kind)
+            if before is not None and (both := _joined([placed[before], call])):
+                placed[before], call = None, both
+            waiting[kind] = len(placed)
+        placed.append(call)
+    return [call for call in placed if call is not None]
+
+
+def _bars(call: Call, waiting: Call | None) -> bool:
+    """Whether ``waiting`` must come before ``call``: one of them writes what the other uses."""
+    if call.view or waiting is None:
+        return False
+    written = {value.storage for value in call.writes}
+    used = written | {value.storage for value in call.reads}
+    uses = any(value.storage in used for value in waiting.writes)
+    return uses or any(value.storage in written for value in waiting.reads)
+
+
+def _joined(calls: Sequence[Any]) -> Call | None:
+    first, *others = calls
     if not others:
         return first
-    args = tuple(sum(parts, ()) for parts in zip(*(each.call.args for each in found), strict=True))
-    writes = tuple(value for each in found for value in each.call.writes)
-    reads = [value for each in found for value in each.call.reads]
-    target = first.target.joined([call.target for call in others])  # type: ignore[attr-defined]
+    target = first.target.joined([call.target for call in others])
+    if target is None:
+        return None
+    args = tuple(sum(parts, ()) for parts in zip(*(call.args for call in calls), strict=True))
+    writes = tuple(value for call in calls for value in call.writes)
+    reads = [value for call in calls for value in call.reads]
     return Call(target, args, {}, first.outs, first.single, writes, False, reads)
 
 

@@ -4,15 +4,16 @@
     db_g = s_g dy[:, span_g]T h_g   da_g = dh_gT x   dbias = sum over rows of dy
 
 Products are of bf16, of fp16, or of fp32 rounded to TF32 where torch allows that. Sums are fp32,
-dbias that of dy as it is; each gradient is rounded once, to its tensor's dtype. No atomics. What is
-formed on chip must fit the registers of a block, or of a cluster (``fits``); with h and dh given,
-any width does. Of 16 bits x may be GELU(u), formed on chip from the u that is given in its place
-and rounded once, as whoever made it in forward did.
+dbias that of dy as it is; each gradient is rounded once, to its tensor's dtype. No atomics. A pass
+leaves the sums of slices of its rows; a second launch adds them up, in a program those of several
+passes (``add_slices``). What is formed on chip must fit the registers of a block, or of a cluster
+(``fits``); with h and dh given, any width does. Of 16 bits x may be GELU(u), formed on chip from
+the u that is given in its place and rounded once, as whoever made it in forward did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +21,13 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.cuda.lora_grad_shape import ADAPTERS, GradCall, GradShape
+from fused_lora.kernels.cuda.lora_grad_shape import (
+    ADAPTERS,
+    LARGE,
+    RANK_BLOCK,
+    GradCall,
+    GradShape,
+)
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.programs.record import opaque
@@ -43,9 +50,10 @@ def why_not(
     needs: Needs,
     h: Tensor | None = None,
     dh: Tensor | None = None,
+    writes_dh: bool = False,  # ``dh_out`` is given
 ) -> str | None:
     """One sentence why ``lora_grads`` cannot serve these operands; None when it can."""
-    call = GradCall(x, dy, adapters, needs, h, dh)
+    call = GradCall(x, dy, adapters, needs, h, dh, writes_dh)
     device = call.first.device
     if not call.first.is_cuda:
         return native.why_not() or f"the operands lie on {device}"
@@ -67,9 +75,9 @@ def lora_grads(
 ) -> Grads:
     """da, db and dbias as ``needs`` names them, in their operands' dtypes or ``into`` others.
 
-    ``dh_out`` is for a dh that is formed here: where ``needs.a``, and ``dh`` is not given.
+    ``dh_out`` is for a dh that is formed here, which is then whether or not ``needs.a``.
     """
-    call = GradCall(x, dy, adapters, needs, h, dh)
+    call = GradCall(x, dy, adapters, needs, h, dh, writes_dh=dh_out is not None)
     chip = chip or Chip.of(call.first.device)
     reason = call.why_not_operands() or call.why_not_written(dh_out)
     reason = reason or call.why_not_activated(activation)
@@ -77,66 +85,130 @@ def lora_grads(
     plan = call.plan(chip)
     assert plan is not None, call.too_large(chip)
     grads = _outputs(call, into)
-    if any(grad is not None for grad in (grads.bias, *grads.a, *grads.b)):
-        assert beta in (0, 1), beta
-        add = into is not None and beta == 1
-        launch = GradLaunch(call, plan, grads, add, dh_out, activation)
-        written = [t for t in (*grads.a, *grads.b, grads.bias, dh_out) if t is not None]
-        opaque(launch, lambda *_: None, *launch.tensors(call, grads, dh_out), writes=written)
+    if dh_out is None and all(grad is None for grad in (grads.bias, *grads.a, *grads.b)):
+        return grads
+    assert beta in (0, 1), beta
+    sizes = plan.slices, plan.columns, RANK_BLOCK * plan.rank_blocks
+    partial = call.first.new_empty(sizes, dtype=torch.float32)
+    launch = GradLaunch(call, plan, dh_out, activation)
+    written = [partial] if dh_out is None else [partial, dh_out]
+    opaque(launch, lambda *_: None, *launch.tensors(call, dh_out, partial), writes=written)
+    k, n = (size if strips else 0 for size, strips in zip(call.shape[:2], plan.strips, strict=True))
+    add_slices(partial, k, n, adapters, grads, add=into is not None and beta == 1)
     return grads
 
 
 class GradLaunch:
-    """One launch but for its tensors, whose layouts are packed once: done now, and by programs."""
+    """One pass but for its tensors, whose layouts are packed once: done now, and by programs."""
 
     __name__ = "lora_grad"
-    launches = 2  # the pass, and the sum of its slices
+    launches = 1
     by_address = True  # strides are bound
 
-    def __init__(
-        self,
-        call: GradCall,
-        plan: Any,
-        grads: Grads,
-        add: bool,
-        dh_out: Tensor | None,
-        activation: str,
-    ) -> None:
+    def __init__(self, call: GradCall, plan: Any, dh_out: Tensor | None, activation: str) -> None:
         module, first = native.load(), call.first
         assert first.is_cuda or module.archs == "none", first.device
-        written = [grad for grad in (*grads.a, *grads.b) if grad is not None]
-        assert len({grad.dtype for grad in written}) <= 1, [grad.dtype for grad in written]
-        self.device, self.partial_floats = first.device, int(plan.partial_floats)
+        self.device = first.device
         self._bound = module.BoundGrad(
             plan=plan,
             **{f"{name}_row": _row(getattr(call, name)) for name in ("x", "dy", "h", "dh")},
-            groups=_groups(call.adapters, grads),
+            groups=[
+                module.GradGroup(a_strides=a.stride(), b_strides=b.stride(), **of_group)
+                for a, b, of_group in zip(*call.adapters[:2], _places(call.adapters), strict=True)
+            ],
             dh_out_row=_row(dh_out),
             rows=first.shape[0],
             type=_dtype(first),
             adapter=_dtype(call.adapters.a[0]),
-            grad=_dtype(written[0] if written else first),
-            dbias_type=_dtype(grads.bias if grads.bias is not None else first),
-            add=add,
             activation=getattr(module.Activation, activation),
         )
 
     @staticmethod
-    def tensors(call: GradCall, grads: Grads, dh_out: Tensor | None) -> list[Tensor | None]:
+    def tensors(call: GradCall, dh_out: Tensor | None, partial: Tensor) -> list[Tensor | None]:
         """What a call takes, in order."""
-        own = (call.x, call.dy, call.h, call.dh, grads.bias, dh_out)
-        return [*own, *call.adapters.a, *call.adapters.b, *grads.a, *grads.b]
-
-    @property
-    def scratch_bytes(self) -> int:
-        """The slices' sums, written and read."""
-        return 2 * 4 * self.partial_floats
+        own = (call.x, call.dy, call.h, call.dh, dh_out, partial)
+        return [*own, *call.adapters.a, *call.adapters.b]
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """On the current stream."""
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        partial = torch.empty(self.partial_floats, dtype=torch.float32, device=self.device)
-        self._bound(addresses, partial.data_ptr(), *native.queue(self.device))
+        self._bound(addresses, *native.queue(self.device))
+
+
+def add_slices(
+    partial: Tensor,  # fp32 [slices, 16 ceil(k/16) + 16 ceil(n/16), 16 rank blocks], contiguous
+    k: int,  # columns of x that it begins with; 0 where there are none
+    n: int,  # columns of dy that follow; likewise
+    adapters: Adapters,
+    grads: Grads,  # da, db and dbias: written, or None
+    add: bool = False,  # to what da and db hold
+) -> None:
+    """Gradients from the sums that a kernel left of each slice of its rows.
+
+    Element [slice, c, r] is a part of da_g[r - first rank of g, c], and of column c of dy a part of
+    db_g[c - start of span g, r - first rank of g] before its scale s_g; rank ``adapters.rank`` of
+    dy's columns is a part of dbias. da and db have any strides and one dtype of fp32, bf16 and
+    fp16, dbias [n] another. Slices are added in a fixed order, in fp32, and rounded once.
+
+    Raises:
+        ValueError: sizes, dtypes, devices or layouts do not match.
+    """
+    reason = _why_not_sums(partial, k, n, adapters, grads)
+    if reason is not None:
+        raise ValueError(f"add_slices: {reason}")
+    written = [grad for grad in (grads.bias, *grads.a, *grads.b) if grad is not None]
+    if written:
+        launch = GradSums([GradSums.piece(partial, k, n, adapters, grads, add)], partial.device)
+        tensors = (partial, grads.bias, *grads.a, *grads.b)
+        opaque(launch, lambda _: None, tensors, writes=written)
+
+
+class GradSums:
+    """The sums of one or several passes as one launch, bound but for their tensors."""
+
+    __name__ = "add_partials"
+    launches = 1
+    by_address = True
+    waits = True  # a program may have those of several passes as one
+
+    def __init__(self, pieces: list[Any], device: torch.device) -> None:
+        module = native.load()
+        assert device.type == "cuda" or module.archs == "none", device
+        self.pieces, self.device = pieces, device  # fused_lora._native.SumPiece each
+        self.kind = self.__name__, device
+        self._bound = module.BoundSums(pieces)
+
+    @staticmethod
+    def piece(partial: Tensor, k: int, n: int, adapters: Adapters, grads: Grads, add: bool) -> Any:
+        """fused_lora._native.SumPiece of one pass."""
+        module = native.load()
+        of_adapters = [grad for grad in (*grads.a, *grads.b) if grad is not None]
+        return module.SumPiece(
+            **dict(slices=partial.shape[0], k=k, n=n, rank_blocks=partial.shape[2] // RANK_BLOCK),
+            groups=[
+                module.SumGroup(
+                    da_strides=(0, 0) if da is None else da.stride(),
+                    db_strides=(0, 0) if db is None else db.stride(),
+                    **of_group,
+                )
+                for da, db, of_group in zip(grads.a, grads.b, _places(adapters), strict=True)
+            ],
+            grad=_dtype(of_adapters[0] if of_adapters else partial),
+            dbias_type=_dtype(partial if grads.bias is None else grads.bias),
+            add=add,
+        )
+
+    def joined(self, others: Sequence[GradSums]) -> GradSums | None:
+        """All of them as one; None where those are too many."""
+        pieces = [piece for each in (self, *others) for piece in each.pieces]
+        if len(pieces) > native.load().sum_most_pieces:
+            return None
+        return GradSums(pieces, self.device)
+
+    def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
+        """On the current stream; of each pass its partial sums, dbias, every da and every db."""
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        self._bound(addresses, *native.queue(self.device))
 
 
 def a_grads(
@@ -174,22 +246,60 @@ def _outputs(call: GradCall, into: Into | None) -> Grads:
     )
 
 
-def _groups(adapters: Adapters, grads: Grads) -> list[Any]:
-    """fused_lora._native.GradGroup of each adapter."""
+def _places(adapters: Adapters) -> list[dict[str, Any]]:
+    """Of each adapter, its columns of dy, its ranks and its scale, as the module names them."""
     firsts = accumulate((span.rank for span in adapters.spans), initial=0)
-    rows = zip(adapters.a, adapters.b, grads.a, grads.b, strict=True)
     return [
-        native.load().GradGroup(
-            **dict(a_strides=a.stride(), b_strides=b.stride()),
-            da_strides=(0, 0) if da is None else da.stride(),
-            db_strides=(0, 0) if db is None else db.stride(),
+        dict(
             **dict(first_column=span.start, columns=span.width, scale=scale),
             **dict(first_rank=first, rank=span.rank),
         )
-        for (a, b, da, db), span, scale, first in zip(
-            rows, adapters.spans, adapters.scales, firsts, strict=False
-        )
+        for span, scale, first in zip(adapters.spans, adapters.scales, firsts, strict=False)
     ]
+
+
+def _why_not_sums(partial: Tensor, k: int, n: int, adapters: Adapters, grads: Grads) -> str | None:
+    """One sentence why these sums cannot be added up to these gradients; None when they can."""
+    spans, most = adapters.spans, native.load().grad_most_groups
+    if not 1 <= len(spans) <= most:
+        return f"{len(spans)} adapters share these sums; 1 to {most} are served"
+    counts = [len(each) for each in (adapters.scales, grads.a, grads.b)]
+    if counts != [len(spans)] * 3:
+        return f"{len(spans)} adapters have {counts} scales, da and db, None where one is not asked"
+    if k < 0 or n < 0 or any(span.start < 0 for span in spans):
+        return f"k {k}, n {n} and the starts of {[*spans]} must not be negative"
+    ranks = adapters.rank + (grads.bias is not None)
+    columns = sum(-(-size // RANK_BLOCK) * RANK_BLOCK for size in (k, n))
+    shape = tuple(partial.shape)
+    fits = len(shape) == 3 and shape[1] == columns and shape[2] % RANK_BLOCK == 0
+    if not (fits and shape[2] >= ranks and partial.dtype is torch.float32):
+        return (
+            f"the sums are float32 [slices, {columns}, a multiple of {RANK_BLOCK} from {ranks} on] "
+            f"for {k} columns of x and {n} of dy, got {partial.dtype} {shape}"
+        )
+    if not partial.is_contiguous():
+        return f"the sums must be contiguous, got strides {partial.stride()} of {shape}"
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [("dbias", grads.bias, (n,))]
+    for g, (da, db, span) in enumerate(zip(grads.a, grads.b, spans, strict=True)):
+        wanted += [(f"da {g}", da, (span.rank, k)), (f"db {g}", db, (span.width, span.rank))]
+        if db is not None and span.stop > n:
+            return f"db {g} is of columns {span.start} to {span.stop} of dy, which has {n}"
+    for name, grad, size in wanted:
+        if grad is not None and (tuple(grad.shape) != size or grad.device != partial.device):
+            seen = f"{tuple(grad.shape)} on {grad.device}"
+            return f"{name} must be {size} on {partial.device}, got {seen}"
+    if grads.bias is not None and not grads.bias.is_contiguous():
+        return f"dbias must be contiguous, got strides {grads.bias.stride()}"
+    dtypes = {grad.dtype for grad in (*grads.a, *grads.b) if grad is not None}
+    if len(dtypes) > 1 or not dtypes <= {*ADAPTERS}:
+        return f"da and db must have one dtype of {_list(ADAPTERS)}, got {_list(dtypes)}"
+    if grads.bias is not None and grads.bias.dtype not in LARGE:
+        return f"dbias must be one of {_list(LARGE)}, got {grads.bias.dtype}"
+    return None
+
+
+def _list(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(map(str, dtypes)))
 
 
 def _row(tensor: Tensor | None) -> int:

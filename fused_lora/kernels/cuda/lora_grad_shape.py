@@ -56,11 +56,12 @@ class GradShape(NamedTuple):
     needs_b: bool = True
     needs_bias: bool = False
     tf32: bool = False  # x, dy, h and dh are fp32, multiplied as TF32; else of 16 bits
+    writes_dh: bool = False  # which is then formed whether or not da is asked for
 
     @property
     def forms_dh(self) -> bool:
         """Whether dh is formed on chip."""
-        return self.needs_a and not self.dh_given
+        return (self.needs_a or self.writes_dh) and not self.dh_given
 
     @property
     def forms(self) -> bool:
@@ -97,7 +98,8 @@ def shape_of(p: Problem, plan: Plan) -> GradShape:
     needs = p.needs
     given = (plan.keep is Keep.HIDDEN, dh_given(p, plan))
     tf32 = p.dtype in WIDE
-    return GradShape(p.k, p.n, p.rank, *given, needs.a, needs.b, needs.bias, tf32)
+    asked = (needs.a, needs.b, needs.bias)
+    return GradShape(p.k, p.n, p.rank, *given, *asked, tf32, plan.writes_dh)
 
 
 @lru_cache(maxsize=16)
@@ -134,6 +136,7 @@ class GradCall(NamedTuple):
     needs: Needs
     h: Tensor | None  # [M, sum R]
     dh: Tensor | None  # [M, sum R]
+    writes_dh: bool = False  # where it is formed
 
     @property
     def large(self) -> dict[str, Tensor]:
@@ -164,6 +167,7 @@ class GradCall(NamedTuple):
             needs_b=self.needs.b,
             needs_bias=self.needs.bias,
             tf32=self.first.dtype is torch.float32,
+            writes_dh=self.writes_dh,
         )
 
     def plan(self, chip: Chip) -> Any:
@@ -182,8 +186,8 @@ class GradCall(NamedTuple):
         """One sentence why dh cannot be written to ``dh_out`` as it is formed."""
         if dh_out is None:
             return None
-        if not self.shape.forms_dh:
-            return "dh is not formed here: it is given, or no a needs a gradient"
+        if self.dh is not None:
+            return "dh is not formed here: it is given"
         wanted = (self.first.shape[0], self.adapters.rank)
         if dh_out.shape != wanted or dh_out.dtype is not self.first.dtype or dh_out.stride(1) != 1:
             seen = f"{tuple(dh_out.shape)} {dh_out.dtype} {dh_out.stride()}"
@@ -203,7 +207,7 @@ class GradCall(NamedTuple):
 
     def _why_not_missing(self) -> str | None:
         forms_h = self.needs.b and self.h is None
-        forms_dh = self.needs.a and self.dh is None
+        forms_dh = (self.needs.a or self.writes_dh) and self.dh is None
         if self.x is None and (self.needs.a or forms_h):
             return "x is needed"
         if self.dy is None and (self.needs.b or self.needs.bias or forms_dh):

@@ -1,8 +1,9 @@
-// The launch of lora_grad.cu on a CPU: the same kernels, a block at a time, over an emulated block.
+// The launches of csrc/lora_grad on a CPU: the same kernels, a block at a time, over an emulated
+// block.
 
 #include <stdexcept>
 
-#include "lora_grad/add_partials.h"
+#include "lora_grad/add_piece.h"
 #include "lora_grad/one_pass.h"
 
 namespace fused_lora {
@@ -51,11 +52,15 @@ int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* pa
   bool found = false;
   each_grad_shape(problem.type, Run{problem, plan, partial, &found});
   if (!found) throw std::logic_error("no kernel of the plan's shape");
-  const int sums = plan.columns() * 16 * plan.rank_blocks;
+  return 0;
+}
+
+int launch_add_partials(const Sums& sums, int device, void*) {
+  if (device < 0) return 101;
   EmulatedCluster block(1, backwards, late);
-  for (int i = 0; i < sums / 32; ++i) {
+  for (int i = 0; i < sums.first_block[sums.pieces]; ++i) {
     float shared[kGradWarps][32];
-    block.run([&] { add_partials(problem, plan, partial, shared, i); });
+    block.run([&] { add_pieces(sums, shared, i); });
   }
   return 0;
 }

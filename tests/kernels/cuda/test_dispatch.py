@@ -192,6 +192,52 @@ def test_what_no_block_forms_the_library_does(unchecked: Served, monkeypatch) ->
     assert unchecked.runs == 1
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["on chip", "by the library"])
+@pytest.mark.parametrize("b, bias", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("serves", [True, False])
+def test_dh_is_written_where_a_asks_for_no_gradient(
+    served: Served,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    wide: bool,
+    b: bool,
+    bias: bool,
+    serves: bool,
+) -> None:
+    """By the kernel that forms db, by the library where no block holds it or none is trusted."""
+    from fused_lora.kernels.cuda.lora_grad_shape import GradShape, fitting
+    from fused_lora.kernels.cuda.native import Chip
+
+    monkeypatch.setattr(lora_grad_backends, "_trusted", lambda *_: serves)
+    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip(80, 1)))
+    by_library, right = [], lora_grad_backends.aten.shrink_grad
+    monkeypatch.setattr(
+        lora_grad_backends.aten, "shrink_grad", lambda *t: (by_library.append(1), right(*t))[1]
+    )
+    layer = Layer(9, 72, 1024, (Span(0, 1024, 40),)) if wide else Layer()
+    adapters = Adapters(layer.a, layer.b, layer.scales, layer.spans)
+    shape = GradShape(0, layer.dy.shape[1], adapters.rank, b, False, False, b, bias, False, True)
+    assert fitting(shape, Chip(80, 1)).forms_dh is not wide
+    needs = Needs(False, bias=bias, a=False, b=b)
+    h = (layer.x @ adapters.stacked_a().T.to(BF16)) if b else None
+    out = torch.full((layer.dy.shape[0], adapters.rank + 8), 7.0).to(BF16)
+    dh = out[:, 8:]
+    found = lora_grad_backends.adapter_grads(layer.dy, None, h, None, adapters, needs, dh)
+    pairs = zip(layer.b, layer.scales, layer.spans, strict=False)
+    truth = [s * layer.dy[:, p.start : p.stop].double() @ b_g.double() for b_g, s, p in pairs]
+    assert error(dh, torch.cat(truth, 1)) < 0.01 and (out[:, :8] == 7).all()
+    assert by_library == [1] * (wide or not serves)
+    assert found.a == [None] * len(layer.a)
+    plain = lora_grad_backends.aten.rank_grads(
+        layer.dy, None, h, None, adapters, adapters.to(BF16), needs
+    )
+    for mine, other in zip(found.b, plain[1], strict=True):
+        assert (mine is None) == (other is None) == (not b)
+        assert mine is None or error(mine, other.double()) < 0.01
+    assert not bias or error(found.bias, layer.dy.double().sum(0)) < 0.01
+    assert (found.bias is None) == (not bias)
+    assert served.runs == serves
+
+
 def test_a_block_of_several_matrices(unchecked: Served) -> None:
     torch.manual_seed(1)
     fc1, fc2 = (matrix(n, k, 6, dtype=BF16, w=False) for n, k in ((40, 24), (24, 40)))

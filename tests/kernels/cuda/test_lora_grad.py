@@ -15,7 +15,7 @@ from torch.nn.functional import gelu
 
 from fused_lora.kernels.cuda import lora_grad as cuda
 from fused_lora.kernels.cuda import native
-from fused_lora.kernels.cuda.lora_grad_shape import GradCall
+from fused_lora.kernels.cuda.lora_grad_shape import GradCall, GradShape, fitting
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters, Grads
 from fused_lora.reference import lora_linear as reference
@@ -99,6 +99,36 @@ def test_dh_is_written_as_it_is_formed(on_host: ModuleType, case: Case) -> None:
     assert all(torch.equal(alone[name], value) for name, value in flat(ours).items())
 
 
+@pytest.mark.parametrize("case", FORMED, ids=[case.why for case in FORMED])
+def test_dh_is_written_without_da(on_host: ModuleType, case: Case) -> None:
+    """From dy alone, beside db of a given h, beside dbias if that fits, or by itself."""
+    p, chip = Problem(case), Chip(case.arch, 2)
+    world(on_host, True, False, case.arch >= 90)
+    with_bias = p.adapters.rank % 16 > 0  # dbias is one rank more
+    for b, bias in {(True, with_bias), (True, False), (False, with_bias), (False, False)}:
+        needs = Needs(False, bias=bias, a=False, b=b)
+        whole = torch.full((case.m, 2 + p.adapters.rank + 1), 7.0, dtype=case.dtype)
+        dh, h = whole[:, 2:-1], p.h if b else None
+        ours = cuda.lora_grads(None, p.dy, p.adapters, needs, h=h, dh_out=dh, chip=chip)
+        assert torch.equal(dh, p.dh)
+        assert (whole[:, :2] == 7).all() and (whole[:, -1:] == 7).all()
+        assert ours.a == [None] * len(case.spans)
+        check(ours, p.expected(needs))
+
+
+def test_what_is_formed_where_dh_is_written(on_host: ModuleType) -> None:
+    given = GradShape(768, 768, 16, h_given=True, needs_a=False)
+    written = given._replace(writes_dh=True)
+    assert not given.forms_dh and not given.forms and written.forms_dh and written.forms
+    assert not written._replace(dh_given=True).forms_dh
+    assert written._replace(needs_a=True).forms_dh
+    chip = Chip(90, 132)
+    assert not given.form(chip).forms and written.form(chip).forms
+    assert fitting(written, chip) == written
+    wide = written._replace(n=8192, ranks=64)  # more than a cluster holds
+    assert wide.form(chip) is None and not fitting(wide, chip).forms_dh
+
+
 OF_U = [case for case in CASES if case.dtype is not F32]
 KINDS = {"erf": "none", "tanh": "tanh"}
 
@@ -152,8 +182,8 @@ def test_what_dh_cannot_be_written_to(on_host: ModuleType) -> None:
     for wrong in (out[1:], out.float(), out.t().contiguous().t()):
         said = call.why_not_written(wrong)
         assert said and "dh is written as (41, 16) torch.bfloat16" in said, said
-    for given in (call._replace(dh=p.dh), call._replace(needs=Needs(a=False))):
-        assert "dh is not formed here" in (given.why_not_written(out) or "")
+    said = call._replace(dh=p.dh).why_not_written(out)
+    assert said == "dh is not formed here: it is given"
 
 
 @pytest.mark.parametrize("given", ["", "h", "dh", "h dh"])
@@ -357,26 +387,22 @@ def test_sentences(on_host: ModuleType) -> None:
 def test_the_module_refuses_what_would_read_out_of_place(on_host: ModuleType) -> None:
     p = Problem(SMALL)
     plan = GradCall(p.x, p.dy, p.adapters, Needs(), None, None).plan(Chip(80, 2))
-    types = dict.fromkeys(("type", "adapter", "grad", "dbias_type"), on_host.DType.bfloat16)
-    strides = ("a_strides", "b_strides", "da_strides", "db_strides")
-    group = on_host.GradGroup(
-        **dict.fromkeys(strides, (1, 1)),
-        **dict(first_column=0, columns=40, first_rank=0, rank=16, scale=1.0),
-    )
+    types = dict.fromkeys(("type", "adapter"), on_host.DType.bfloat16)
+    place = dict(first_column=0, columns=40, first_rank=0, rank=16, scale=1.0)
+    group = on_host.GradGroup(a_strides=(1, 1), b_strides=(1, 1), **place)
     rows = dict(x_row=72, dy_row=40, h_row=0, dh_row=0, dh_out_row=0, rows=41)
-    names = ("x", "dy", "h", "dh", "dbias", "dh_out")
-    whole = types | rows | dict(groups=[group], add=False)
+    names = ("x", "dy", "h", "dh", "dh_out", "partial")
+    whole = types | rows | dict(groups=[group])
     at = dict.fromkeys(names, 0) | dict(x=p.x.data_ptr(), dy=p.dy.data_ptr())
 
     def launch(plan, change, where) -> None:
         bound = on_host.BoundGrad(plan=plan, **(whole | change))
-        adapters = [0] * (4 * len((whole | change)["groups"]))
-        bound([(at | where)[name] for name in names] + adapters, 0, 0, 0)
+        adapters = [0] * (2 * len((whole | change)["groups"]))
+        bound([(at | where)[name] for name in names] + adapters, 0, 0)
 
     bad = {
         "x must begin": ({}, dict(x=p.x.data_ptr() + 2)),
         "h and dh": ({}, dict(h=p.h.data_ptr())),
-        "dbias": ({}, dict(dbias=p.x.data_ptr())),
         "planned for x and dy of 16 bits": (dict(type=on_host.DType.float32), {}),
         "1 to 4 groups": (dict(groups=[]), {}),
         "rows of the written dh overlap": (dict(dh_out_row=15), dict(dh_out=p.dh.data_ptr())),
@@ -385,11 +411,14 @@ def test_the_module_refuses_what_would_read_out_of_place(on_host: ModuleType) ->
     for message, (change, where) in bad.items():
         with pytest.raises(ValueError, match=message):
             launch(plan, change, where)
-    with pytest.raises(ValueError, match="1 groups have 10 addresses, got 9"):
-        on_host.BoundGrad(plan=plan, **whole)([0] * 9, 0, 0, 0)
+    with pytest.raises(ValueError, match="1 groups have 8 addresses, got 9"):
+        on_host.BoundGrad(plan=plan, **whole)([0] * 9, 0, 0)
     fp32 = GradCall(p.x.float(), p.dy.float(), p.adapters, Needs(), None, None).plan(Chip(90, 2))
     with pytest.raises(ValueError, match="formed of a u of 16 bits, planned for fp32"):
         launch(fp32, dict(type=on_host.DType.float32, activation=on_host.Activation.erf), {})
+    asked = GradCall(None, p.dy, p.adapters, Needs(a=False), p.h, None, writes_dh=True)
+    with pytest.raises(ValueError, match="dh must be written as planned"):
+        launch(asked.plan(Chip(80, 2)), dict(h_row=16), dict(h=p.h.data_ptr(), x=0))
     given = GradCall(p.x, p.dy, p.adapters, Needs(), p.h, p.dh).plan(Chip(80, 2))
     written = dict(h_row=16, dh_row=16, dh_out_row=16)
     where = dict(h=p.h.data_ptr(), dh=p.dh.data_ptr(), dh_out=p.dh.data_ptr())
