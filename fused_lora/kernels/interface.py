@@ -47,7 +47,7 @@ class PreviousLinear(NamedTuple):
 
     h: Tensor  # [M, sum R], that it kept
     adapters: Adapters
-    b_grads: list[Tensor] = []  # where db goes, each in its own dtype
+    b_grads: Sequence[Tensor | None] = ()  # where db goes, each in its own dtype
 
 
 class HiddenGrad(NamedTuple):

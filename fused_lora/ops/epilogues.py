@@ -18,10 +18,21 @@ from fused_lora.ops import elementwise
 from fused_lora.ops import lora_grad_backends as compiled_grads
 from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
 from fused_lora.ops.chain.stage import Previous, finish
+from fused_lora.ops.lora_grad_backends import PREVIOUS_RANKS, TILE_COLUMNS, TILE_DEPTH
 from fused_lora.ops.lora_linear import call_plan, forward
 from fused_lora.ops.planning import problem, together_wins
 from fused_lora.plan.strategies import fuses_activation, fuses_activation_grad, fuses_residual
-from fused_lora.types import AdapterTraits, Backend, FusionContext, Impl, Needs, Plan, Span, ragged
+from fused_lora.types import (
+    AdapterTraits,
+    Backend,
+    FusionContext,
+    Impl,
+    Keep,
+    Needs,
+    Plan,
+    Span,
+    ragged,
+)
 from fused_lora.verify.kernel_registry import of_compiled_product
 from fused_lora.verify.verdicts import why_not_concrete
 
@@ -44,13 +55,20 @@ def plan_in_context(
     impl: Impl,
     dtype: torch.dtype,  # of the product
     context: FusionContext,
+    keeps_h: bool = False,  # gradients may be formed in tiles of du, which takes a kept h
 ) -> Plan:
     """The plan of a product with something beside it.
 
     One whose epilogues are not trusted was chosen for nothing: it is asked for without them.
     """
-    ask = partial(call_plan, x, w, bias, spans, needs, traits, None, impl, dtype)
+    keep = None
+    if keeps_h and needs.a and needs.b and holds_gradients(w, spans, dtype, context):
+        keep = Keep.HIDDEN
+    ask = partial(call_plan, x, w, bias, spans, needs, traits, keep, impl, dtype)
     plan = ask(context)
+    if keep and not (plan.backend is Backend.TRITON and plan.grads_by is Backend.CUDA):
+        ask = partial(call_plan, x, w, bias, spans, needs, traits, None, impl, dtype)
+        plan = ask(context)
     reason = None
     if context.activated and fuses_activation(plan):
         reason = why_not_fused(x, w, spans, plan, Epilogue("erf"), dtype)
@@ -60,6 +78,16 @@ def plan_in_context(
         reason = why_not_activation_grad(x, w, spans, plan, dtype)
     plain = context._replace(activated=False, input_activated=False, joined=False)
     return ask(plain) if reason else plan
+
+
+def holds_gradients(
+    w: Tensor, spans: tuple[Span, ...], dtype: torch.dtype, context: FusionContext
+) -> bool:
+    """Whether tiles of du may hold gradients of this linear, which made u or which x = act(u)."""
+    n, k = w.shape
+    columns, depth = (n, TILE_DEPTH) if context.activated else (k, n)
+    whole = columns % TILE_COLUMNS == depth % TILE_DEPTH == 0
+    return whole and dtype.itemsize == 2 and sum(span.rank for span in spans) <= PREVIOUS_RANKS
 
 
 def why_nobody(like: Tensor, dtype: torch.dtype, impl: Impl) -> str | None:

@@ -115,9 +115,9 @@ def _with_previous(
     grads = adapter_grads(dy, None, h, None, adapters, replace(needs, x=False, a=False), dh)
     made = input_grad_and_slices(dy, w, adapters, dh, activation_grad)
     own, k = adapters.uniform(ADAPTERS), w.shape[1]
-    a = [torch.empty_like(a_g) for a_g in own.a]
+    a: list[Tensor | None] = [torch.empty_like(a_g) for a_g in own.a]
     add_slices(made.a, k, 0, own, Grads(None, None, None, a, [None] * len(a)))
-    b = previous.b_grads
+    b = list(previous.b_grads)
     add_slices(made.b, 0, k, previous.adapters, Grads(None, None, None, [None] * len(b), b))
     return grads._replace(x=made.du, a=_as(a, adapters.a))
 
@@ -168,7 +168,8 @@ def adapter_grads(
         return Grads(None, None, dy.sum(0) if needs.bias else None, a, b)
     shape = fitting(call.shape, Chip.of(dy.device))
     h, dh, dh_out = _given(shape, dy, x, h, dh, adapters, dh_out)
-    x, rows = (None if x is None else aligned(x)), aligned(dy)
+    reads_dy = needs.b or shape.needs_bias or (needs.a and dh is None) or dh_out is not None
+    x, rows = (None if x is None else aligned(x)), aligned(dy) if reads_dy else None
     asked = replace(needs, bias=shape.needs_bias)
     how: dict[str, Any] = dict(dh_out=dh_out, activation=activation)
     dh = dh if needs.a else None  # which nothing else reads

@@ -247,7 +247,8 @@ def _race_together(
             needs = previous.question.needs
             kept, needs = (None, replace(needs, b=False)) if joint else (h_before, needs)
             rest = previous.rest if joint else previous.plan
-            return backward(du, before.x, kept, before.w, before.adapters, needs, rest)
+            left = (du, before.x, kept, before.w, before.adapters, needs, rest)
+            return backward(*left, Impl.AUTO)
 
         return _raced({name: (name,) for name in BOTH}, run, device)
 

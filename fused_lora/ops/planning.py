@@ -123,14 +123,15 @@ def together_wins(
     question: Problem,
     plan: Plan,
     kind: str,  # erf or tanh: the GELU between them
-    previous: Any,  # ``ops.chain.stage.Previous``
+    previous: Any,  # ``ops.chain.stage.Previous``: a linear, its question, and two plans
     dtype: torch.dtype,
     device: torch.device,
 ) -> bool:
     """Whether gradients formed in the tiles of dx, through GELU's derivative, take less time."""
     found = measured.together(question, plan, kind, previous, device)
     limits = ceilings(device, dtype)
-    apart, joint = found or together_us(question, plan, *previous[1:], limits)
+    _, before, own, rest = previous
+    apart, joint = found or together_us(question, plan, before, own, rest, limits)
     return joint < apart
 
 

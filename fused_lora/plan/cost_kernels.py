@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fused_lora.plan.problem import Problem, Step, cast_steps, full_steps
+from fused_lora.plan.strategies import kept_columns
 from fused_lora.types import Backend, Forward, Gradient, Keep, Plan
 
 # What the compiled kernels cost: the gradients db and da from one pass over x and dy, then a sum
@@ -164,16 +165,16 @@ def extended_grads_steps(p: Problem, plan: Plan, ranks_before: int) -> Iterator[
     ranks = sum(-(-r // CUDA_RANK_BLOCK) * CUDA_RANK_BLOCK for r in (p.rank, ranks_before))
     sums = GRADS_SLICES * ranks * p.k * (4 // p.itemsize)
     beside = p.m * (p.k + p.rank + ranks_before) + sums
-    flops, how = 2 * p.m * p.k * ranks, dict(elements=beside, share=GRADS_SHARE)
-    yield _launch("dx extended grads", p.m, p.k, p.n + p.rank, flops, **how)
+    sizes = (p.m, p.k, p.n + p.rank, 2 * p.m * p.k * ranks, beside)
+    yield _launch("dx extended grads", *sizes, share=GRADS_SHARE)
     again = Step("sums da db", ranks, p.k, extra_elements=sums, calls=TRITON_LAUNCH_CALLS)
     yield replace(again, host_calls=0.0)  # one launch with the other sums
 
 
 def keeps_packed(p: Problem, plan: Plan) -> bool:
-    """Whether backward has what forward packed: no larger than h, and kept in its stead."""
+    """Whether backward has what forward packed."""
     columns = sum(-(-columns // 16) * 16 for columns in (p.k, p.n))
-    return plan.forward is not Forward.MERGE and plan.keep is Keep.NOTHING and columns <= p.m
+    return plan.forward is not Forward.MERGE and columns <= kept_columns(p.m, plan)
 
 
 def _pack(p: Problem) -> Iterator[Step]:

@@ -70,7 +70,8 @@ def _extended_gelu(p: Operands) -> Named:
 
 def _extended_grads(p: Operands) -> Named:
     """du behind an activation of x = u, da of act(u) and duT h, both transposed."""
-    (h, dh), dx, named = thin(p), products(p)["dx"], {}
+    (h, dh), dx = thin(p), products(p)["dx"]
+    named: dict[str, Tensor] = {}
     for kind, approximate in KINDS.items():
         du = _slope(p.x, dx, kind)
         da = F.gelu(p.x, approximate=approximate).T @ dh

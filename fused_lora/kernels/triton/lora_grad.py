@@ -270,7 +270,7 @@ def _extended_grads(
         acc = tl.dot(load_border(border, r[None, :], n[:, None], dtype), thin, acc)
         w_tile = w + n.to(tl.int64)[:, None] * w_column + k.to(tl.int64)[None, :] * w_row
         dy_tile = dy + base * dy_row + (i * dy_row)[None, :] + k[:, None]
-        for k0 in range(0, depth, BLOCK_K):
+        for _ in range(0, depth, BLOCK_K):
             right = tl.load(dy_tile, mask=inside_m[None, :], other=0.0)
             acc = tl.dot(tl.load(w_tile), right, acc)
             w_tile += BLOCK_K * w_row

@@ -17,6 +17,7 @@ from fused_lora.kernels.triton.launches import tile_of
 from fused_lora.kernels.triton.lora_extended import describable
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.tiles import BulkTile
+from fused_lora.plan.strategies import kept_columns
 from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, ragged
 
 # Grouped LoRA linear from this room's kernels, and library GEMMs where they are frozen-sized.
@@ -43,7 +44,7 @@ def forward(
     if plan.forward is Forward.MERGE:
         new = merged(w, adapters)
         return F.linear(x, new, bias), new if plan.keep is Keep.MERGED else None
-    low = packed(uniform(adapters), x.dtype, rows_kept(x, plan))
+    low = packed(uniform(adapters), x.dtype, kept_columns(x.shape[0], plan))
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if plan.forward is Forward.ONE_PASS:
         tile = _product_tile("one_pass", x, w.shape[0], adapters)
@@ -109,7 +110,9 @@ def input_grad(
         return lora_one_pass.input_grad(dy, w, low, tile=tile)
     dy, w = (readable(t, tile) for t in (dy, w))
     dh = given.dh if given else shrink_grad(dy, low)
-    how = dict(activation=activation_grad[0], u=activation_grad[1]) if activation_grad else {}
+    how: dict[str, Any] = {}
+    if activation_grad:
+        how = {"activation": activation_grad.activation, "u": activation_grad.u}
     return lora_extended.input_grad(dy, w, low, dh=dh, tile=tile, **how)
 
 
@@ -121,16 +124,12 @@ def input_grad_and_slices(
     activation_grad: ActivationGrad,  # with a previous linear
 ) -> lora_grad.GradSlices:
     """du [M, K], and the sums that da and the previous linear's db are added up from."""
-    assert activation_grad.previous is not None
-    activation, u, (h, *_) = activation_grad
+    activation, u, previous = activation_grad
+    assert previous is not None
+    h = previous.h
     dy, low = rows(dy), packed(uniform(adapters), dy.dtype)
     tile = _product_tile("extended_grads", dy, w.shape[1], adapters)
     return lora_grad.input_grad_and_slices(dy, w, low, dh, activation, rows(u), rows(h), tile)
-
-
-def rows_kept(x: Tensor, plan: Plan) -> int:
-    """Of an h as large as what a forward may keep beside what ``plan`` names."""
-    return x.shape[0] if plan.keep is Keep.NOTHING else 0
 
 
 def rows(t: Tensor) -> Tensor:
@@ -231,7 +230,7 @@ def forward_epilogue(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the epilogue stores it."""
     active, factor, residual, stores_u = epilogue
-    low = packed(uniform(adapters), x.dtype, rows_kept(x, plan))
+    low = packed(uniform(adapters), x.dtype, kept_columns(x.shape[0], plan))
     x, bias = rows(x), None if bias is None else bias.contiguous()
     n, k = w.shape
     kernel, uneven = epilogue.kernel(plan.forward.value, x.dtype), ragged(adapters.spans)

@@ -156,7 +156,7 @@ class ChainBackward:
         source, previous = "none", None
         through = kind is not None and asked.x and residual_grad is None
         through = through and stage.fuses_activation_grad(grads, run, own)
-        if through:
+        if through and kind:
             previous = self._previous(i, kind, grads, run)
         if previous is None and stage.reads_input(run, asked):
             if kind and i not in self.values and stage.activates(grads, run, own, asked):

@@ -52,6 +52,7 @@ class LinearStage(Stage):
     frames: tuple[Frame, ...]
     dtype: torch.dtype
     context: FusionContext = NO_CONTEXT  # of each frame; what else lies beside shows in each pass
+    keeps_h: bool = False  # gradients of a or b may be formed in the tiles of an activation's du
 
     operands: int = field(init=False, compare=False)  # those of all frames
     parts: tuple[tuple[Frame, slice], ...] = field(init=False, compare=False)  # each one's own
@@ -147,7 +148,10 @@ class LinearStage(Stage):
         traits = traits_of(ab, frame.scales)  # type: ignore[arg-type]
         question = (like, w, bias is not None, frame.spans, asked.note[i], traits, frame.impl)
         return plan_in_context(
-            *question, self.dtype, context._replace(bordered=bordered, shrunk=shrunk)
+            *question,
+            self.dtype,
+            context._replace(bordered=bordered, shrunk=shrunk),
+            self.keeps_h,
         )
 
     def fuses_activation_grad(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
@@ -177,8 +181,9 @@ class LinearStage(Stage):
         assert w is not None
         linear = PreviousLinear(kept, frame.adapters(ab))  # type: ignore[arg-type]
         traits = traits_of(ab, frame.scales)  # type: ignore[arg-type]
-        sizes = (kept.shape[0], *reversed(w.shape), frame.spans, self.dtype, bias is not None)
-        question = problem(*sizes, needs, traits=traits, device=kept.device)
+        n, k = w.shape
+        call = (kept.shape[0], k, n, frame.spans, self.dtype, bias is not None, needs)
+        question = problem(*call, self._alone(), traits, kept.device)
         return Previous(linear, question, plan, self._without_b(kept, own, needs)[1])
 
     def takes_previous(
@@ -203,7 +208,11 @@ class LinearStage(Stage):
         assert w is not None
         needs, traits = replace(needs, b=False), traits_of(ab, frame.scales)  # type: ignore[arg-type]
         question = (dy, w, bias is not None, frame.spans, needs, traits, Keep.NOTHING, frame.impl)
-        return needs, call_plan(*question, self.dtype)
+        return needs, call_plan(*question, self.dtype, self._alone())
+
+    def _alone(self) -> FusionContext:
+        """With nothing beside the product."""
+        return FusionContext(packed_with=packed_with(self.context.packed_with))
 
     def backward(
         self,
