@@ -169,7 +169,8 @@ def add_slices(
     Element [slice, c, r] is a part of da_g[r - first rank of g, c], and of column c of dy a part of
     db_g[c - start of span g, r - first rank of g] before its scale s_g; rank ``adapters.rank`` of
     dy's columns is a part of dbias. da and db have any strides and one dtype of fp32, bf16 and
-    fp16, dbias [n] another. Slices are added in a fixed order, in fp32, and rounded once.
+    fp16, dbias [n] another. Slices are added in a fixed order, in fp32, and rounded once. What
+    belongs to no gradient that is asked for may hold anything: it is not read.
 
     Raises:
         ValueError: sizes, dtypes, devices or layouts do not match.

@@ -84,6 +84,8 @@ class Sums:
         self.partial = values.clone()
         self.partial[:, case.k : self.wide] = torch.nan  # what nothing reads
         self.partial[:, self.wide + case.n :] = torch.nan
+        self.partial[:, : self.wide, self.firsts[-1] :] = torch.nan
+        self.partial[:, self.wide :, self.firsts[-1] + (case.bias is not None) :] = torch.nan
         scales = [0.5 * (g + 1) for g in range(len(ranks))]
         a = [torch.empty(r, case.k) for r in ranks]
         b = [torch.empty(span.width, span.rank) for span in case.spans]
