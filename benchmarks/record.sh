@@ -119,7 +119,7 @@ print(".".join(map(str, torch.cuda.get_device_capability())))')
   environment='nvidia-smi; "$PYTHON" -m fused_lora.cli env'
   graph="$six --dtype bf16 --mode graph --budget-seconds 15"
   eager="$six --dtype bf16,amp --budget-seconds 20"
-  tests='tests/kernels/cuda/test_lora_grad.py tests/kernels/cuda/test_lora_merge.py
+  tests='tests/kernels/cuda/test_lora_grad.py tests/kernels/cuda/test_add_partials.py tests/kernels/cuda/test_lora_merge.py
     tests/kernels/triton/test_on_device.py tests/kernels/triton/test_fp8_on_device.py
     tests/ops/test_parity.py tests/ops/test_lora_merge.py tests/ops/test_triton_on_device.py
     tests/kernels/aten/test_attention.py tests/nn/test_shared_parameters.py tests/stacks/test_cuda_graphs.py

@@ -32,7 +32,7 @@ PRODUCT_CALLS = 1.0  # likewise: 3 us of Python and one launch
 def cuda_gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     """The two launches that make db, da and the gradient of the bias."""
     forms_h = p.needs.b and plan.keep is not Keep.HIDDEN
-    forms_dh = plan.writes_dh or (p.needs.a and not dh_given(p, plan))
+    forms_dh = (p.needs.a or plan.writes_dh) and not dh_given(p, plan)
     k = p.k if p.needs.a or forms_h else 0
     n = p.n if p.needs.b or p.needs.bias or forms_dh else 0
     ranks = -(-p.rank // CUDA_RANK_BLOCK) * CUDA_RANK_BLOCK
@@ -43,7 +43,7 @@ def cuda_gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     how = (False, shrinks, sums + handed, CUDA_EFFICIENCY, CUDA_LAUNCH_CALLS, GRADIENT_CALLS)
     yield Step("one pass db da", ranks, k + n, p.m, *how)
     again = Step("sums db da", ranks, k + n, extra_elements=sums, calls=CUDA_LAUNCH_CALLS)
-    yield replace(again, host_calls=0.0)  # one call of the host's launches both
+    yield replace(again, host_calls=0.0)  # which is counted above
 
 
 def cuda_product_step(name: str, p: Problem, columns: int, depth: int, beside: int = 0) -> Step:

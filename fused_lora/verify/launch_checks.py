@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.cuda import lora_extended
 from fused_lora.kernels.cuda.lora_extended import Tile
-from fused_lora.kernels.cuda.lora_grad import lora_grads
+from fused_lora.kernels.cuda.lora_grad import GradSums, Sums, lora_grads
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.cuda.lora_merge import merged as compiled_merge
 from fused_lora.kernels.cuda.native import Chip
@@ -53,7 +53,7 @@ def grads(p: Operands, example: GradShape) -> Named:
     named: dict[str, Tensor] = {}
     for way, both in ways.items():
         named |= _named(p, way, *both)
-    return named
+    return named | _together(p, *ways[""])
 
 
 def grads_gelu(p: Operands, example: GradShape) -> Named:
@@ -85,6 +85,24 @@ def _named(p: Operands, way: str, h: Tensor | None, dh: Tensor | None) -> dict[s
         twice = _flat(lora_grads(p.x, p.dy, p.adapters, needs, h, dh, into, chip))
         named |= {f"{name}, added": twice[name] / 2 for name in ("da", "db")}
     return named
+
+
+def _together(p: Operands, h: Tensor | None, dh: Tensor | None) -> dict[str, Tensor]:
+    """As in a program: two passes, of few slices and of many, whose sums are one launch."""
+    sums: list[Sums] = []
+    chips = (_few(p), Chip.of(p.x.device))
+    for chip in chips:
+        how: dict[str, Any] = {"chip": chip, "add_up": sums.append}
+        lora_grads(p.x, p.dy, p.adapters, Needs(bias=True), h, dh, **how)
+    first, *others = (GradSums.of(each) for each in sums)
+    launch = first.joined(others)
+    assert launch is not None
+    launch(tuple(t for each in sums for t in each.tensors))
+    return {
+        f"{name}, pass {i} of {len(sums)}": t
+        for i, each in enumerate(sums)
+        for name, t in _flat(each.grads).items()
+    }
 
 
 def _copies(grads: list[Tensor | None]) -> list[Tensor]:

@@ -13,9 +13,9 @@ the u that is given in its place and rounded once, as whoever made it in forward
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,22 @@ from fused_lora.types import Needs
 
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in ADAPTERS}
 Into = tuple[Sequence[Tensor], Sequence[Tensor]]  # G of [R_g, K], G of [N_g, R_g]; any strides
+
+
+class Sums(NamedTuple):
+    """What ``add_slices`` is given."""
+
+    partial: Tensor
+    k: int
+    n: int
+    adapters: Adapters
+    grads: Grads
+    add: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a launch takes of it, in order."""
+        return (self.partial, self.grads.bias, *self.grads.a, *self.grads.b)
 
 
 def fits(k: int, n: int, ranks: int, arch: int, given: bool = False, tf32: bool = False) -> bool:
@@ -72,6 +88,7 @@ def lora_grads(
     beta: int = 1,  # times what ``into`` holds; 0 never reads it
     dh_out: Tensor | None = None,  # [M, sum R], dy's dtype, rows contiguous: dh goes here too
     activation: str = "none",  # erf or tanh: ``x`` is the u of x = GELU(u)
+    add_up: Callable[[Sums], None] | None = None,  # of the slices; now, where it is not given
 ) -> Grads:
     """da, db and dbias as ``needs`` names them, in their operands' dtypes or ``into`` others.
 
@@ -94,7 +111,11 @@ def lora_grads(
     written = [partial] if dh_out is None else [partial, dh_out]
     opaque(launch, lambda *_: None, *launch.tensors(call, dh_out, partial), writes=written)
     k, n = (size if strips else 0 for size, strips in zip(call.shape[:2], plan.strips, strict=True))
-    add_slices(partial, k, n, adapters, grads, add=into is not None and beta == 1)
+    sums = Sums(partial, k, n, adapters, grads, add=into is not None and beta == 1)
+    if add_up is None:
+        add_slices(*sums)
+    else:
+        add_up(sums)
     return grads
 
 
@@ -148,19 +169,18 @@ def add_slices(
     Element [slice, c, r] is a part of da_g[r - first rank of g, c], and of column c of dy a part of
     db_g[c - start of span g, r - first rank of g] before its scale s_g; rank ``adapters.rank`` of
     dy's columns is a part of dbias. da and db have any strides and one dtype of fp32, bf16 and
-    fp16, dbias [n] another. Slices are added in a fixed order, in fp32, and rounded once.
+    fp16, dbias [n] another. Slices are added in a fixed order, in fp32, and rounded once. What
+    belongs to no gradient that is asked for may hold anything: it is not read.
 
     Raises:
         ValueError: sizes, dtypes, devices or layouts do not match.
     """
-    reason = _why_not_sums(partial, k, n, adapters, grads)
+    sums = Sums(partial, k, n, adapters, grads, add)
+    reason = _why_not_sums(sums)
     if reason is not None:
         raise ValueError(f"add_slices: {reason}")
-    written = [grad for grad in (grads.bias, *grads.a, *grads.b) if grad is not None]
-    if written:
-        launch = GradSums([GradSums.piece(partial, k, n, adapters, grads, add)], partial.device)
-        tensors = (partial, grads.bias, *grads.a, *grads.b)
-        opaque(launch, lambda _: None, tensors, writes=written)
+    if written := [grad for grad in sums.tensors[1:] if grad is not None]:
+        opaque(GradSums.of(sums), lambda _: None, sums.tensors, writes=written)
 
 
 class GradSums:
@@ -178,25 +198,26 @@ class GradSums:
         self.kind = self.__name__, device
         self._bound = module.BoundSums(pieces)
 
-    @staticmethod
-    def piece(partial: Tensor, k: int, n: int, adapters: Adapters, grads: Grads, add: bool) -> Any:
-        """fused_lora._native.SumPiece of one pass."""
-        module = native.load()
+    @classmethod
+    def of(cls, sums: Sums) -> GradSums:
+        """Those of one pass."""
+        module, partial, grads = native.load(), sums.partial, sums.grads
         of_adapters = [grad for grad in (*grads.a, *grads.b) if grad is not None]
-        return module.SumPiece(
-            **dict(slices=partial.shape[0], k=k, n=n, rank_blocks=partial.shape[2] // RANK_BLOCK),
+        piece = module.SumPiece(
+            **dict(slices=partial.shape[0], k=sums.k, n=sums.n, add=sums.add),
+            rank_blocks=partial.shape[2] // RANK_BLOCK,
             groups=[
                 module.SumGroup(
                     da_strides=(0, 0) if da is None else da.stride(),
                     db_strides=(0, 0) if db is None else db.stride(),
                     **of_group,
                 )
-                for da, db, of_group in zip(grads.a, grads.b, _places(adapters), strict=True)
+                for da, db, of_group in zip(grads.a, grads.b, _places(sums.adapters), strict=True)
             ],
             grad=_dtype(of_adapters[0] if of_adapters else partial),
             dbias_type=_dtype(partial if grads.bias is None else grads.bias),
-            add=add,
         )
+        return cls([piece], partial.device)
 
     def joined(self, others: Sequence[GradSums]) -> GradSums | None:
         """All of them as one; None where those are too many."""
@@ -258,8 +279,9 @@ def _places(adapters: Adapters) -> list[dict[str, Any]]:
     ]
 
 
-def _why_not_sums(partial: Tensor, k: int, n: int, adapters: Adapters, grads: Grads) -> str | None:
+def _why_not_sums(sums: Sums) -> str | None:
     """One sentence why these sums cannot be added up to these gradients; None when they can."""
+    partial, k, n, adapters, grads, _ = sums
     spans, most = adapters.spans, native.load().grad_most_groups
     if not 1 <= len(spans) <= most:
         return f"{len(spans)} adapters share these sums; 1 to {most} are served"

@@ -84,6 +84,8 @@ class Sums:
         self.partial = values.clone()
         self.partial[:, case.k : self.wide] = torch.nan  # what nothing reads
         self.partial[:, self.wide + case.n :] = torch.nan
+        self.partial[:, : self.wide, self.firsts[-1] :] = torch.nan
+        self.partial[:, self.wide :, self.firsts[-1] + (case.bias is not None) :] = torch.nan
         scales = [0.5 * (g + 1) for g in range(len(ranks))]
         a = [torch.empty(r, case.k) for r in ranks]
         b = [torch.empty(span.width, span.rank) for span in case.spans]
@@ -121,16 +123,10 @@ class Sums:
             grads.bias.copy_(of_dy[:, self.adapters.rank])
         return grads
 
-    def run(self, grads: Grads) -> None:
+    def of(self, grads: Grads) -> cuda.Sums:
         """As the interface has it."""
-        add_slices(self.partial, self.case.k, self.case.n, self.adapters, grads, self.case.add)
-
-    def piece(self, grads: Grads) -> tuple[GradSums, tuple[Tensor | None, ...]]:
-        """One launch of it, and what that takes."""
         case = self.case
-        how = (case.k, case.n, self.adapters, grads, case.add)
-        one = GradSums([GradSums.piece(self.partial, *how)], self.partial.device)
-        return one, (self.partial, grads.bias, *grads.a, *grads.b)
+        return cuda.Sums(self.partial, case.k, case.n, self.adapters, grads, case.add)
 
 
 def written(grads: Grads) -> list[Tensor]:
@@ -150,7 +146,7 @@ def test_sums_equal_float64_and_nothing_beside_them_is_written(
     around = sums.owners
     ours = sums.outputs()
     world(on_host, backwards=True, late=False)
-    sums.run(ours)
+    add_slices(*sums.of(ours))
     assert len(written(ours)) == len(wanted)
     for mine, other in zip([*written(ours), *sums.owners], [*wanted, *around], strict=True):
         assert torch.equal(mine, other)
@@ -165,13 +161,14 @@ def test_several_passes_in_one_launch_are_those_of_one_each_to_the_bit(
         every = [Sums(case, exact=False) for case in (CASES * 2)[start : start + count]]
         alone = [sums.outputs() for sums in every]
         for sums, grads in zip(every, alone, strict=True):
-            sums.run(grads)
+            add_slices(*sums.of(grads))
         together = [sums.outputs() for sums in every]
-        (first, given), *others = (s.piece(g) for s, g in zip(every, together, strict=True))
-        whole = first.joined([each for each, _ in others]) if others else first
+        given = [sums.of(grads) for sums, grads in zip(every, together, strict=True)]
+        first, *others = map(GradSums.of, given)
+        whole = first.joined(others) if others else first
         assert whole is not None
         world(on_host, backwards=start % 2 == 0, late=False)
-        whole(sum((tensors for _, tensors in others), given))
+        whole(tuple(t for each in given for t in each.tensors))
         for one_launch, launch_each in zip(together, alone, strict=True):
             pairs = zip(written(one_launch), written(launch_each), strict=True)
             assert all(torch.equal(*pair) for pair in pairs)
@@ -179,7 +176,7 @@ def test_several_passes_in_one_launch_are_those_of_one_each_to_the_bit(
 
 def test_a_seventh_is_a_launch_of_its_own(on_host: ModuleType) -> None:
     sums = Sums(CASES[0])
-    pieces = [sums.piece(sums.outputs())[0] for _ in range(7)]
+    pieces = [GradSums.of(sums.of(sums.outputs())) for _ in range(7)]
     assert pieces[0].joined(pieces[1:6]) is not None
     assert pieces[0].joined(pieces[1:]) is None
     with pytest.raises(ValueError, match="serves 1 to 6 pieces, got 7"):
@@ -338,3 +335,36 @@ def test_a_program_counts_what_is_moved_as_before_the_two_were_two(on_host: Modu
     read = sum(t.nbytes for t in tensors)
     assert of[PASS] == read + partial.nbytes
     assert of[SUM] == partial.nbytes + sum(t.nbytes for t in tensors[2:]) + 2 * N
+
+
+@pytest.mark.gpu
+def test_sums_on_a_gpu() -> None:
+    """Alone and six in one launch, those of float64."""
+    if reason := native.why_not():
+        pytest.skip(reason)
+    for start in range(0, len(CASES), 6):
+        every = [Sums(case) for case in CASES[start : start + 6]]
+        truth = [written(sums.expected()) for sums in every]
+        for together in (False, True):
+            given = [on_gpu(sums) for sums in every]
+            launches_of = [GradSums.of(each) for each in given]
+            if together:
+                first, *others = launches_of
+                whole = first.joined(others)
+                assert whole is not None
+                whole(tuple(t for each in given for t in each.tensors))
+            else:
+                for launch, each in zip(launches_of, given, strict=True):
+                    launch(each.tensors)
+            for each, wanted in zip(given, truth, strict=True):
+                pairs = zip(written(each.grads), wanted, strict=True)
+                assert all(torch.equal(ours.cpu(), other) for ours, other in pairs)
+
+
+def on_gpu(sums: Sums) -> cuda.Sums:
+    """Its tensors there, with the strides they have here."""
+    given = sums.of(sums.outputs())
+    _, _, bias, a, b = given.grads
+    there = [[None if t is None else t.T.cuda().T for t in half] for half in (a, b)]
+    bias = None if bias is None else bias.cuda()
+    return given._replace(partial=given.partial.cuda(), grads=Grads(None, None, bias, *there))

@@ -172,8 +172,9 @@ def shown(programs: list[Program]) -> str:
 # gradients and h from LayerNorm: 23.7, 37.7, 11 and 44.6, 86.7, 25; 26.6, 48.6, 40 and 53.2, 103.2,
 # 45. While GELU of u was made again for da of fc2, backward had 8 more of all. Adapters in fp32
 # beside bf16 are packed: once in each half, in forward alone, by LayerNorm's launch; by one of its
-# own before, 2 launches more. Before ONE_PASS took a residual 4.0 more of all and 2 more. The
-# aim is 44 passes of linears in all, 48 by the library, and 8 and 16 launches.
+# own before, 2 launches more. Before ONE_PASS took a residual 4.0 more of all and 2 more. While
+# each pass of gradients had sums of its own, backward had 2 launches more. The aim is 44 passes of
+# linears in all, 48 by the library, and 8 and 16 launches.
 MOST = {
     by_cuda: (Count(16.6, 30.7, 7), Count(27.6, 57.7, 16)),
     by_library: (Count(20.3, 42.5, 30), Count(44.3, 82.3, 29)),
