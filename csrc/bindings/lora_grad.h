@@ -37,7 +37,7 @@ class BoundGrad {
  public:
   BoundGrad(const GradPlan& plan, int64_t x_row, int64_t dy_row, int64_t h_row, int64_t dh_row,
             const std::vector<GradGroup>& groups, int64_t dh_out_row, int64_t rows, DType type,
-            DType adapter, Activation activation)
+            DType adapter, Activation activation, DType norm)
       : plan_(plan) {
     problem_.x = {nullptr, nullptr, x_row, h_row, plan.shape.k, 0};
     problem_.dy = {nullptr, nullptr, dy_row, dh_row, plan.shape.n, 0};
@@ -46,14 +46,14 @@ class BoundGrad {
     problem_.groups = static_cast<int32_t>(groups.size()), problem_.ranks = plan.shape.ranks;
     problem_.dh_row = dh_out_row, problem_.rows = rows;
     problem_.type = type, problem_.adapter = adapter;
-    problem_.activation = activation;
+    problem_.activation = activation, problem_.norm.type = norm;
   }
 
-  // Addresses, 0 for what there is not: of x, dy, h, dh, the dh that is written and the partial
-  // sums, then of every a and every b.
+  // Addresses, 0 for what there is not: of x, dy, h, dh, the dh that is written, the partial sums,
+  // and of a LayerNorm mean, rstd, gamma and beta; then of every a and every b.
   void operator()(const std::vector<uintptr_t>& at, int device, uintptr_t stream) const {
     GradProblem problem = problem_;
-    const size_t groups = problem.groups, own = 6;
+    const size_t groups = problem.groups, own = 10;
     if (at.size() != own + 2 * groups) {
       check_addresses("lora_grad: " + std::to_string(groups) + " groups have ", own + 2 * groups,
                       at.size());
@@ -61,6 +61,8 @@ class BoundGrad {
     problem.x.z = pointer<void>(at[0]), problem.dy.z = pointer<void>(at[1]);
     problem.x.given = pointer<void>(at[2]), problem.dy.given = pointer<void>(at[3]);
     problem.dh = pointer<void>(at[4]);
+    problem.norm.mean = pointer<float>(at[6]), problem.norm.rstd = pointer<float>(at[7]);
+    problem.norm.gamma = pointer<void>(at[8]), problem.norm.beta = pointer<void>(at[9]);
     for (size_t g = 0; g < groups; ++g) {
       problem.group[g].a = pointer<void>(at[own + g]);
       problem.group[g].b = pointer<void>(at[own + groups + g]);
@@ -174,10 +176,12 @@ inline void bind_lora_grad(py::module_& m) {
   py::class_<BoundGrad>(m, "BoundGrad", py::module_local(),
                         "Partial sums of da, db and dbias from one read of x and dy.")
       .def(py::init<const GradPlan&, int64_t, int64_t, int64_t, int64_t,
-                    const std::vector<GradGroup>&, int64_t, int64_t, DType, DType, Activation>(),
+                    const std::vector<GradGroup>&, int64_t, int64_t, DType, DType, Activation,
+                    DType>(),
            py::kw_only(), py::arg("plan"), py::arg("x_row"), py::arg("dy_row"), py::arg("h_row"),
            py::arg("dh_row"), py::arg("groups"), py::arg("dh_out_row") = 0, py::arg("rows"),
-           py::arg("type"), py::arg("adapter"), py::arg("activation") = Activation::kNone)
+           py::arg("type"), py::arg("adapter"), py::arg("activation") = Activation::kNone,
+           py::arg("norm") = DType::kFloat32)
       .def("__call__", &BoundGrad::operator(), py::arg("at"), py::arg("device"), py::arg("stream"));
 }
 

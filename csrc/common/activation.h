@@ -66,6 +66,20 @@ struct Pair {
   float at[2];
 };
 
+struct Four {
+  float at[4];
+};
+
+// What nobody writes while a kernel runs.
+template <typename T>
+FL_DEVICE T read_only(const T* at) {
+#ifdef __CUDACC__
+  return __ldg(at);
+#else
+  return *at;
+#endif
+}
+
 // Two neighbours of 16 bits, at a multiple of four bytes.
 template <typename T>
 FL_DEVICE Pair pair_of(const void* base, int64_t index) {

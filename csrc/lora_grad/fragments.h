@@ -2,6 +2,7 @@
 // or fp16 and 8 of TF32, and 16 ranks wide; zero where no adapter has both.
 #pragma once
 
+#include "common/activation.h"
 #include "lora_grad/layout.h"
 
 namespace fused_lora {
@@ -21,6 +22,30 @@ FL_DEVICE float element(const void* base, int64_t index, DType type) {
   if (type == DType::kFloat32) return static_cast<const float*>(base)[index];
   const uint16_t bits = static_cast<const uint16_t*>(base)[index];
   return type == DType::kBFloat16 ? widen(BFloat16{bits}) : widen(Float16{bits});
+}
+
+// Four neighbours of a vector that nobody writes, from a multiple of four on; without it four of
+// what it `lacks`.
+FL_DEVICE Four four_of(const void* base, int index, DType type, float lacks) {
+  Four found = {{lacks, lacks, lacks, lacks}};
+  if (!base) return found;
+#ifdef __CUDACC__
+  if (type == DType::kFloat32) {
+    const float4 four = __ldg(static_cast<const float4*>(base) + index / 4);
+    return {{four.x, four.y, four.z, four.w}};
+  }
+  const uint2 four = __ldg(static_cast<const uint2*>(base) + index / 4);
+  const uint32_t words[2] = {four.x, four.y};
+  FL_UNROLL
+  for (int i = 0; i < 4; i += 2) {
+    const Pair pair =
+        type == DType::kBFloat16 ? pair_of<BFloat16>(words, i) : pair_of<Float16>(words, i);
+    found.at[i] = pair.at[0], found.at[i + 1] = pair.at[1];
+  }
+#else
+  for (int i = 0; i < 4; ++i) found.at[i] = element(base, index + i, type);
+#endif
+  return found;
 }
 
 // One rank of a over the columns of x, or of b over those of dy that its adapter owns.

@@ -44,9 +44,23 @@ void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument("lora_grad: " + what);
 }
 
+bool begins_at_16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+
 void check_side(const GradSide& side, int bytes, const std::string& name) {
-  require(reinterpret_cast<uintptr_t>(side.z) % 16 == 0 && side.row * bytes % 16 == 0,
+  require(begins_at_16(side.z) && side.row * bytes % 16 == 0,
           name + " must begin, and each of its rows, at a multiple of 16 bytes");
+}
+
+void check_source(const GradProblem& problem, const GradShape& shape) {
+  const GradNorm& norm = problem.norm;
+  const bool active = problem.activation != Activation::kNone;
+  require((!active && !norm.mean) || !shape.tf32,
+          "x is formed of what is given of 16 bits, planned for fp32");
+  require(!active || !norm.mean, "x is an activation or a LayerNorm, not both");
+  require((norm.mean != nullptr) == (norm.rstd != nullptr), "mean and rstd are given together");
+  require(norm.mean || (!norm.gamma && !norm.beta), "gamma and beta are given without mean");
+  require(begins_at_16(norm.gamma) && begins_at_16(norm.beta),
+          "gamma and beta must begin at a multiple of 16 bytes");
 }
 
 void check_groups(const GradProblem& problem, const GradShape& shape) {
@@ -73,8 +87,7 @@ void check(const GradProblem& problem, const GradPlan& plan) {
   check_groups(problem, shape);
   require((problem.type == DType::kFloat32) == shape.tf32,
           std::string("planned for x and dy of ") + (shape.tf32 ? "fp32" : "16 bits"));
-  require(problem.activation == Activation::kNone || !shape.tf32,
-          "x is formed of a u of 16 bits, planned for fp32");
+  check_source(problem, shape);
   require(!problem.dh || shape.forms_dh(), "dh is written where it is formed, and it is given");
   require(!problem.dh || problem.dh_row >= problem.ranks, "rows of the written dh overlap");
   if (problem.rows == 0) return;  // tensors of no elements may have no address

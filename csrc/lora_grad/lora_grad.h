@@ -4,7 +4,7 @@
 //   h  = x aT     dh_g = s_g dy[:, g] b_g      formed on chip, or given
 //   db_g = s_g dy[:, g]T h_g                   da = dhT x      dbias = sum over rows of dy
 //
-// x may be GELU(u) of a u that is given in its place.
+// x may be GELU(u) of a u that is given in its place, or the LayerNorm of its input.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +39,13 @@ struct GradSide {
   int32_t reserved;
 };
 
+// x = (z - mean) rstd gamma + beta of the z that is given in its place.
+struct GradNorm {
+  const float *mean, *rstd;  // [M]; null where x is no LayerNorm
+  const void *gamma, *beta;  // [K], each at a multiple of 16 bytes; null for ones, and for zeros
+  DType type;                // of both
+};
+
 struct GradProblem {
   GradSide x, dy;
   GradGroup group[kMostGroups];
@@ -49,6 +56,7 @@ struct GradProblem {
   DType type;             // of x, dy, h and dh; products of fp32 are of TF32
   DType adapter;          // of a and b
   Activation activation;  // x is that of what is given in its place; of 16 bits
+  GradNorm norm;          // likewise; not both
 };
 
 // What decides whether, and how, one problem is computed.

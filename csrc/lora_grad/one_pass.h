@@ -2,7 +2,9 @@
 // 16 at a time, or of 8 where they are fp32.
 //
 //     16 columns a strip; a warp owns up to S strips, all of x or all of dy
-//      [ x | x | x | dy | dy | dy | ... ]    activate  where u is given: x = GELU(u), in its place
+//      [ x | x | x | dy | dy | dy | ... ]    make_x  of what is given for it, in its place:
+//      GELU(u),
+//                                                    or the LayerNorm of its input
 //                                            shrink  h or dh of these rows: each warp its share
 //   rows                                     settle  shares added in warp order, rounded
 //                                            expand  da += xT dh, db += dyT h, in registers
@@ -36,6 +38,7 @@ class OnePass {
   static constexpr int kRankStep = kGradThreads / L::kRows;
   static constexpr int kTurns = (L::kRanks + kRankStep - 1) / kRankStep;
   static constexpr bool kSumsBias = sizeof(T) == 4;
+  static constexpr bool kMakesX = sizeof(T) == 2;           // where it is asked for
   static constexpr bool kCursor = forms && L::kLooksAhead;  // for dh; else found at each tile
   static constexpr int kBiasSums = kSumsBias ? S / 2 : 1;
 
@@ -58,7 +61,8 @@ class OnePass {
     end_ = static_cast<int>(tiles * (slice + 1) / plan.slices);
     expands_ = expands(), shrinks_ = forms && shrinks(), t_mine_ = t(0, !is_dy_);
     hands_on_ = forms && problem.dh && chunk == 0;
-    activates_ = !is_dy_ && problem.activation != Activation::kNone;
+    norms_ = kMakesX && !is_dy_ && problem.norm.mean;
+    makes_x_ = norms_ || (kMakesX && !is_dy_ && problem.activation != Activation::kNone);
     settle_where();
     hand_on_where();
     copy_whence();
@@ -68,13 +72,14 @@ class OnePass {
     prepare();
     for (int ahead = 0; ahead < plan_.stages - 1; ++ahead) copy(ahead);
     look_ahead();
+    if (norms_ && L::kLooksAhead) read_statistics(tile_);
     int free = plan_.stages - 1;  // the stage that was read last
     for (int stage = 0, parity = 0, lap = 0; tile_ < end_; ++tile_, parity ^= 1) {
       wait(stage, lap);
       if constexpr (forms) {
         sync_warp();
         copy(free);
-        if (activates_) activate(stage);
+        if (makes_x_) make_x(stage);
         if (shrinks_) shrink(stage);
         sync_block();
         if (clusters()) share(parity);
@@ -84,7 +89,7 @@ class OnePass {
       sync_block();
       if constexpr (!forms) {
         copy(free);
-        if (activates_) activate(stage);
+        if (makes_x_) make_x(stage);
       }
       free = stage;
       if (expands_) expand(stage, parity);
@@ -318,13 +323,16 @@ class OnePass {
     return there ? side.at[kRankStep * turn] : Bits(0);
   }
 
-  // x of u, where this warp alone reads it. What lies beyond is zeros, and stays so.
-  FL_DEVICE void activate(int stage) {
-    if constexpr (sizeof(T) == 2) {
-      if (problem_.activation == Activation::kErf) {
-        activate_as<Activation::kErf>(stage);
+  // x of what is given for it, where this warp alone reads it. What lies beyond is zeros, and stays
+  // so.
+  FL_DEVICE void make_x(int stage) {
+    if constexpr (kMakesX) {
+      if (norms_) {
+        normalise(stage);
+      } else if (problem_.activation == Activation::kErf) {
+        activate<Activation::kErf>(stage);
       } else {
-        activate_as<Activation::kTanh>(stage);
+        activate<Activation::kTanh>(stage);
       }
       if constexpr (bulk) fence_writes();
       sync_warp();
@@ -332,9 +340,53 @@ class OnePass {
   }
 
   // A lane has 16 bytes of a strip, eight lanes eight rows, which begin in different banks.
+  FL_DEVICE Bits* pieces(int stage) const {
+    return tile(stage) + lane() % L::kRows * L::kTilePitch + lane() / L::kRows * L::kPiece;
+  }
+
+  // The row of them in this tile.
+  FL_DEVICE int64_t row_of_pieces(int tile) const {
+    return static_cast<int64_t>(tile) * L::kRows + lane() % L::kRows;
+  }
+
+  FL_DEVICE void read_statistics(int tile) {
+    const int64_t row = row_of_pieces(tile);
+    if (row >= problem_.rows) return;
+    mean_ = read_only(problem_.norm.mean + row), rstd_ = read_only(problem_.norm.rstd + row);
+  }
+
+  // (z - mean) rstd gamma + beta; without gamma (z - mean) rstd + beta, which then is rounded once.
+  FL_DEVICE void normalise(int stage) {
+    if (!L::kLooksAhead) read_statistics(tile_);
+    const GradNorm& norm = problem_.norm;
+    const float first = norm.gamma ? rstd_ : 1.0f, last = norm.gamma ? 1.0f : rstd_;
+    const int columns = row_of_pieces(tile_) < problem_.rows ? width_ : 0;
+    Bits* at = pieces(stage);
+    FL_UNROLL_BY(1)
+    for (int c = lane() / L::kRows * L::kPiece; c < columns; c += 16, at += 16) {
+      Sixteen piece = *reinterpret_cast<Sixteen*>(at);
+      FL_UNROLL
+      for (int i = 0; i < 4; i += 2) {
+        const Four gamma = four_of(norm.gamma, first_ + c + 2 * i, norm.type, last),
+                   beta = four_of(norm.beta, first_ + c + 2 * i, norm.type, 0.0f);
+        FL_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          Pair x = pair_of<T>(piece.at, 2 * (i + j));
+          FL_UNROLL
+          for (int k = 0; k < 2; ++k) {
+            x.at[k] = (x.at[k] - mean_) * first * gamma.at[2 * j + k] + beta.at[2 * j + k];
+          }
+          piece.at[i + j] = packed<T>(x);
+        }
+      }
+      *reinterpret_cast<Sixteen*>(at) = piece;
+    }
+    if (L::kLooksAhead) read_statistics(tile_ + 1);
+  }
+
   template <Activation activation>
-  FL_DEVICE void activate_as(int stage) {
-    Bits* at = tile(stage) + lane() % L::kRows * L::kTilePitch + lane() / L::kRows * L::kPiece;
+  FL_DEVICE void activate(int stage) {
+    Bits* at = pieces(stage);
     FL_UNROLL_BY(1)
     for (int s = 0; s < strips_; ++s, at += 16) {
       Sixteen piece = *reinterpret_cast<Sixteen*>(at);
@@ -528,9 +580,10 @@ class OnePass {
   char* shared_;
   int thread_, x_warps_, strips_, first_, width_, tile_, end_;
   bool is_dy_, expands_, shrinks_;
-  bool activates_;      // what is given of x
-  bool hands_on_;       // dh, where it is formed: the first block of a cluster
-  Bits* to_;            // where this thread's dh of the next tile goes,
+  bool makes_x_, norms_;  // of what is given for it; as a LayerNorm
+  float mean_, rstd_;     // of this lane's row
+  bool hands_on_;         // dh, where it is formed: the first block of a cluster
+  Bits* to_;              // where this thread's dh of the next tile goes,
   int to_left_;         // and how many rows are left from there on, none where it is not asked for
   const Bits* t_mine_;  // what this warp expands with
   const Bits* from_;    // this lane's next copy
