@@ -87,10 +87,10 @@ void check(const GradProblem& problem, const GradPlan& plan) {
   check_groups(problem, shape);
   require((problem.type == DType::kFloat32) == shape.tf32,
           std::string("planned for x and dy of ") + (shape.tf32 ? "fp32" : "16 bits"));
-  check_source(problem, shape);
   require(!problem.dh || shape.forms_dh(), "dh is written where it is formed, and it is given");
   require(!problem.dh || problem.dh_row >= problem.ranks, "rows of the written dh overlap");
   if (problem.rows == 0) return;  // tensors of no elements may have no address
+  check_source(problem, shape);
   require(shape.h_given == (problem.x.given != nullptr) &&
               shape.dh_given == (problem.dy.given != nullptr),
           "h and dh must be given as planned");

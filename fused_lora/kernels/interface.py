@@ -12,7 +12,15 @@ from torch import Tensor
 from fused_lora.reference.lora_linear import Grads
 from fused_lora.types import Span
 
-__all__ = ["ActivationGrad", "Adapters", "Epilogue", "Grads", "HiddenGrad", "PreviousLinear"]
+__all__ = [
+    "ActivationGrad",
+    "Adapters",
+    "Epilogue",
+    "Grads",
+    "HiddenGrad",
+    "InputNorm",
+    "PreviousLinear",
+]
 
 
 class Epilogue(NamedTuple):
@@ -48,6 +56,15 @@ class PreviousLinear(NamedTuple):
     h: Tensor  # [M, sum R], that it kept
     adapters: Adapters
     b_grads: Sequence[Tensor | None] = ()  # where db goes, each in its own dtype
+
+
+class InputNorm(NamedTuple):
+    """What makes x of the z that is given in its place: x = (z - mean) rstd gamma + beta."""
+
+    mean: Tensor  # [M], fp32
+    rstd: Tensor  # [M], fp32
+    gamma: Tensor | None  # [K], contiguous
+    beta: Tensor | None  # [K], contiguous
 
 
 class HiddenGrad(NamedTuple):

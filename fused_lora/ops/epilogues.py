@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_linear as compiled
 from fused_lora.kernels.cuda.lora_extended import tile_of
-from fused_lora.kernels.cuda.lora_grad_shape import shape_of
+from fused_lora.kernels.cuda.lora_grad_shape import GradShape, shape_of
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.interface import Adapters, Epilogue
+from fused_lora.kernels.interface import Adapters, Epilogue, InputNorm
 from fused_lora.kernels.triton import available
 from fused_lora.ops import elementwise
 from fused_lora.ops import lora_grad_backends as compiled_grads
@@ -191,15 +191,48 @@ def why_not_activated(
     dtype: torch.dtype,  # of dy as it is multiplied
 ) -> str | None:
     """One sentence why no gradients form x = GELU(u) as they read u; None when some do."""
+    if reason := _why_not_formed(dy, needs, plan):
+        return reason
+    return compiled_grads.why_not_activated(dy, _grad_shape(dy, w, spans, needs, plan, dtype))
+
+
+def why_not_normed(
+    norm: InputNorm,
+    z: Tensor,  # [M, K]
+    w: Tensor,  # [N, K]
+    spans: tuple[Span, ...],
+    needs: Needs,
+    plan: Plan,
+    dtype: torch.dtype,  # of dy as it is multiplied
+) -> str | None:
+    """One sentence why no gradients form x, the LayerNorm of z, as they read z; None when some do.
+
+    Asked in forward, where dy is not there yet, and in backward.
+    """
+    if reason := _why_not_formed(z, needs, plan):
+        return reason
+    if z.dtype is not dtype:
+        return f"x is formed of a z of dy's dtype, {dtype}, not of {z.dtype}"
+    return compiled_grads.why_not_normed(norm, z, z, _grad_shape(z, w, spans, needs, plan, dtype))
+
+
+def _why_not_formed(like: Tensor, needs: Needs, plan: Plan) -> str | None:
     if plan.grads_by is not Backend.CUDA:
         return f"x is formed by the compiled gradients, and the plan is {plan}"
-    if needs.w:
-        return "the gradient of w reads x"
-    if reason := why_not_concrete(dy):
-        return reason
+    return "the gradient of w reads x" if needs.w else why_not_concrete(like)
+
+
+def _grad_shape(
+    like: Tensor,  # [M, ...]
+    w: Tensor,
+    spans: tuple[Span, ...],
+    needs: Needs,
+    plan: Plan,
+    dtype: torch.dtype,
+) -> GradShape:
     n, k = w.shape
-    question = problem(dy.shape[0], k, n, spans, dtype, False, needs, device=dy.device)
-    return compiled_grads.why_not_activated(dy, shape_of(question, plan))
+    question = problem(like.shape[0], k, n, spans, dtype, False, needs, device=like.device)
+    return shape_of(question, plan)
 
 
 # A product and what follows it: in the kernel's epilogue where one is trusted, else composed.

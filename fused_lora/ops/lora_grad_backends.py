@@ -2,9 +2,9 @@
 
 Where the plan says so they come first, and dx reads the dh that they form: dy is read twice in all.
 h and dh are handed over where the rest of the plan has them, formed on chip where a block or
-cluster can, and by the library where none can. An x that is GELU(u) need not be made again: the
-kernel forms it as it reads u, where this device has found that right. A form of the kernel that
-this device has not checked, or found wrong, is left to the library.
+cluster can, and by the library where none can. An x that is GELU(u) or a LayerNorm need not be made
+again: the kernel forms it as it reads what it was made of, where this device has found that right.
+A form of the kernel that this device has not checked, or found wrong, is left to the library.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from fused_lora.kernels.cuda.lora_grad_shape import (
     examples,
     fitting,
     why_not_dtype,
+    why_not_norm,
 )
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.interface import ActivationGrad, Adapters, Grads, PreviousLinear
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Grads, InputNorm, PreviousLinear
 from fused_lora.types import Backend, Keep, Needs, Plan
 from fused_lora.verify.check import CannotVerifyNow
 from fused_lora.verify.kernel_registry import Checked, of_compiled_grads
@@ -43,18 +44,18 @@ why_not_on = lru_cache(maxsize=64)(native.why_not_on)
 
 @lru_cache(maxsize=4096)
 def checked(
-    shape: GradShape, dtype: torch.dtype, device: torch.device, gelu: bool = False
+    shape: GradShape, dtype: torch.dtype, device: torch.device, source: str = ""
 ) -> Checked | None:
     """What is checked before the compiled kernel serves ``shape``; None where no check is.
 
-    ``gelu``: before it forms x of u.
+    ``source``: gelu or norm, before it forms x of what is given in its place.
     """
     chip = Chip.of(device)
     form, known = fitting(shape, chip).form(chip), examples(chip, shape.tf32)
     if form is None or form not in known:
         return None
     name = "tf32" if shape.tf32 else str(dtype).removeprefix("torch.")
-    return of_compiled_grads(form, known[form], name, gelu)
+    return of_compiled_grads(form, known[form], name, source)
 
 
 def backward(
@@ -70,6 +71,7 @@ def backward(
         ActivationGrad, ...
     ] = (),  # one where dx goes on to du, for a room that takes it
     activation: str = "none",  # erf or tanh: ``x`` is the u of x = GELU(u)
+    norm: InputNorm | None = None,  # or the z of which it is the LayerNorm
 ) -> Grads:
     """The gradients named by ``needs``."""
     if activation_grad and activation_grad[0].previous:
@@ -83,7 +85,7 @@ def backward(
     own = replace(needs, x=False, w=False)
     if needs.x and plan.writes_dh:
         place = aten.place_of_dh(dy, adapters.rank, plan)
-        grads = adapter_grads(dy, x, h, None, adapters, own, place.dh, activation)
+        grads = adapter_grads(dy, x, h, None, adapters, own, place.dh, activation, norm)
         dx, _ = kernels.input_grad(dy, kept, w, adapters, plan, *activation_grad, given=place)
         return grads._replace(x=dx, w=dw)
     dx, dh = (
@@ -91,7 +93,7 @@ def backward(
         if needs.x
         else (None, None)
     )
-    grads = adapter_grads(dy, x, h, dh, adapters, own, None, activation)
+    grads = adapter_grads(dy, x, h, dh, adapters, own, None, activation, norm)
     return grads._replace(x=dx, w=dw)
 
 
@@ -156,11 +158,14 @@ def adapter_grads(
     needs: Needs,
     dh_out: Tensor | None = None,  # [M, sum R], rows contiguous: a dh that is formed goes here
     activation: str = "none",  # as above
+    norm: InputNorm | None = None,
 ) -> Grads:
     """da, db and dbias, each in its own operand's dtype."""
     call = GradCall(x, dy, adapters, needs, h, dh, writes_dh=dh_out is not None)
     if activation != "none" and why_not_activated(dy, call.shape):
         x, activation = activated(x, activation), "none"
+    if norm is not None and x is not None and why_not_normed(norm, x, dy, call.shape):
+        x, norm = normed(x, norm), None
     if why_not_dtype(dy.dtype) or not _trusted(call.shape, dy):
         low = adapters.to(dy.dtype)
         dh = dh if dh_out is None else aten.shrink_grad(dy, low, dh_out)
@@ -171,7 +176,7 @@ def adapter_grads(
     reads_dy = needs.b or shape.needs_bias or (needs.a and dh is None) or dh_out is not None
     x, rows = (None if x is None else aligned(x)), aligned(dy) if reads_dy else None
     asked = replace(needs, bias=shape.needs_bias)
-    how: dict[str, Any] = dict(dh_out=dh_out, activation=activation)
+    how: dict[str, Any] = dict(dh_out=dh_out, activation=activation, norm=norm)
     dh = dh if needs.a else None  # which nothing else reads
     found = lora_grads(x, rows, adapters.uniform(ADAPTERS), asked, h, dh, **how)
     if needs.bias and not shape.needs_bias:
@@ -183,9 +188,20 @@ def why_not_activated(dy: Tensor, shape: GradShape) -> str | None:
     """One sentence why the kernel does not form x = GELU(u) as it reads u; None when it does."""
     if shape.tf32 or dy.dtype.itemsize != 2:
         return f"it forms x of a u of 16 bits, not of {dy.dtype}"
+    return _why_not_formed(dy, shape, "gelu")
+
+
+def why_not_normed(norm: InputNorm, z: Tensor, dy: Tensor, shape: GradShape) -> str | None:
+    """One sentence why the kernel does not form x, the LayerNorm of ``z``, as it reads z."""
+    if z.dtype is not dy.dtype:
+        return f"it forms x of a z of dy's dtype, {dy.dtype}, not of {z.dtype}"
+    return why_not_norm(norm, z) or _why_not_formed(dy, shape, "norm")
+
+
+def _why_not_formed(dy: Tensor, shape: GradShape, source: str) -> str | None:
     if fitting(shape, Chip.of(dy.device)).h_given and shape.needs_b and not shape.h_given:
         return "no block holds h, which the library forms of x"
-    return None if _trusted(shape, dy, gelu=True) else "it is not checked, or found wrong"
+    return None if _trusted(shape, dy, source) else "it is not checked, or found wrong"
 
 
 def activated(u: Tensor | None, activation: str) -> Tensor:
@@ -196,8 +212,17 @@ def activated(u: Tensor | None, activation: str) -> Tensor:
     return elementwise.gelu_forward(u, activation)
 
 
-def _trusted(shape: GradShape, like: Tensor, gelu: bool = False) -> bool:
-    subject = checked(shape, like.dtype, like.device, gelu)
+def normed(z: Tensor | None, norm: InputNorm) -> Tensor:
+    """x, the LayerNorm of ``z``, likewise."""
+    from fused_lora.ops import elementwise
+
+    assert z is not None
+    mean, rstd, gamma, beta = norm
+    return elementwise.layer_norm_rebuild(z, gamma, beta, mean, rstd)
+
+
+def _trusted(shape: GradShape, like: Tensor, source: str = "") -> bool:
+    subject = checked(shape, like.dtype, like.device, source)
     try:
         return subject is not None and verdict(subject, like.device).passed
     except CannotVerifyNow:

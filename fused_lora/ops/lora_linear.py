@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fused_lora import env
 from fused_lora.kernels.aten import lora_linear as aten
-from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Grads
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Grads, InputNorm
 from fused_lora.ops import lora_dropout
 from fused_lora.ops.lora_dropout import check_dropout, seeded
 from fused_lora.ops.lora_linear_plain import check, plain
@@ -277,13 +277,15 @@ def input_grads(
     plan: Plan,
     *activation_grad: ActivationGrad,
     activation: str = "none",  # erf or tanh: ``rows`` are the u of x = GELU(u)
+    norm: InputNorm | None = None,  # or the z of which x is the LayerNorm
 ) -> tuple[Tensor | None, ...]:
     """dx [M, K], and a gradient for every operand; None where none is asked for."""
     given = (dy, rows, kept, w, frame.adapters(ab))
     if frame.dropout:
         found = lora_dropout.backward(*given, frame.dropout, ab[-1], needs, plan)
         return found.x, found.w, found.bias, *found.a, *found.b, None
-    found = backward(*given, needs, plan, frame.impl, *activation_grad, activation=activation)
+    how: dict[str, Any] = dict(activation=activation, norm=norm)
+    found = backward(*given, needs, plan, frame.impl, *activation_grad, **how)
     return found.x, found.w, found.bias, *found.a, *found.b
 
 
@@ -364,6 +366,7 @@ def backward(
     impl: Impl,
     *activation_grad: ActivationGrad,  # one, where ``ops.epilogues`` finds that dx may go on to du
     activation: str = "none",  # as for ``input_grads``, where the compiled gradients take that
+    norm: InputNorm | None = None,  # likewise
 ) -> Grads:
     """The gradients named by ``needs``."""
     if impl is Impl.REFERENCE:
@@ -375,10 +378,14 @@ def backward(
     if plan.grads_by is Backend.CUDA:
         from fused_lora.ops import lora_grad_backends as compiled
 
-        given = (dy, rows, kept, w, adapters, needs, plan, kernels, activation_grad, activation)
-        return compiled.backward(*given)
+        given = (dy, rows, kept, w, adapters, needs, plan, kernels, activation_grad)
+        return compiled.backward(*given, activation, norm)
     if activation != "none":
         from fused_lora.ops.lora_grad_backends import activated
 
         rows = activated(rows, activation)
+    if norm is not None:
+        from fused_lora.ops.lora_grad_backends import normed
+
+        rows = normed(rows, norm)
     return kernels.backward(dy, rows, kept, w, adapters, needs, plan, *activation_grad)

@@ -114,6 +114,25 @@ def gradients_gelu(p: Operands) -> Named:
     }
 
 
+def gradients_norm(p: Operands) -> Named:
+    """Those of adapters on LayerNorm(x), with gamma and beta, with either and with none."""
+    found = {}
+    for which, vectors in vectors_of_norm(p).items():
+        n = F.layer_norm(p.x, p.x.shape[1:], *vectors, EPS)
+        found |= {f"{name} of {which}": t for name, t in gradients(replace(p, x=n)).items()}
+    return found
+
+
+def vectors_of_norm(p: Operands) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """gamma and beta of a LayerNorm, by which of them there are."""
+    return {
+        "both": (p.gamma, p.beta),
+        "gamma": (p.gamma, None),
+        "beta": (None, p.beta),
+        "none": (None, None),
+    }
+
+
 def _shrunk(p: Operands, x: Tensor) -> Tensor:
     return x @ torch.cat(tuple(p.adapters.to(x.dtype).a)).T
 

@@ -38,7 +38,7 @@ from fused_lora.verify.check import (
     problems,
     stochastic,
 )
-from fused_lora.verify.elementwise import gradients_gelu
+from fused_lora.verify.elementwise import gradients_gelu, gradients_norm
 from fused_lora.verify.launch_checks import EPILOGUES as BEHIND
 
 DTYPES = {
@@ -51,7 +51,11 @@ EXACT = (  # products and sums alone
     *("shrink", "extended", "one_pass", "grad", "merge", "merge_many"),
     *("extended_scale", "extended_wide", "one_pass_scale", "one_pass_wide"),
 )
-GRADIENTS = {False: gradients, True: gradients_gelu}
+GRADIENTS = {  # of x as it is given, and formed of what is given in its place
+    "": (launch_checks.grads, gradients),
+    "gelu": (launch_checks.grads_gelu, gradients_gelu),
+    "norm": (launch_checks.grads_norm, gradients_norm),
+}
 TF32_BAND = 2.0**-10  # a library may form a small product in full precision where ours may round
 
 
@@ -132,13 +136,13 @@ def _compiled_merge(p: Operands) -> Named:
     return {"w'": launch_checks.cuda_merged(p)}
 
 
-def of_compiled_grads(form: Form, example: GradShape, dtype: str, gelu: bool = False) -> Checked:
-    """The compiled gradients in one form, checked on ``example``; ``gelu`` where x is that of u."""
-    subject = KernelId("cuda", "lora_grad_gelu" if gelu else "lora_grad", str(form), dtype)
-    run = partial(launch_checks.grads_gelu if gelu else launch_checks.grads, example=example)
-    truth, shapes = GRADIENTS[gelu], (launch_checks.shape_of(example),)
-    recipe = (__name__, "of_compiled_grads", form, example, dtype, gelu)
-    return Checked(subject, run, shapes=shapes, equations=truth, exact=not gelu, recipe=recipe)
+def of_compiled_grads(form: Form, example: GradShape, dtype: str, source: str = "") -> Checked:
+    """The compiled gradients in one form, checked on ``example``; ``source`` one of GRADIENTS."""
+    kernel = f"lora_grad_{source}" if source else "lora_grad"
+    subject, (run, truth) = KernelId("cuda", kernel, str(form), dtype), GRADIENTS[source]
+    how: dict[str, Any] = {"shapes": (launch_checks.shape_of(example),), "equations": truth}
+    recipe = (__name__, "of_compiled_grads", form, example, dtype, source)
+    return Checked(subject, partial(run, example=example), **how, exact=not source, recipe=recipe)
 
 
 def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
@@ -191,7 +195,8 @@ def compiled_grads(dtype: str, device: torch.device) -> Iterator[Checked]:
     for form, example in known.items() or [ANY_FORM]:
         yield of_compiled_grads(form, example, dtype)
         if dtype != "tf32":
-            yield of_compiled_grads(form, example, dtype, gelu=True)
+            yield of_compiled_grads(form, example, dtype, "gelu")
+            yield of_compiled_grads(form, example, dtype, "norm")
 
 
 def compiled_products(dtype: str, device: torch.device) -> Iterator[Checked]:

@@ -16,12 +16,12 @@ from fused_lora.kernels.cuda.lora_grad import GradSums, Sums, lora_grads
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.cuda.lora_merge import merged as compiled_merge
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.interface import Grads
+from fused_lora.kernels.interface import Grads, InputNorm
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.types import Needs, Span
 from fused_lora.verify.check import Named, Operands, Shape, flat, thin
-from fused_lora.verify.elementwise import DROPOUT, EPS, KINDS, narrow, other
+from fused_lora.verify.elementwise import DROPOUT, EPS, KINDS, narrow, other, vectors_of_norm
 
 PRODUCTS = (  # ranks beyond a stage, columns of several adapters and of none in a tile; few rows
     Shape(300, 584, 520, (Span(0, 200, 5), Span(200, 328, 70), Span(400, 520, 16)), True, True, 8),
@@ -66,6 +66,26 @@ def grads_gelu(p: Operands, example: GradShape) -> Named:
             how: dict[str, Any] = {"activation": kind, "chip": chip, **given}
             found = _flat(lora_grads(p.x, p.dy, p.adapters, Needs(bias=True), **how))
             named |= {f"{name} of {kind}{way}": t for name, t in found.items()}
+    return named
+
+
+def grads_norm(p: Operands, example: GradShape) -> Named:
+    """Those of LayerNorm(x), which the kernel forms as it reads x."""
+    named: dict[str, Tensor] = {}
+    wide = p.x.float()
+    mean = wide.mean(1)
+    rstd = (wide.var(1, correction=0) + EPS).rsqrt()
+    for which, (gamma, beta) in vectors_of_norm(p).items():
+        n = (wide - mean[:, None]) * rstd[:, None]
+        n = n if gamma is None else n * gamma
+        h, dh = thin(replace(p, x=(n if beta is None else n + beta).to(p.x.dtype)))
+        given = {} if example.forms else {"h": h, "dh": dh}
+        every = {EVERY: Chip.of(p.x.device)} if which == "both" else {}
+        for way, chip in {"": _few(p), **every}.items():
+            how: dict[str, Any] = {"chip": chip, **given}
+            norm = InputNorm(mean, rstd, gamma, beta)
+            found = _flat(lora_grads(p.x, p.dy, p.adapters, Needs(bias=True), norm=norm, **how))
+            named |= {f"{name} of {which}{way}": t for name, t in found.items()}
     return named
 
 

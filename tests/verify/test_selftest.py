@@ -33,7 +33,7 @@ ELEMENTWISE = {
     ),
 }
 COMPILED = {
-    *("lora_merge", "lora_grad", "lora_grad_gelu"),
+    *("lora_merge", "lora_grad", "lora_grad_gelu", "lora_grad_norm"),
     *("lora_linear", "lora_linear_gelu", "lora_linear_scale"),
 }
 KERNELS = {"shrink", "extended", "one_pass", "grad", "merge"} | ELEMENTWISE

@@ -7,8 +7,9 @@ Products are of bf16, of fp16, or of fp32 rounded to TF32 where torch allows tha
 dbias that of dy as it is; each gradient is rounded once, to its tensor's dtype. No atomics. A pass
 leaves the sums of slices of its rows; a second launch adds them up, in a program those of several
 passes (``add_slices``). What is formed on chip must fit the registers of a block, or of a cluster
-(``fits``); with h and dh given, any width does. Of 16 bits x may be GELU(u), formed on chip from
-the u that is given in its place and rounded once, as whoever made it in forward did.
+(``fits``); with h and dh given, any width does. Of 16 bits x may be GELU(u), or a
+LayerNorm, formed on chip from the u or z that is given in its place and rounded once, as whoever
+made it in forward did.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fused_lora.kernels.cuda.lora_grad_shape import (
     GradShape,
 )
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.interface import Adapters, Grads
+from fused_lora.kernels.interface import Adapters, Grads, InputNorm
 from fused_lora.programs.record import opaque
 from fused_lora.types import Needs
 
@@ -89,6 +90,7 @@ def lora_grads(
     dh_out: Tensor | None = None,  # [M, sum R], dy's dtype, rows contiguous: dh goes here too
     activation: str = "none",  # erf or tanh: ``x`` is the u of x = GELU(u)
     add_up: Callable[[Sums], None] | None = None,  # of the slices; now, where it is not given
+    norm: InputNorm | None = None,  # ``x`` is the z of x = (z - mean) rstd gamma + beta
 ) -> Grads:
     """da, db and dbias as ``needs`` names them, in their operands' dtypes or ``into`` others.
 
@@ -97,8 +99,9 @@ def lora_grads(
     call = GradCall(x, dy, adapters, needs, h, dh, writes_dh=dh_out is not None)
     chip = chip or Chip.of(call.first.device)
     reason = call.why_not_operands() or call.why_not_written(dh_out)
-    reason = reason or call.why_not_activated(activation)
+    reason = reason or call.why_not_activated(activation) or call.why_not_normed(norm)
     assert reason is None, reason
+    assert norm is None or activation == "none", activation
     plan = call.plan(chip)
     assert plan is not None, call.too_large(chip)
     grads = _outputs(call, into)
@@ -107,9 +110,9 @@ def lora_grads(
     assert beta in (0, 1), beta
     sizes = plan.slices, plan.columns, RANK_BLOCK * plan.rank_blocks
     partial = call.first.new_empty(sizes, dtype=torch.float32)
-    launch = GradLaunch(call, plan, dh_out, activation)
+    launch = GradLaunch(call, plan, dh_out, activation, norm)
     written = [partial] if dh_out is None else [partial, dh_out]
-    opaque(launch, lambda *_: None, *launch.tensors(call, dh_out, partial), writes=written)
+    opaque(launch, lambda *_: None, *launch.tensors(call, dh_out, partial, norm), writes=written)
     k, n = (size if strips else 0 for size, strips in zip(call.shape[:2], plan.strips, strict=True))
     sums = Sums(partial, k, n, adapters, grads, add=into is not None and beta == 1)
     if add_up is None:
@@ -126,10 +129,18 @@ class GradLaunch:
     launches = 1
     by_address = True  # strides are bound
 
-    def __init__(self, call: GradCall, plan: Any, dh_out: Tensor | None, activation: str) -> None:
+    def __init__(
+        self,
+        call: GradCall,
+        plan: Any,
+        dh_out: Tensor | None,
+        activation: str,
+        norm: InputNorm | None,
+    ) -> None:
         module, first = native.load(), call.first
         assert first.is_cuda or module.archs == "none", first.device
         self.device = first.device
+        vectors = [t for t in (norm[2:] if norm else ()) if t is not None]
         self._bound = module.BoundGrad(
             plan=plan,
             **{f"{name}_row": _row(getattr(call, name)) for name in ("x", "dy", "h", "dh")},
@@ -142,12 +153,15 @@ class GradLaunch:
             type=_dtype(first),
             adapter=_dtype(call.adapters.a[0]),
             activation=getattr(module.Activation, activation),
+            norm=_dtype(vectors[0]) if vectors else module.DType.float32,
         )
 
     @staticmethod
-    def tensors(call: GradCall, dh_out: Tensor | None, partial: Tensor) -> list[Tensor | None]:
+    def tensors(
+        call: GradCall, dh_out: Tensor | None, partial: Tensor, norm: InputNorm | None
+    ) -> list[Tensor | None]:
         """What a call takes, in order."""
-        own = (call.x, call.dy, call.h, call.dh, dh_out, partial)
+        own = (call.x, call.dy, call.h, call.dh, dh_out, partial, *(norm or (None,) * 4))
         return [*own, *call.adapters.a, *call.adapters.b]
 
     def __call__(self, *tensors: Tensor | None) -> None:

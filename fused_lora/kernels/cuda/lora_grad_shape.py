@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.gemm import is_tf32
-from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.interface import Adapters, InputNorm
 from fused_lora.plan.cost_kernels import dh_given
 from fused_lora.plan.problem import Problem
 from fused_lora.programs.record import begins_at
@@ -200,6 +200,14 @@ class GradCall(NamedTuple):
             return None
         return f"x is formed of a u of 16 bits, got {self.first.dtype}"
 
+    def why_not_normed(self, norm: InputNorm | None) -> str | None:
+        """One sentence why x cannot be formed as the LayerNorm of what is given in its place."""
+        if norm is None:
+            return None
+        if self.x is None:
+            return "x is formed of what is given in its place, and nothing is"
+        return why_not_norm(norm, self.x)
+
     def too_large(self, chip: Chip) -> str:
         """What to say where there is no plan."""
         sizes = ", ".join(f"{name} {tuple(z.shape)}" for name, z in self.large.items())
@@ -250,6 +258,35 @@ def why_not_dtype(dtype: torch.dtype) -> str | None:
         "the compiled gradients multiply float32 as TF32, which torch does not allow: "
         f"torch.backends.cuda.matmul.fp32_precision is {setting!r}"
     )
+
+
+def why_not_norm(norm: InputNorm, z: Tensor) -> str | None:
+    """One sentence why x is not formed as the LayerNorm of ``z`` [M, K]; None when it can be."""
+    if z.dtype.itemsize != 2:
+        return f"x is formed of the input of a LayerNorm of 16 bits, got {z.dtype}"
+    (rows, columns), (mean, rstd, gamma, beta) = z.shape, norm
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        if reason := _why_not_vector(name, statistic, rows, (torch.float32,), z.device):
+            return reason
+    there = [(name, t) for name, t in (("gamma", gamma), ("beta", beta)) if t is not None]
+    for name, vector in there:
+        if reason := _why_not_vector(name, vector, columns, ADAPTERS, z.device):
+            return reason
+        if begins_at(vector) % 16:
+            return f"{name} does not begin at a multiple of 16 bytes"
+    dtypes = {vector.dtype for _, vector in there}
+    return f"gamma and beta must have one dtype, got {_list(dtypes)}" if len(dtypes) > 1 else None
+
+
+def _why_not_vector(
+    name: str, t: Tensor, size: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> str | None:
+    fits = tuple(t.shape) == (size,) and t.dtype in dtypes and t.device == device
+    if fits and t.is_contiguous():
+        return None
+    wanted = " or ".join(map(str, dtypes))
+    seen = f"{tuple(t.shape)} {t.dtype} with strides {t.stride()} on {t.device}"
+    return f"{name} must be ({size},) {wanted}, contiguous, on {device}, got {seen}"
 
 
 def aligned(z: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, PreviousLinear
 from fused_lora.ops.chain.stage import (
+    PLAIN,
     ChainSpec,
     GradEpilogue,
     Optional,
@@ -153,16 +154,13 @@ class ChainBackward:
         if self.runs[i] is None and stage.leaves:
             self.value(i + 1)
         run, kind, x = self.runs[i] or StageRun(()), self.spec.before[i], None
-        source, previous = "none", None
+        formed, previous = PLAIN, None
         through = kind is not None and asked.x and residual_grad is None
         through = through and stage.fuses_activation_grad(grads, run, own)
         if through and kind:
             previous = self._previous(i, kind, grads, run)
         if previous is None and stage.reads_input(run, asked):
-            if kind and i not in self.values and stage.activates(grads, run, own, asked):
-                x, source = self.value(i - 1), kind
-            else:
-                x = self.value(i)
+            x, formed = self._input(i, grads, run)
         self.values.pop(i + 1, None)
         activation_grad = None
         if through:
@@ -170,8 +168,24 @@ class ChainBackward:
             activation_grad = ActivationGrad(kind, self.value(i - 1)[0], previous)
             self.values.pop(i, None)
         b_grads = self.b_grads.pop(i, None)
-        epilogue = GradEpilogue(activation_grad, residual_grad, source, b_grads)
+        epilogue = formed._replace(
+            activation_grad=activation_grad, residual_grad=residual_grad, b_grads=b_grads
+        )
         return *stage.backward(grads, x, run, own, asked, epilogue), activation_grad is not None
+
+    def _input(self, i: int, grads: Tensors, run: StageRun) -> tuple[Tensors, GradEpilogue]:
+        """What stage i reads for x, and how it forms x of that."""
+        kind, given = self.spec.before[i], (run, self.own[i], self.asked[i])
+        stage = self.spec.stages[i]
+        before = self.runs[i - 1] if i else None
+        if i in self.values or i == 0:
+            return self.value(i), PLAIN
+        if kind and stage.activates(grads, *given):
+            return self.value(i - 1), GradEpilogue(source=kind)
+        norm = before and self.spec.stages[i - 1].input_norm(before, self.own[i - 1])
+        if norm and stage.norms(norm, self.value(i - 1)[0], *given, i in self.b_grads):
+            return self.value(i - 1), GradEpilogue(norm=norm)
+        return self.value(i), PLAIN
 
     def _previous(self, i: int, kind: str, grads: Tensors, run: StageRun) -> PreviousLinear | None:
         """The linear before stage i and its activation, where stage i forms gradients of its b."""
@@ -333,6 +347,7 @@ def _to_save(
     if spec.lean:
         runs = [s.slim(run, own) for s, run, own in zip(spec.stages, runs, asked, strict=True)]
     kept, again = stored(spec, runs, asked)
+    again &= ~_normed(spec, values, runs, asked, given[2:], again)
     flat = list(given)
     for i in kept:
         flat += values[i]
@@ -340,6 +355,30 @@ def _to_save(
         flat += () if again >> i & 1 else run.extra
     notes = [None if again >> i & 1 else (len(r.extra), r.note) for i, r in enumerate(runs)]
     return flat, (asked, [(i, len(values[i])) for i in kept], notes)
+
+
+def _normed(
+    spec: ChainSpec,
+    values: dict[int, Tensors],
+    runs: Sequence[StageRun],
+    asked: Sequence[StageNeeds],
+    operands: Sequence[Tensor | None],
+    again: int,
+) -> int:
+    """A bit for each LayerNorm whose statistics are kept instead of running it again.
+
+    Nobody reads its output but the stage behind, whose gradients form it of its input.
+    """
+    found = 0
+    for i, stage in enumerate(spec.stages):
+        before, there = i - 1, i == 1 or i - 1 in spec.keep
+        if not (i and there and again >> before & 1) or again >> i & 1:
+            continue
+        norm = spec.stages[before].input_norm(runs[before], operands[spec.parts[before]])  # type: ignore[arg-type]
+        given = (runs[i], operands[spec.parts[i]], asked[i])
+        if norm and stage.norms(norm, values[before][0], *given):  # type: ignore[arg-type]
+            found |= 1 << before
+    return found
 
 
 def _load(

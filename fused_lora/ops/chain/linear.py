@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters, Epilogue, PreviousLinear
+from fused_lora.kernels.interface import Adapters, Epilogue, InputNorm, PreviousLinear
 from fused_lora.ops.chain.stage import (
     FREE,
     PLAIN,
@@ -29,6 +30,7 @@ from fused_lora.ops.epilogues import (
     why_not_activated,
     why_not_activation_grad,
     why_not_fused,
+    why_not_normed,
     why_not_previous,
 )
 from fused_lora.ops.lora_dropout import FORMS_H
@@ -170,6 +172,29 @@ class LinearStage(Stage):
         assert w is not None
         return why_not_activated(dy[0], w, frame.spans, needs, run.note[0], self.dtype) is None
 
+    def norms(
+        self,
+        norm: InputNorm,
+        z: Tensor,
+        run: StageRun,
+        own: Optional,
+        asked: StageNeeds,
+        without_b: bool = False,
+    ) -> bool:
+        """As the compiled gradients of every frame do."""
+        if self.drops:
+            return False
+        for (frame, part), needs, plan in zip(self.parts, asked.note, run.note, strict=True):
+            w = own[part][0]
+            assert w is not None
+            if without_b:
+                needs, plan = self._without_b(z, own, needs)
+            if frame.impl is Impl.REFERENCE:
+                return False
+            if why_not_normed(norm, z, w, frame.spans, needs, plan, self.dtype):
+                return False
+        return True
+
     def previous(self, run: StageRun, own: Optional, asked: StageNeeds) -> Previous | None:
         """Of one frame, where h was kept."""
         frame, needs, plan = self.frames[0], asked.note[0], run.note[0]
@@ -238,7 +263,8 @@ class LinearStage(Stage):
                 kept = None
             given = (dy_i, rows, kept, w, frame, ab, needs, plan)
             activation_grad = (epilogue.activation_grad,) if epilogue.activation_grad else ()
-            dx_i, *own_grads = input_grads(*given, *activation_grad, activation=epilogue.source)
+            how: dict[str, Any] = dict(activation=epilogue.source, norm=epilogue.norm)
+            dx_i, *own_grads = input_grads(*given, *activation_grad, **how)
             if epilogue.b_grads is not None:
                 own_grads[-len(epilogue.b_grads) :] = epilogue.b_grads
             down += own_grads

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, PreviousLinear
+from fused_lora.kernels.interface import (
+    ActivationGrad,
+    Adapters,
+    Epilogue,
+    InputNorm,
+    PreviousLinear,
+)
 from fused_lora.plan.problem import Problem
 from fused_lora.types import Plan
 
@@ -80,6 +86,7 @@ class GradEpilogue(NamedTuple):
     activation_grad: ActivationGrad | None = None  # of x = act(u): dx goes on to du
     residual_grad: Tensor | None = None  # [M, K], the gradient that passed by: added
     source: str = "none"  # or GELU, erf or tanh: u is given in the place of x = GELU(u)
+    norm: InputNorm | None = None  # z is given in the place of x, its LayerNorm
     b_grads: Sequence[Tensor] | None = None  # of its one frame, formed by the stage behind
 
 
@@ -167,6 +174,22 @@ class Stage:
 
     def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: StageNeeds) -> bool:
         """Whether its backward forms x = act(u) as it reads u."""
+        return False
+
+    def input_norm(self, run: StageRun, own: Optional) -> InputNorm | None:
+        """What makes its output of its input anew, where it is a LayerNorm."""
+        return None
+
+    def norms(
+        self,
+        norm: InputNorm,
+        z: Tensor,  # [M, K]
+        run: StageRun,
+        own: Optional,
+        asked: StageNeeds,
+        without_b: bool = False,  # gradients of b are there
+    ) -> bool:
+        """Whether its backward forms x, the LayerNorm of z, as it reads z."""
         return False
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.aten import attention as kernels
-from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.interface import Adapters, InputNorm
 from fused_lora.ops import elementwise
 from fused_lora.ops.chain.stage import (
     FREE,
@@ -317,6 +317,12 @@ class LayerNorm(Stage):
         needs = (asked.x, *asked.own)
         wide, *down = elementwise.layer_norm_grads(dy[0], x[0], gamma, beta, mean, rstd, needs)
         return None if wide is None else (wide.to(x[0].dtype),), tuple(down)
+
+    def input_norm(self, run: StageRun, own: Optional) -> InputNorm | None:
+        """From the statistics that forward left."""
+        mean, rstd = run.extra
+        assert mean is not None and rstd is not None
+        return InputNorm(mean, rstd, *own)
 
     def joins(self, asked: StageNeeds) -> bool:
         """The kernel of dx alone does."""
