@@ -173,7 +173,8 @@ def why_not_previous(
     if reason := compiled_grads.why_not_previous(previous.linear, dy, w, rank, needs, plan):
         return reason
     n, k = w.shape
-    question = ("extended_grads", dy.shape[0], k, n, dy, dtype, ragged(spans))
+    launch = "extended_grads" if kind == "erf" else f"extended_grads_{kind}"
+    question = (launch, dy.shape[0], k, n, dy, dtype, ragged(spans))
     if reason := why_not_launch(*question):
         return reason
     context = FusionContext(input_activated=True)

@@ -14,6 +14,7 @@ ELEMENTWISE = {
     *(
         "extended_gelu",
         "extended_grads",
+        "extended_grads_tanh",
         "extended_scale",
         "extended_dropout",
         "shrink_dropout",

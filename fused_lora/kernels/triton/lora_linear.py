@@ -128,7 +128,7 @@ def input_grad_and_slices(
     assert previous is not None
     h = previous.h
     dy, low = rows(dy), packed(uniform(adapters), dy.dtype)
-    tile = _product_tile("extended_grads", dy, w.shape[1], adapters)
+    tile = _product_tile(lora_grad.extended_grads(activation), dy, w.shape[1], adapters)
     return lora_grad.input_grad_and_slices(dy, w, low, dh, activation, rows(u), rows(h), tile)
 
 
