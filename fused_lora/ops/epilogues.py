@@ -20,6 +20,7 @@ from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, wh
 from fused_lora.ops.chain.stage import Previous, finish
 from fused_lora.ops.lora_grad_backends import PREVIOUS_RANKS, TILE_COLUMNS, TILE_DEPTH
 from fused_lora.ops.lora_linear import call_plan, forward
+from fused_lora.ops.measured import Together
 from fused_lora.ops.planning import problem, together_wins
 from fused_lora.plan.strategies import fuses_activation, fuses_activation_grad, fuses_residual
 from fused_lora.types import (
@@ -173,12 +174,14 @@ def why_not_previous(
     if reason := compiled_grads.why_not_previous(previous.linear, dy, w, rank, needs, plan):
         return reason
     n, k = w.shape
-    question = ("extended_grads", dy.shape[0], k, n, dy, dtype, ragged(spans))
+    launch = "extended_grads" if kind == "erf" else f"extended_grads_{kind}"
+    question = (launch, dy.shape[0], k, n, dy, dtype, ragged(spans))
     if reason := why_not_launch(*question):
         return reason
     context = FusionContext(input_activated=True)
     own = problem(dy.shape[0], k, n, spans, dtype, False, needs, context, traits, dy.device)
-    wins = together_wins(own, plan, kind, previous, dtype, dy.device)
+    both = Together(plan, kind, *previous[1:])
+    wins = together_wins(own, both, dtype, dy.device)
     return None if wins else "it is slower than gradients in a pass of their own"
 
 

@@ -174,6 +174,7 @@ def adapter_grads(
     shape = fitting(call.shape, Chip.of(dy.device))
     h, dh, dh_out = _given(shape, dy, x, h, dh, adapters, dh_out)
     reads_dy = needs.b or shape.needs_bias or (needs.a and dh is None) or dh_out is not None
+    reads_dy = reads_dy or x is None  # one of them tells rows and dtype
     x, rows = (None if x is None else aligned(x)), aligned(dy) if reads_dy else None
     asked = replace(needs, bias=shape.needs_bias)
     how: dict[str, Any] = dict(dh_out=dh_out, activation=activation, norm=norm)

@@ -165,9 +165,17 @@ def rehearsed() -> Iterator[list[tuple[Any, ...]]]:
         _rehearsals = before
 
 
-def rehearse(question: Problem, plan: Plan, device: str) -> str:
+def rehearse(question: Problem, plan: Plan | Together, device: str) -> str:
     """Run ``plan`` once, in a process whose compiling serves others."""
     where = torch.device(device)
+    if isinstance(plan, Together):
+        with torch.inference_mode(), own_stream(where):
+            run = _backwards(question, plan, where)
+            for name in BOTH:
+                run(name)
+            del run
+        _release_memory(where)
+        return str(plan)
     with torch.inference_mode(), own_stream(where):
         operands = _Operands(question, where)
         for part in parts(question, plan):
@@ -196,61 +204,69 @@ def parts(question: Problem, plan: Plan) -> tuple[PlanPart, ...]:
     return forward, PlanPart("backward", how)
 
 
-def together(
-    question: Problem,
-    plan: Plan,
-    kind: str,  # erf or tanh: the GELU whose u the previous linear makes
-    previous: Any,  # ``ops.chain.stage.Previous``
-    device: torch.device,
-) -> tuple[float, float] | None:
+BOTH = ("apart", "together")
+
+
+class Together(NamedTuple):
+    """A backward whose dx goes through GELU's derivative, and that of the linear before it."""
+
+    plan: Plan
+    kind: str  # of GELU: erf or tanh
+    before: Problem  # of the linear that made u
+    own: Plan  # of its backward where gradients are formed in passes of their own
+    rest: Plan  # and where its db is formed in the tiles of dx
+
+    def __str__(self) -> str:
+        return f"{self.plan} before {self.own} or {self.rest}"
+
+
+def together(question: Problem, both: Together, device: torch.device) -> tuple[float, float] | None:
     """Microseconds of two backwards, their gradients apart and in the tiles of dx; or None.
 
     They are timed now, or kept; None where the cost model decides.
     """
-    if (mode := timing_mode(device)) not in (TimingMode.MEASURE, TimingMode.KEPT):
+    if (mode := timing_mode(device)) is TimingMode.MODEL:
         return None
-    _, before, own, rest = previous
-    before = replace(before, m=shape_class(before.m), packed_with=1)
-    plans = tuple(map(str, (plan, own, rest)))
-    key = _key(question, device, ("together", kind, before, plans))
+    before = replace(both.before, m=shape_class(both.before.m), packed_with=1)
+    asked = ("together", both.kind, before, *map(str, (both.plan, both.own, both.rest)))
+    key = _key(question, device, asked)
     with _one_at_a_time:
-        found = load(question, BOTH, device, ("together", kind, before, plans))
+        found = load(question, BOTH, device, asked)
+        if not found and mode is TimingMode.LOOK and _rehearsals is not None:
+            _rehearsals.append((question, both, str(device)))
         if not found and mode is TimingMode.MEASURE and time.monotonic() >= _later.get(key, 0.0):
-            race = partial(_race_together, question, plan, kind, previous, device)
-            found = _timed(question, race, device, key)
+            found = _timed(question, partial(_race_together, question, both, device), device, key)
     return (found[BOTH[0]], found[BOTH[1]]) if found else None
 
 
-BOTH = ("apart", "together")
+def _race_together(question: Problem, both: Together, device: torch.device) -> dict[str, float]:
+    with torch.inference_mode(), own_stream(device):
+        return _raced({name: (name,) for name in BOTH}, _backwards(question, both, device), device)
 
 
-def _race_together(
-    question: Problem, plan: Plan, kind: str, previous: Any, device: torch.device
-) -> dict[str, float]:
+def _backwards(question: Problem, both: Together, device: torch.device) -> Callable[[str], object]:
+    """Both backwards, one after the other, by a word of ``BOTH``."""
     from fused_lora.ops.lora_linear import backward
 
-    with torch.inference_mode(), own_stream(device):
-        behind, before = _Operands(question, device), _Operands(previous.question, device)
-        h, h_before = (
-            torch.empty_like(one.x[:, :1]).expand(-1, one.question.rank).contiguous().normal_()
-            for one in (behind, before)
-        )
-        b_grads = [torch.empty_like(b_g) for b_g in before.adapters.b]
-        linear = PreviousLinear(h_before, before.adapters, b_grads)
+    behind, before = _Operands(question, device), _Operands(both.before, device)
+    h, h_before = (
+        one.x[:, : one.question.rank].contiguous()  # any numbers of that size
+        for one in (behind, before)
+    )
+    b_grads = [torch.empty_like(b_g) for b_g in before.adapters.b]
+    linear = PreviousLinear(h_before, before.adapters, b_grads)
 
-        def run(name: str) -> object:
-            joint = name == BOTH[1]
-            through = ActivationGrad(kind, behind.x, linear if joint else None)
-            given = (behind.dy, behind.x, h, behind.w, behind.adapters, question.needs, plan)
-            du = backward(*given, Impl.AUTO, through, activation=kind).x
-            assert du is not None
-            needs = previous.question.needs
-            kept, needs = (None, replace(needs, b=False)) if joint else (h_before, needs)
-            rest = previous.rest if joint else previous.plan
-            left = (du, before.x, kept, before.w, before.adapters, needs, rest)
-            return backward(*left, Impl.AUTO)
+    def run(name: str) -> object:
+        joint = name == BOTH[1]
+        through = ActivationGrad(both.kind, behind.x, linear if joint else None)
+        given = (behind.dy, behind.x, h, behind.w, behind.adapters, question.needs, both.plan)
+        du = backward(*given, Impl.AUTO, through, activation=both.kind).x
+        assert du is not None
+        needs, kept = replace(both.before.needs, b=not joint), None if joint else h_before
+        plan = both.rest if joint else both.own
+        return backward(du, before.x, kept, before.w, before.adapters, needs, plan, Impl.AUTO)
 
-        return _raced({name: (name,) for name in BOTH}, run, device)
+    return run
 
 
 def _timed(

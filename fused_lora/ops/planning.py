@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_lora import env
 from fused_lora.ops import backends, measured
 from fused_lora.ops.ceilings import ceilings, conditions
-from fused_lora.ops.measured import TimingMode
+from fused_lora.ops.measured import TimingMode, Together
 from fused_lora.plan.choose import RankedPlan, context_us, ordered, ranked, together_us
 from fused_lora.plan.problem import Problem
 from fused_lora.types import (
@@ -120,17 +120,12 @@ def _plan_for(
 
 
 def together_wins(
-    question: Problem,
-    plan: Plan,
-    kind: str,  # erf or tanh: the GELU between them
-    previous: Any,  # ``ops.chain.stage.Previous``: a linear, its question, and two plans
-    dtype: torch.dtype,
-    device: torch.device,
+    question: Problem, both: Together, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether gradients formed in the tiles of dx, through GELU's derivative, take less time."""
-    found = measured.together(question, plan, kind, previous, device)
+    plan, _, before, own, rest = both
+    found = measured.together(question, both, device)
     limits = ceilings(device, dtype)
-    _, before, own, rest = previous
     apart, joint = found or together_us(question, plan, before, own, rest, limits)
     return joint < apart
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fused_lora.plan.problem import Problem, Step, cast_steps, full_steps
-from fused_lora.plan.strategies import kept_columns
 from fused_lora.types import Backend, Forward, Gradient, Keep, Plan
 
 # What the compiled kernels cost: the gradients db and da from one pass over x and dy, then a sum
@@ -172,9 +171,9 @@ def extended_grads_steps(p: Problem, plan: Plan, ranks_before: int) -> Iterator[
 
 
 def keeps_packed(p: Problem, plan: Plan) -> bool:
-    """Whether backward has what forward packed."""
+    """Whether backward has what forward packed: no larger than h, and kept in its stead."""
     columns = sum(-(-columns // 16) * 16 for columns in (p.k, p.n))
-    return plan.forward is not Forward.MERGE and columns <= kept_columns(p.m, plan)
+    return plan.forward is not Forward.MERGE and plan.keep is Keep.NOTHING and columns <= p.m
 
 
 def _pack(p: Problem) -> Iterator[Step]:

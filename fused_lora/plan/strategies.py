@@ -189,12 +189,6 @@ def by_library(plan: Plan) -> Plan:
     return replace(plain, forward=forward, dx=dx, backend=Backend.ATEN)
 
 
-def kept_columns(m: int, plan: Plan) -> int:
-    """Columns of packed a and b, together, that backward may have: of as many bytes as h, or, where
-    h itself is kept, of a quarter."""
-    return {Keep.NOTHING: m, Keep.HIDDEN: m // 4, Keep.MERGED: 0}[plan.keep]
-
-
 def keeps_x(needs: Needs, plan: Plan) -> bool:
     """Whether backward reads x."""
     return needs.w or needs.a or (needs.b and plan.keep is not Keep.HIDDEN)

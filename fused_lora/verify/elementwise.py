@@ -166,6 +166,7 @@ def apart(p: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
 EQUATIONS: dict[str, Callable[[Operands], Named]] = {
     "extended_gelu": _extended_gelu,
     "extended_grads": _extended_grads,
+    "extended_grads_tanh": _extended_grads,
     "extended_scale": _product_scale,
     "extended_wide": _product_scale,
     "one_pass_scale": _product_scale,

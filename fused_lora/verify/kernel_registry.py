@@ -117,7 +117,7 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
     draws = merged.get(launch.kernel)
     noisy = None if draws is None else partial(draws, tile=launch.tile, noise=NOISE)
     shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
-    shapes = launch_checks.WHOLE if launch.kernel == "extended_grads" else shapes
+    shapes = launch_checks.WHOLE if launch.kernel.startswith("extended_grads") else shapes
     truth = partial(equations, kernel=launch.kernel)
     run, exact = partial(launch_checks.run, launch), launch.kernel in EXACT
     recipe = (__name__, "of_launch", launch, dtype)
@@ -223,8 +223,9 @@ def epilogues(dtype: torch.dtype, device: torch.device) -> list[Launch]:
         for n in WIDTHS
     ]
     if low:
-        tiles_ = tiles.extended_grads_candidates(architecture(device))
-        found += [Launch("extended_grads", tile) for tile in tiles_]
+        for kernel in ("extended_grads", "extended_grads_tanh"):
+            every = tiles.extended_grads_candidates(architecture(device))
+            found += [Launch(kernel, tile) for tile in every]
     for rank in RANKS:
         for kernel in ("shrink_dropout", *(("shrink_norm", "shrink_gelu") if low else ())):
             tall = by_rule(kernel, ROWS[1], rank, WIDTHS[0], dtype, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -228,17 +229,13 @@ def _extended_gelu(p: Operands, tile: Any) -> Named:
     return named
 
 
-def _extended_grads(p: Operands, tile: Any) -> Named:
+def _extended_grads(p: Operands, tile: Any, kind: str = "erf") -> Named:
     from fused_lora.kernels.triton.lora_grad import input_grad_and_slices
 
-    h, dh = thin(p)
-    rank, named = p.adapters.rank, {}
-    for kind in KINDS:
-        du, *sums = input_grad_and_slices(p.dy, p.w, p.adapters, dh, kind, p.x, h, tile)
-        named[f"{kind} du"] = du
-        for name, slices in zip(("da", "db before"), sums, strict=True):
-            named[f"{kind} {name}"] = slices.sum(0)[:, :rank].to(p.x.dtype)
-    return named
+    (h, dh), rank = thin(p), p.adapters.rank
+    du, *sums = input_grad_and_slices(p.dy, p.w, p.adapters, dh, kind, p.x, h, tile)
+    da, db = (slices.sum(0)[:, :rank].to(p.x.dtype) for slices in sums)
+    return {f"{kind} du": du, f"{kind} da": da, f"{kind} db before": db}
 
 
 def _extended_scale(p: Operands, tile: Any) -> Named:
@@ -411,6 +408,7 @@ def triton_merged(p: Operands, tile: Any, noise: tuple[int, int] | None = None) 
 RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "extended_gelu": _extended_gelu,
     "extended_grads": _extended_grads,
+    "extended_grads_tanh": partial(_extended_grads, kind="tanh"),
     "extended_scale": _extended_scale,
     "extended_wide": _extended_scale,
     "one_pass_scale": _one_pass_scale,

@@ -42,6 +42,7 @@ TILES = {
 ELEMENTWISE = {
     "extended_gelu": TILES["extended"],
     "extended_grads": TILES["extended"],
+    "extended_grads_tanh": TILES["extended"],
     "extended_scale": TILES["extended"],
     "extended_wide": TILES["extended"],
     "one_pass_scale": TILES["one_pass"],

@@ -92,7 +92,8 @@ def _tile(name: str, row: object) -> MeasuredTile | None:
 # merge             N     K        sum R
 #
 # extended_gelu     M     N        K       with GELU behind it, or its derivative behind dx
-# extended_grads    M     K        N       dx with that derivative, and gradients of its tiles
+# extended_grads    M     K        N       dx with erf's derivative, and gradients of its tiles;
+#                                          extended_grads_tanh, with that of tanh
 # extended_scale    M     N        K       with LayerScale and a residual behind it
 # extended_wide     M     N        K       likewise, either of them wider than x
 # one_pass_scale    M     N        K       as extended_scale; one_pass_wide as extended_wide
@@ -200,7 +201,7 @@ def in_its_place(
     others: tuple[AnyTile, ...] = ()
     if suffix == "fp8":
         others = tiles.FP8
-    elif suffix == "grads":
+    elif suffix.startswith("grads"):
         others = tiles.extended_grads_candidates(arch)
     elif name == "extended":
         bulk = isinstance(tile, tiles.BulkTile)
@@ -228,7 +229,7 @@ def _least_cost(
     size, dropout = dtype.itemsize, suffix == "dropout"
     if suffix == "fp8":
         return tiles.fp8_tile(rows, columns, device)
-    if suffix == "grads":
+    if suffix.startswith("grads"):
         return tiles.extended_grads_tile(device)
     if name == "extended":
         rows_fit = depth * size % 16 == columns * size % 16 == 0  # as descriptors need them to be

@@ -293,6 +293,11 @@ def _extended_grads(
     tl.store(b_sums + column * BLOCK_B + r_before[None, :], b_sum)
 
 
+def extended_grads(activation: str) -> str:
+    """Which launch of launches.py goes through this GELU's derivative: each takes its own tile."""
+    return "extended_grads" if activation == "erf" else f"extended_grads_{activation}"
+
+
 def whole_blocks(columns: int, depth: int) -> bool:
     """Whether tiles divide w [depth, columns]: masks would take the registers of the sums."""
     return all(columns % t.block_n == depth % t.block_k == 0 < columns for t in EXTENDED_GRADS)
@@ -338,7 +343,7 @@ def input_grad_and_slices(
     grid = (columns // tile.block_n * slices,)
     compiled = launch(_extended_grads, grid, dy.device, args, constants, [du, *sums])
     if not spills.seen(compiled):
-        spills.look(compiled, "extended_grads" + border.word, tile, dy)
+        spills.look(compiled, extended_grads(activation) + border.word, tile, dy)
     return GradSlices(du, *sums)
 
 

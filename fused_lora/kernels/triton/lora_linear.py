@@ -17,7 +17,6 @@ from fused_lora.kernels.triton.launches import tile_of
 from fused_lora.kernels.triton.lora_extended import describable
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.tiles import BulkTile
-from fused_lora.plan.strategies import kept_columns
 from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, ragged
 
 # Grouped LoRA linear from this room's kernels, and library GEMMs where they are frozen-sized.
@@ -44,7 +43,7 @@ def forward(
     if plan.forward is Forward.MERGE:
         new = merged(w, adapters)
         return F.linear(x, new, bias), new if plan.keep is Keep.MERGED else None
-    low = packed(uniform(adapters), x.dtype, kept_columns(x.shape[0], plan))
+    low = packed(uniform(adapters), x.dtype, rows_kept(x, plan))
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if plan.forward is Forward.ONE_PASS:
         tile = _product_tile("one_pass", x, w.shape[0], adapters)
@@ -128,13 +127,18 @@ def input_grad_and_slices(
     assert previous is not None
     h = previous.h
     dy, low = rows(dy), packed(uniform(adapters), dy.dtype)
-    tile = _product_tile("extended_grads", dy, w.shape[1], adapters)
+    tile = _product_tile(lora_grad.extended_grads(activation), dy, w.shape[1], adapters)
     return lora_grad.input_grad_and_slices(dy, w, low, dh, activation, rows(u), rows(h), tile)
 
 
 def rows(t: Tensor) -> Tensor:
     """``t``, copied unless its rows are contiguous; of a single column, torch calls any so."""
     return t if t.stride(1) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
+def rows_kept(x: Tensor, plan: Plan) -> int:
+    """Of an h as large as what a forward may keep beside what ``plan`` names."""
+    return x.shape[0] if plan.keep is Keep.NOTHING else 0
 
 
 def readable(t: Tensor, tile: object) -> Tensor:
@@ -230,7 +234,7 @@ def forward_epilogue(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], h [M, sum R] where the plan keeps it, and u [M, N] where the epilogue stores it."""
     active, factor, residual, stores_u = epilogue
-    low = packed(uniform(adapters), x.dtype, kept_columns(x.shape[0], plan))
+    low = packed(uniform(adapters), x.dtype, rows_kept(x, plan))
     x, bias = rows(x), None if bias is None else bias.contiguous()
     n, k = w.shape
     kernel, uneven = epilogue.kernel(plan.forward.value, x.dtype), ragged(adapters.spans)

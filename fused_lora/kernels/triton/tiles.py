@@ -303,13 +303,14 @@ def one_pass_tile(
     return _least_cost(tiles, rows, columns, multiprocessors(device))
 
 
-# Two thin accumulators beside the one; on sm_100 and sm_120 rows of 128 spill, 16 to 96 bytes.
-EXTENDED_GRADS = (SAFE, Tile(64, 128, 64, 3, 8))
+# Two thin accumulators beside the one; on sm_100 and sm_120 rows of 128 spill, 16 to 96 bytes, and
+# with Triton 3.6 on sm_100 columns of 128 as well.
+EXTENDED_GRADS = (SAFE, Tile(64, 128, 64, 3, 8), Tile(64, 64, 64, 3, 8))
 
 
 def extended_grads_candidates(arch: int) -> tuple[Tile, ...]:
     """Of dx whose tiles are operands of gradients, in 16 bits; see ``candidates``."""
-    return EXTENDED_GRADS if _family(arch) < 100 else EXTENDED_GRADS[1:]
+    return EXTENDED_GRADS[:2] if _family(arch) < 100 else EXTENDED_GRADS[1:]
 
 
 def extended_grads_tile(device: torch.device) -> Tile:

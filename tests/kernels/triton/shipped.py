@@ -234,7 +234,7 @@ def extended_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         run = lambda t=t, a=own, h=h, k=kind: (  # noqa: E731
             lora_grad.input_grad_and_slices(x, w, a, h, k, x, h, t)
         )
-        yield Launch("extended_grads", t, run)
+        yield Launch(lora_grad.extended_grads(kind), t, run)
 
 
 def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:

@@ -30,7 +30,13 @@ from tests.kernels.triton.shipped import K, M, N, group
 
 ARCHS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 ON = [(kind, arch) for kind in KINDS for arch in ARCHS]
-BIG = ("_extended", "_extended_bulk", "_extended_fp8", "_one_pass")  # in its own matrix instruction
+BIG = (
+    "_extended",
+    "_extended_grads",
+    "_extended_bulk",
+    "_extended_fp8",
+    "_one_pass",
+)  # in its own matrix instruction
 FP32_PRODUCTS = ("_merge", "_merge_many")
 NO_PRODUCTS = ("_add_slices", "_gelu_rows", "_layer_norm", "_layer_norm_grad", "_pack", "_quantise")
 

@@ -28,6 +28,7 @@ from fused_lora.kernels.triton import (
     border,
     elementwise,
     lora_extended,
+    lora_grad,
     lora_linear_fp8,
     lora_one_pass,
     lora_shrink,
@@ -35,7 +36,7 @@ from fused_lora.kernels.triton import (
 from fused_lora.kernels.triton import lora_merge as merging
 from fused_lora.kernels.triton.available import why_not
 from fused_lora.kernels.triton.lora_merge import Merge, lora_merge
-from fused_lora.kernels.triton.tiles import ElementTile, MergeTile
+from fused_lora.kernels.triton.tiles import ElementTile, MergeTile, Tile
 from fused_lora.reference import lora_linear_fp8 as reference_fp8
 from fused_lora.reference import lora_merge as reference_merge
 from fused_lora.testing.yardstick import error
@@ -47,6 +48,8 @@ from tests.kernels.triton.interpreter import ASSEMBLY
 from tests.kernels.triton.parity import check
 
 TAILS = Case("tails everywhere, two adapters", 37, 43, 50, (Span(0, 21, 5), Span(21, 50, 3)))
+WHOLE_TILES = Case("tails of rows alone", 37, 128, 64, (Span(0, 64, 5),))
+SLOPE_TILE = Tile(32, 64, 32, 2, 4)
 WHOLE_ROWS = Case("tails, rows that descriptors take", 37, 40, 56, (Span(0, 56, 5),))
 CASES: dict[str, Callable[[pytest.MonkeyPatch], object]] = {}
 
@@ -92,6 +95,23 @@ def _(monkeypatch):
     dx, _ = lora_one_pass.input_grad(p.dy, p.w, group, TILE, residual=p.x)
     truth = p.x.double() + lora_one_pass.input_grad(p.dy, p.w, group, TILE)[0].double()
     assert error(dx, truth) <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+@case_of("_extended_grads")
+def _(monkeypatch):
+    p = build(WHOLE_TILES, torch.bfloat16, torch.float32)
+    group, (m, k) = adapters(p), p.x.shape
+    monkeypatch.setattr(lora_grad, "multiprocessors", lambda device: 4)  # of two blocks, two slices
+    dh, h = torch.randn(m, 5).to(p.x.dtype), torch.randn(m, 3).to(p.x.dtype)
+    given = (p.dy, p.w, group, dh, "erf", p.x, h, SLOPE_TILE)
+    du, *sums = lora_grad.input_grad_and_slices(*given)
+    plain, _ = lora_extended.input_grad(p.dy, p.w, group, dh, SLOPE_TILE, activation="erf", u=p.x)
+    assert error(du, plain.double()) <= torch.finfo(torch.bfloat16).eps
+    x = torch.nn.functional.gelu(p.x.double()).to(p.x.dtype)
+    for found, one, other in zip(sums, (x, du), (dh, h), strict=True):
+        assert found.shape == (2, k, 16)
+        truth = one.double().T @ other.double()
+        assert error(found.sum(0)[:, : other.shape[1]], truth) <= 1e-2
 
 
 @case_of("_quantise", "_extended_fp8")

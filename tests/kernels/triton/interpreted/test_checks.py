@@ -36,6 +36,7 @@ LAUNCHES = [
     Launch("merge", MergeTile()),
     *(Launch(f"extended_{epilogue}", SAFE) for epilogue in ("gelu", "scale", "dropout")),
     *(Launch("extended_grads", tile) for tile in EXTENDED_GRADS),
+    Launch("extended_grads_tanh", SAFE),
     Launch("extended_scale", BulkTile(128, 128, 64, 3, 8, rest_n=64)),
     Launch("one_pass_scale", SAFE),
     Launch("one_pass_wide", SAFE),

@@ -169,13 +169,20 @@ def test_both_ways_are_timed_once_and_kept(formed, monkeypatch):
             return asked(*question)
 
     def race(*given):
+        before = torch.random.get_rng_state()
         found = right(*given)
+        assert torch.equal(before, torch.random.get_rng_state())
         raced.append(found)
         return found
 
     monkeypatch.setattr(measured, "together", together)
     monkeypatch.setattr(measured, "_race_together", race)
     given = of()
+    with measured.rehearsed() as later:  # as ``prepare`` looks at a step
+        run(given, BF16, "elementwise")
+    ((question, both, device),) = (one for one in later if isinstance(one[1], measured.Together))
+    assert not raced and measured.rehearse(question, both, device) == str(both)
+    forget()
     within(run(given, BF16, "elementwise"), given, BF16)
     (found,) = raced
     assert set(found) == {"apart", "together"} and min(found.values()) > 0
