@@ -24,15 +24,17 @@ class Served:
         self.runs = 0
         self.checks = 0
         self.fault = lambda grad: grad
-        self.of_gelu = False  # whether the fault is that of an x formed of u alone
+        self.normed = 0  # runs that formed x as a LayerNorm
+        self.of = ""  # activation or norm: the fault is that of an x formed so alone
 
     def watch(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, counts: str) -> None:
         right = module.lora_grads
 
         def lora_grads(*args, **options):
             setattr(self, counts, getattr(self, counts) + 1)
+            self.normed += counts == "runs" and options.get("norm") is not None
             found = right(*args, **options)
-            if self.of_gelu and options.get("activation", "none") == "none":
+            if self.of and options.get(self.of) in (None, "none"):
                 return found
             return found._replace(b=[None if b is None else self.fault(b) for b in found.b])
 

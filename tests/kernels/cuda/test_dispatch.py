@@ -280,7 +280,7 @@ def test_x_of_fc2_is_formed_of_u(served: Served, monkeypatch, tmp_path, kind, re
     assert (again, anew) == (0, recompute != "none")
     for mine, other in zip(ours, plain, strict=True):
         assert error(mine, other) < 0.02
-    served.of_gelu, served.fault = True, one_element
+    served.of, served.fault = "activation", one_element
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path / "anew"))
     forget()
     if recompute != "none":
