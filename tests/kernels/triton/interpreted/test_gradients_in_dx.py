@@ -14,8 +14,8 @@ from fused_lora.kernels.triton import lora_grad
 from fused_lora.kernels.triton.border import Packed
 from fused_lora.kernels.triton.launches import tile_of
 from fused_lora.kernels.triton.tiles import Tile
-from fused_lora.ops import lora_grad_backends, measured
-from fused_lora.types import Span
+from fused_lora.ops import backends, elementwise, lora_grad_backends, measured
+from fused_lora.types import Backend, Span
 from fused_lora.verify import kernel_registry, launch_checks
 from fused_lora.verify.check import Shape
 from tests.kernels.cuda.conftest import build_host
@@ -110,6 +110,34 @@ def test_the_bits_are_those_of_gradients_apart(formed, monkeypatch):
     y, dx = 0, 1
     assert torch.equal(once[y], apart[y])
     torch.testing.assert_close(once[dx], apart[dx], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("programs", [True, False])
+@pytest.mark.parametrize("joint", [True, False])
+def test_the_norm_is_not_made_again(formed, monkeypatch, programs, joint):
+    """Gradients of fc1 form it as they read its input, to the bit as Triton's kernel of it does."""
+    monkeypatch.setenv("FUSED_LORA_PROGRAMS", str(int(programs)))
+    estimates(monkeypatch, apart=1.0 + joint, together=1.5)
+    every = backends.plans
+    asked = lambda *how: [p for p in every(*how) if p.grads_by is Backend.CUDA]  # noqa: E731
+    monkeypatch.setattr(backends, "plans", asked)
+    made, given = [], of()
+    for name in ("layer_norm_forward", "layer_norm_shrink", "layer_norm_rebuild"):
+        right = getattr(elementwise, name)
+
+        def watched(*how, right=right, name=name, **more):
+            made.append(name)
+            return right(*how, **more)
+
+        monkeypatch.setattr(elementwise, name, watched)
+    forget()
+    once = run(given, BF16, "elementwise")
+    assert len(made) == 1 and bool(formed) == joint
+    monkeypatch.setattr("fused_lora.ops.chain.linear.why_not_normed", lambda *_: "not now")
+    forget()
+    again = run(given, BF16, "elementwise")
+    assert len(made) == 3
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
 @pytest.mark.parametrize(
