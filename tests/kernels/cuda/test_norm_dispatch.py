@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.aten import elementwise as aten
+from fused_lora.kernels.cuda.native import Chip
 from fused_lora.ops import elementwise
 from fused_lora.ops.lora_block import layer_norm_lora_linear, lora_attention, lora_mlp
 from fused_lora.ops.operand import RECOMPUTE, Adapted, Norm
 from fused_lora.testing.yardstick import in_every_order, judge_all
+from fused_lora.verify import launch_checks
+from fused_lora.verify.kernel_registry import of_compiled_grads
 from tests.ops.block_problems import (
     matrix,
     norm,
@@ -22,7 +25,7 @@ from tests.ops.block_problems import (
     plain_norm,
 )
 
-from .serving import Served, forget, one_element, served  # noqa: F401
+from .serving import Served, forget, narrow, one_element, served  # noqa: F401
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 D, H, HEADS = 24, 40, 3
@@ -257,3 +260,35 @@ def test_its_statistics_are_kept_and_nothing_else(served, again, monkeypatch) ->
         own = {t.untyped_storage().data_ptr() for t in (half.norm.gamma, half.norm.beta)}
         kept[forms] = sum(s.nbytes() for s in saved if s.data_ptr() not in own)
     assert kept[True] - kept[False] == 2 * 4 * 38
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_right_kernels_pass_their_check(served, dtype) -> None:  # noqa: F811
+    """In every form that few columns make up."""
+    chip, name = Chip(90, 1), str(dtype).removeprefix("torch.")
+    for form, example in narrow(chip, False).items():
+        found = of_compiled_grads(form, example, name, "norm").check(torch.device("cpu"))
+        assert found.passed and found.compared, (form, str(found))
+
+
+def test_one_that_is_right_serves(served, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setenv("FUSED_LORA_PROGRAMS", "0")
+    half = Half("linear")
+    half.keeps_the_yardstick(half("elementwise", "cuda"))
+    assert served.checks and served.normed == 1
+
+
+@pytest.mark.parametrize("wrong", ["gamma", "beta", "mean", "rstd"])
+def test_what_leaves_a_part_out_is_caught(served, monkeypatch, wrong) -> None:  # noqa: F811
+    right = launch_checks.lora_grads
+
+    def broken(*given, norm=None, **how):
+        neutral = (
+            None if wrong in ("gamma", "beta") else torch.full_like(norm.mean, wrong == "rstd")
+        )
+        return right(*given, norm=norm._replace(**{wrong: neutral}), **how)
+
+    monkeypatch.setattr(launch_checks, "lora_grads", broken)
+    (form, example), *_ = narrow(Chip(90, 1), False).items()
+    found = of_compiled_grads(form, example, "bfloat16", "norm").check(torch.device("cpu"))
+    assert found.compared and not found.passed
