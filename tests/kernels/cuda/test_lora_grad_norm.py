@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_lora.kernels.cuda import lora_grad as cuda
+from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.lora_grad_shape import GradCall
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import InputNorm
@@ -44,8 +46,9 @@ def beside_nan(values: Tensor) -> Tensor:
 
 def of_norm(p: Problem, dtypes: tuple[torch.dtype | None, torch.dtype | None]) -> InputNorm:
     """The LayerNorm of ``p.x``, with gamma and beta of ``dtypes`` or without."""
-    mean, rstd = p.x.float().mean(1), (p.x.float().var(1, correction=0) + EPS).rsqrt()
-    k = p.x.shape[1]
+    wide, k = p.x.float(), p.x.shape[1]
+    mean = wide.mean(1)
+    rstd = ((wide - mean[:, None]).square().mean(1) + EPS).rsqrt()
     gamma, beta = (None if t is None else beside_nan(torch.randn(k).to(t)) for t in dtypes)
     return InputNorm(beside_nan(mean), beside_nan(rstd), gamma, beta)
 
@@ -189,3 +192,26 @@ def test_rows_and_columns_beyond_stay_zeros(on_host: ModuleType) -> None:  # noq
         for bulk in (False, True):
             world(on_host, False, bulk, bulk)
             assert all(t.isfinite().all() for t in flat(run(p, ALL, norm=norm)).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vectors", VECTORS, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_the_bits_are_those_of_tritons_kernel(dtype, vectors) -> None:
+    """Which made x in forward, and would again."""
+    if reason := native.why_not():
+        pytest.skip(reason)
+    triton = pytest.importorskip("fused_lora.kernels.triton.elementwise")
+    p = Problem(Case("ViT-B, a tail", 197, 768, 768, (Span(0, 768, 16),), dtype))
+    z, dy = torch.randn(197, 768).to(dtype).cuda(), p.dy.cuda()
+    a, b = ([t.cuda() for t in halves] for halves in p.adapters[:2])
+    adapters, k = p.adapters._replace(a=a, b=b), z.shape[1]
+    gamma, beta = (None if t is None else torch.randn(k).to(t).cuda() for t in vectors)
+    _, mean, rstd = triton.layer_norm_forward(z, gamma, beta, EPS)
+    x = triton.layer_norm_rebuild(z, gamma, beta, mean, rstd)
+    if reason := cuda.why_not(x, dy, adapters, ALL):
+        pytest.skip(reason)
+    norm = InputNorm(mean, rstd, gamma, beta)
+    ours = flat(cuda.lora_grads(z, dy, adapters, ALL, norm=norm))
+    again = flat(cuda.lora_grads(x, dy, adapters, ALL))
+    assert all(torch.equal(ours[name], value) for name, value in again.items())

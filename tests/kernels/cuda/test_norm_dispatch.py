@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_lora.kernels.aten import elementwise as aten
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.ops import elementwise
+from fused_lora.ops.chain import linear
 from fused_lora.ops.lora_block import layer_norm_lora_linear, lora_attention, lora_mlp
 from fused_lora.ops.operand import RECOMPUTE, Adapted, Norm
 from fused_lora.testing.yardstick import in_every_order, judge_all
@@ -210,6 +211,22 @@ def test_gamma_that_begins_anywhere_has_n_made_again(served, again, monkeypatch,
     half.norm = half.norm._replace(gamma=torch.randn(D + 1).to(BF16)[1:])
     half.keeps_the_yardstick(half("elementwise", "cuda"))
     assert served.normed == 0 and again == ["n"] * 2
+
+
+@pytest.mark.parametrize("which", HALVES)
+def test_a_backward_that_cannot_makes_n_again(served, again, monkeypatch, which) -> None:  # noqa: F811
+    """As in a capture, where nothing is checked: what forward kept for it is not missed."""
+    monkeypatch.setenv("FUSED_LORA_PROGRAMS", "0")
+    right, answers = linear.why_not_normed, []
+
+    def at_first(*question):
+        answers.append(right(*question) if len(answers) < frames else "not now")
+        return answers[-1]
+
+    half, frames = Half(which), 2 if which == "gated" else 1
+    monkeypatch.setattr(linear, "why_not_normed", at_first)
+    half.keeps_the_yardstick(half("elementwise", "cuda"))
+    assert served.normed == 0 and again == ["n", "n"]
 
 
 @pytest.mark.parametrize("programs", [0, 1])
