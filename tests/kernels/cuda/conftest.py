@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,8 @@ def build_host(folder: Path) -> Path:
     python_include = sysconfig.get_path("include")
     if not Path(python_include, "Python.h").exists():
         pytest.skip("Python's headers are not installed")
-    target = folder / f"host_{digest(CSRC, HERE)}" / "_native.so"
+    name = f"host_{digest(CSRC, HERE)}_{sys.implementation.cache_tag}"
+    target = folder / name / "_native.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
