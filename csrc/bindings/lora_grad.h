@@ -136,6 +136,8 @@ inline void bind_grad_plan(py::module_& m) {
       .def_readonly("rank_blocks", &GradPlan::rank_blocks)
       .def_readonly("chunks", &GradPlan::chunks)
       .def_readonly("slices", &GradPlan::slices)
+      .def_readonly("cluster_slices", &GradPlan::cluster_slices)
+      .def_property_readonly("partials", &GradPlan::partials)
       .def_readonly("stages", &GradPlan::stages)
       .def_readonly("smem_bytes", &GradPlan::smem_bytes)
       .def_property_readonly("full", &GradPlan::full)

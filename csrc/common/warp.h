@@ -45,6 +45,16 @@ FL_DEVICE float load_cluster(const float* mine, int rank) {
   return value;
 }
 
+// Four neighbours of it, at a multiple of 16 bytes.
+FL_DEVICE void load_cluster(float (&to)[4], const float* mine, int rank) {
+  asm volatile(
+      "{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [at];\n}"
+      : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+      : "r"(shared_address(mine)), "r"(rank)
+      : "memory");
+}
+
 // True in one lane. The compiler knows that it is one.
 FL_DEVICE bool elected() {
   uint32_t is;
@@ -99,6 +109,7 @@ FL_DEVICE void wait_barrier(uint64_t* barrier, int lap) {
 
 FL_DEVICE void sync_cluster() {}
 FL_DEVICE float load_cluster(const float*, int) { return 0.0f; }
+FL_DEVICE void load_cluster(float (&)[4], const float*, int) {}
 FL_DEVICE bool elected() { return false; }
 FL_DEVICE void init_barrier(uint64_t*) {}
 FL_DEVICE void fence_copies() {}

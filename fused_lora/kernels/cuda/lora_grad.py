@@ -105,7 +105,7 @@ def lora_grads(
     if dh_out is None and all(grad is None for grad in (grads.bias, *grads.a, *grads.b)):
         return grads
     assert beta in (0, 1), beta
-    sizes = plan.slices, plan.columns, RANK_BLOCK * plan.rank_blocks
+    sizes = plan.partials, plan.columns, RANK_BLOCK * plan.rank_blocks
     partial = call.first.new_empty(sizes, dtype=torch.float32)
     launch = GradLaunch(call, plan, dh_out, activation)
     written = [partial] if dh_out is None else [partial, dh_out]
