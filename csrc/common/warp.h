@@ -33,6 +33,13 @@ FL_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// Of this block.
+FL_DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
 // What block `rank` of the cluster has where this block has `mine`.
 FL_DEVICE float load_cluster(const float* mine, int rank) {
   float value;
@@ -108,6 +115,7 @@ FL_DEVICE void wait_barrier(uint64_t* barrier, int lap) {
 #define FL_BULK_COPIES false
 
 FL_DEVICE void sync_cluster() {}
+FL_DEVICE int cluster_rank() { return 0; }
 FL_DEVICE float load_cluster(const float*, int) { return 0.0f; }
 FL_DEVICE void load_cluster(float (&)[4], const float*, int) {}
 FL_DEVICE bool elected() { return false; }

@@ -51,8 +51,7 @@ class OnePass {
         plan_(plan),
         shared_(shared),
         thread_(thread_index()),
-        slice_(slice),
-        chunk_(chunk) {
+        slice_(slice) {
     const int slot = chunk * kGradWarps + (bulk ? of_first_lane(warp()) : warp()),
               x_warps = plan.x_warps - chunk * kGradWarps;
     x_warps_ = x_warps < 0 ? 0 : x_warps < kGradWarps ? x_warps : kGradWarps;
@@ -540,7 +539,7 @@ class OnePass {
   // This block's share of the elements, 16 bytes a lane, over the slices of the cluster in order.
   FL_DEVICE void add_slices(float* to) const {
     const int slices = plan_.cluster_slices, floats = 16 * strips_ * L::kRanks;
-    const int first = clusters() ? chunk_ * slices : 0;
+    const int first = cluster_rank() - first_rank();  // of those that have this chunk
     FL_UNROLL_BY(1)
     for (int i = 4 * (32 * first_rank() + lane()); i < floats; i += 128 * slices) {
       Four sum = {};
@@ -584,7 +583,7 @@ class OnePass {
   const GradProblem& problem_;
   const GradPlan& plan_;
   char* shared_;
-  int thread_, slice_, chunk_, x_warps_, strips_, first_, width_, tile_, end_;
+  int thread_, slice_, x_warps_, strips_, first_, width_, tile_, end_;
   bool is_dy_, expands_, shrinks_;
   bool activates_;      // what is given of x
   bool hands_on_;       // dh, where it is formed: the first block of a cluster

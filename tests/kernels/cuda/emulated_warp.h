@@ -113,6 +113,7 @@ inline int of_first_lane(int number) { return number; }  // asked for what all l
 inline void sync_warp() { emulated->sync("sync_warp", EmulatedCluster::Scope::kWarp); }
 inline void sync_block() { emulated->sync("sync_block", EmulatedCluster::Scope::kBlock); }
 inline void sync_cluster() { emulated->sync("sync_cluster", EmulatedCluster::Scope::kCluster); }
+inline int cluster_rank() { return emulated->block(); }
 inline float load_cluster(const float* mine, int rank) { return emulated->remote(mine, rank); }
 inline void load_cluster(float (&to)[4], const float* mine, int rank) {
   if (reinterpret_cast<uintptr_t>(mine) % 16) throw std::logic_error("a remote read not aligned");
