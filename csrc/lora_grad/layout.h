@@ -101,9 +101,11 @@ struct GradLayout {
 
 constexpr int most_cluster_blocks(int arch) { return arch >= 90 ? 8 : 1; }
 
-// Where slices are in it, which need not be: beyond pairs, only where it is known how many such
-// clusters a chip runs at once.
-constexpr int most_slice_cluster_blocks(int arch) { return arch == 90 ? 8 : arch > 90 ? 2 : 1; }
+// Where slices are in it, which need not be: beyond pairs, only where the chip has said how many
+// such clusters it runs at once, or where others have measured it.
+constexpr int most_slice_cluster_blocks(int arch, bool said) {
+  return arch < 90 ? 1 : said || arch == 90 ? 8 : 2;
+}
 
 // Calls visit.operator()<T, S, RB, forms>() for each shape compiled for T, narrow before wide. Of
 // TF32 there are fewer, since its fragments take twice the room.

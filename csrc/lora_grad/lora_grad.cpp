@@ -42,17 +42,32 @@ struct Choose {
   }
 };
 
+struct Processors {
+  int count;
+  ClusterCounts clusters;
+};
+
 // Blocks that a chip runs at once in clusters of so many. A cluster lives inside a group of
-// processors, of which each is whole pairs. Groups differ, so that some of each is left over: of an
-// H100's 132 processors, 124 are in clusters of four and 120 in clusters of eight.
-int64_t at_once(const GradPlan& plan, int processors, int cluster) {
-  if (ceil_div(cluster, plan.blocks) > 2 && processors > 16) processors -= processors / 16;
-  return static_cast<int64_t>(processors) * plan.blocks / cluster * cluster;
+// processors, of which each is whole pairs. Groups differ, and what is left of each serves none: an
+// H100's 132 have 120 in clusters of eight, and would have 124 in clusters of four where one group
+// is short of 16. So much is taken for granted where the chip has not been asked.
+int64_t at_once(const GradPlan& plan, Processors processors, int cluster) {
+  const int taken = ceil_div(cluster, plan.blocks);
+  const int known = taken == 4   ? processors.clusters.fours
+                    : taken == 8 ? processors.clusters.eights
+                                 : 0;
+  int count = processors.count;
+  if (taken > 2 && known > 0) {
+    count = std::min(count, known * taken);
+  } else if (taken > 2 && count > 16) {
+    count -= count / 16;
+  }
+  return static_cast<int64_t>(count) * plan.blocks / cluster * cluster;
 }
 
 // As many slices as blocks run at once, and as many of them in a cluster as leave idle no more than
 // a sixteenth of what is busy without: each doubling halves what is written and read again.
-void share_out(GradPlan& plan, int64_t tiles, int processors, int most_blocks) {
+void share_out(GradPlan& plan, int64_t tiles, Processors processors, int most_blocks) {
   const auto slices = [&](int together) {
     const int64_t blocks = at_once(plan, processors, plan.cluster_chunks() * together);
     const int64_t wanted = (tiles + together - 1) / together * together;
@@ -114,7 +129,8 @@ void check(const GradProblem& problem, const GradPlan& plan) {
 
 }  // namespace
 
-std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors) {
+std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors,
+                                       ClusterCounts counts) {
   if (shape.k * shape.bytes() % 16 || shape.n * shape.bytes() % 16) return std::nullopt;
   if (shape.all_ranks() > kMostRanks) return std::nullopt;
   GradPlan plan = {};
@@ -133,7 +149,8 @@ std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, 
   while (warps_for(plan, plan.strips_per_warp) > warps) ++plan.strips_per_warp;
   plan.x_warps = ceil_div(plan.x_strips, plan.strips_per_warp);
   const int64_t tiles = (rows + tile_rows(shape.tf32) - 1) / tile_rows(shape.tf32);
-  share_out(plan, tiles, processors, bytes_of_totals ? most_slice_cluster_blocks(arch) : 1);
+  const int most_blocks = most_slice_cluster_blocks(arch, counts.eights > 0);
+  share_out(plan, tiles, {processors, counts}, bytes_of_totals ? most_blocks : 1);
   if (plan.cluster_slices > 1) plan.smem_bytes = std::max(plan.smem_bytes, bytes_of_totals);
   return plan;
 }

@@ -66,7 +66,34 @@ cudaError_t launch(Kernel kernel, dim3 grid, dim3 cluster, int smem_bytes,
   return cudaLaunchKernelExC(&config, function, pointers);
 }
 
+// How many clusters of so many blocks run at once, each block with all the shared memory there is.
+int clusters_of(int blocks, int smem_bytes) {
+  const void* function = reinterpret_cast<const void*>(lora_grad_kernel<BFloat16, 6, 1, true>);
+  if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes)) {
+    return 0;
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(kGradThreads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int found = 0;
+  return cudaOccupancyMaxActiveClusters(&found, function, &config) ? 0 : found;
+}
+
 }  // namespace
+
+ClusterCounts clusters_at_once(int device) {
+  const DeviceGuard guard(device);
+  int smem_bytes = 0;
+  if (guard.error() ||
+      cudaDeviceGetAttribute(&smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {
+    return {};
+  }
+  return {clusters_of(4, smem_bytes), clusters_of(8, smem_bytes)};
+}
 
 int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,
                      void* stream) {

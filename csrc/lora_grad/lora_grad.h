@@ -82,7 +82,7 @@ struct GradPlan {
   int32_t stages;   // tiles of rows under way
   int32_t blocks;   // that share a processor
   int32_t smem_bytes;
-  int32_t slices;  // of the rows: a slice of a chunk is a block
+  int32_t slices;          // of the rows: a slice of a chunk is a block
   int32_t cluster_slices;  // neighbours that add up their sums before they are written; 1 if none
 
   // Whether the chunks of a slice are a cluster, or a part of one.
@@ -97,8 +97,18 @@ struct GradPlan {
   }
 };
 
+// Clusters of four blocks, and of eight, that a chip runs at once where a block has a processor to
+// itself; 0 where nobody has asked the chip.
+struct ClusterCounts {
+  int32_t fours, eights;
+};
+
+// What the device says; 0 where it does not. In lora_grad.cu.
+ClusterCounts clusters_at_once(int device);
+
 // Nothing where no block or cluster of this architecture (80, 86, 89, 90, ...) holds the problem.
-std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors);
+std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors,
+                                       ClusterCounts counts = {});
 
 // `partial` [partials(), columns(), 16 rank_blocks] is written where its gradients are asked for.
 void lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,

@@ -47,11 +47,7 @@ class OnePass {
  public:
   FL_DEVICE OnePass(const GradProblem& problem, const GradPlan& plan, char* shared, int slice,
                     int chunk)
-      : problem_(problem),
-        plan_(plan),
-        shared_(shared),
-        thread_(thread_index()),
-        slice_(slice) {
+      : problem_(problem), plan_(plan), shared_(shared), thread_(thread_index()), slice_(slice) {
     const int slot = chunk * kGradWarps + (bulk ? of_first_lane(warp()) : warp()),
               x_warps = plan.x_warps - chunk * kGradWarps;
     x_warps_ = x_warps < 0 ? 0 : x_warps < kGradWarps ? x_warps : kGradWarps;

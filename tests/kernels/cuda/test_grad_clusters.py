@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +72,54 @@ def test_slices_of_given_h_and_dh_are_in_clusters_too(on_host: ModuleType) -> No
         shape = GradShape(k, n, ranks, h_given=True, dh_given=True)
         plan = shape.plan(10**6, Chip(arch, 132))
         assert (plan.chunks, plan.slices, plan.cluster_slices) == found
+
+
+# Clusters of four and of eight that the chip has said it runs at once: two groups short of 16
+# processors, one, none; a larger chip, a part of one.
+@pytest.mark.parametrize(
+    "counts, processors, arch, slices, together",
+    [((30, 14), 132, 90, 132, 2), ((31, 15), 132, 90, 124, 4), ((32, 16), 132, 90, 128, 8),
+     ((36, 18), 148, 100, 144, 8), ((34, 16), 148, 100, 148, 2), ((31, 15), 4, 90, 4, 4)],
+)  # fmt: skip
+def test_as_many_clusters_as_the_chip_runs_at_once(
+    on_host: ModuleType,
+    counts: tuple[int, int],
+    processors: int,
+    arch: int,
+    slices: int,
+    together: int,
+) -> None:
+    plan = GradShape(384, 384, 16).plan(10**6, Chip(arch, processors, *counts))
+    assert (plan.chunks, plan.slices, plan.cluster_slices) == (1, slices, together)
+
+
+def test_a_chip_is_asked_once_and_only_where_it_has_clusters(
+    on_host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counts(index: int) -> tuple[int, int]:
+        asked.append(index)
+        return 31, 15
+
+    known = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    monkeypatch.setattr(native, "load", lambda: SimpleNamespace(clusters_at_once=counts))
+    monkeypatch.setattr(native, "why_not", lambda device=None: None)
+    device = torch.device("cuda", 7)
+    Chip.of.cache_clear()
+    try:
+        assert Chip.of(device) == Chip.of(device) == Chip(90, 132, 31, 15)
+        assert asked == [7]
+        known.major = 8
+        Chip.of.cache_clear()
+        assert Chip.of(device) == Chip(80, 132) and asked == [7]
+        known.major = 9
+        monkeypatch.setattr(native, "why_not", lambda device=None: "not built")
+        Chip.of.cache_clear()
+        assert Chip.of(device) == Chip(90, 132) and asked == [7]
+    finally:
+        Chip.of.cache_clear()
 
 
 @pytest.mark.parametrize(
