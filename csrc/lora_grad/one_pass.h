@@ -61,6 +61,7 @@ class OnePass {
     const int64_t tiles = (problem.rows + L::kRows - 1) / L::kRows;
     tile_ = static_cast<int>(tiles * slice / plan.slices);
     end_ = static_cast<int>(tiles * (slice + 1) / plan.slices);
+    first_rank_ = slice % plan.cluster_slices;
     expands_ = expands(), shrinks_ = forms && shrinks(), t_mine_ = t(0, !is_dy_);
     hands_on_ = forms && problem.dh && chunk == 0;
     activates_ = !is_dy_ && problem.activation != Activation::kNone;
@@ -140,7 +141,7 @@ class OnePass {
     return reinterpret_cast<float*>(shared_ + L::kTotals + warp() * L::kWarpTotalBytes);
   }
   // In the cluster, of the first chunk of this slice; chunks are as far apart as there are slices.
-  FL_DEVICE int first_rank() const { return adds_slices() ? slice_ % plan_.cluster_slices : 0; }
+  FL_DEVICE int first_rank() const { return FL_CLUSTERS ? first_rank_ : 0; }
   // Of this lane: rank blocks of the first columns, of the next.
   FL_DEVICE Fragment& slot(int index) const {
     return reinterpret_cast<Fragment*>(shared_ + L::kSlotsAt +
@@ -579,7 +580,7 @@ class OnePass {
   const GradProblem& problem_;
   const GradPlan& plan_;
   char* shared_;
-  int thread_, slice_, x_warps_, strips_, first_, width_, tile_, end_;
+  int thread_, slice_, first_rank_, x_warps_, strips_, first_, width_, tile_, end_;
   bool is_dy_, expands_, shrinks_;
   bool activates_;      // what is given of x
   bool hands_on_;       // dh, where it is formed: the first block of a cluster
