@@ -146,7 +146,7 @@ class Plan:
     backend: Backend = Backend.ATEN
     grads_by: Backend | None = None  # who computes RANK gradients; None: ``backend``
     dropped_by: Backend | None = None  # who masks the x of a; None: nobody
-    slices: int = 0  # of rows, whose sums ``grads_by`` adds up; 0 where nobody said
+    slices: int = 0  # of rows, or clusters of them, whose sums ``grads_by`` adds up; 0 if unknown
     writes_dh: bool = False  # whether ``grads_by`` comes before dx, and writes the dh that dx reads
 
     @property

@@ -138,6 +138,8 @@ inline void bind_grad_plan(py::module_& m) {
       .def_readonly("rank_blocks", &GradPlan::rank_blocks)
       .def_readonly("chunks", &GradPlan::chunks)
       .def_readonly("slices", &GradPlan::slices)
+      .def_readonly("cluster_slices", &GradPlan::cluster_slices)
+      .def_property_readonly("partials", &GradPlan::partials)
       .def_readonly("stages", &GradPlan::stages)
       .def_readonly("smem_bytes", &GradPlan::smem_bytes)
       .def_property_readonly("full", &GradPlan::full)
@@ -151,16 +153,25 @@ inline void bind_grad_plan(py::module_& m) {
       "plan_lora_grad",
       [](int32_t k, int32_t n, int32_t ranks, bool h_given, bool dh_given, bool needs_a,
          bool needs_b, bool needs_bias, bool tf32, bool writes_dh, int64_t rows, int arch,
-         int processors) {
+         int processors, int32_t fours, int32_t eights) {
         const GradShape shape = {k,       n,       ranks,      h_given, dh_given,
                                  needs_a, needs_b, needs_bias, tf32,    writes_dh};
-        return plan_lora_grad(shape, rows, arch, processors);
+        return plan_lora_grad(shape, rows, arch, processors, {fours, eights});
       },
       py::kw_only(), py::arg("k"), py::arg("n"), py::arg("ranks"), py::arg("h_given"),
       py::arg("dh_given"), py::arg("needs_a"), py::arg("needs_b"), py::arg("needs_bias"),
       py::arg("tf32") = false, py::arg("writes_dh") = false, py::arg("rows"), py::arg("arch"),
-      py::arg("processors"),
+      py::arg("processors"), py::arg("fours") = 0, py::arg("eights") = 0,
       "How the gradients are launched; None where a block cannot hold them.");
+
+  m.def(
+      "clusters_at_once",
+      [](int device) {
+        const ClusterCounts counts = clusters_at_once(device);
+        return std::make_pair(counts.fours, counts.eights);
+      },
+      py::arg("device"),
+      "Clusters of four blocks and of eight that the device runs at once; 0 where it cannot say.");
 }
 
 inline void bind_lora_grad(py::module_& m) {

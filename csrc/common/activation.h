@@ -66,7 +66,7 @@ struct Pair {
   float at[2];
 };
 
-struct Four {
+struct alignas(16) Four {
   float at[4];
 };
 

@@ -33,6 +33,13 @@ FL_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// Of this block.
+FL_DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
 // What block `rank` of the cluster has where this block has `mine`.
 FL_DEVICE float load_cluster(const float* mine, int rank) {
   float value;
@@ -43,6 +50,16 @@ FL_DEVICE float load_cluster(const float* mine, int rank) {
       : "r"(shared_address(mine)), "r"(rank)
       : "memory");
   return value;
+}
+
+// Four neighbours of it, at a multiple of 16 bytes.
+FL_DEVICE void load_cluster(float (&to)[4], const float* mine, int rank) {
+  asm volatile(
+      "{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [at];\n}"
+      : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+      : "r"(shared_address(mine)), "r"(rank)
+      : "memory");
 }
 
 // True in one lane. The compiler knows that it is one.
@@ -98,7 +115,9 @@ FL_DEVICE void wait_barrier(uint64_t* barrier, int lap) {
 #define FL_BULK_COPIES false
 
 FL_DEVICE void sync_cluster() {}
+FL_DEVICE int cluster_rank() { return 0; }
 FL_DEVICE float load_cluster(const float*, int) { return 0.0f; }
+FL_DEVICE void load_cluster(float (&)[4], const float*, int) {}
 FL_DEVICE bool elected() { return false; }
 FL_DEVICE void init_barrier(uint64_t*) {}
 FL_DEVICE void fence_copies() {}

@@ -6,6 +6,8 @@
 //   sums       per warp            [rows, R] its share of h or dh, fp32
 //   t          per parity          [rows, R] h and dh, rounded
 //   shares     per parity          [rows, R] a block's share of h and dh, read by its cluster
+//   totals     per warp            [16 S columns, R] its sums, read by a cluster of slices: at the
+//                                  end, in the place of all but scales and barriers
 //
 // A tile has as many rows as an instruction is deep: 16 of bf16 or fp16, 8 of fp32, as many bytes.
 // Rows are padded by 16 bytes, so that eight of them start in different banks.
@@ -68,6 +70,10 @@ struct GradLayout {
   // many at a time as there are slots.
   static constexpr int kTiles = kSlotsAt + (kKeeps ? 0 : kAllSlotBytes);
 
+  static constexpr int kTotals = kT;
+  static constexpr int kWarpTotalBytes = 4 * 16 * S * kRanks;
+  static constexpr int kBytesOfTotals = kTotals + kGradWarps * kWarpTotalBytes;  // and before them
+
   static constexpr int kShareBytes = 4 * kRows * kRanks;  // of h, or of dh, at one parity
   static constexpr int kAllShareBytes = 4 * kShareBytes;  // lie last, and only in a cluster
 
@@ -79,11 +85,14 @@ struct GradLayout {
     return kTiles + stages * kStageBytes + (cluster ? kAllShareBytes : 0);
   }
 
-  // As many as fit beside the other blocks of a processor.
+  // Of a block beside the others of its processor.
+  static constexpr int most_bytes(int limit_bytes) {
+    return limit_bytes / kBlocks - (kBlocks > 1 ? 1024 : 0);
+  }
+
   static constexpr int stages(int limit_bytes, bool cluster = false) {
-    const int share_bytes = limit_bytes / kBlocks - (kBlocks > 1 ? 1024 : 0);
     int found = kLeastStages;
-    while (found < kMostStages && bytes(found + 1, cluster) <= share_bytes) ++found;
+    while (found < kMostStages && bytes(found + 1, cluster) <= most_bytes(limit_bytes)) ++found;
     return found;
   }
 
@@ -91,6 +100,12 @@ struct GradLayout {
 };
 
 constexpr int most_cluster_blocks(int arch) { return arch >= 90 ? 8 : 1; }
+
+// Where slices are in it, which need not be: beyond pairs, only where the chip has said how many
+// such clusters it runs at once, or where others have measured it.
+constexpr int most_slice_cluster_blocks(int arch, bool said) {
+  return arch < 90 ? 1 : said || arch == 90 ? 8 : 2;
+}
 
 // Calls visit.operator()<T, S, RB, forms>() for each shape compiled for T, narrow before wide. Of
 // TF32 there are fewer, since its fragments take twice the room.

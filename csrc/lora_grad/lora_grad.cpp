@@ -21,6 +21,7 @@ struct Choose {
   int limit_bytes;
   int cluster_blocks;
   bool* chosen;
+  int* bytes_of_totals;  // 0 where a block cannot hold them
 
   template <typename T, int S, int RB, bool forms>
   void operator()() const {
@@ -37,8 +38,48 @@ struct Choose {
     plan->most_strips = S, plan->rank_blocks = RB, plan->chunks = chunks;
     plan->stages = L::stages(limit_bytes, cluster);
     plan->smem_bytes = L::bytes(plan->stages, cluster);
+    *bytes_of_totals = L::kBytesOfTotals <= L::most_bytes(limit_bytes) ? L::kBytesOfTotals : 0;
   }
 };
+
+struct Processors {
+  int count;
+  ClusterCounts clusters;
+};
+
+// Blocks that a chip runs at once in clusters of so many. A cluster lives inside a group of
+// processors, of which each is whole pairs. Groups differ, and what is left of each serves none: an
+// H100's 132 have 120 in clusters of eight, and would have 124 in clusters of four where one group
+// is short of 16. So much is taken for granted where the chip has not been asked.
+int64_t at_once(const GradPlan& plan, Processors processors, int cluster) {
+  const int taken = ceil_div(cluster, plan.blocks);
+  const int known = taken == 4   ? processors.clusters.fours
+                    : taken == 8 ? processors.clusters.eights
+                                 : 0;
+  int count = processors.count;
+  if (taken > 2 && known > 0) {
+    count = std::min(count, known * taken);
+  } else if (taken > 2 && count > 16) {
+    count -= count / 16;
+  }
+  return static_cast<int64_t>(count) * plan.blocks / cluster * cluster;
+}
+
+// As many slices as blocks run at once, and as many of them in a cluster as leave idle no more than
+// a sixteenth of what is busy without: each doubling halves what is written and read again.
+void share_out(GradPlan& plan, int64_t tiles, Processors processors, int most_blocks) {
+  const auto slices = [&](int together) {
+    const int64_t blocks = at_once(plan, processors, plan.cluster_chunks() * together);
+    const int64_t wanted = (tiles + together - 1) / together * together;
+    return std::min(wanted, blocks / (plan.chunks * together) * together);
+  };
+  const int64_t alone = std::max<int64_t>(1, slices(1));
+  plan.slices = static_cast<int32_t>(alone), plan.cluster_slices = 1;
+  for (int n = 2; n <= tiles && n * plan.cluster_chunks() <= most_blocks; n *= 2) {
+    if (slices(n) == 0 || 16 * slices(n) < 15 * alone) continue;
+    plan.slices = static_cast<int32_t>(slices(n)), plan.cluster_slices = n;
+  }
+}
 
 void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument("lora_grad: " + what);
@@ -101,7 +142,8 @@ void check(const GradProblem& problem, const GradPlan& plan) {
 
 }  // namespace
 
-std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors) {
+std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors,
+                                       ClusterCounts counts) {
   if (shape.k * shape.bytes() % 16 || shape.n * shape.bytes() % 16) return std::nullopt;
   if (shape.all_ranks() > kMostRanks) return std::nullopt;
   GradPlan plan = {};
@@ -109,8 +151,9 @@ std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, 
   plan.x_strips = shape.reads_x() ? ceil_div(shape.k, 16) : 0;
   plan.dy_strips = shape.reads_dy() ? ceil_div(shape.n, 16) : 0;
   bool chosen = false;
+  int bytes_of_totals = 0;
   for (int blocks = 1; blocks <= most_cluster_blocks(arch); blocks *= 2) {
-    const Choose choose{&plan, smem_limit_bytes(arch), blocks, &chosen};
+    const Choose choose{&plan, smem_limit_bytes(arch), blocks, &chosen, &bytes_of_totals};
     shape.tf32 ? each_grad_shape<TFloat32>(choose) : each_grad_shape<BFloat16>(choose);
   }
   if (!chosen) return std::nullopt;
@@ -119,10 +162,9 @@ std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, 
   while (warps_for(plan, plan.strips_per_warp) > warps) ++plan.strips_per_warp;
   plan.x_warps = ceil_div(plan.x_strips, plan.strips_per_warp);
   const int64_t tiles = (rows + tile_rows(shape.tf32) - 1) / tile_rows(shape.tf32);
-  // Clusters live inside groups of at least 16 processors; what is left of a group serves none.
-  if (plan.in_clusters() && processors > 16) processors -= processors % 16;
-  const int64_t blocks = processors * plan.blocks / plan.chunks;
-  plan.slices = static_cast<int32_t>(std::max<int64_t>(1, std::min(tiles, blocks)));
+  const int most_blocks = most_slice_cluster_blocks(arch, counts.eights > 0);
+  share_out(plan, tiles, {processors, counts}, bytes_of_totals ? most_blocks : 1);
+  if (plan.cluster_slices > 1) plan.smem_bytes = std::max(plan.smem_bytes, bytes_of_totals);
   return plan;
 }
 

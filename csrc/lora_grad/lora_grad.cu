@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kGradThreads, GradLayout<T, S, RB, forms>::kBl
     const int slice = blockIdx.x, chunk = blockIdx.y;
     OnePass<T, S, RB, forms, FL_BULK_COPIES>(arguments.problem, arguments.plan, shared, slice,
                                              chunk)
-        .run(arguments.partial + static_cast<int64_t>(slice) * arguments.plan.columns() * 16 * RB);
+        .run(arguments.partial);
   }
 #endif
 }
@@ -47,7 +47,7 @@ struct Find {
   }
 };
 
-cudaError_t launch(Kernel kernel, dim3 grid, int cluster, int smem_bytes,
+cudaError_t launch(Kernel kernel, dim3 grid, dim3 cluster, int smem_bytes,
                    const Arguments& arguments, void* stream) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (smem_bytes > 48 << 10) {
@@ -57,16 +57,43 @@ cudaError_t launch(Kernel kernel, dim3 grid, int cluster, int smem_bytes,
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {1, static_cast<unsigned>(cluster), 1};
+  attribute.val.clusterDim = {cluster.x, cluster.y, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = dim3(kGradThreads);
   config.dynamicSmemBytes = smem_bytes, config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute, config.numAttrs = cluster > 1 ? 1 : 0;
+  config.attrs = &attribute, config.numAttrs = cluster.x * cluster.y > 1 ? 1 : 0;
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
   return cudaLaunchKernelExC(&config, function, pointers);
 }
 
+// How many clusters of so many blocks run at once, each block with all the shared memory there is.
+int clusters_of(int blocks, int smem_bytes) {
+  const void* function = reinterpret_cast<const void*>(lora_grad_kernel<BFloat16, 6, 1, true>);
+  if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes)) {
+    return 0;
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(kGradThreads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int found = 0;
+  return cudaOccupancyMaxActiveClusters(&found, function, &config) ? 0 : found;
+}
+
 }  // namespace
+
+ClusterCounts clusters_at_once(int device) {
+  const DeviceGuard guard(device);
+  int smem_bytes = 0;
+  if (guard.error() ||
+      cudaDeviceGetAttribute(&smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {
+    return {};
+  }
+  return {clusters_of(4, smem_bytes), clusters_of(8, smem_bytes)};
+}
 
 int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,
                      void* stream) {
@@ -76,7 +103,7 @@ int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* pa
   Kernel kernel = nullptr;
   each_grad_shape(problem.type, Find{&arguments, &kernel});
   const dim3 grid(plan.slices, plan.chunks);
-  const int cluster = plan.in_clusters() ? plan.chunks : 1;
+  const dim3 cluster(plan.cluster_slices, plan.cluster_chunks());
   return launch(kernel, grid, cluster, plan.smem_bytes, arguments, stream);
 }
 

@@ -1,5 +1,5 @@
-// RANK gradients of all groups from one read of x and dy, as sums of slices of rows, which
-// add_partials.h adds up. The shapes of the operation.
+// RANK gradients of all groups from one read of x and dy, as sums of slices of rows, or of clusters
+// of slices, which add_partials.h adds up. The shapes of the operation.
 //
 //   h  = x aT     dh_g = s_g dy[:, g] b_g      formed on chip, or given
 //   db_g = s_g dy[:, g]T h_g                   da = dhT x      dbias = sum over rows of dy
@@ -90,21 +90,35 @@ struct GradPlan {
   int32_t stages;   // tiles of rows under way
   int32_t blocks;   // that share a processor
   int32_t smem_bytes;
-  int32_t slices;  // of the rows: a slice of a chunk is a block
+  int32_t slices;          // of the rows: a slice of a chunk is a block
+  int32_t cluster_slices;  // neighbours that add up their sums before they are written; 1 if none
 
+  // Whether the chunks of a slice are a cluster, or a part of one.
   constexpr bool in_clusters() const { return shape.forms() && chunks > 1; }
+  constexpr int32_t cluster_chunks() const { return in_clusters() ? chunks : 1; }
+  constexpr int32_t partials() const { return slices / cluster_slices; }
   // Whether some warp holds as much as its kernel can.
   constexpr bool full() const { return strips_per_warp == most_strips; }
   constexpr int32_t columns() const { return 16 * (x_strips + dy_strips); }
   constexpr int64_t partial_floats() const {
-    return static_cast<int64_t>(slices) * columns() * 16 * rank_blocks;
+    return static_cast<int64_t>(partials()) * columns() * 16 * rank_blocks;
   }
 };
 
-// Nothing where no block or cluster of this architecture (80, 86, 89, 90, ...) holds the problem.
-std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors);
+// Clusters of four blocks, and of eight, that a chip runs at once where a block has a processor to
+// itself; 0 where nobody has asked the chip.
+struct ClusterCounts {
+  int32_t fours, eights;
+};
 
-// `partial` [slices, columns(), 16 rank_blocks] is written where its gradients are asked for.
+// What the device says; 0 where it does not. In lora_grad.cu.
+ClusterCounts clusters_at_once(int device);
+
+// Nothing where no block or cluster of this architecture (80, 86, 89, 90, ...) holds the problem.
+std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, int processors,
+                                       ClusterCounts counts = {});
+
+// `partial` [partials(), columns(), 16 rank_blocks] is written where its gradients are asked for.
 void lora_grad(const GradProblem& problem, const GradPlan& plan, float* partial, int device,
                void* stream);
 

@@ -11,7 +11,8 @@
 //
 // x and dy come by asynchronous copies, several tiles ahead: 16 bytes at a time that a thread waits
 // for, or whole rows of a warp's columns that a barrier counts. The sums of a slice leave once, at
-// the end. Nothing depends on timing, so equal inputs give equal bits.
+// the end; in a cluster of slices its blocks first add them up, each a share of the elements over
+// all of them in order. Nothing depends on timing, so equal inputs give equal bits.
 #pragma once
 
 #include <type_traits>
@@ -45,7 +46,7 @@ class OnePass {
  public:
   FL_DEVICE OnePass(const GradProblem& problem, const GradPlan& plan, char* shared, int slice,
                     int chunk)
-      : problem_(problem), plan_(plan), shared_(shared), thread_(thread_index()) {
+      : problem_(problem), plan_(plan), shared_(shared), thread_(thread_index()), slice_(slice) {
     const int slot = chunk * kGradWarps + (bulk ? of_first_lane(warp()) : warp()),
               x_warps = plan.x_warps - chunk * kGradWarps;
     x_warps_ = x_warps < 0 ? 0 : x_warps < kGradWarps ? x_warps : kGradWarps;
@@ -59,6 +60,7 @@ class OnePass {
     const int64_t tiles = (problem.rows + L::kRows - 1) / L::kRows;
     tile_ = static_cast<int>(tiles * slice / plan.slices);
     end_ = static_cast<int>(tiles * (slice + 1) / plan.slices);
+    first_rank_ = slice % plan.cluster_slices;
     expands_ = expands(), shrinks_ = forms && shrinks(), t_mine_ = t(0, !is_dy_);
     hands_on_ = forms && problem.dh && chunk == 0;
     norms_ = kMakesX && !is_dy_ && problem.norm.mean;
@@ -96,14 +98,14 @@ class OnePass {
       stage = stage + 1 == plan_.stages ? 0 : stage + 1;
       lap ^= stage == 0;
     }
-    if (expands()) store(partial);
-    if (clusters()) sync_cluster();  // others may still read this block's share
+    finish(partial);
   }
 
  private:
   FL_DEVICE int lane() const { return thread_ % 32; }
   FL_DEVICE int warp() const { return thread_ / 32; }
   FL_DEVICE bool clusters() const { return FL_CLUSTERS && plan_.in_clusters(); }
+  FL_DEVICE bool adds_slices() const { return FL_CLUSTERS && plan_.cluster_slices > 1; }
   FL_DEVICE const GradSide& mine() const { return is_dy_ ? problem_.dy : problem_.x; }
   FL_DEVICE bool shrinks() const { return is_dy_ ? plan_.shape.forms_dh() : plan_.shape.forms_h(); }
   FL_DEVICE bool expands() const {
@@ -135,6 +137,12 @@ class OnePass {
     return reinterpret_cast<float*>(shared_ + plan_.smem_bytes - L::kAllShareBytes +
                                     (2 * parity + is_dh) * L::kShareBytes);
   }
+  // This warp's sums, as the cluster reads them.
+  FL_DEVICE float* totals() const {
+    return reinterpret_cast<float*>(shared_ + L::kTotals + warp() * L::kWarpTotalBytes);
+  }
+  // In the cluster, of the first chunk of this slice; chunks are as far apart as there are slices.
+  FL_DEVICE int first_rank() const { return FL_CLUSTERS ? first_rank_ : 0; }
   // Of this lane: rank blocks of the first columns, of the next.
   FL_DEVICE Fragment& slot(int index) const {
     return reinterpret_cast<Fragment*>(shared_ + L::kSlotsAt +
@@ -495,9 +503,10 @@ class OnePass {
   FL_DEVICE Totals cluster_totals(int parity, int turn) const {
     const int e = thread_ + kGradThreads * turn;
     Totals total = {};
-    for (int block = 0; block < plan_.chunks; ++block) {
-      total.h += load_cluster(shares(parity, false) + e, block);
-      total.dh += load_cluster(shares(parity, true) + e, block);
+    for (int chunk = 0, rank = first_rank(); chunk < plan_.chunks; ++chunk) {
+      total.h += load_cluster(shares(parity, false) + e, rank);
+      total.dh += load_cluster(shares(parity, true) + e, rank);
+      rank += plan_.cluster_slices;
     }
     return total;
   }
@@ -548,9 +557,50 @@ class OnePass {
     }
   }
 
-  // To this slice's [columns of x | dy, R].
+  // The sums of this slice, or of its cluster, to where they belong of [partials, columns, R].
+  FL_DEVICE void finish(float* partial) {
+    const int64_t size = static_cast<int64_t>(plan_.columns()) * L::kRanks;
+    const int before = (is_dy_ ? 16 * plan_.x_strips : 0) + first_;
+    partial += slice_ / plan_.cluster_slices * size + before * L::kRanks;
+    if (adds_slices()) leave_tiles();
+    if (expands()) store(adds_slices() ? totals() : partial);
+    if (adds_slices()) {
+      sync_cluster();
+      if (expands()) add_slices(partial);
+    }
+    if (clusters() || adds_slices()) sync_cluster();  // others may still read what this block has
+  }
+
+  // Until no block of the cluster has a use for what totals() are written over.
+  FL_DEVICE void leave_tiles() {
+    if constexpr (!bulk) wait_copies<0>();
+    const int64_t tiles = (problem_.rows + L::kRows - 1) / L::kRows;
+    const int64_t own = end_ - tiles * slice_ / plan_.slices;
+    // Blocks that share h and dh meet at each tile, of which some slices have one more.
+    if (clusters() && own * plan_.slices < tiles) sync_cluster();
+    sync_cluster();
+  }
+
+  // This block's share of the elements, 16 bytes a lane, over the slices of the cluster in order.
+  FL_DEVICE void add_slices(float* to) const {
+    const int slices = plan_.cluster_slices, floats = 16 * strips_ * L::kRanks;
+    const int first = cluster_rank() - first_rank();  // of those that have this chunk
+    FL_UNROLL_BY(1)
+    for (int i = 4 * (32 * first_rank() + lane()); i < floats; i += 128 * slices) {
+      Four sum = {};
+      FL_UNROLL_BY(4)
+      for (int slice = 0; slice < slices; ++slice) {
+        float next[4];
+        load_cluster(next, totals() + i, first + slice);
+        FL_UNROLL
+        for (int j = 0; j < 4; ++j) sum.at[j] += next[j];
+      }
+      *reinterpret_cast<Four*>(to + i) = sum;
+    }
+  }
+
+  // To [columns of this warp, R].
   FL_DEVICE void store(float* partial) {
-    partial += static_cast<int64_t>((is_dy_ ? 16 * plan_.x_strips : 0) + first_) * L::kRanks;
     float* to = partial + P::column(lane()) * L::kRanks + lane() % 4 * 2;
     FL_UNROLL
     for (int s = 0; s < S; ++s) {
@@ -578,7 +628,7 @@ class OnePass {
   const GradProblem& problem_;
   const GradPlan& plan_;
   char* shared_;
-  int thread_, x_warps_, strips_, first_, width_, tile_, end_;
+  int thread_, slice_, first_rank_, x_warps_, strips_, first_, width_, tile_, end_;
   bool is_dy_, expands_, shrinks_;
   bool makes_x_, norms_;  // of what is given for it; as a LayerNorm
   float mean_, rstd_;     // of this lane's row

@@ -122,12 +122,12 @@ def _of_gradients(
 
 
 def _by_planner(problem: Problem, plan: Plan, dtype: torch.dtype, device: torch.device) -> Plan:
-    """``plan`` as the compiled gradients' own planner has it: dh handed on if formed, slices."""
+    """``plan`` as the compiled gradients' own planner has it: dh handed on if formed, sums."""
     chip, first = Chip.of(device), replace(plan, writes_dh=True)
     if may_write_dh(problem, plan) and fitting(shape_of(problem, first), chip).forms_dh:
         plan = first if _of_gradients(problem, first, dtype, device) else plan
     launched = fitting(shape_of(problem, plan), chip).plan(problem.m, chip)
-    return replace(plan, slices=launched.slices if launched else 0)
+    return replace(plan, slices=launched.partials if launched else 0)
 
 
 def failures(

@@ -14,7 +14,8 @@ from fused_lora.types import Backend, Forward, Gradient, Keep, Plan
 #     h, dh   formed from the tiles that the gradients read, or read where they are kept; a dh that
 #             is formed here is written for dx, which then comes second
 #
-# Slices are those of the kernels' own planner where the module is there. The efficiencies and calls
+# Slices are those of the kernels' own planner where the module is there: a cluster of them, whose
+# blocks add their sums on chip, counts once. The efficiencies and calls
 # below are guesses: no time has been measured on a GPU yet.
 
 

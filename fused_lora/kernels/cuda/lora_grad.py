@@ -5,11 +5,11 @@
 
 Products are of bf16, of fp16, or of fp32 rounded to TF32 where torch allows that. Sums are fp32,
 dbias that of dy as it is; each gradient is rounded once, to its tensor's dtype. No atomics. A pass
-leaves the sums of slices of its rows; a second launch adds them up, in a program those of several
-passes (``add_slices``). What is formed on chip must fit the registers of a block, or of a cluster
-(``fits``); with h and dh given, any width does. Of 16 bits x may be GELU(u), or a
-LayerNorm, formed on chip from the u or z that is given in its place and rounded once, as whoever
-made it in forward did.
+leaves the sums of slices of its rows, or of clusters of slices; a second launch adds them up, in a
+program those of several passes (``add_slices``). What is formed on chip must fit the registers of a
+block, or of a cluster (``fits``); with h and dh given, any width does. Of 16 bits x may be GELU(u),
+or a LayerNorm, formed on chip from the u or z that is given in its place and rounded once, as
+whoever made it in forward did.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def lora_grads(
     if dh_out is None and all(grad is None for grad in (grads.bias, *grads.a, *grads.b)):
         return grads
     assert beta in (0, 1), beta
-    sizes = plan.slices, plan.columns, RANK_BLOCK * plan.rank_blocks
+    sizes = plan.partials, plan.columns, RANK_BLOCK * plan.rank_blocks
     partial = call.first.new_empty(sizes, dtype=torch.float32)
     launch = GradLaunch(call, plan, dh_out, activation, norm)
     written = [partial] if dh_out is None else [partial, dh_out]

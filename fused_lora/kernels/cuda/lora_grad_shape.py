@@ -71,9 +71,7 @@ class GradShape(NamedTuple):
     def plan(self, rows: int, chip: Chip) -> Any:
         """fused_lora._native.GradPlan; None where no block or cluster holds the problem."""
         module = native.load()
-        return module.plan_lora_grad(
-            **self._asdict(), rows=rows, arch=chip.arch, processors=chip.processors
-        )
+        return module.plan_lora_grad(**self._asdict(), rows=rows, **chip._asdict())
 
     def form(self, chip: Chip) -> Form | None:
         """What serves it on ``chip``; None where nothing does."""

@@ -105,13 +105,24 @@ class Chip(NamedTuple):
 
     arch: int  # 90 for compute capability 9.0
     processors: int
+    fours: int = 0  # clusters of four blocks, one a processor, that it runs at once; 0 if unknown
+    eights: int = 0  # of eight, likewise
 
     @staticmethod
     @lru_cache
     def of(device: torch.device) -> Chip:
         """The chip of a CUDA device."""
         properties = torch.cuda.get_device_properties(device)
-        return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)
+        arch = 10 * properties.major + properties.minor
+        counts = _clusters(device) if arch >= 90 else (0, 0)
+        return Chip(arch, properties.multi_processor_count, *counts)
+
+
+def _clusters(device: torch.device) -> tuple[int, int]:
+    if why_not(device):
+        return 0, 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return load().clusters_at_once(index)
 
 
 def queue(device: torch.device) -> tuple[int, int]:

@@ -11,6 +11,7 @@
 #include <exception>
 #include <functional>
 #include <map>
+#include <stdexcept>
 #include <vector>
 
 #include "common/dtype.h"
@@ -112,7 +113,12 @@ inline int of_first_lane(int number) { return number; }  // asked for what all l
 inline void sync_warp() { emulated->sync("sync_warp", EmulatedCluster::Scope::kWarp); }
 inline void sync_block() { emulated->sync("sync_block", EmulatedCluster::Scope::kBlock); }
 inline void sync_cluster() { emulated->sync("sync_cluster", EmulatedCluster::Scope::kCluster); }
+inline int cluster_rank() { return emulated->block(); }
 inline float load_cluster(const float* mine, int rank) { return emulated->remote(mine, rank); }
+inline void load_cluster(float (&to)[4], const float* mine, int rank) {
+  if (reinterpret_cast<uintptr_t>(mine) % 16) throw std::logic_error("a remote read not aligned");
+  for (int i = 0; i < 4; ++i) to[i] = emulated->remote(mine + i, rank);
+}
 inline void load_matrices(uint32_t (&to)[4], const void* row) { emulated->load(to, row, false); }
 inline void load_transposed(uint32_t (&to)[4], const void* row) { emulated->load(to, row, true); }
 inline void copy_16(void* shared, const void* global, bool inside) {

@@ -30,16 +30,18 @@ struct Run {
 
   template <typename Kernel>
   void blocks() const {
-    const int64_t size = static_cast<int64_t>(plan.columns()) * 16 * plan.rank_blocks;
-    const int together = plan.in_clusters() ? plan.chunks : 1;
-    EmulatedCluster cluster(together, backwards, late);
-    for (int i = 0; i < plan.slices * plan.chunks; i += together) {
-      const int slice = i / plan.chunks;
-      cluster.share(plan.smem_bytes);
-      cluster.run([&] {
-        Kernel(problem, plan, cluster.shared(), slice, i % plan.chunks + cluster.block())
-            .run(partial + slice * size);
-      });
+    const int slices = plan.cluster_slices, chunks = plan.cluster_chunks();
+    if (plan.slices % slices) throw std::logic_error("slices that are no whole clusters");
+    EmulatedCluster cluster(slices * chunks, backwards, late);
+    for (int slice = 0; slice < plan.slices; slice += slices) {
+      for (int chunk = 0; chunk < plan.chunks; chunk += chunks) {
+        cluster.share(plan.smem_bytes);
+        cluster.run([&] {
+          Kernel(problem, plan, cluster.shared(), slice + cluster.block() % slices,
+                 chunk + cluster.block() / slices)
+              .run(partial);
+        });
+      }
     }
   }
 };
@@ -54,6 +56,8 @@ int launch_lora_grad(const GradProblem& problem, const GradPlan& plan, float* pa
   if (!found) throw std::logic_error("no kernel of the plan's shape");
   return 0;
 }
+
+ClusterCounts clusters_at_once(int) { return {}; }
 
 int launch_add_partials(const Sums& sums, int device, void*) {
   if (device < 0) return 101;

@@ -311,23 +311,6 @@ def test_fits_in_tf32(
     assert cuda.fits(k, n, ranks, arch, tf32=True) is wanted
 
 
-CLUSTERS = [
-    (768, 768, 16, 90, 1), (768, 3072, 16, 90, 2), (384, 1152, 48, 90, 2), (1024, 1024, 64, 90, 4),
-    (4096, 4096, 16, 100, 4), (768, 768, 16, 120, 2),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("k, n, ranks, arch, blocks", CLUSTERS)
-def test_clusters(on_host: ModuleType, k: int, n: int, ranks: int, arch: int, blocks: int) -> None:
-    """How many blocks hold what one cannot, and that a GPU's groups of 16 processors hold them."""
-    flags = dict(h_given=False, dh_given=False, needs_a=True, needs_b=True, needs_bias=False)
-    plan = on_host.plan_lora_grad(
-        k=k, n=n, ranks=ranks, arch=arch, **flags, rows=10**6, processors=132
-    )
-    assert plan.chunks == blocks
-    assert plan.slices == (132 if blocks == 1 else 128 // blocks)
-
-
 def test_given_fits_whatever_the_width(on_host: ModuleType) -> None:
     for arch in (80, 86, 89, 90, 100, 120):
         for ranks in range(1, 65):
