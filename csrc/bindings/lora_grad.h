@@ -161,7 +161,7 @@ inline void bind_grad_plan(py::module_& m) {
       py::kw_only(), py::arg("k"), py::arg("n"), py::arg("ranks"), py::arg("h_given"),
       py::arg("dh_given"), py::arg("needs_a"), py::arg("needs_b"), py::arg("needs_bias"),
       py::arg("tf32") = false, py::arg("writes_dh") = false, py::arg("rows"), py::arg("arch"),
-      py::arg("processors"), py::arg("fours") = 0, py::arg("eights") = 0,
+      py::arg("processors"), py::arg("fours") = -1, py::arg("eights") = -1,
       "How the gradients are launched; None where a block cannot hold them.");
 
   m.def(
@@ -171,7 +171,7 @@ inline void bind_grad_plan(py::module_& m) {
         return std::make_pair(counts.fours, counts.eights);
       },
       py::arg("device"),
-      "Clusters of four blocks and of eight that the device runs at once; 0 where it cannot say.");
+      "Clusters of four blocks and of eight that the device runs at once; -1 where it cannot say.");
 }
 
 inline void bind_lora_grad(py::module_& m) {

@@ -55,9 +55,9 @@ int64_t at_once(const GradPlan& plan, Processors processors, int cluster) {
   const int taken = ceil_div(cluster, plan.blocks);
   const int known = taken == 4   ? processors.clusters.fours
                     : taken == 8 ? processors.clusters.eights
-                                 : 0;
+                                 : -1;
   int count = processors.count;
-  if (taken > 2 && known > 0) {
+  if (taken > 2 && known >= 0) {
     count = std::min(count, known * taken);
   } else if (taken > 2 && count > 16) {
     count -= count / 16;
@@ -162,7 +162,7 @@ std::optional<GradPlan> plan_lora_grad(GradShape shape, int64_t rows, int arch, 
   while (warps_for(plan, plan.strips_per_warp) > warps) ++plan.strips_per_warp;
   plan.x_warps = ceil_div(plan.x_strips, plan.strips_per_warp);
   const int64_t tiles = (rows + tile_rows(shape.tf32) - 1) / tile_rows(shape.tf32);
-  const int most_blocks = most_slice_cluster_blocks(arch, counts.eights > 0);
+  const int most_blocks = most_slice_cluster_blocks(arch, counts.fours >= 0);
   share_out(plan, tiles, {processors, counts}, bytes_of_totals ? most_blocks : 1);
   if (plan.cluster_slices > 1) plan.smem_bytes = std::max(plan.smem_bytes, bytes_of_totals);
   return plan;

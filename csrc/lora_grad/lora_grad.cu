@@ -70,7 +70,7 @@ cudaError_t launch(Kernel kernel, dim3 grid, dim3 cluster, int smem_bytes,
 int clusters_of(int blocks, int smem_bytes) {
   const void* function = reinterpret_cast<const void*>(lora_grad_kernel<BFloat16, 6, 1, true>);
   if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes)) {
-    return 0;
+    return -1;
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -80,7 +80,7 @@ int clusters_of(int blocks, int smem_bytes) {
   config.dynamicSmemBytes = smem_bytes;
   config.attrs = &attribute, config.numAttrs = 1;
   int found = 0;
-  return cudaOccupancyMaxActiveClusters(&found, function, &config) ? 0 : found;
+  return cudaOccupancyMaxActiveClusters(&found, function, &config) ? -1 : found;
 }
 
 }  // namespace

@@ -106,12 +106,12 @@ struct GradPlan {
 };
 
 // Clusters of four blocks, and of eight, that a chip runs at once where a block has a processor to
-// itself; 0 where nobody has asked the chip.
+// itself; -1 where nobody has asked the chip.
 struct ClusterCounts {
-  int32_t fours, eights;
+  int32_t fours = -1, eights = -1;
 };
 
-// What the device says; 0 where it does not. In lora_grad.cu.
+// What the device says; -1 where it does not. In lora_grad.cu.
 ClusterCounts clusters_at_once(int device);
 
 // Nothing where no block or cluster of this architecture (80, 86, 89, 90, ...) holds the problem.

@@ -105,8 +105,8 @@ class Chip(NamedTuple):
 
     arch: int  # 90 for compute capability 9.0
     processors: int
-    fours: int = 0  # clusters of four blocks, one a processor, that it runs at once; 0 if unknown
-    eights: int = 0  # of eight, likewise
+    fours: int = -1  # clusters of four blocks, one a processor, that it runs at once; -1: unknown
+    eights: int = -1  # of eight, likewise
 
     @staticmethod
     @lru_cache
@@ -114,13 +114,13 @@ class Chip(NamedTuple):
         """The chip of a CUDA device."""
         properties = torch.cuda.get_device_properties(device)
         arch = 10 * properties.major + properties.minor
-        counts = _clusters(device) if arch >= 90 else (0, 0)
+        counts = _clusters(device) if arch >= 90 else (-1, -1)
         return Chip(arch, properties.multi_processor_count, *counts)
 
 
 def _clusters(device: torch.device) -> tuple[int, int]:
     if why_not(device):
-        return 0, 0
+        return -1, -1
     index = torch.cuda.current_device() if device.index is None else device.index
     return load().clusters_at_once(index)
 

@@ -75,11 +75,13 @@ def test_slices_of_given_h_and_dh_are_in_clusters_too(on_host: ModuleType) -> No
 
 
 # Clusters of four and of eight that the chip has said it runs at once: two groups short of 16
-# processors, one, none; a larger chip, a part of one.
+# processors, one, none; a larger chip; four processors of one; parts of a chip with no group of
+# eight, and of four.
 @pytest.mark.parametrize(
     "counts, processors, arch, slices, together",
     [((30, 14), 132, 90, 132, 2), ((31, 15), 132, 90, 124, 4), ((32, 16), 132, 90, 128, 8),
-     ((36, 18), 148, 100, 144, 8), ((34, 16), 148, 100, 148, 2), ((31, 15), 4, 90, 4, 4)],
+     ((36, 18), 148, 100, 144, 8), ((34, 16), 148, 100, 148, 2), ((31, 15), 4, 90, 4, 4),
+     ((4, 0), 16, 90, 16, 4), ((0, 0), 6, 100, 6, 2)],
 )  # fmt: skip
 def test_as_many_clusters_as_the_chip_runs_at_once(
     on_host: ModuleType,
