@@ -116,7 +116,7 @@ def gradients_gelu(p: Operands) -> Named:
 
 def gradients_norm(p: Operands) -> Named:
     """Those of adapters on LayerNorm(x), with gamma and beta, with either and with none."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for which, vectors in vectors_of_norm(p).items():
         n = F.layer_norm(p.x, p.x.shape[1:], *vectors, EPS)
         found |= {f"{name} of {which}": t for name, t in gradients(replace(p, x=n)).items()}
