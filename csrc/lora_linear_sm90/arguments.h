@@ -14,7 +14,8 @@ struct LinearEpilogue {
   const void* bias;
   const void* factor;
   const void* residual;
-  int64_t residual_row;
+  const void* u;  // of a derivative
+  int64_t residual_row, u_row;
 };
 
 struct LinearArguments {
@@ -48,7 +49,7 @@ inline int make_arguments(const LinearProblem& problem, const LinearPlan& plan,
         encode(right_shape(problem, plan, problem.w, shape.columns, shape.depth), &arguments->w);
   }
   if (!error) error = encode(left(problem.y, shape.columns, kConsumerRows), &arguments->y);
-  if (!error && problem.u.at) {
+  if (!error && problem.u.at && shape.right == Right::kRows) {
     error = encode(left(problem.u, shape.columns, kConsumerRows), &arguments->u);
   }
   arguments->groups = 0;
@@ -62,7 +63,8 @@ inline int make_arguments(const LinearProblem& problem, const LinearPlan& plan,
     error = encode(right_shape(problem, plan, group.border, group.columns, group.rank),
                    &arguments->border[at]);
   }
-  arguments->epilogue = {problem.bias, problem.factor, problem.residual.at, problem.residual.row};
+  arguments->epilogue = {problem.bias, problem.factor,       problem.residual.at,
+                         problem.u.at, problem.residual.row, problem.u.row};
   arguments->tiles = plan.tiles, arguments->rows = shape.rows;
   arguments->columns = shape.columns, arguments->depth = shape.depth;
   return error;

@@ -2,8 +2,7 @@
 //
 //   producer    copies a stage of x and of w, or of h and of a border, as soon as one is empty
 //   consumers   multiply stage after stage into their sums; then give them their epilogue, and copy
-//   y
-//               out while the next stages arrive
+//               y out while the next stages arrive
 //
 //            K in steps of 64           R_g in steps of 64, for each group that the tile meets
 //   tile  [ x w | x w | ... | x w ]  [ h_0 border_0 | ... ] [ h_1 border_1 | ... ]     one sum
@@ -12,7 +11,8 @@
 // engine fills what lies outside a matrix; so a tile may hold columns of several groups, and of
 // none. What a sum passes through on its way to y is fp32, and rounded as it is stored.
 //
-//   u = sum + bias      y = residual + factor act(u)
+//   w by rows     u = sum + bias      y = residual + factor act(u)
+//   w by columns  u is read           y = residual + factor act'(u) (sum + bias)
 #pragma once
 
 #include "common/activation.h"
@@ -35,7 +35,7 @@ struct Place {
 template <typename T,             // of every matrix
           typename Tile,          // LinearTile
           Right right,            // how w and the borders lie
-          Activation activation>  // after the bias
+          Activation activation>  // after the bias; by columns its derivative
 class Extended {
   static constexpr int kWarps = kConsumers * 4;  // of consumers
   static constexpr int kSums = Tile::kConsumerColumns / 2;
@@ -189,7 +189,11 @@ class Extended {
     const Corner c = {tile.row + Tile::first_row(consumer()),
                       tile.column + Tile::first_column(consumer())};
     add_bias(c);
-    if constexpr (activation != Activation::kNone) {
+    if constexpr (activation != Activation::kNone && kTransposed) {
+      each_element(c, arguments_.epilogue.u, arguments_.epilogue.u_row, [&](int i, float u) {
+        sum_[i] *= activation_grad<activation>(u);
+      });
+    } else if constexpr (activation != Activation::kNone) {
       store(arguments_.u, c);
       FL_UNROLL
       for (int i = 0; i < kSums; ++i) sum_[i] = activated<activation>(sum_[i]);
@@ -229,6 +233,15 @@ class Extended {
       }
     }
     if (!epilogue.residual) return;
+    each_element(c, epilogue.residual, epilogue.residual_row,
+                 [&](int i, float residual) { sum_[i] += residual; });
+  }
+
+  // Calls visit(i, element) for every sum i of this thread's that lies in y, with the element of
+  // another matrix at its place.
+  template <typename Visit>
+  FL_DEVICE void each_element(const Corner& c, const void* matrix, int64_t matrix_row,
+                              Visit visit) {
     FL_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int64_t row = static_cast<int64_t>(c.row) + row_of_thread() + 8 * half;
@@ -237,8 +250,8 @@ class Extended {
       for (int j = 0; j < kSums / 4; ++j) {
         const int column = column_of(c, j);
         if (column >= arguments_.columns) continue;
-        const Pair join = pair_of<T>(epilogue.residual, row * epilogue.residual_row + column);
-        sum_[4 * j + 2 * half] += join.at[0], sum_[4 * j + 2 * half + 1] += join.at[1];
+        const Pair pair = pair_of<T>(matrix, row * matrix_row + column);
+        visit(4 * j + 2 * half, pair.at[0]), visit(4 * j + 2 * half + 1, pair.at[1]);
       }
     }
   }

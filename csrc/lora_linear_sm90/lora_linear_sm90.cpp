@@ -95,7 +95,7 @@ void check(const LinearProblem& problem, const LinearPlan& plan) {
   require(shape.rows < (int64_t{1} << 31) - 256, "too many rows: " + std::to_string(shape.rows));
   check_matrix(problem.x, "x"), check_matrix(problem.w, "w"), check_matrix(problem.y, "y");
   require((shape.activation != Activation::kNone) == (problem.u.at != nullptr),
-          "u is stored where an activation follows, and nowhere else");
+          "u belongs to an activation, and to nothing else");
   if (problem.u.at) check_matrix(problem.u, "u");
   if (problem.residual.at) check_matrix(problem.residual, "the residual");
   check_vector(problem.bias, "bias"), check_vector(problem.factor, "the factor");

@@ -110,6 +110,7 @@ def shrink_grad(dy: Tensor, adapters: Adapters) -> Tensor:
 #
 #     forward   y = residual + factor act(u), u = x wT + bias + s h bT    h = x aT
 #     dx        dx = residual + dy w + dh a                               dh = s dy b
+#               or du = act'(u) (dy w + dh a), where x = act(u)
 #
 #                   x [M, K]   w [N, K]   bias, factor [N]   u, y, residual [M, N]
 #
@@ -213,19 +214,21 @@ def input_grad(
     dh: Tensor | None = None,  # [M, sum R] where it is formed already
     tile: Tile | None = None,
     *,
+    activation: str = "none",  # or gelu, of which x is a result: erf, tanh
+    u: Tensor | None = None,  # [M, K], x = act(u)
     residual: Tensor | None = None,  # [M, K]: a gradient that joins
     out: Tensor | None = None,  # [M, K]
     chip: Chip | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx = residual + dy w + dh a [M, K], and dh."""
+    """dx = residual + dy w + dh a [M, K], the sum times act'(u) behind an activation; and dh."""
     assert (reason := why_not(dy, w, adapters)) is None, reason
     ranks = [span.rank for span in adapters.spans]
     dh = shrink_grad(dy, adapters) if dh is None else spread(dh, ranks)
     dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out
     a = stacked_a(adapters, dy.dtype)
     groups = [(dh[:, part], a[part], 0) for part in parts(ranks)]
-    epilogue = dict(bias=None, factor=None, residual=residual, u=None)
-    _launch(dy, w, groups, dx, epilogue, "columns", "none", tile, chip)
+    epilogue = dict(bias=None, factor=None, residual=residual, u=u)
+    _launch(dy, w, groups, dx, epilogue, "columns", activation, tile, chip)
     return dx, dh
 
 
@@ -250,7 +253,8 @@ def _launch(
     assert all(vector is None or vector.is_contiguous() for vector in (bias, factor))
     launch = LinearLaunch(plan, (x, w, y, u, residual), groups, across)
     hs, borders, _ = zip(*groups, strict=True) if groups else ((), (), ())
-    written = [t for t in (y, u) if t is not None]
+    assert u is None or u.shape == y.shape, (u.shape, y.shape)
+    written = [y, u] if right == "rows" and u is not None else [y]  # columns: u is read
     given = (x, w, y, u, residual, bias, factor, *hs, *borders)
     opaque(launch, lambda *_: None, *given, writes=written)
 

@@ -28,13 +28,16 @@ struct Run {
 
   template <typename T, typename Tile>
   void of() const {
-    if (plan.shape.right == Right::kColumns) {
-      return blocks<Extended<T, Tile, Right::kColumns, Activation::kNone>>();
-    }
+    return plan.shape.right == Right::kRows ? side<T, Tile, Right::kRows>()
+                                            : side<T, Tile, Right::kColumns>();
+  }
+
+  template <typename T, typename Tile, Right right>
+  void side() const {
     switch (plan.shape.activation) {
-      case Activation::kErf: return blocks<Extended<T, Tile, Right::kRows, Activation::kErf>>();
-      case Activation::kTanh: return blocks<Extended<T, Tile, Right::kRows, Activation::kTanh>>();
-      default: return blocks<Extended<T, Tile, Right::kRows, Activation::kNone>>();
+      case Activation::kErf: return blocks<Extended<T, Tile, right, Activation::kErf>>();
+      case Activation::kTanh: return blocks<Extended<T, Tile, right, Activation::kTanh>>();
+      default: return blocks<Extended<T, Tile, right, Activation::kNone>>();
     }
   }
 
@@ -64,4 +67,14 @@ int launch_lora_linear(const LinearProblem& problem, const LinearPlan& plan, int
 // In which order threads take turns, and when copies and products land, from now on.
 extern "C" void host_linear_world(bool threads_backwards, bool copies_late) {
   fused_lora::sm90::backwards = threads_backwards, fused_lora::sm90::late = copies_late;
+}
+
+// GELU of every number, or its derivative.
+extern "C" void host_gelu(const float* u, int64_t count, bool tanh, bool grad, float* out) {
+  using fused_lora::gelu_erf, fused_lora::gelu_tanh, fused_lora::gelu_erf_grad,
+      fused_lora::gelu_tanh_grad;
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = grad ? (tanh ? gelu_tanh_grad(u[i]) : gelu_erf_grad(u[i]))
+                  : (tanh ? gelu_tanh(u[i]) : gelu_erf(u[i]));
+  }
 }

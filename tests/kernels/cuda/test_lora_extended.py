@@ -106,6 +106,27 @@ def test_activation(on_host: ModuleType, kind: str, approximate: str, tile: cuda
         assert error(y, truth) <= 2**-9
 
 
+@pytest.mark.parametrize("tile", cuda.TILES, ids=str)
+@pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
+def test_activation_grad(
+    on_host: ModuleType, kind: str, approximate: str, tile: cuda.Tile
+) -> None:
+    p = Problem(SMALL)
+    u, joined = p.out(SMALL.k), p.residual(SMALL.k)
+    u.copy_(2 * torch.randn(u.shape))
+    at = u.double().requires_grad_()
+    (truth,) = torch.autograd.grad(F.gelu(at, approximate=approximate), at, p.dx())
+    for backwards, late in WORLDS:
+        world(on_host, backwards, late)
+        given = (p.dy, p.w, p.adapters, p.dh, tile)
+        how = dict(activation=kind, u=u, chip=H100)
+        du, _ = cuda.input_grad(*given, **how)
+        assert error(du, truth) <= 2**-9
+        both, _ = cuda.input_grad(*given, residual=joined, **how)
+        assert error(both, joined.double() + truth) <= 2**-9
+        assert beside(u).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_ordinary_numbers_keep_the_yardstick(on_host: ModuleType, dtype: torch.dtype) -> None:
     """h and dh formed here; the tile chosen here."""
@@ -173,5 +194,10 @@ def test_what_the_launch_refuses(on_host: ModuleType) -> None:
     p = Problem(SMALL)
     with pytest.raises(ValueError, match="residual must begin"):
         cuda.forward(p.x, p.w, None, p.adapters, residual=p.residual(137)[:, 1:], chip=H100)
+    with pytest.raises(ValueError, match="u must begin"):
+        u = p.residual(SMALL.k + 1)[:, 1:]
+        cuda.input_grad(p.dy, p.w, p.adapters, p.dh, activation="erf", u=u, chip=H100)
+    with pytest.raises(ValueError, match="u belongs to an activation"):
+        cuda.input_grad(p.dy, p.w, p.adapters, p.dh, activation="erf", chip=H100)
     with pytest.raises(ValueError, match="bias must begin"):
         cuda.forward(p.x, p.w, torch.zeros(137, dtype=BF16)[1:], p.adapters, chip=H100)
