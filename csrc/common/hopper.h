@@ -74,12 +74,52 @@ FL_DEVICE void wait_for(uint32_t barrier, uint32_t parity) {
   } while (!done);
 }
 
+// Until all threads of the cluster's blocks are here, and what they wrote is seen.
+FL_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// arrive(), at the barrier that this block of the cluster has at the same place.
+FL_DEVICE void arrive_at(int block, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+
+// wait_for(), where blocks of a cluster arrive.
+FL_DEVICE void wait_for_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
 // The box of the map's matrix that starts here, to shared memory; zeros where it leaves the matrix.
 FL_DEVICE void load_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+
+// The same to this place of every block of the cluster whose bit is set, and to the barrier that
+// each has at this one's place.
+FL_DEVICE void load_box_to(uint16_t blocks, uint32_t to, const TensorMap& map, int column, int row,
+                           uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(blocks)
       : "memory");
 }
 

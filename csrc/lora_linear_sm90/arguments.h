@@ -23,17 +23,18 @@ struct LinearArguments {
   TensorMap h[kMostLinearGroups], border[kMostLinearGroups];
   LinearSpan span[kMostLinearGroups];
   LinearEpilogue epilogue;
-  int64_t tiles, rows;
+  int64_t tiles;  // of each block of a cluster
+  int64_t rows;
   int32_t columns, depth, groups;
 };
 
-// The shape of w, or of a border, `columns` of y by `depth`.
+// The shape of w, or of a border, `columns` of y by `depth`; a box is a block's share of a stage.
 inline MapShape right_shape(const LinearProblem& problem, const LinearPlan& plan,
                             const Matrix& matrix, int32_t columns, int32_t depth) {
   if (plan.shape.right == Right::kRows) {
-    return {matrix.at, problem.type, columns, depth, matrix.row, plan.tile_columns};
+    return {matrix.at, problem.type, columns, depth, matrix.row, plan.tile_columns / plan.cluster};
   }
-  return {matrix.at, problem.type, depth, columns, matrix.row, kDepth};
+  return {matrix.at, problem.type, depth, columns, matrix.row, kDepth / plan.cluster};
 }
 
 // Returns a cudaError_t.
@@ -65,7 +66,7 @@ inline int make_arguments(const LinearProblem& problem, const LinearPlan& plan,
   }
   arguments->epilogue = {problem.bias, problem.factor,       problem.residual.at,
                          problem.u.at, problem.residual.row, problem.u.row};
-  arguments->tiles = plan.tiles, arguments->rows = shape.rows;
+  arguments->tiles = plan.tiles / plan.cluster, arguments->rows = shape.rows;
   arguments->columns = shape.columns, arguments->depth = shape.depth;
   return error;
 }

@@ -1,4 +1,4 @@
-// One block of lora_linear, from tile to tile of y.
+// One block of lora_linear, or of a pair that shares w, from tile to tile of y.
 //
 //   producer    copies a stage of x and of w, or of h and of a border, as soon as one is empty
 //   consumers   multiply stage after stage into their sums; then give them their epilogue, and copy
@@ -10,6 +10,14 @@
 // A border is zero outside its group's columns and a rank beyond the last is zero, as the copy
 // engine fills what lies outside a matrix; so a tile may hold columns of several groups, and of
 // none. What a sum passes through on its way to y is fp32, and rounded as it is stored.
+//
+// A pair of blocks is a cluster, and has tiles one below the other: their columns of w are the same.
+// Each block copies half of a stage of w to both, so that w is read once. A stage is full when both
+// halves and the block's own x are there, and empty when the consumers of both blocks have read it,
+// as whoever fills it next writes to both.
+//
+//             block 0                block 1
+//   stage   [ x 0 | w upper, w lower | x 1 ]       w upper copied by block 0, w lower by block 1
 //
 //   w by rows     u = sum + bias      y = residual + factor act(u)
 //   w by columns  u is read           y = residual + factor act'(u) (sum + bias)
@@ -40,10 +48,14 @@ class Extended {
   static constexpr int kWarps = kConsumers * 4;  // of consumers
   static constexpr int kSums = Tile::kConsumerColumns / 2;
   static constexpr bool kTransposed = right == Right::kColumns;
+  static constexpr int kCluster = Tile::kCluster;
 
  public:
   FL_DEVICE Extended(const LinearArguments& arguments, char* shared, int block, int blocks)
-      : arguments_(arguments), block_(block), blocks_(blocks) {
+      : arguments_(arguments),
+        cluster_(block / kCluster),
+        clusters_(blocks / kCluster),
+        in_cluster_(block % kCluster) {
     const uint32_t address = shared_address(shared);
     shared_ = (address + kAlignment - 1) / kAlignment * kAlignment;
   }
@@ -52,11 +64,12 @@ class Extended {
     if (thread_index() == 0) {
       for (int stage = 0; stage < Tile::kStages; ++stage) {
         init_barrier(full(stage), 1);
-        init_barrier(empty(stage), kWarps);
+        init_barrier(empty(stage), kWarps * kCluster);
       }
       publish_barriers();
     }
     sync_block();
+    if constexpr (kCluster > 1) sync_cluster();
     // A warpgroup each; 128 x 40 + 256 x 232 registers are all but a few of a processor's.
     if (thread_index() < 128) {
       give_registers<40>();
@@ -65,6 +78,7 @@ class Extended {
       take_registers<232>();
       consume();
     }
+    if constexpr (kCluster > 1) sync_cluster();  // its barriers are there as long as any arrives
   }
 
  private:
@@ -74,7 +88,9 @@ class Extended {
   FL_DEVICE uint32_t full(int stage) const { return shared_ + Tile::kBarriers + 16 * stage; }
   FL_DEVICE uint32_t empty(int stage) const { return full(stage) + 8; }
   FL_DEVICE Corner corner(int64_t tile) const {
-    return corner_of(tile, arguments_.columns, Tile::kRows, Tile::kColumns);
+    Corner c = corner_of(tile, arguments_.columns, kCluster * Tile::kRows, Tile::kColumns);
+    c.row += in_cluster_ * Tile::kRows;
+    return c;
   }
   FL_DEVICE bool meets_group(const Corner& corner, int g) const {
     const LinearSpan& span = arguments_.span[g];
@@ -83,7 +99,7 @@ class Extended {
 
   FL_DEVICE void produce() {
     Ring at;
-    for (int64_t tile = block_; tile < arguments_.tiles; tile += blocks_) {
+    for (int64_t tile = cluster_; tile < arguments_.tiles; tile += clusters_) {
       const Corner c = corner(tile);
       for (int k = 0; k < arguments_.depth; k += kDepth, at.advance()) {
         fill(at, arguments_.x, arguments_.w, k, c.row, c.column);
@@ -102,17 +118,38 @@ class Extended {
   FL_DEVICE void fill(const Ring& at, const TensorMap& left, const TensorMap& right_map, int depth,
                       int row, int column) {
     const uint32_t to = stage_at(at.stage), barrier = full(at.stage);
-    wait_for(empty(at.stage), at.parity ^ 1);
+    if constexpr (kCluster > 1) {
+      wait_for_cluster(empty(at.stage), at.parity ^ 1);
+    } else {
+      wait_for(empty(at.stage), at.parity ^ 1);
+    }
     arrive_expecting(barrier, Tile::kStageBytes);
     load_box(to, left, depth, row, barrier);
+    fill_right(to + Tile::kLeftBytes, right_map, depth, column, barrier);
+  }
+
+  // This block's share of it: some of the depth, where that is what lies row after row, or some of
+  // the columns.
+  FL_DEVICE void fill_right(uint32_t to, const TensorMap& map, int depth, int column,
+                            uint32_t barrier) {
     if constexpr (kTransposed) {
+      to += in_cluster_ * kDeepBoxBytes / kCluster, depth += in_cluster_ * kDepth / kCluster;
       FL_UNROLL
       for (int c = 0; c < Tile::kColumns; c += kBoxColumns) {
-        load_box(to + Tile::kLeftBytes + c / kBoxColumns * kDeepBoxBytes, right_map, column + c,
-                 depth, barrier);
+        share_box(to + c / kBoxColumns * kDeepBoxBytes, map, column + c, depth, barrier);
       }
     } else {
-      load_box(to + Tile::kLeftBytes, right_map, depth, column, barrier);
+      to += in_cluster_ * Tile::kRightBytes / kCluster;
+      share_box(to, map, depth, column + in_cluster_ * Tile::kColumns / kCluster, barrier);
+    }
+  }
+
+  FL_DEVICE void share_box(uint32_t to, const TensorMap& map, int column, int row,
+                           uint32_t barrier) {
+    if constexpr (kCluster > 1) {
+      load_box_to((1 << kCluster) - 1, to, map, column, row, barrier);
+    } else {
+      load_box(to, map, column, row, barrier);
     }
   }
 
@@ -121,7 +158,7 @@ class Extended {
 
   FL_DEVICE void consume() {
     Ring at;
-    for (int64_t tile = block_; tile < arguments_.tiles; tile += blocks_) {
+    for (int64_t tile = cluster_; tile < arguments_.tiles; tile += clusters_) {
       const Corner c = corner(tile);
       for (int k = 0; k < arguments_.depth; k += kDepth, at.advance()) base(at, k > 0);
       for (int g = 0; g < arguments_.groups; ++g) {
@@ -182,7 +219,12 @@ class Extended {
 
   // The stage before this place is read; each warp says so, as each has waited.
   FL_DEVICE void release(const Ring& at) {
-    if (lane() == 0) arrive(empty(at.stage == 0 ? Tile::kStages - 1 : at.stage - 1));
+    const uint32_t barrier = empty(at.stage == 0 ? Tile::kStages - 1 : at.stage - 1);
+    if constexpr (kCluster > 1) {
+      if (lane() < kCluster) arrive_at(lane(), barrier);
+    } else {
+      if (lane() == 0) arrive(barrier);
+    }
   }
 
   FL_DEVICE void finish(const Corner& tile) {
@@ -293,7 +335,7 @@ class Extended {
   }
 
   const LinearArguments& arguments_;
-  int block_, blocks_;
+  int cluster_, clusters_, in_cluster_;
   uint32_t shared_;
   float sum_[kSums];
 };

@@ -24,11 +24,13 @@ int64_t cycles(const LinearPlan& plan) {
 
 template <typename Tile>
 LinearPlan plan_in(const LinearShape& shape, int processors) {
-  const int64_t tiles = ceil_div(shape.rows, Tile::kRows) * ceil_div(shape.columns, Tile::kColumns);
-  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(tiles, processors));
-  return {shape,         Tile::kRows,  Tile::kColumns,
-          Tile::kStages, Tile::kBytes, static_cast<int32_t>(blocks),
-          tiles};
+  constexpr int kCluster = Tile::kCluster;
+  const int64_t tiles = ceil_div(shape.rows, kCluster * Tile::kRows) *  // of each block of a cluster
+                        ceil_div(shape.columns, Tile::kColumns);
+  const int64_t clusters = std::max<int64_t>(1, std::min<int64_t>(tiles, processors / kCluster));
+  const int32_t blocks = static_cast<int32_t>(kCluster * clusters);
+  return {shape,        Tile::kRows, Tile::kColumns,  kCluster, Tile::kStages,
+          Tile::kBytes, blocks,      kCluster * tiles};
 }
 
 struct Shortest {
@@ -38,6 +40,7 @@ struct Shortest {
 
   template <typename Tile>
   void operator()() const {
+    if (Tile::kCluster > 1) return;
     const LinearPlan plan = plan_in<Tile>(shape, processors);
     if (best->blocks == 0 || cycles(plan) < cycles(*best)) *best = plan;
   }
@@ -45,12 +48,13 @@ struct Shortest {
 
 struct Named {
   const LinearShape& shape;
-  int processors, tile_rows, tile_columns;
+  int processors, tile_rows, tile_columns, cluster;
   std::optional<LinearPlan>* found;
 
   template <typename Tile>
   void operator()() const {
     if (Tile::kRows != tile_rows || Tile::kColumns != tile_columns) return;
+    if (Tile::kCluster != cluster) return;
     *found = plan_in<Tile>(shape, processors);
   }
 };
@@ -111,9 +115,10 @@ LinearPlan plan_lora_linear(LinearShape shape, int processors) {
 }
 
 std::optional<LinearPlan> plan_lora_linear(LinearShape shape, int processors, int tile_rows,
-                                           int tile_columns) {
+                                           int tile_columns, int cluster) {
   std::optional<LinearPlan> found;
-  each_linear_tile(Named{shape, processors, tile_rows, tile_columns, &found});
+  if (shape.rows <= tile_rows) cluster = std::min(cluster, 1);
+  each_linear_tile(Named{shape, processors, tile_rows, tile_columns, cluster, &found});
   return found;
 }
 

@@ -56,21 +56,23 @@ struct LinearProblem {
   DType type;
 };
 
-// A launch: blocks of three warpgroups walk over the tiles of y.
+// A launch: blocks of three warpgroups walk over the tiles of y, by themselves or in clusters. Where
+// rows make no whole number of clusters, the last tiles have none.
 struct LinearPlan {
   LinearShape shape;
-  int32_t tile_rows, tile_columns;
+  int32_t tile_rows, tile_columns, cluster;
   int32_t stages, smem_bytes;
   int32_t blocks;
   int64_t tiles;
 };
 
-// The tile with the shortest estimate on so many processors.
+// The tile with the shortest estimate on so many processors; clusters wait for a GPU to time them.
 LinearPlan plan_lora_linear(LinearShape shape, int processors);
 
-// The same in a given tile; nothing where it is not compiled.
+// The same in a given tile, whose cluster is one block where a tile has all rows; nothing where it
+// is not compiled.
 std::optional<LinearPlan> plan_lora_linear(LinearShape shape, int processors, int tile_rows,
-                                           int tile_columns);
+                                           int tile_columns, int cluster);
 
 // Throws std::invalid_argument where the operands are not as the kernel needs them.
 void lora_linear(const LinearProblem& problem, const LinearPlan& plan, int device, void* stream);

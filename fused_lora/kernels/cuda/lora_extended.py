@@ -118,8 +118,21 @@ def shrink_grad(dy: Tensor, adapters: Adapters) -> Tensor:
 # activation follows, u. Adapters own any columns; a tile sums over those that it meets.
 
 
-Tile = tuple[int, int]  # rows and columns of y
-TILES: tuple[Tile, ...] = ((128, 128), (128, 192), (128, 256), (64, 128), (64, 256))
+class Tile(NamedTuple):
+    """What a block has of y at once, and how many blocks are a cluster that reads w once."""
+
+    rows: int
+    columns: int
+    cluster: int = 1  # their tiles one below the other; one where a tile has all rows
+
+    def __str__(self) -> str:
+        alone = f"{self.rows} x {self.columns}"
+        return alone if self.cluster == 1 else f"{alone}, {self.cluster} blocks"
+
+
+ALONE = (Tile(128, 128), Tile(128, 192), Tile(128, 256), Tile(64, 128), Tile(64, 256))
+CLUSTERS = (Tile(128, 128, 2), Tile(128, 192, 2), Tile(128, 256, 2))  # until timed, by name alone
+TILES: tuple[Tile, ...] = (*ALONE, *CLUSTERS)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -151,7 +164,7 @@ def tile_of(
 ) -> Tile:
     """The tile of one product: y [rows, columns] of x [rows, depth]; dx where w lies by columns."""
     plan = _plan(rows, columns, depth, ranks, chip, right)
-    return plan.tile_rows, plan.tile_columns
+    return Tile(plan.tile_rows, plan.tile_columns, plan.cluster)
 
 
 def _plan(

@@ -1,5 +1,5 @@
-// The launch of lora_linear_sm90.cu on a CPU: the same kernels, a block at a time, over an emulated
-// block.
+// The launch of lora_linear_sm90.cu on a CPU: the same kernels, a cluster at a time, over an emulated
+// one.
 
 #include <stdexcept>
 
@@ -19,10 +19,12 @@ struct Run {
   template <typename Tile>
   void operator()() const {
     if (plan.tile_rows != Tile::kRows || plan.tile_columns != Tile::kColumns) return;
+    if (plan.cluster != Tile::kCluster) return;
     *found = true;
     if (type == DType::kBFloat16) return of<BFloat16, Tile>();
     // The types differ in their rounding alone: one tile shows it, and takes less to compile.
-    if constexpr (Tile::kRows == 128 && Tile::kColumns == 128) return of<Float16, Tile>();
+    constexpr bool kOne = Tile::kRows == 128 && Tile::kColumns == 128 && Tile::kCluster == 1;
+    if constexpr (kOne) return of<Float16, Tile>();
     throw std::logic_error("float16 runs on a CPU in tiles of 128 x 128 alone");
   }
 
@@ -43,9 +45,11 @@ struct Run {
 
   template <typename Kernel>
   void blocks() const {
-    EmulatedBlock block(plan.smem_bytes, backwards, late);
-    for (int i = 0; i < plan.blocks; ++i) {
-      block.run([&] { Kernel(arguments, block.shared(), i, plan.blocks).run(); });
+    EmulatedBlocks cluster(plan.cluster, plan.smem_bytes, backwards, late);
+    for (int first = 0; first < plan.blocks; first += plan.cluster) {
+      cluster.run([&] {
+        Kernel(arguments, cluster.shared(), first + cluster.block(), plan.blocks).run();
+      });
     }
   }
 };
