@@ -43,9 +43,8 @@ FL_DEVICE float gelu_of(float u, float size, float beyond) {
 // What lies beyond |u|, over exp(-u^2 / 2): half of 7.1.26's coefficients.
 FL_DEVICE float erf_tail(float size) {
   const float t = quick_inverse(std::fma(0.23164189f, size, 1.0f));
-  return t *
-         (0.127414796f +
-          t * (-0.142248368f + t * (0.7107068705f + t * (-0.7265760135f + t * 0.5307027145f))));
+  return t * (0.127414796f +
+              t * (-0.142248368f + t * (0.7107068705f + t * (-0.7265760135f + t * 0.5307027145f))));
 }
 
 FL_DEVICE float gelu_erf(float u) {

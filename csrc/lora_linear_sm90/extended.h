@@ -1,8 +1,8 @@
 // One block of lora_linear, or of a pair that shares w, from tile to tile of y.
 //
 //   producer    copies a stage of x and of w, or of h and of a border, as soon as one is empty
-//   consumers   multiply stage after stage into their sums; then give them their epilogue, and copy
-//               y out while the next stages arrive
+//   consumers   multiply stage after stage into their sums, give them their epilogue, and copy y
+//               out while the next stages arrive
 //
 //            K in steps of 64           R_g in steps of 64, for each group that the tile meets
 //   tile  [ x w | x w | ... | x w ]  [ h_0 border_0 | ... ] [ h_1 border_1 | ... ]     one sum
@@ -11,10 +11,10 @@
 // engine fills what lies outside a matrix; so a tile may hold columns of several groups, and of
 // none. What a sum passes through on its way to y is fp32, and rounded as it is stored.
 //
-// A pair of blocks is a cluster, and has tiles one below the other: their columns of w are the same.
-// Each block copies half of a stage of w to both, so that w is read once. A stage is full when both
-// halves and the block's own x are there, and empty when the consumers of both blocks have read it,
-// as whoever fills it next writes to both.
+// A pair of blocks is a cluster, and has tiles one below the other, with the same columns of w.
+// Each block copies half of a stage of w to both, so that w is read once. A stage is full when
+// both halves and the block's own x are there. It is empty when the consumers of both blocks have
+// read it, since whoever fills it next writes to both.
 //
 //             block 0                block 1
 //   stage   [ x 0 | w upper, w lower | x 1 ]       w upper copied by block 0, w lower by block 1
@@ -232,9 +232,8 @@ class Extended {
                       tile.column + Tile::first_column(consumer())};
     add_bias(c);
     if constexpr (activation != Activation::kNone && kTransposed) {
-      each_element(c, arguments_.epilogue.u, arguments_.epilogue.u_row, [&](int i, float u) {
-        sum_[i] *= activation_grad<activation>(u);
-      });
+      each_element(c, arguments_.epilogue.u, arguments_.epilogue.u_row,
+                   [&](int i, float u) { sum_[i] *= activation_grad<activation>(u); });
     } else if constexpr (activation != Activation::kNone) {
       store(arguments_.u, c);
       FL_UNROLL

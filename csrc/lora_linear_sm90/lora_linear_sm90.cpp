@@ -25,12 +25,13 @@ int64_t cycles(const LinearPlan& plan) {
 template <typename Tile>
 LinearPlan plan_in(const LinearShape& shape, int processors) {
   constexpr int kCluster = Tile::kCluster;
-  const int64_t tiles = ceil_div(shape.rows, kCluster * Tile::kRows) *  // of each block of a cluster
-                        ceil_div(shape.columns, Tile::kColumns);
+  const int64_t tiles =
+      ceil_div(shape.rows, kCluster * Tile::kRows) *  // of each block of a cluster
+      ceil_div(shape.columns, Tile::kColumns);
   const int64_t clusters = std::max<int64_t>(1, std::min<int64_t>(tiles, processors / kCluster));
   const int32_t blocks = static_cast<int32_t>(kCluster * clusters);
-  return {shape,        Tile::kRows, Tile::kColumns,  kCluster, Tile::kStages,
-          Tile::kBytes, blocks,      kCluster * tiles};
+  return {shape,         Tile::kRows,  Tile::kColumns, kCluster,
+          Tile::kStages, Tile::kBytes, blocks,         kCluster * tiles};
 }
 
 struct Shortest {

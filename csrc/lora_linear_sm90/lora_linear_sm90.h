@@ -8,8 +8,8 @@
 //
 // Where there is an activation, end is act by rows, and z is written as u; by columns it is
 // act'(u) z, u the given one of x = act(u). Group g adds to the columns it owns, any range of them.
-// All matrices are of one 16-bit type, their rows begin at multiples of 16 bytes. y, and a u that is
-// written, are rounded once.
+// All matrices are of one 16-bit type, their rows begin at multiples of 16 bytes. y, and a u that
+// is written, are rounded once.
 #pragma once
 
 #include <cstdint>
@@ -56,8 +56,8 @@ struct LinearProblem {
   DType type;
 };
 
-// A launch: blocks of three warpgroups walk over the tiles of y, by themselves or in clusters. Where
-// rows make no whole number of clusters, the last tiles have none.
+// A launch: blocks of three warpgroups walk over the tiles of y, by themselves or in clusters.
+// Where rows make no whole number of clusters, the last tiles have none.
 struct LinearPlan {
   LinearShape shape;
   int32_t tile_rows, tile_columns, cluster;

@@ -344,7 +344,7 @@ void EmulatedBlocks::compute(const Product& p) {
 }
 
 void EmulatedBlocks::multiply(float* sum, int count, uint64_t left, uint64_t right, bool transposed,
-                             bool add, Widen widen) {
+                              bool add, Widen widen) {
   require(me().fenced, "a product that no fence came before");
   Warpgroup& group = warpgroup();
   if (group.issued == 0) {

@@ -1,8 +1,8 @@
 // csrc/common/hopper.h on a CPU: the threads of a block, or of all blocks of a cluster, as fibers,
 // beside an engine that copies boxes and one that multiplies. Either works as soon as it is asked,
-// or not before the threads can do nothing without it, youngest copy first; a copy to several blocks
-// lands in each by itself. Threads run from the first to the last or the other way round. A kernel
-// that is right in all these worlds waits where it must.
+// or not before the threads can do nothing without it, youngest copy first; a copy to several
+// blocks lands in each by itself. Threads run from the first to the last or the other way round. A
+// kernel that is right in all these worlds waits where it must.
 //
 // Written from the PTX manual, not from the kernel: where a box lands and which element a
 // descriptor means are worked out here once more.

@@ -1,5 +1,5 @@
-// The launch of lora_linear_sm90.cu on a CPU: the same kernels, a cluster at a time, over an emulated
-// one.
+// The launch of lora_linear_sm90.cu on a CPU: the same kernels, a cluster at a time, over an
+// emulated one.
 
 #include <stdexcept>
 
@@ -47,9 +47,8 @@ struct Run {
   void blocks() const {
     EmulatedBlocks cluster(plan.cluster, plan.smem_bytes, backwards, late);
     for (int first = 0; first < plan.blocks; first += plan.cluster) {
-      cluster.run([&] {
-        Kernel(arguments, cluster.shared(), first + cluster.block(), plan.blocks).run();
-      });
+      cluster.run(
+          [&] { Kernel(arguments, cluster.shared(), first + cluster.block(), plan.blocks).run(); });
     }
   }
 };

@@ -110,9 +110,7 @@ def test_activation(on_host: ModuleType, kind: str, approximate: str, tile: cuda
 
 @pytest.mark.parametrize("tile", cuda.ALONE, ids=str)
 @pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
-def test_activation_grad(
-    on_host: ModuleType, kind: str, approximate: str, tile: cuda.Tile
-) -> None:
+def test_activation_grad(on_host: ModuleType, kind: str, approximate: str, tile: cuda.Tile) -> None:
     p = Problem(SMALL)
     u, joined = p.out(SMALL.k), p.residual(SMALL.k)
     u.copy_(2 * torch.randn(u.shape))
@@ -161,7 +159,7 @@ def test_same_bits_in_every_world(on_host: ModuleType) -> None:
 
 
 PAIRED = [  # processors: a cluster that walks over tiles, or two with few; stages beyond the ring
-    Case("one pair of row tiles, the second with a tail", 197, 136, 264, one(264, 70), processors=2),
+    Case("one pair of row tiles, and a tail", 197, 136, 264, one(264, 70), processors=2),
     Case("three row tiles, so that one has no pair; groups within tiles", 300, 264, 216,
          tuple(Span(72 * g, 72 * g + 72, 16 - 5 * g) for g in range(3)), gap=8, processors=4),
     Case("four row tiles on a processor without a pair", 400, 520, 128, one(128, 40), processors=1),
