@@ -79,28 +79,16 @@ FL_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// arrive(), at the barrier that this block of the cluster has at the same place.
+// arrive(), at the barrier that this block of the cluster has at the same place. It says that
+// products have read shared memory, for copies to come: nothing that this thread wrote has to be
+// seen there, and a release at cluster scope would be a fence of the whole GPU in every stage.
 FL_DEVICE void arrive_at(int block, uint32_t barrier) {
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
       "r"(block)
       : "memory");
-}
-
-// wait_for(), where blocks of a cluster arrive.
-FL_DEVICE void wait_for_cluster(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (!done);
 }
 
 // The box of the map's matrix that starts here, to shared memory; zeros where it leaves the matrix.

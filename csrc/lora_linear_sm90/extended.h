@@ -118,11 +118,7 @@ class Extended {
   FL_DEVICE void fill(const Ring& at, const TensorMap& left, const TensorMap& right_map, int depth,
                       int row, int column) {
     const uint32_t to = stage_at(at.stage), barrier = full(at.stage);
-    if constexpr (kCluster > 1) {
-      wait_for_cluster(empty(at.stage), at.parity ^ 1);
-    } else {
-      wait_for(empty(at.stage), at.parity ^ 1);
-    }
+    wait_for(empty(at.stage), at.parity ^ 1);
     arrive_expecting(barrier, Tile::kStageBytes);
     load_box(to, left, depth, row, barrier);
     fill_right(to + Tile::kLeftBytes, right_map, depth, column, barrier);

@@ -146,7 +146,6 @@ inline void arrive(uint32_t at) { emulated_blocks->arrive(at, 0); }
 inline void arrive_expecting(uint32_t at, int bytes) { emulated_blocks->arrive(at, bytes); }
 inline void arrive_at(int block, uint32_t at) { emulated_blocks->arrive_at(block, at); }
 inline void wait_for(uint32_t at, uint32_t parity) { emulated_blocks->wait_for(at, parity); }
-inline void wait_for_cluster(uint32_t at, uint32_t parity) { wait_for(at, parity); }
 inline void load_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
   emulated_blocks->load_box(1u << emulated_blocks->block(), to, map, column, row, barrier);
 }

@@ -124,7 +124,7 @@ struct Pair {
     if (flaw == kMaskOfItself) mask = 1 << block;
     if (flaw == kMaskOfTheOther) mask = 2 >> block;
     if (flaw == kMaskBeyond) mask = 7;
-    wait_for_cluster(empty, lap % 2 ^ 1);
+    wait_for(empty, lap % 2 ^ 1);
     arrive_expecting(full, flaw == kHalfExpected ? kHalf : 2 * kHalf);
     load_box_to(mask, first + block * kHalf, in, 0, (2 * lap + block) * kHalfRows, full);
   }
