@@ -1,7 +1,9 @@
-// GELU in fp32, and pairs of 16 bits to take it of.
+// GELU and its derivative in fp32, and pairs of 16 bits to take them of.
 //
 // erf   u Phi(u), erf by Abramowitz and Stegun 7.1.26, |error| <= 1.5e-7
-// tanh  u g, g = sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)) = 0.5 (1 + tanh(half of it))
+//       grad  Phi(u) + u phi(u), which share one exponential
+// tanh  u g, g = sigmoid(v), v = 2 sqrt(2 / pi) (u + 0.044715 u^3), or 0.5 (1 + tanh(v / 2))
+//       grad  g + u g (1 - g) v'
 #pragma once
 
 #include <cmath>
@@ -38,13 +40,21 @@ FL_DEVICE float gelu_of(float u, float size, float beyond) {
   return std::fma(-std::fmin(size, 1e18f), beyond, std::fmax(u, 0.0f));
 }
 
+// What lies beyond |u|, over exp(-u^2 / 2): half of 7.1.26's coefficients.
+FL_DEVICE float erf_tail(float size) {
+  const float t = quick_inverse(std::fma(0.23164189f, size, 1.0f));
+  return t * (0.127414796f +
+              t * (-0.142248368f + t * (0.7107068705f + t * (-0.7265760135f + t * 0.5307027145f))));
+}
+
 FL_DEVICE float gelu_erf(float u) {
-  const float size = std::fabs(u), t = quick_inverse(std::fma(0.23164189f, size, 1.0f));
-  // Half of 7.1.26's coefficients: p exp(-u^2 / 2) is what lies beyond |u|, on one side.
-  const float p =
-      t * (0.127414796f +
-           t * (-0.142248368f + t * (0.7107068705f + t * (-0.7265760135f + t * 0.5307027145f))));
-  return gelu_of(u, size, p * quick_exp2(u * (-0.72134752f * u)));
+  const float size = std::fabs(u);
+  return gelu_of(u, size, erf_tail(size) * quick_exp2(u * (-0.72134752f * u)));
+}
+
+FL_DEVICE float gelu_erf_grad(float u) {
+  const float bell = quick_exp2(u * (-0.72134752f * u)), beyond = erf_tail(std::fabs(u)) * bell;
+  return std::fma(0.3989422804f * u, bell, u >= 0.0f ? 1.0f - beyond : beyond);
 }
 
 // sigmoid(-|v|) by the exponential of -|v|, in powers of two.
@@ -55,11 +65,27 @@ FL_DEVICE float gelu_tanh(float u) {
   return gelu_of(u, size, tail * quick_inverse(1.0f + tail));
 }
 
+// u is multiplied by nothing before u^2 may leave the range.
+FL_DEVICE float gelu_tanh_grad(float u) {
+  const float square = u * u;
+  const float tail = quick_exp2(std::fabs(u) * std::fma(square, -0.10294324f, -2.3022082f));
+  const float inside = quick_inverse(1.0f + tail), beyond = tail * inside;
+  const float bend = std::fma(square, 0.2140644488f, 1.5957691216f);
+  return std::fma(u * (inside * beyond), bend, u >= 0.0f ? inside : beyond);
+}
+
 template <Activation activation>
 FL_DEVICE float activated(float u) {
   if constexpr (activation == Activation::kErf) return gelu_erf(u);
   if constexpr (activation == Activation::kTanh) return gelu_tanh(u);
   return u;
+}
+
+template <Activation activation>
+FL_DEVICE float activation_grad(float u) {
+  if constexpr (activation == Activation::kErf) return gelu_erf_grad(u);
+  if constexpr (activation == Activation::kTanh) return gelu_tanh_grad(u);
+  return 1.0f;
 }
 
 struct Pair {

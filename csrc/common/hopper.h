@@ -74,12 +74,40 @@ FL_DEVICE void wait_for(uint32_t barrier, uint32_t parity) {
   } while (!done);
 }
 
+// Until all threads of the cluster's blocks are here, and what they wrote is seen.
+FL_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// arrive(), at the barrier that this block of the cluster has at the same place. It says that
+// products have read shared memory, for copies to come: nothing that this thread wrote has to be
+// seen there, and a release at cluster scope would be a fence of the whole GPU in every stage.
+FL_DEVICE void arrive_at(int block, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+
 // The box of the map's matrix that starts here, to shared memory; zeros where it leaves the matrix.
 FL_DEVICE void load_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+
+// The same to this place of every block of the cluster whose bit is set, and to the barrier that
+// each has at this one's place.
+FL_DEVICE void load_box_to(uint16_t blocks, uint32_t to, const TensorMap& map, int column, int row,
+                           uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(blocks)
       : "memory");
 }
 

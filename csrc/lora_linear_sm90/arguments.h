@@ -14,7 +14,8 @@ struct LinearEpilogue {
   const void* bias;
   const void* factor;
   const void* residual;
-  int64_t residual_row;
+  const void* u;  // of a derivative
+  int64_t residual_row, u_row;
 };
 
 struct LinearArguments {
@@ -22,17 +23,18 @@ struct LinearArguments {
   TensorMap h[kMostLinearGroups], border[kMostLinearGroups];
   LinearSpan span[kMostLinearGroups];
   LinearEpilogue epilogue;
-  int64_t tiles, rows;
+  int64_t tiles;  // of each block of a cluster
+  int64_t rows;
   int32_t columns, depth, groups;
 };
 
-// The shape of w, or of a border, `columns` of y by `depth`.
+// The shape of w, or of a border, `columns` of y by `depth`; a box is a block's share of a stage.
 inline MapShape right_shape(const LinearProblem& problem, const LinearPlan& plan,
                             const Matrix& matrix, int32_t columns, int32_t depth) {
   if (plan.shape.right == Right::kRows) {
-    return {matrix.at, problem.type, columns, depth, matrix.row, plan.tile_columns};
+    return {matrix.at, problem.type, columns, depth, matrix.row, plan.tile_columns / plan.cluster};
   }
-  return {matrix.at, problem.type, depth, columns, matrix.row, kDepth};
+  return {matrix.at, problem.type, depth, columns, matrix.row, kDepth / plan.cluster};
 }
 
 // Returns a cudaError_t.
@@ -48,7 +50,7 @@ inline int make_arguments(const LinearProblem& problem, const LinearPlan& plan,
         encode(right_shape(problem, plan, problem.w, shape.columns, shape.depth), &arguments->w);
   }
   if (!error) error = encode(left(problem.y, shape.columns, kConsumerRows), &arguments->y);
-  if (!error && problem.u.at) {
+  if (!error && problem.u.at && shape.right == Right::kRows) {
     error = encode(left(problem.u, shape.columns, kConsumerRows), &arguments->u);
   }
   arguments->groups = 0;
@@ -62,8 +64,9 @@ inline int make_arguments(const LinearProblem& problem, const LinearPlan& plan,
     error = encode(right_shape(problem, plan, group.border, group.columns, group.rank),
                    &arguments->border[at]);
   }
-  arguments->epilogue = {problem.bias, problem.factor, problem.residual.at, problem.residual.row};
-  arguments->tiles = plan.tiles, arguments->rows = shape.rows;
+  arguments->epilogue = {problem.bias, problem.factor,       problem.residual.at,
+                         problem.u.at, problem.residual.row, problem.u.row};
+  arguments->tiles = plan.tiles / plan.cluster, arguments->rows = shape.rows;
   arguments->columns = shape.columns, arguments->depth = shape.depth;
   return error;
 }

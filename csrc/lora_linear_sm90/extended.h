@@ -1,8 +1,7 @@
-// One block of lora_linear, from tile to tile of y.
+// One block of lora_linear, or of a pair that shares w, from tile to tile of y.
 //
 //   producer    copies a stage of x and of w, or of h and of a border, as soon as one is empty
-//   consumers   multiply stage after stage into their sums; then give them their epilogue, and copy
-//   y
+//   consumers   multiply stage after stage into their sums, give them their epilogue, and copy y
 //               out while the next stages arrive
 //
 //            K in steps of 64           R_g in steps of 64, for each group that the tile meets
@@ -12,7 +11,16 @@
 // engine fills what lies outside a matrix; so a tile may hold columns of several groups, and of
 // none. What a sum passes through on its way to y is fp32, and rounded as it is stored.
 //
-//   u = sum + bias      y = residual + factor act(u)
+// A pair of blocks is a cluster, and has tiles one below the other, with the same columns of w.
+// Each block copies half of a stage of w to both, so that w is read once. A stage is full when
+// both halves and the block's own x are there. It is empty when the consumers of both blocks have
+// read it, since whoever fills it next writes to both.
+//
+//             block 0                block 1
+//   stage   [ x 0 | w upper, w lower | x 1 ]       w upper copied by block 0, w lower by block 1
+//
+//   w by rows     u = sum + bias      y = residual + factor act(u)
+//   w by columns  u is read           y = residual + factor act'(u) (sum + bias)
 #pragma once
 
 #include "common/activation.h"
@@ -35,15 +43,19 @@ struct Place {
 template <typename T,             // of every matrix
           typename Tile,          // LinearTile
           Right right,            // how w and the borders lie
-          Activation activation>  // after the bias
+          Activation activation>  // after the bias; by columns its derivative
 class Extended {
   static constexpr int kWarps = kConsumers * 4;  // of consumers
   static constexpr int kSums = Tile::kConsumerColumns / 2;
   static constexpr bool kTransposed = right == Right::kColumns;
+  static constexpr int kCluster = Tile::kCluster;
 
  public:
   FL_DEVICE Extended(const LinearArguments& arguments, char* shared, int block, int blocks)
-      : arguments_(arguments), block_(block), blocks_(blocks) {
+      : arguments_(arguments),
+        cluster_(block / kCluster),
+        clusters_(blocks / kCluster),
+        in_cluster_(block % kCluster) {
     const uint32_t address = shared_address(shared);
     shared_ = (address + kAlignment - 1) / kAlignment * kAlignment;
   }
@@ -52,11 +64,12 @@ class Extended {
     if (thread_index() == 0) {
       for (int stage = 0; stage < Tile::kStages; ++stage) {
         init_barrier(full(stage), 1);
-        init_barrier(empty(stage), kWarps);
+        init_barrier(empty(stage), kWarps * kCluster);
       }
       publish_barriers();
     }
     sync_block();
+    if constexpr (kCluster > 1) sync_cluster();
     // A warpgroup each; 128 x 40 + 256 x 232 registers are all but a few of a processor's.
     if (thread_index() < 128) {
       give_registers<40>();
@@ -65,6 +78,7 @@ class Extended {
       take_registers<232>();
       consume();
     }
+    if constexpr (kCluster > 1) sync_cluster();  // its barriers are there as long as any arrives
   }
 
  private:
@@ -74,7 +88,9 @@ class Extended {
   FL_DEVICE uint32_t full(int stage) const { return shared_ + Tile::kBarriers + 16 * stage; }
   FL_DEVICE uint32_t empty(int stage) const { return full(stage) + 8; }
   FL_DEVICE Corner corner(int64_t tile) const {
-    return corner_of(tile, arguments_.columns, Tile::kRows, Tile::kColumns);
+    Corner c = corner_of(tile, arguments_.columns, kCluster * Tile::kRows, Tile::kColumns);
+    c.row += in_cluster_ * Tile::kRows;
+    return c;
   }
   FL_DEVICE bool meets_group(const Corner& corner, int g) const {
     const LinearSpan& span = arguments_.span[g];
@@ -83,7 +99,7 @@ class Extended {
 
   FL_DEVICE void produce() {
     Ring at;
-    for (int64_t tile = block_; tile < arguments_.tiles; tile += blocks_) {
+    for (int64_t tile = cluster_; tile < arguments_.tiles; tile += clusters_) {
       const Corner c = corner(tile);
       for (int k = 0; k < arguments_.depth; k += kDepth, at.advance()) {
         fill(at, arguments_.x, arguments_.w, k, c.row, c.column);
@@ -105,14 +121,31 @@ class Extended {
     wait_for(empty(at.stage), at.parity ^ 1);
     arrive_expecting(barrier, Tile::kStageBytes);
     load_box(to, left, depth, row, barrier);
+    fill_right(to + Tile::kLeftBytes, right_map, depth, column, barrier);
+  }
+
+  // This block's share of it: some of the depth, where that is what lies row after row, or some of
+  // the columns.
+  FL_DEVICE void fill_right(uint32_t to, const TensorMap& map, int depth, int column,
+                            uint32_t barrier) {
     if constexpr (kTransposed) {
+      to += in_cluster_ * kDeepBoxBytes / kCluster, depth += in_cluster_ * kDepth / kCluster;
       FL_UNROLL
       for (int c = 0; c < Tile::kColumns; c += kBoxColumns) {
-        load_box(to + Tile::kLeftBytes + c / kBoxColumns * kDeepBoxBytes, right_map, column + c,
-                 depth, barrier);
+        share_box(to + c / kBoxColumns * kDeepBoxBytes, map, column + c, depth, barrier);
       }
     } else {
-      load_box(to + Tile::kLeftBytes, right_map, depth, column, barrier);
+      to += in_cluster_ * Tile::kRightBytes / kCluster;
+      share_box(to, map, depth, column + in_cluster_ * Tile::kColumns / kCluster, barrier);
+    }
+  }
+
+  FL_DEVICE void share_box(uint32_t to, const TensorMap& map, int column, int row,
+                           uint32_t barrier) {
+    if constexpr (kCluster > 1) {
+      load_box_to((1 << kCluster) - 1, to, map, column, row, barrier);
+    } else {
+      load_box(to, map, column, row, barrier);
     }
   }
 
@@ -121,7 +154,7 @@ class Extended {
 
   FL_DEVICE void consume() {
     Ring at;
-    for (int64_t tile = block_; tile < arguments_.tiles; tile += blocks_) {
+    for (int64_t tile = cluster_; tile < arguments_.tiles; tile += clusters_) {
       const Corner c = corner(tile);
       for (int k = 0; k < arguments_.depth; k += kDepth, at.advance()) base(at, k > 0);
       for (int g = 0; g < arguments_.groups; ++g) {
@@ -182,14 +215,22 @@ class Extended {
 
   // The stage before this place is read; each warp says so, as each has waited.
   FL_DEVICE void release(const Ring& at) {
-    if (lane() == 0) arrive(empty(at.stage == 0 ? Tile::kStages - 1 : at.stage - 1));
+    const uint32_t barrier = empty(at.stage == 0 ? Tile::kStages - 1 : at.stage - 1);
+    if constexpr (kCluster > 1) {
+      if (lane() < kCluster) arrive_at(lane(), barrier);
+    } else {
+      if (lane() == 0) arrive(barrier);
+    }
   }
 
   FL_DEVICE void finish(const Corner& tile) {
     const Corner c = {tile.row + Tile::first_row(consumer()),
                       tile.column + Tile::first_column(consumer())};
     add_bias(c);
-    if constexpr (activation != Activation::kNone) {
+    if constexpr (activation != Activation::kNone && kTransposed) {
+      each_element(c, arguments_.epilogue.u, arguments_.epilogue.u_row,
+                   [&](int i, float u) { sum_[i] *= activation_grad<activation>(u); });
+    } else if constexpr (activation != Activation::kNone) {
       store(arguments_.u, c);
       FL_UNROLL
       for (int i = 0; i < kSums; ++i) sum_[i] = activated<activation>(sum_[i]);
@@ -229,6 +270,15 @@ class Extended {
       }
     }
     if (!epilogue.residual) return;
+    each_element(c, epilogue.residual, epilogue.residual_row,
+                 [&](int i, float residual) { sum_[i] += residual; });
+  }
+
+  // Calls visit(i, element) for every sum i of this thread's that lies in y, with the element of
+  // another matrix at its place.
+  template <typename Visit>
+  FL_DEVICE void each_element(const Corner& c, const void* matrix, int64_t matrix_row,
+                              Visit visit) {
     FL_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int64_t row = static_cast<int64_t>(c.row) + row_of_thread() + 8 * half;
@@ -237,8 +287,8 @@ class Extended {
       for (int j = 0; j < kSums / 4; ++j) {
         const int column = column_of(c, j);
         if (column >= arguments_.columns) continue;
-        const Pair join = pair_of<T>(epilogue.residual, row * epilogue.residual_row + column);
-        sum_[4 * j + 2 * half] += join.at[0], sum_[4 * j + 2 * half + 1] += join.at[1];
+        const Pair pair = pair_of<T>(matrix, row * matrix_row + column);
+        visit(4 * j + 2 * half, pair.at[0]), visit(4 * j + 2 * half + 1, pair.at[1]);
       }
     }
   }
@@ -280,7 +330,7 @@ class Extended {
   }
 
   const LinearArguments& arguments_;
-  int block_, blocks_;
+  int cluster_, clusters_, in_cluster_;
   uint32_t shared_;
   float sum_[kSums];
 };

@@ -9,7 +9,7 @@ namespace {
 template <typename T,             // of every matrix
           typename Tile,          // LinearTile
           Right right,            // how w and the borders lie
-          Activation activation>  // after the bias
+          Activation activation>  // after the bias; by columns its derivative
 __global__ void __launch_bounds__(kLinearThreads, 1)
     lora_linear_kernel(const __grid_constant__ LinearArguments arguments) {
   extern __shared__ char shared[];
@@ -27,18 +27,22 @@ struct Find {
   template <typename Tile>
   void operator()() const {
     if (plan.tile_rows != Tile::kRows || plan.tile_columns != Tile::kColumns) return;
+    if (plan.cluster != Tile::kCluster) return;
     *kernel = reinterpret_cast<const void*>(of_tile<Tile>());
   }
 
   template <typename Tile>
   auto of_tile() const {
-    if (plan.shape.right == Right::kColumns) {
-      return &lora_linear_kernel<T, Tile, Right::kColumns, Activation::kNone>;
-    }
+    const bool rows = plan.shape.right == Right::kRows;
+    return rows ? of_side<Tile, Right::kRows>() : of_side<Tile, Right::kColumns>();
+  }
+
+  template <typename Tile, Right right>
+  auto of_side() const {
     switch (plan.shape.activation) {
-      case Activation::kErf: return &lora_linear_kernel<T, Tile, Right::kRows, Activation::kErf>;
-      case Activation::kTanh: return &lora_linear_kernel<T, Tile, Right::kRows, Activation::kTanh>;
-      default: return &lora_linear_kernel<T, Tile, Right::kRows, Activation::kNone>;
+      case Activation::kErf: return &lora_linear_kernel<T, Tile, right, Activation::kErf>;
+      case Activation::kTanh: return &lora_linear_kernel<T, Tile, right, Activation::kTanh>;
+      default: return &lora_linear_kernel<T, Tile, right, Activation::kNone>;
     }
   }
 };

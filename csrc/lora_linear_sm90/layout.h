@@ -22,10 +22,11 @@ constexpr int kSmemLimitBytes = 227 << 10;
 constexpr int kAlignment = 1024;  // eight rows of 128 bytes, where swizzles repeat
 constexpr int kBoxBytes = kConsumerRows * kBoxRowBytes;
 
-template <int Rows,     // of y in a tile
-          int Columns>  // likewise
+template <int Rows,         // of y in a tile
+          int Columns,      // likewise
+          int Cluster = 1>  // blocks that share w, their tiles one below the other
 struct LinearTile {
-  static constexpr int kRows = Rows, kColumns = Columns;
+  static constexpr int kRows = Rows, kColumns = Columns, kCluster = Cluster;
   static constexpr bool kByColumns = Rows == kConsumerRows;
   static constexpr int kConsumerColumns = kByColumns ? Columns / kConsumers : Columns;
   static constexpr int kConsumerBoxes = kConsumerColumns / kBoxColumns;
@@ -46,6 +47,7 @@ struct LinearTile {
   static constexpr int kBarriers = kStaged + kStagedBytes;
 
   static_assert(kStages >= 3 && 16 * kStages <= kBarrierBytes && kBytes <= kSmemLimitBytes);
+  static_assert(kDepth % (8 * kCluster) == 0 && kColumns % (8 * kCluster) == 0);  // whole swizzles
   static_assert(kConsumerColumns % kBoxColumns == 0 && kConsumerBoxes % kBoxesAtOnce == 0);
 
   static constexpr int first_row(int consumer) { return kByColumns ? 0 : kConsumerRows * consumer; }
@@ -62,6 +64,9 @@ constexpr void each_linear_tile(Visit visit) {
   visit.template operator()<LinearTile<128, 256>>();
   visit.template operator()<LinearTile<64, 128>>();
   visit.template operator()<LinearTile<64, 256>>();
+  visit.template operator()<LinearTile<128, 128, 2>>();
+  visit.template operator()<LinearTile<128, 192, 2>>();
+  visit.template operator()<LinearTile<128, 256, 2>>();
 }
 
 // Where a tile begins. Columns change fastest: the tiles under way share rows of x, and w is small.

@@ -24,11 +24,14 @@ int64_t cycles(const LinearPlan& plan) {
 
 template <typename Tile>
 LinearPlan plan_in(const LinearShape& shape, int processors) {
-  const int64_t tiles = ceil_div(shape.rows, Tile::kRows) * ceil_div(shape.columns, Tile::kColumns);
-  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(tiles, processors));
-  return {shape,         Tile::kRows,  Tile::kColumns,
-          Tile::kStages, Tile::kBytes, static_cast<int32_t>(blocks),
-          tiles};
+  constexpr int kCluster = Tile::kCluster;
+  const int64_t tiles =
+      ceil_div(shape.rows, kCluster * Tile::kRows) *  // of each block of a cluster
+      ceil_div(shape.columns, Tile::kColumns);
+  const int64_t clusters = std::max<int64_t>(1, std::min<int64_t>(tiles, processors / kCluster));
+  const int32_t blocks = static_cast<int32_t>(kCluster * clusters);
+  return {shape,         Tile::kRows,  Tile::kColumns, kCluster,
+          Tile::kStages, Tile::kBytes, blocks,         kCluster * tiles};
 }
 
 struct Shortest {
@@ -38,6 +41,7 @@ struct Shortest {
 
   template <typename Tile>
   void operator()() const {
+    if (Tile::kCluster > 1) return;
     const LinearPlan plan = plan_in<Tile>(shape, processors);
     if (best->blocks == 0 || cycles(plan) < cycles(*best)) *best = plan;
   }
@@ -45,12 +49,13 @@ struct Shortest {
 
 struct Named {
   const LinearShape& shape;
-  int processors, tile_rows, tile_columns;
+  int processors, tile_rows, tile_columns, cluster;
   std::optional<LinearPlan>* found;
 
   template <typename Tile>
   void operator()() const {
     if (Tile::kRows != tile_rows || Tile::kColumns != tile_columns) return;
+    if (Tile::kCluster != cluster) return;
     *found = plan_in<Tile>(shape, processors);
   }
 };
@@ -95,7 +100,7 @@ void check(const LinearProblem& problem, const LinearPlan& plan) {
   require(shape.rows < (int64_t{1} << 31) - 256, "too many rows: " + std::to_string(shape.rows));
   check_matrix(problem.x, "x"), check_matrix(problem.w, "w"), check_matrix(problem.y, "y");
   require((shape.activation != Activation::kNone) == (problem.u.at != nullptr),
-          "u is stored where an activation follows, and nowhere else");
+          "u belongs to an activation, and to nothing else");
   if (problem.u.at) check_matrix(problem.u, "u");
   if (problem.residual.at) check_matrix(problem.residual, "the residual");
   check_vector(problem.bias, "bias"), check_vector(problem.factor, "the factor");
@@ -111,9 +116,10 @@ LinearPlan plan_lora_linear(LinearShape shape, int processors) {
 }
 
 std::optional<LinearPlan> plan_lora_linear(LinearShape shape, int processors, int tile_rows,
-                                           int tile_columns) {
+                                           int tile_columns, int cluster) {
   std::optional<LinearPlan> found;
-  each_linear_tile(Named{shape, processors, tile_rows, tile_columns, &found});
+  if (shape.rows <= tile_rows) cluster = std::min(cluster, 1);
+  each_linear_tile(Named{shape, processors, tile_rows, tile_columns, cluster, &found});
   return found;
 }
 

@@ -28,9 +28,15 @@ int launch_lora_linear(const LinearProblem& problem, const LinearPlan& plan, int
           kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_bytes)) {
     return error;
   }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(plan.blocks), config.blockDim = dim3(kLinearThreads);
+  config.dynamicSmemBytes = plan.smem_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute, config.numAttrs = plan.cluster > 1 ? 1 : 0;
   void* pointers[] = {&arguments};
-  return cudaLaunchKernel(kernel, dim3(plan.blocks), dim3(kLinearThreads), pointers,
-                          plan.smem_bytes, static_cast<cudaStream_t>(stream));
+  return cudaLaunchKernelExC(&config, kernel, pointers);
 }
 
 }  // namespace fused_lora::sm90

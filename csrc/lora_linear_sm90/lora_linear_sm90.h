@@ -1,14 +1,15 @@
 // EXTENDED on sm_90: base and low-rank products in one fp32 accumulator. The shapes of the
 // operation.
 //
-//   u = x right + sum over groups of h_g border_g + bias     y = residual + factor act(u)
+//   z = x right + sum over groups of h_g border_g + bias     y = residual + factor end(z)
 //
 //   rows     w [N, K], border_g [N_g, R_g]   y = act(x wT + bias + s h bT), border = s b
 //   columns  w [K, N], border_g [R_g, N_g]   dx = dy w + dh a,              border = a
 //
-// Group g adds to the columns it owns, any range of them. All matrices are of one 16-bit type,
-// their rows begin at multiples of 16 bytes. y, and u where an activation follows, are rounded
-// once.
+// Where there is an activation, end is act by rows, and z is written as u; by columns it is
+// act'(u) z, u the given one of x = act(u). Group g adds to the columns it owns, any range of them.
+// All matrices are of one 16-bit type, their rows begin at multiples of 16 bytes. y, and a u that
+// is written, are rounded once.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +47,7 @@ struct LinearShape {
 
 struct LinearProblem {
   Matrix x, w, y;
-  Matrix u;            // null where no activation follows
+  Matrix u;            // [M, N], written by rows and read by columns; null without an activation
   Matrix residual;     // [M, N] or null
   const void* bias;    // [N], contiguous, or null
   const void* factor;  // likewise
@@ -55,21 +56,23 @@ struct LinearProblem {
   DType type;
 };
 
-// A launch: blocks of three warpgroups walk over the tiles of y.
+// A launch: blocks of three warpgroups walk over the tiles of y, by themselves or in clusters.
+// Where rows make no whole number of clusters, the last tiles have none.
 struct LinearPlan {
   LinearShape shape;
-  int32_t tile_rows, tile_columns;
+  int32_t tile_rows, tile_columns, cluster;
   int32_t stages, smem_bytes;
   int32_t blocks;
   int64_t tiles;
 };
 
-// The tile with the shortest estimate on so many processors.
+// The tile with the shortest estimate on so many processors; clusters wait for a GPU to time them.
 LinearPlan plan_lora_linear(LinearShape shape, int processors);
 
-// The same in a given tile; nothing where it is not compiled.
+// The same in a given tile, whose cluster is one block where a tile has all rows; nothing where it
+// is not compiled.
 std::optional<LinearPlan> plan_lora_linear(LinearShape shape, int processors, int tile_rows,
-                                           int tile_columns);
+                                           int tile_columns, int cluster);
 
 // Throws std::invalid_argument where the operands are not as the kernel needs them.
 void lora_linear(const LinearProblem& problem, const LinearPlan& plan, int device, void* stream);

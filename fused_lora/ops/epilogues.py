@@ -119,7 +119,9 @@ def why_not_fused(
         return "an activation and a scale or a residual together are checked by nobody"
     n, k = w.shape
     if plan.backend is Backend.CUDA:
-        return _why_not_compiled((x.shape[0], n, k), spans, epilogue, dtype, x.device)
+        reason = compiled.why_not_epilogue(dtype, epilogue)
+        shape, behind = (x.shape[0], n, k), compiled.kind(epilogue)
+        return reason or _why_not_compiled(shape, spans, behind, dtype, x.device)
     for t in others:
         if t.dtype not in available.DTYPES or t.stride(-1) != 1:
             return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
@@ -128,17 +130,16 @@ def why_not_fused(
 
 
 def _why_not_compiled(
-    shape: tuple[int, int, int],  # M, N, K
+    shape: tuple[int, int, int],  # of y: its rows and columns, and how deep its sums are
     spans: tuple[Span, ...],
-    epilogue: Epilogue,
+    behind: str,  # gelu, scale
     dtype: torch.dtype,
     device: torch.device,
+    right: str = "rows",  # or columns, of dx
 ) -> str | None:
-    if reason := compiled.why_not_epilogue(dtype, epilogue):
-        return reason
-    tile = tile_of(*shape, sum(span.rank for span in spans), Chip.of(device))
+    tile = tile_of(*shape, sum(span.rank for span in spans), Chip.of(device), right)
     name = str(dtype).removeprefix("torch.")
-    return distrust(of_compiled_product(tile, name, compiled.kind(epilogue)), device)
+    return distrust(of_compiled_product(tile, name, behind), device)
 
 
 def why_not_activation_grad(
@@ -150,8 +151,16 @@ def why_not_activation_grad(
 ) -> str | None:
     """One sentence why no epilogue of dx takes the derivative of GELU; None when one does."""
     if not fuses_activation_grad(plan):
-        return f"the derivative is taken by triton:extended, and the plan is {plan}"
+        return (
+            "the derivative is taken behind dx of triton:extended and cuda:extended, and the plan "
+            f"is {plan}"
+        )
     n, k = w.shape
+    if plan.backend is Backend.CUDA:
+        if reason := why_not_concrete(dy):
+            return reason
+        shape = (dy.shape[0], k, n)
+        return _why_not_compiled(shape, spans, "gelu", dtype, dy.device, "columns")
     return why_not_launch("extended_gelu", dy.shape[0], k, n, dy, dtype, ragged(spans))
 
 

@@ -128,6 +128,8 @@ def why_not_previous(
     previous: PreviousLinear, dy: Tensor, w: Tensor, ranks: int, needs: Needs, plan: Plan
 ) -> str | None:
     """One sentence why ``_with_previous`` has nothing for these; None where it has."""
+    if plan.backend is not Backend.TRITON:
+        return f"triton's dx forms them in its tiles, and the plan is {plan}"
     if not (plan.grads_by is Backend.CUDA and plan.writes_dh and plan.keep is Keep.HIDDEN):
         return f"h is kept and dh written by the compiled gradients, and the plan is {plan}"
     if needs.w or not (needs.a and needs.b):

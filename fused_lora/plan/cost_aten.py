@@ -115,7 +115,8 @@ def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         for rank in _pieces(p):
             yield Step("dx expand", p.m, p.k, rank, accumulates=True)
     elif plan.dx is Forward.EXTENDED:
-        yield cost_kernels.cuda_product_step("dx extended", p, p.k, p.n)
+        beside = int(p.input_activated)
+        yield cost_kernels.cuda_product_step("dx extended", p, p.k, p.n, beside)
     else:
         yield Step("copy dy", p.m, p.n)
         yield Step("border w", p.n + p.rank, p.k)

@@ -49,7 +49,8 @@ def cuda_gradient_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 def cuda_product_step(name: str, p: Problem, columns: int, depth: int, beside: int = 0) -> Step:
     """y [M, columns] of x [M, depth] and h in one launch; h and s b are formed before.
 
-    ``beside``: matrices as large as y that its epilogue reads or writes: u, a residual.
+    ``beside``: matrices as large as y that its epilogue reads or writes: u, a residual. Likewise of
+    dx, whose epilogue may read u.
     """
     width = sum(span.rank * span.width for span in p.spans) // p.n  # ranks of a column of y
     ranks = width if columns == p.n else p.rank

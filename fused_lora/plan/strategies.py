@@ -178,7 +178,7 @@ def fuses_residual(plan: Plan) -> bool:
 
 def fuses_activation_grad(plan: Plan) -> bool:
     """Whether its dx may go on through a GELU's derivative in one pass."""
-    return plan.backend is Backend.TRITON and plan.dx is Forward.EXTENDED
+    return plan.backend is not Backend.ATEN and plan.dx is Forward.EXTENDED
 
 
 def by_library(plan: Plan) -> Plan:

@@ -148,7 +148,7 @@ def of_compiled_grads(form: Form, example: GradShape, dtype: str, source: str = 
 def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
     """The compiled product in one tile; ``behind`` it gelu, scale or nothing."""
     kernel = f"lora_linear_{behind}" if behind else "lora_linear"
-    subject = KernelId("cuda", kernel, "{} x {}".format(*tile), dtype)
+    subject = KernelId("cuda", kernel, str(tile), dtype)
     run = partial(launch_checks.run_product, behind=behind, tile=tile)
     truth = partial(equations, kernel=f"extended_{behind}")
     exact = behind != "gelu"

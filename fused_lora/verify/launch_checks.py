@@ -141,12 +141,13 @@ def products(p: Operands, **how: Any) -> Named:
 
 
 def products_gelu(p: Operands, **how: Any) -> Named:
-    """u and act(u) of both kinds."""
+    """u and act(u) of both kinds; and du of dx, with x in the place of u."""
     named: dict[str, Tensor] = {}
     for kind in KINDS:
         y, _, u = _product(p, activation=kind, **how)
         assert u is not None
-        named |= {"u": u, kind: y}
+        du = _input_grad(p, activation=kind, u=p.x, **how)
+        named |= {"u": u, kind: y, f"{kind} du": du}
     return named
 
 

@@ -14,6 +14,8 @@ from fused_lora.plan.strategies import (
     STRATEGIES,
     by_library,
     candidates,
+    fuses_activation,
+    fuses_activation_grad,
     why_not,
     why_not_backend,
     why_not_products,
@@ -196,6 +198,18 @@ def test_a_product_reads_h_beside_x():
     merged = compiled(dx=EXTENDED, backend=Backend.CUDA)
     assert str(merged) == "cuda:extended/extended/cuda:rank/hidden"
     assert "one pass db da" in {step.name for step in steps(problem(), merged)}
+
+
+def test_a_product_s_epilogue_moves_u_alone():
+    """GELU moves u and y, its derivative dx, u and du, where they are passes of their own."""
+    both = problem(), dataclasses.replace(problem(), activated=True, input_activated=True)
+    for plan in candidates(problem(), ALL, True):
+        alone, along = (steps(question, plan) for question in both)
+        moved = sum(s.elements() for s in along) - sum(s.elements() for s in alone)
+        fused = plan.backend is not Backend.ATEN
+        through = fused and plan.dx is EXTENDED, fused and plan.forward is EXTENDED
+        assert (fuses_activation_grad(plan), fuses_activation(plan)) == through
+        assert moved == both[0].m * 768 * ((1 if through[0] else 3) + (1 if through[1] else 2))
 
 
 def test_a_step_takes_the_device_or_the_host_whichever_is_longer():

@@ -110,6 +110,7 @@ def shrink_grad(dy: Tensor, adapters: Adapters) -> Tensor:
 #
 #     forward   y = residual + factor act(u), u = x wT + bias + s h bT    h = x aT
 #     dx        dx = residual + dy w + dh a                               dh = s dy b
+#               or du = act'(u) (dy w + dh a), where x = act(u)
 #
 #                   x [M, K]   w [N, K]   bias, factor [N]   u, y, residual [M, N]
 #
@@ -117,8 +118,21 @@ def shrink_grad(dy: Tensor, adapters: Adapters) -> Tensor:
 # activation follows, u. Adapters own any columns; a tile sums over those that it meets.
 
 
-Tile = tuple[int, int]  # rows and columns of y
-TILES: tuple[Tile, ...] = ((128, 128), (128, 192), (128, 256), (64, 128), (64, 256))
+class Tile(NamedTuple):
+    """What a block has of y at once, and how many blocks are a cluster that reads w once."""
+
+    rows: int
+    columns: int
+    cluster: int = 1  # their tiles one below the other; one where a tile has all rows
+
+    def __str__(self) -> str:
+        alone = f"{self.rows} x {self.columns}"
+        return alone if self.cluster == 1 else f"{alone}, {self.cluster} blocks"
+
+
+ALONE = (Tile(128, 128), Tile(128, 192), Tile(128, 256), Tile(64, 128), Tile(64, 256))
+CLUSTERS = (Tile(128, 128, 2), Tile(128, 192, 2), Tile(128, 256, 2))  # until timed, by name alone
+TILES: tuple[Tile, ...] = (*ALONE, *CLUSTERS)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -150,7 +164,7 @@ def tile_of(
 ) -> Tile:
     """The tile of one product: y [rows, columns] of x [rows, depth]; dx where w lies by columns."""
     plan = _plan(rows, columns, depth, ranks, chip, right)
-    return plan.tile_rows, plan.tile_columns
+    return Tile(plan.tile_rows, plan.tile_columns, plan.cluster)
 
 
 def _plan(
@@ -213,19 +227,21 @@ def input_grad(
     dh: Tensor | None = None,  # [M, sum R] where it is formed already
     tile: Tile | None = None,
     *,
+    activation: str = "none",  # or gelu, of which x is a result: erf, tanh
+    u: Tensor | None = None,  # [M, K], x = act(u)
     residual: Tensor | None = None,  # [M, K]: a gradient that joins
     out: Tensor | None = None,  # [M, K]
     chip: Chip | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx = residual + dy w + dh a [M, K], and dh."""
+    """dx = residual + dy w + dh a [M, K], the sum times act'(u) behind an activation; and dh."""
     assert (reason := why_not(dy, w, adapters)) is None, reason
     ranks = [span.rank for span in adapters.spans]
     dh = shrink_grad(dy, adapters) if dh is None else spread(dh, ranks)
     dx = dy.new_empty(dy.shape[0], w.shape[1]) if out is None else out
     a = stacked_a(adapters, dy.dtype)
     groups = [(dh[:, part], a[part], 0) for part in parts(ranks)]
-    epilogue = dict(bias=None, factor=None, residual=residual, u=None)
-    _launch(dy, w, groups, dx, epilogue, "columns", "none", tile, chip)
+    epilogue = dict(bias=None, factor=None, residual=residual, u=u)
+    _launch(dy, w, groups, dx, epilogue, "columns", activation, tile, chip)
     return dx, dh
 
 
@@ -250,7 +266,8 @@ def _launch(
     assert all(vector is None or vector.is_contiguous() for vector in (bias, factor))
     launch = LinearLaunch(plan, (x, w, y, u, residual), groups, across)
     hs, borders, _ = zip(*groups, strict=True) if groups else ((), (), ())
-    written = [t for t in (y, u) if t is not None]
+    assert u is None or u.shape == y.shape, (u.shape, y.shape)
+    written = [y, u] if right == "rows" and u is not None else [y]  # columns: u is read
     given = (x, w, y, u, residual, bias, factor, *hs, *borders)
     opaque(launch, lambda *_: None, *given, writes=written)
 

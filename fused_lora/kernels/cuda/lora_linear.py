@@ -10,7 +10,7 @@ from fused_lora.kernels.cuda.lora_extended import Tile, aligned, packed, readabl
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.gemm import columns, outer, product
-from fused_lora.kernels.interface import Adapters, Epilogue, Grads, HiddenGrad
+from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Grads, HiddenGrad
 from fused_lora.plan.problem import Problem
 from fused_lora.programs.record import begins_at
 from fused_lora.types import Gradient, Keep, Needs, Plan
@@ -18,7 +18,8 @@ from fused_lora.types import Gradient, Keep, Needs, Plan
 # Grouped LoRA linear by the Hopper product, and library GEMMs around it.
 #
 #     forward   EXTENDED  h = x aT by the library; y = x wT + bias + s h bT in one accumulator
-#     dx        EXTENDED  dh = s dy b by the library; dx = dy w + dh a in one accumulator
+#     dx        EXTENDED  dh = s dy b by the library; dx = dy w + dh a in one accumulator, or
+#                         du = act'(u) dx where x = act(u)
 #     gradients RANK      db = s dyT h, da = dhT x      FULL  from dw = dyT x, by the library
 #
 # The face and its meaning are those of ``fused_lora.kernels.aten.lora_linear``. Served where it is
@@ -80,12 +81,20 @@ def input_grad(
     w: Tensor | None,  # [N, K]
     adapters: Adapters,
     plan: Plan,
+    activation_grad: ActivationGrad | None = None,  # without a previous linear
     given: HiddenGrad | None = None,  # dh where it is there already
 ) -> tuple[Tensor, Tensor | None]:
-    """dx [M, K], and dh [M, sum R], rows contiguous."""
+    """dx [M, K], or du in its place, and dh [M, sum R], rows contiguous."""
     assert w is not None
     there = given.dh if given else None
-    dx, dh = lora_extended.input_grad(readable(dy), readable(w), adapters, there)
+    activation, u = "none", None
+    if activation_grad:
+        activation, u, previous = activation_grad
+        assert previous is None
+        u = readable(u)
+    dx, dh = lora_extended.input_grad(
+        *(readable(dy), readable(w), adapters, there), activation=activation, u=u
+    )
     return dx, packed(dh, adapters)
 
 
@@ -97,9 +106,12 @@ def backward(
     adapters: Adapters,
     needs: Needs,
     plan: Plan,
+    activation_grad: ActivationGrad | None = None,  # where dx goes on to du
 ) -> Grads:
     """The gradients named by ``needs``."""
-    dx, dh = input_grad(dy, kept, w, adapters, plan) if needs.x else (None, None)
+    dx, dh = None, None
+    if needs.x:
+        dx, dh = input_grad(dy, kept, w, adapters, plan, activation_grad)
     dw = None
     if needs.w:
         assert x is not None

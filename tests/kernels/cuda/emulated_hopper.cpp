@@ -2,12 +2,13 @@
 
 #include <ucontext.h>
 
+#include <array>
 #include <cstring>
 #include <stdexcept>
 
 namespace fused_lora::sm90 {
 
-EmulatedBlock* emulated_block = nullptr;
+EmulatedBlocks* emulated_blocks = nullptr;
 
 namespace {
 
@@ -54,29 +55,37 @@ int encode(const MapShape& shape, TensorMap* map) {
   return 0;
 }
 
-EmulatedBlock::EmulatedBlock(int smem_bytes, bool backwards, bool late)
-    : backwards_(backwards), late_(late), memory_(smem_bytes / 2), fibers_(kThreads) {
+EmulatedBlocks::EmulatedBlocks(int blocks, int smem_bytes, bool backwards, bool late)
+    : backwards_(backwards),
+      late_(late),
+      blocks_(blocks),
+      fibers_(blocks * kThreads),
+      warpgroups_(blocks * kThreads / 128) {
   require(smem_bytes <= 227 << 10, "more shared memory than there is");
+  for (Block& block : blocks_) block.memory.resize(smem_bytes / 2);
   for (Fiber& fiber : fibers_) fiber.stack.resize(kStackBytes);
 }
 
-void EmulatedBlock::run(const Work& body) {
-  emulated_block = this;
+void EmulatedBlocks::run(const Work& body) {
+  emulated_blocks = this;
   body_ = body;
-  memory_.assign(memory_.size(), 0xFFFF);
-  barriers_.clear(), loads_.clear(), meetings_.clear();
-  published_ = false;
+  for (Block& block : blocks_) {
+    block.memory.assign(block.memory.size(), 0xFFFF);
+    block.barriers.clear(), block.published = false;
+  }
+  loads_.clear(), meetings_.clear();
+  const int threads = static_cast<int>(fibers_.size());
   for (Warpgroup& warpgroup : warpgroups_) warpgroup = {};
   for (Fiber& fiber : fibers_) {
     fiber.started = fiber.done = fiber.fenced = false, fiber.holds = nullptr;
   }
   for (bool busy = true; busy;) {
     bool moved = busy = false;
-    for (int i = 0; i < kThreads; i += 32) moved |= run_warp(backwards_ ? kThreads - 32 - i : i);
+    for (int i = 0; i < threads; i += 32) moved |= run_warp(backwards_ ? threads - 32 - i : i);
     for (const Fiber& fiber : fibers_) busy |= !fiber.done;
     if (moved || land() || !busy) continue;
     std::string who;
-    for (int i = 0; i < kThreads; i += 32) who += std::string(" ") + fibers_[i].waits_for;
+    for (int i = 0; i < threads; i += 32) who += std::string(" ") + fibers_[i].waits_for;
     throw std::logic_error("nothing moves; warps wait in" + who);
   }
   require(loads_.empty(), "the block ends before its copies");
@@ -84,13 +93,15 @@ void EmulatedBlock::run(const Work& body) {
     require(fiber.open_stores.empty() && fiber.stores.empty(),
             "a thread ends before its stores have read");
   }
-  for (const auto& [at, barrier] : barriers_) {
-    require(barrier.bytes == 0, "a barrier ends with bytes announced or brought too many");
+  for (const Block& block : blocks_) {
+    for (const auto& [at, barrier] : block.barriers) {
+      require(barrier.bytes == 0, "a barrier ends with bytes announced or brought too many");
+    }
   }
 }
 
 // As far as it gets without other warps: no kernel may count on them being as far.
-bool EmulatedBlock::run_warp(int first) {
+bool EmulatedBlocks::run_warp(int first) {
   bool any = false;
   for (bool moved = true; moved; any |= moved) {
     moved = false;
@@ -100,7 +111,7 @@ bool EmulatedBlock::run_warp(int first) {
 }
 
 // One copy that nobody may count on before: the youngest.
-bool EmulatedBlock::land() {
+bool EmulatedBlocks::land() {
   if (loads_.empty()) return false;
   const Work load = loads_.back();
   loads_.pop_back();
@@ -108,19 +119,19 @@ bool EmulatedBlock::land() {
   return true;
 }
 
-void EmulatedBlock::enter() {
-  const int thread = emulated_block->thread_;
+void EmulatedBlocks::enter() {
+  const int thread = emulated_blocks->thread_;
   try {
-    emulated_block->body_();
+    emulated_blocks->body_();
   } catch (...) {
-    emulated_block->error_ = std::current_exception();
+    emulated_blocks->error_ = std::current_exception();
   }
-  emulated_block->fibers_[thread].done = true;
-  _longjmp(emulated_block->scheduler_, 1);
+  emulated_blocks->fibers_[thread].done = true;
+  _longjmp(emulated_blocks->scheduler_, 1);
 }
 
 // A context is made once; from then on fibers jump, which takes no system call.
-void EmulatedBlock::start(Fiber& fiber) {
+void EmulatedBlocks::start(Fiber& fiber) {
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = fiber.stack.data();
@@ -132,7 +143,7 @@ void EmulatedBlock::start(Fiber& fiber) {
 }
 
 // Whether the thread could go on.
-bool EmulatedBlock::turn(int thread) {
+bool EmulatedBlocks::turn(int thread) {
   Fiber& fiber = fibers_[thread];
   if (fiber.done || (fiber.holds && !fiber.holds())) return false;
   fiber.holds = nullptr, fiber.waits_for = "";
@@ -145,84 +156,110 @@ bool EmulatedBlock::turn(int thread) {
   return true;
 }
 
-void EmulatedBlock::until(const std::function<bool()>& holds, const char* what) {
+void EmulatedBlocks::until(const std::function<bool()>& holds, const char* what) {
   if (holds()) return;
   Fiber& fiber = me();
   fiber.holds = holds, fiber.waits_for = what;
   if (_setjmp(fiber.place) == 0) _longjmp(scheduler_, 1);
 }
 
-void EmulatedBlock::meet(int first, int count, const char* what) {
-  Meeting& meeting = meetings_[1000 * first + count];
+void EmulatedBlocks::meet(int count, const char* what) {
+  Meeting& meeting = meetings_[1000 * (thread_ / count * count) + count];
   const int round = meeting.round;
   if (++meeting.waiting == count) meeting.waiting = 0, ++meeting.round;
   until([&meeting, round] { return meeting.round != round; }, what);
 }
 
-void EmulatedBlock::init_barrier(uint32_t at, int arrivals) {
-  require(at % 8 == 0 && !barriers_.count(at), "a barrier is not aligned, or is there already");
-  element(at), element(at + 6);
-  barriers_[at] = {arrivals, arrivals};
+void EmulatedBlocks::meet_all(const char* what) { meet(static_cast<int>(fibers_.size()), what); }
+
+void EmulatedBlocks::init_barrier(uint32_t at, int arrivals) {
+  auto& barriers = blocks_[block()].barriers;
+  require(at % 8 == 0 && !barriers.count(at), "a barrier is not aligned, or is there already");
+  element(block(), at), element(block(), at + 6);
+  barriers[at] = {arrivals, arrivals};
 }
 
-void EmulatedBlock::publish_barriers() { published_ = true; }
+void EmulatedBlocks::publish_barriers() { blocks_[block()].published = true; }
 
-EmulatedBlock::Barrier& EmulatedBlock::barrier(uint32_t at) {
-  require(published_ && barriers_.count(at), "no barrier here, or not published");
-  return barriers_[at];
+// Whether all threads of a block have ended: its shared memory may be another's by now.
+bool EmulatedBlocks::gone(int block) const {
+  for (int i = 0; i < kThreads; ++i) {
+    if (!fibers_[block * kThreads + i].done) return false;
+  }
+  return true;
 }
 
-void EmulatedBlock::settle(Barrier& barrier) {
+EmulatedBlocks::Barrier& EmulatedBlocks::barrier(int block, uint32_t at) {
+  require(block >= 0 && block < static_cast<int>(blocks_.size()), "no such block in the cluster");
+  require(!gone(block), "the block has ended");
+  Block& its = blocks_[block];
+  require(its.published && its.barriers.count(at), "no barrier here, or not published");
+  return its.barriers[at];
+}
+
+void EmulatedBlocks::settle(Barrier& barrier) {
   require(barrier.missing >= 0, "more arrivals than a barrier expects");
   if (barrier.missing || barrier.bytes) return;
   barrier.missing = barrier.arrivals;
   barrier.phase ^= 1;
 }
 
-void EmulatedBlock::arrive(uint32_t at, int bytes) {
-  Barrier& here = barrier(at);
+void EmulatedBlocks::arrive(uint32_t at, int bytes) {
+  Barrier& here = barrier(block(), at);
   here.bytes += bytes, --here.missing;
   settle(here);
 }
 
-void EmulatedBlock::wait_for(uint32_t at, uint32_t parity) {
-  Barrier& here = barrier(at);
+void EmulatedBlocks::arrive_at(int block, uint32_t at) {
+  Barrier& there = barrier(block, at);
+  --there.missing;
+  settle(there);
+}
+
+void EmulatedBlocks::wait_for(uint32_t at, uint32_t parity) {
+  Barrier& here = barrier(block(), at);
   until([&here, parity] { return here.phase != parity; }, "wait_for");
 }
 
-uint16_t& EmulatedBlock::element(uint32_t address) {
-  require(address >= kFirst && (address - kFirst) / 2 < memory_.size() && address % 2 == 0,
+uint16_t& EmulatedBlocks::element(int block, uint32_t address) {
+  std::vector<uint16_t>& memory = blocks_[block].memory;
+  require(address >= kFirst && (address - kFirst) / 2 < memory.size() && address % 2 == 0,
           "outside shared memory: " + std::to_string(address));
-  return memory_[(address - kFirst) / 2];
+  return memory[(address - kFirst) / 2];
 }
 
-void EmulatedBlock::load_box(uint32_t to, const TensorMap& map, int column, int row,
-                             uint32_t barrier_at) {
+void EmulatedBlocks::load_box(uint32_t blocks, uint32_t to, const TensorMap& map, int column,
+                              int row, uint32_t barrier_at) {
   require(to % 128 == 0, "a box is not aligned");
-  Barrier& full = barrier(barrier_at);
+  require(blocks >> blocks_.size() == 0, "a copy to a block that is not in the cluster");
   const MapShape shape = shape_of(map);
-  const Work work = [=, &full] {
-    const uint16_t* matrix = static_cast<const uint16_t*>(shape.at);
-    each_element(shape, column, row, [&](uint32_t byte, int64_t at) {
-      element(shuffled(to + byte)) = at < 0 ? 0 : matrix[at];
-    });
-    full.bytes -= shape.box_rows * 128;
-    settle(full);
-  };
-  if (late_) {
-    loads_.push_back(work);
-  } else {
-    work();
+  for (int block = 0; block < static_cast<int>(blocks_.size()); ++block) {
+    if (!(blocks >> block & 1)) continue;
+    barrier(block, barrier_at);
+    const Work work = [=] {
+      Barrier& full = barrier(block, barrier_at);
+      const uint16_t* matrix = static_cast<const uint16_t*>(shape.at);
+      each_element(shape, column, row, [&](uint32_t byte, int64_t at) {
+        element(block, shuffled(to + byte)) = at < 0 ? 0 : matrix[at];
+      });
+      full.bytes -= shape.box_rows * 128;
+      settle(full);
+    };
+    if (late_) {
+      loads_.push_back(work);
+    } else {
+      work();
+    }
   }
 }
 
-void EmulatedBlock::store_box(const TensorMap& map, int column, int row, uint32_t from) {
+void EmulatedBlocks::store_box(const TensorMap& map, int column, int row, uint32_t from) {
   require(from % 128 == 0, "a box is not aligned");
   const MapShape shape = shape_of(map);
-  const Work work = [=] {
+  const Work work = [=, block = block()] {
     uint16_t* matrix = static_cast<uint16_t*>(const_cast<void*>(shape.at));
     each_element(shape, column, row, [&](uint32_t byte, int64_t at) {
-      const uint16_t value = element(shuffled(from + byte));
+      const uint16_t value = element(block, shuffled(from + byte));
       if (at >= 0) matrix[at] = value;
     });
   };
@@ -230,13 +267,13 @@ void EmulatedBlock::store_box(const TensorMap& map, int column, int row, uint32_
   if (!late_) work();
 }
 
-void EmulatedBlock::commit_stores() {
+void EmulatedBlocks::commit_stores() {
   auto& open = me().open_stores;
   me().stores.insert(me().stores.end(), open.begin(), open.end());
   open.clear();
 }
 
-void EmulatedBlock::wait_stores_read() {
+void EmulatedBlocks::wait_stores_read() {
   for (const Work& store : me().stores) {
     if (late_) store();
   }
@@ -244,33 +281,35 @@ void EmulatedBlock::wait_stores_read() {
 }
 
 // Lands where the copy engine sees it once it is published.
-void EmulatedBlock::store_matrices(uint32_t row, const uint32_t (&from)[4]) {
+void EmulatedBlocks::store_matrices(uint32_t row, const uint32_t (&from)[4]) {
   require(row % 16 == 0, "a row of a matrix is not aligned");
-  static uint32_t words[kThreads][4];
+  static std::vector<std::array<uint32_t, 4>> words;
+  words.resize(fibers_.size());
   const int first = thread_ / 32 * 32, lane = thread_ % 32;
-  std::memcpy(words[thread_], from, sizeof words[0]);
-  meet(first, 32, "store_matrices");
+  std::memcpy(words[thread_].data(), from, sizeof words[0]);
+  meet(32, "store_matrices");
   uint16_t values[8];  // of the row that this lane points at
   for (int i = 0; i < 8; ++i) {
     values[i] = static_cast<uint16_t>(words[first + lane % 8 * 4 + i / 2][lane / 8] >> i % 2 * 16);
   }
   std::vector<uint16_t> landed(values, values + 8);
-  const auto work = [this, row, landed] {
-    for (int i = 0; i < 8; ++i) element(row + 2 * i) = landed[i];
+  const auto work = [this, row, landed, block = block()] {
+    for (int i = 0; i < 8; ++i) element(block, row + 2 * i) = landed[i];
   };
   me().writes.push_back(work);
-  meet(first, 32, "store_matrices");
+  meet(32, "store_matrices");
 }
 
-void EmulatedBlock::publish_writes() {
+void EmulatedBlocks::publish_writes() {
   for (const Work& write : me().writes) write();
   me().writes.clear();
 }
 
-void EmulatedBlock::begin_products() { me().fenced = true; }
+void EmulatedBlocks::begin_products() { me().fenced = true; }
 
 // The element of a matrix that a descriptor means; see "canonical layouts" in the PTX manual.
-uint16_t EmulatedBlock::operand(uint64_t descriptor, int row, int depth, bool transposed) {
+uint16_t EmulatedBlocks::operand(int block, uint64_t descriptor, int row, int depth,
+                                 bool transposed) {
   const auto field = [=](int first) {
     return static_cast<uint32_t>(descriptor >> first & 0x3FFF) << 4;
   };
@@ -278,18 +317,20 @@ uint16_t EmulatedBlock::operand(uint64_t descriptor, int row, int depth, bool tr
   require((descriptor & ~known) == 0 && descriptor >> 62 == 1, "not a 128-byte swizzle from 0");
   const uint32_t start = field(0), leading = field(16), stride = field(32);
   if (transposed) {
-    return element(
-        shuffled(start + row % 64 * 2 + row / 64 * leading + depth % 8 * 128 + depth / 8 * stride));
+    return element(block, shuffled(start + row % 64 * 2 + row / 64 * leading + depth % 8 * 128 +
+                                   depth / 8 * stride));
   }
-  return element(shuffled(start + row % 8 * 128 + row / 8 * stride + depth * 2));
+  return element(block, shuffled(start + row % 8 * 128 + row / 8 * stride + depth * 2));
 }
 
-void EmulatedBlock::compute(const Product& p) {
+void EmulatedBlocks::compute(const Product& p) {
   const int columns = 2 * p.count;
   std::vector<double> left(64 * 16), right(columns * 16);
-  for (int i = 0; i < 64 * 16; ++i) left[i] = p.widen(operand(p.left, i / 16, i % 16, false));
+  for (int i = 0; i < 64 * 16; ++i) {
+    left[i] = p.widen(operand(p.block, p.left, i / 16, i % 16, false));
+  }
   for (int i = 0; i < columns * 16; ++i) {
-    right[i] = p.widen(operand(p.right, i / 16, i % 16, p.transposed));
+    right[i] = p.widen(operand(p.block, p.right, i / 16, i % 16, p.transposed));
   }
   for (int t = 0; t < 128; ++t) {
     for (int i = 0; i < p.count; ++i) {
@@ -302,19 +343,19 @@ void EmulatedBlock::compute(const Product& p) {
   }
 }
 
-void EmulatedBlock::multiply(float* sum, int count, uint64_t left, uint64_t right, bool transposed,
-                             bool add, Widen widen) {
+void EmulatedBlocks::multiply(float* sum, int count, uint64_t left, uint64_t right, bool transposed,
+                              bool add, Widen widen) {
   require(me().fenced, "a product that no fence came before");
   Warpgroup& group = warpgroup();
   if (group.issued == 0) {
-    group.next = {left, right, transposed, add, count, widen, {}};
+    group.next = {left, right, transposed, add, count, widen, block(), {}};
   }
   const Product& p = group.next;
   require(p.left == left && p.right == right && p.add == add && p.count == count,
           "threads of a warpgroup ask for different products");
   group.next.sum[thread_ % 128] = sum;
   ++group.issued;
-  meet(thread_ / 128 * 128, 128, "multiply");
+  meet(128, "multiply");
   if (group.issued == 128) {
     group.issued = 0;
     if (late_) {
@@ -323,22 +364,22 @@ void EmulatedBlock::multiply(float* sum, int count, uint64_t left, uint64_t righ
       compute(group.next);
     }
   }
-  meet(thread_ / 128 * 128, 128, "multiply");
+  meet(128, "multiply");
 }
 
-void EmulatedBlock::commit_products() {
+void EmulatedBlocks::commit_products() {
   Warpgroup& group = warpgroup();
-  meet(thread_ / 128 * 128, 128, "commit_products");
+  meet(128, "commit_products");
   if (++group.committed < 128) return;
   group.committed = 0;
   group.groups.push_back(group.open);
   group.open.clear();
 }
 
-void EmulatedBlock::wait_products(size_t open) {
+void EmulatedBlocks::wait_products(size_t open) {
   Warpgroup& group = warpgroup();
   me().fenced = false;  // sums may be read and written now
-  meet(thread_ / 128 * 128, 128, "wait_products");
+  meet(128, "wait_products");
   while (group.groups.size() > open) {
     for (const Product& product : group.groups.front()) compute(product);
     group.groups.erase(group.groups.begin());

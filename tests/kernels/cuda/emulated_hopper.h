@@ -1,7 +1,8 @@
-// csrc/common/hopper.h on a CPU: the threads of one block as fibers, beside an engine that copies
-// boxes and one that multiplies. Either works as soon as it is asked, or not before the block can
-// do nothing without it, youngest copy first; threads run from the first to the last or the other
-// way round. A kernel that is right in all these worlds waits where it must.
+// csrc/common/hopper.h on a CPU: the threads of a block, or of all blocks of a cluster, as fibers,
+// beside an engine that copies boxes and one that multiplies. Either works as soon as it is asked,
+// or not before the threads can do nothing without it, youngest copy first; a copy to several
+// blocks lands in each by itself. Threads run from the first to the last or the other way round. A
+// kernel that is right in all these worlds waits where it must.
 //
 // Written from the PTX manual, not from the kernel: where a box lands and which element a
 // descriptor means are worked out here once more.
@@ -21,28 +22,32 @@
 
 namespace fused_lora::sm90 {
 
-class EmulatedBlock {
+class EmulatedBlocks {
  public:
-  static constexpr int kThreads = 384;
+  static constexpr int kThreads = 384;  // of a block
   using Work = std::function<void()>;
   using Widen = float (*)(uint16_t);
 
-  EmulatedBlock(int smem_bytes, bool backwards, bool late);
+  EmulatedBlocks(int blocks, int smem_bytes, bool backwards, bool late);
 
-  // `body` once per thread, over shared memory full of NaN. Throws where a rule is broken.
+  // `body` once per thread of each, over shared memory full of NaN. Throws where a rule is broken.
   void run(const Work& body);
   char* shared() { return reinterpret_cast<char*>(kFirst); }  // only ever an address
 
-  int thread() const { return thread_; }
+  int thread() const { return thread_ % kThreads; }
+  int block() const { return thread_ / kThreads; }
   void until(const std::function<bool()>& holds, const char* what);
-  void meet(int first, int count, const char* what);
+  void meet(int count, const char* what);  // of so many threads, this one among them
+  void meet_all(const char* what);
 
   void init_barrier(uint32_t at, int arrivals);
   void publish_barriers();
   void arrive(uint32_t at, int bytes);
+  void arrive_at(int block, uint32_t at);
   void wait_for(uint32_t at, uint32_t parity);
 
-  void load_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier);
+  void load_box(uint32_t blocks, uint32_t to, const TensorMap& map, int column, int row,
+                uint32_t barrier);
   void store_box(const TensorMap& map, int column, int row, uint32_t from);
   void commit_stores();
   void wait_stores_read();
@@ -76,6 +81,7 @@ class EmulatedBlock {
     bool transposed, add;
     int count;
     Widen widen;
+    int block;
     float* sum[128];
   };
   struct Warpgroup {
@@ -93,35 +99,40 @@ class EmulatedBlock {
   bool land();
   Fiber& me() { return fibers_[thread_]; }
   Warpgroup& warpgroup() { return warpgroups_[thread_ / 128]; }
-  Barrier& barrier(uint32_t at);
+  bool gone(int block) const;
+  Barrier& barrier(int block, uint32_t at);
   void settle(Barrier& barrier);
-  uint16_t& element(uint32_t address);
-  uint16_t operand(uint64_t descriptor, int row, int depth, bool transposed);
+  uint16_t& element(int block, uint32_t address);
+  uint16_t operand(int block, uint64_t descriptor, int row, int depth, bool transposed);
   void compute(const Product& product);
 
-  bool backwards_, late_, published_ = false;
-  std::vector<uint16_t> memory_;
-  std::vector<Fiber> fibers_;
-  std::map<uint32_t, Barrier> barriers_;
+  struct Block {
+    std::vector<uint16_t> memory;
+    std::map<uint32_t, Barrier> barriers;
+    bool published = false;
+  };
+
+  bool backwards_, late_;
+  std::vector<Block> blocks_;
+  std::vector<Fiber> fibers_;  // of all blocks, as are warpgroups
   std::vector<Work> loads_;
-  Warpgroup warpgroups_[3];
+  std::vector<Warpgroup> warpgroups_;
   struct Meeting {
     int waiting = 0, round = 0;
   };
   std::map<int, Meeting> meetings_;  // by first thread and count
-  int thread_ = 0;
+  int thread_ = 0;                   // of all
   jmp_buf scheduler_;
   Work body_;
   std::exception_ptr error_;
 };
 
-extern EmulatedBlock* emulated_block;  // the one that runs
+extern EmulatedBlocks* emulated_blocks;  // those that run
 
-inline int thread_index() { return emulated_block->thread(); }
-inline void sync_block() { emulated_block->meet(0, EmulatedBlock::kThreads, "sync_block"); }
-inline void sync_warpgroup(int) {
-  emulated_block->meet(thread_index() / 128 * 128, 128, "sync_warpgroup");
-}
+inline int thread_index() { return emulated_blocks->thread(); }
+inline void sync_block() { emulated_blocks->meet(EmulatedBlocks::kThreads, "sync_block"); }
+inline void sync_cluster() { emulated_blocks->meet_all("sync_cluster"); }
+inline void sync_warpgroup(int) { emulated_blocks->meet(128, "sync_warpgroup"); }
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pointer));
 }
@@ -129,28 +140,33 @@ template <int count>
 void give_registers() {}
 template <int count>
 void take_registers() {}
-inline void init_barrier(uint32_t at, int arrivals) { emulated_block->init_barrier(at, arrivals); }
-inline void publish_barriers() { emulated_block->publish_barriers(); }
-inline void arrive(uint32_t at) { emulated_block->arrive(at, 0); }
-inline void arrive_expecting(uint32_t at, int bytes) { emulated_block->arrive(at, bytes); }
-inline void wait_for(uint32_t at, uint32_t parity) { emulated_block->wait_for(at, parity); }
+inline void init_barrier(uint32_t at, int arrivals) { emulated_blocks->init_barrier(at, arrivals); }
+inline void publish_barriers() { emulated_blocks->publish_barriers(); }
+inline void arrive(uint32_t at) { emulated_blocks->arrive(at, 0); }
+inline void arrive_expecting(uint32_t at, int bytes) { emulated_blocks->arrive(at, bytes); }
+inline void arrive_at(int block, uint32_t at) { emulated_blocks->arrive_at(block, at); }
+inline void wait_for(uint32_t at, uint32_t parity) { emulated_blocks->wait_for(at, parity); }
 inline void load_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
-  emulated_block->load_box(to, map, column, row, barrier);
+  emulated_blocks->load_box(1u << emulated_blocks->block(), to, map, column, row, barrier);
+}
+inline void load_box_to(uint16_t blocks, uint32_t to, const TensorMap& map, int column, int row,
+                        uint32_t barrier) {
+  emulated_blocks->load_box(blocks, to, map, column, row, barrier);
 }
 inline void store_box(const TensorMap& map, int column, int row, uint32_t from) {
-  emulated_block->store_box(map, column, row, from);
+  emulated_blocks->store_box(map, column, row, from);
 }
-inline void commit_stores() { emulated_block->commit_stores(); }
-inline void wait_stores_read() { emulated_block->wait_stores_read(); }
+inline void commit_stores() { emulated_blocks->commit_stores(); }
+inline void wait_stores_read() { emulated_blocks->wait_stores_read(); }
 inline void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
-  emulated_block->store_matrices(row, from);
+  emulated_blocks->store_matrices(row, from);
 }
-inline void publish_writes() { emulated_block->publish_writes(); }
-inline void begin_products() { emulated_block->begin_products(); }
-inline void commit_products() { emulated_block->commit_products(); }
+inline void publish_writes() { emulated_blocks->publish_writes(); }
+inline void begin_products() { emulated_blocks->begin_products(); }
+inline void commit_products() { emulated_blocks->commit_products(); }
 template <int open>
 void wait_products() {
-  emulated_block->wait_products(open);
+  emulated_blocks->wait_products(open);
 }
 template <int count>
 void settle(float (&)[count]) {}
@@ -162,7 +178,7 @@ float widen_element(uint16_t bits) {
 
 template <typename T, bool transposed, int count>
 void multiply(float (&sum)[count], uint64_t left, uint64_t right, int add) {
-  emulated_block->multiply(sum, count, left, right, transposed, add, widen_element<T>);
+  emulated_blocks->multiply(sum, count, left, right, transposed, add, widen_element<T>);
 }
 
 }  // namespace fused_lora::sm90

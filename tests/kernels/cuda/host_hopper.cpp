@@ -35,7 +35,7 @@ struct Small {
   const TensorMap& out;
 
   void operator()() const {
-    const uint32_t first = (shared_address(emulated_block->shared()) + 1023) / 1024 * 1024;
+    const uint32_t first = (shared_address(emulated_blocks->shared()) + 1023) / 1024 * 1024;
     const uint32_t barrier = first + kBarrier;
     if (thread_index() == 0) {
       init_barrier(barrier, 1);
@@ -82,6 +82,68 @@ struct Small {
   }
 };
 
+enum ClusterFlaw {
+  kHearsItself = 1,
+  kNoRemoteArrive,
+  kMaskOfItself,
+  kMaskOfTheOther,
+  kMaskBeyond,
+  kHalfExpected,
+  kNoStart,
+  kNoEnd,
+};
+
+constexpr int kLaps = 5, kHalfRows = 8, kHalf = kHalfRows * kBoxRowBytes;
+
+// Two blocks, each of which copies half of a stage to both, lap after lap, and the whole of it to
+// its own part of `out`.
+struct Pair {
+  ClusterFlaw flaw;
+  const TensorMap& in;
+  const TensorMap& out;
+
+  void operator()() const {
+    const uint32_t first = (shared_address(emulated_blocks->shared()) + 1023) / 1024 * 1024;
+    const uint32_t full = first + kBarrier, empty = full + 8;
+    const int block = emulated_blocks->block();
+    if (thread_index() == 0) {
+      init_barrier(full, 1), init_barrier(empty, flaw == kHearsItself ? 1 : 2);
+      publish_barriers();
+    }
+    sync_block();
+    if (flaw != kNoStart) sync_cluster();
+    for (int lap = 0; lap < kLaps; ++lap) {
+      if (thread_index() == 0) fill(block, lap, first, full, empty);
+      if (thread_index() == 128) read(block, lap, first, full, empty);
+    }
+    if (flaw != kNoEnd) sync_cluster();
+  }
+
+  void fill(int block, int lap, uint32_t first, uint32_t full, uint32_t empty) const {
+    uint16_t mask = 3;
+    if (flaw == kMaskOfItself) mask = 1 << block;
+    if (flaw == kMaskOfTheOther) mask = 2 >> block;
+    if (flaw == kMaskBeyond) mask = 7;
+    wait_for(empty, lap % 2 ^ 1);
+    arrive_expecting(full, flaw == kHalfExpected ? kHalf : 2 * kHalf);
+    load_box_to(mask, first + block * kHalf, in, 0, (2 * lap + block) * kHalfRows, full);
+  }
+
+  void read(int block, int lap, uint32_t first, uint32_t full, uint32_t empty) const {
+    wait_for(full, lap % 2);
+    for (int half = 0; half < 2; ++half) {
+      const int row = (2 * (block * kLaps + lap) + half) * kHalfRows;
+      store_box(out, 0, row, first + half * kHalf);
+    }
+    commit_stores();
+    wait_stores_read();
+    const bool remote = flaw != kHearsItself && flaw != kNoRemoteArrive;
+    for (int other = 0; other < 2; ++other) {
+      if (other == block || remote) arrive_at(other, empty);
+    }
+  }
+};
+
 }  // namespace
 }  // namespace fused_lora::sm90
 
@@ -99,13 +161,34 @@ int host_hopper_misses(int flaw, bool backwards, bool late) {
   if (encode({in, type, 128, 64, 64, 128}, &maps[0])) return -2;
   if (encode({out, type, 64, 64, 64, 64}, &maps[1])) return -2;
   try {
-    EmulatedBlock block(kBytes, backwards, late);
+    EmulatedBlocks block(1, kBytes, backwards, late);
     block.run(Small{static_cast<Flaw>(flaw), maps[0], maps[1]});
   } catch (const std::logic_error&) {
     return -1;
   }
   int misses = 0;
   for (const uint16_t element : out) misses += element != 0x4180;  // 16
+  return misses;
+}
+
+// How many elements of what two blocks read of 2 kLaps boxes are not those; -1 likewise.
+int host_cluster_misses(int flaw, bool backwards, bool late) {
+  constexpr int kRows = 2 * kLaps * kHalfRows;
+  alignas(16) static uint16_t in[kRows * 64], out[2 * kRows * 64];
+  for (int i = 0; i < kRows * 64; ++i) in[i] = static_cast<uint16_t>(i);
+  for (uint16_t& element : out) element = 0xFFFF;
+  TensorMap maps[2];
+  const auto type = fused_lora::DType::kBFloat16;
+  if (encode({in, type, kRows, 64, 64, kHalfRows}, &maps[0])) return -2;
+  if (encode({out, type, 2 * kRows, 64, 64, kHalfRows}, &maps[1])) return -2;
+  try {
+    EmulatedBlocks blocks(2, kBytes, backwards, late);
+    blocks.run(Pair{static_cast<ClusterFlaw>(flaw), maps[0], maps[1]});
+  } catch (const std::logic_error&) {
+    return -1;
+  }
+  int misses = 0;
+  for (int i = 0; i < 2 * kRows * 64; ++i) misses += out[i] != in[i % (kRows * 64)];
   return misses;
 }
 

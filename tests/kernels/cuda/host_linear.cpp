@@ -1,5 +1,5 @@
-// The launch of lora_linear_sm90.cu on a CPU: the same kernels, a block at a time, over an emulated
-// block.
+// The launch of lora_linear_sm90.cu on a CPU: the same kernels, a cluster at a time, over an
+// emulated one.
 
 #include <stdexcept>
 
@@ -19,30 +19,36 @@ struct Run {
   template <typename Tile>
   void operator()() const {
     if (plan.tile_rows != Tile::kRows || plan.tile_columns != Tile::kColumns) return;
+    if (plan.cluster != Tile::kCluster) return;
     *found = true;
     if (type == DType::kBFloat16) return of<BFloat16, Tile>();
     // The types differ in their rounding alone: one tile shows it, and takes less to compile.
-    if constexpr (Tile::kRows == 128 && Tile::kColumns == 128) return of<Float16, Tile>();
+    constexpr bool kOne = Tile::kRows == 128 && Tile::kColumns == 128 && Tile::kCluster == 1;
+    if constexpr (kOne) return of<Float16, Tile>();
     throw std::logic_error("float16 runs on a CPU in tiles of 128 x 128 alone");
   }
 
   template <typename T, typename Tile>
   void of() const {
-    if (plan.shape.right == Right::kColumns) {
-      return blocks<Extended<T, Tile, Right::kColumns, Activation::kNone>>();
-    }
+    return plan.shape.right == Right::kRows ? side<T, Tile, Right::kRows>()
+                                            : side<T, Tile, Right::kColumns>();
+  }
+
+  template <typename T, typename Tile, Right right>
+  void side() const {
     switch (plan.shape.activation) {
-      case Activation::kErf: return blocks<Extended<T, Tile, Right::kRows, Activation::kErf>>();
-      case Activation::kTanh: return blocks<Extended<T, Tile, Right::kRows, Activation::kTanh>>();
-      default: return blocks<Extended<T, Tile, Right::kRows, Activation::kNone>>();
+      case Activation::kErf: return blocks<Extended<T, Tile, right, Activation::kErf>>();
+      case Activation::kTanh: return blocks<Extended<T, Tile, right, Activation::kTanh>>();
+      default: return blocks<Extended<T, Tile, right, Activation::kNone>>();
     }
   }
 
   template <typename Kernel>
   void blocks() const {
-    EmulatedBlock block(plan.smem_bytes, backwards, late);
-    for (int i = 0; i < plan.blocks; ++i) {
-      block.run([&] { Kernel(arguments, block.shared(), i, plan.blocks).run(); });
+    EmulatedBlocks cluster(plan.cluster, plan.smem_bytes, backwards, late);
+    for (int first = 0; first < plan.blocks; first += plan.cluster) {
+      cluster.run(
+          [&] { Kernel(arguments, cluster.shared(), first + cluster.block(), plan.blocks).run(); });
     }
   }
 };
@@ -64,4 +70,14 @@ int launch_lora_linear(const LinearProblem& problem, const LinearPlan& plan, int
 // In which order threads take turns, and when copies and products land, from now on.
 extern "C" void host_linear_world(bool threads_backwards, bool copies_late) {
   fused_lora::sm90::backwards = threads_backwards, fused_lora::sm90::late = copies_late;
+}
+
+// GELU of every number, or its derivative.
+extern "C" void host_gelu(const float* u, int64_t count, bool tanh, bool grad, float* out) {
+  using fused_lora::gelu_erf, fused_lora::gelu_tanh, fused_lora::gelu_erf_grad,
+      fused_lora::gelu_tanh_grad;
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = grad ? (tanh ? gelu_tanh_grad(u[i]) : gelu_erf_grad(u[i]))
+                  : (tanh ? gelu_tanh(u[i]) : gelu_erf(u[i]));
+  }
 }

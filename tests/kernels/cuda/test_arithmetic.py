@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fused_lora.reference.philox import random16, round_with
 
@@ -102,3 +103,19 @@ def test_random_bits(library: ctypes.CDLL, seed: int, step: int, start: int) -> 
             ctypes.c_int64(e), ctypes.c_uint64(seed), ctypes.c_uint64(step), pointer(got)
         )
         assert torch.equal(got, random16(torch.arange(e, e + 8), seed, step))
+
+
+@pytest.mark.parametrize("kind", ["none", "tanh"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_gelu_of_every_bfloat16(library: ctypes.CDLL, kind: str, grad: bool) -> None:
+    """Within 4e-7 of |u|, or of a derivative of 1; numbers as long as u^2 is one."""
+    u = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    u = u[u.abs() <= 1e18].contiguous()
+    found, at = torch.empty_like(u), u.double().requires_grad_()
+    library.host_gelu(pointer(u), ctypes.c_int64(u.numel()), kind == "tanh", grad, pointer(found))
+    truth = F.gelu(at, approximate=kind)
+    if grad:
+        (truth,) = torch.autograd.grad(truth.sum(), at)
+    wrong = (found.double() - truth.detach()).abs()
+    scale = torch.ones_like(wrong) if grad else u.double().abs().clamp(min=1)
+    assert (wrong / scale).max() <= 4e-7

@@ -43,6 +43,22 @@ def test_what_is_refused(library: ctypes.CDLL, flaw: str) -> None:
     assert [library.host_hopper_misses(number, *world) for world in WORLDS] == [-1] * 4
 
 
+FLAWED_CLUSTERS = [
+    *("hears itself", "no remote arrive", "mask of itself", "mask of the other"),
+    *("mask beyond", "half expected", "no meeting before", "no meeting behind"),
+]
+
+
+def test_a_right_pair_of_blocks_is_right_in_every_world(library: ctypes.CDLL) -> None:
+    assert [library.host_cluster_misses(0, *world) for world in WORLDS] == [0] * 4
+
+
+@pytest.mark.parametrize("flaw", FLAWED_CLUSTERS)
+def test_a_flaw_between_blocks_is_seen_in_some_world(library: ctypes.CDLL, flaw: str) -> None:
+    number = 1 + FLAWED_CLUSTERS.index(flaw)
+    assert any(library.host_cluster_misses(number, *world) for world in WORLDS)
+
+
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_tiles_cover_y_once_columns_first(library: ctypes.CDLL, tile: tuple[int, int]) -> None:
     for rows, columns in product((1, 63, 64, 129, 400), (8, 128, 136, 192, 520)):

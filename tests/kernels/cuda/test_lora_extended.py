@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from types import ModuleType
 
 import pytest
@@ -16,6 +17,7 @@ from fused_lora.kernels.cuda import lora_extended as cuda
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.testing.yardstick import error, in_every_order, judge
+from fused_lora.types import Span
 
 from .linear_cases import BF16, CASES, F16, Case, Problem, one
 
@@ -26,11 +28,11 @@ H100 = Chip(90, 132)
 def tiles(case: Case) -> list[cuda.Tile]:
     """Two of the tiles, all over the cases; float16 is compiled for the CPU in one."""
     i = CASES.index(case)
-    return [cuda.TILES[0]] if case.dtype is F16 else [cuda.TILES[i % 5], cuda.TILES[(i + 2) % 5]]
+    return [cuda.ALONE[0]] if case.dtype is F16 else [cuda.ALONE[i % 5], cuda.ALONE[(i + 2) % 5]]
 
 
 RUNS = [(case, tile) for case in CASES for tile in tiles(case)]
-IDS = [f"{case.why}, {rows} x {columns}" for case, (rows, columns) in RUNS]
+IDS = [f"{case.why}, {tile}" for case, tile in RUNS]
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_input_grad(on_host: ModuleType, case: Case, tile: cuda.Tile) -> None:
 SMALL = Case("a tail in rows and columns", 75, 40, 136, one(136, 4), gap=8)
 
 
-@pytest.mark.parametrize("tile", cuda.TILES, ids=str)
+@pytest.mark.parametrize("tile", cuda.ALONE, ids=str)
 def test_scale_and_residual(on_host: ModuleType, tile: cuda.Tile) -> None:
     p, residual = Problem(SMALL), Problem(SMALL).residual(SMALL.n)
     extra = dict(factor=p.factor, residual=residual)
@@ -92,7 +94,7 @@ def test_scale_and_residual(on_host: ModuleType, tile: cuda.Tile) -> None:
     equal(dx, joined.double() + p.dx())
 
 
-@pytest.mark.parametrize("tile", cuda.TILES, ids=str)
+@pytest.mark.parametrize("tile", cuda.ALONE, ids=str)
 @pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
 def test_activation(on_host: ModuleType, kind: str, approximate: str, tile: cuda.Tile) -> None:
     p = Problem(SMALL)
@@ -106,6 +108,25 @@ def test_activation(on_host: ModuleType, kind: str, approximate: str, tile: cuda
         assert error(y, truth) <= 2**-9
 
 
+@pytest.mark.parametrize("tile", cuda.ALONE, ids=str)
+@pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
+def test_activation_grad(on_host: ModuleType, kind: str, approximate: str, tile: cuda.Tile) -> None:
+    p = Problem(SMALL)
+    u, joined = p.out(SMALL.k), p.residual(SMALL.k)
+    u.copy_(2 * torch.randn(u.shape))
+    at = u.double().requires_grad_()
+    (truth,) = torch.autograd.grad(F.gelu(at, approximate=approximate), at, p.dx())
+    for backwards, late in WORLDS:
+        world(on_host, backwards, late)
+        given = (p.dy, p.w, p.adapters, p.dh, tile)
+        how = dict(activation=kind, u=u, chip=H100)
+        du, _ = cuda.input_grad(*given, **how)
+        assert error(du, truth) <= 2**-9
+        both, _ = cuda.input_grad(*given, residual=joined, **how)
+        assert error(both, joined.double() + truth) <= 2**-9
+        assert beside(u).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_ordinary_numbers_keep_the_yardstick(on_host: ModuleType, dtype: torch.dtype) -> None:
     """h and dh formed here; the tile chosen here."""
@@ -114,8 +135,8 @@ def test_ordinary_numbers_keep_the_yardstick(on_host: ModuleType, dtype: torch.d
     p.x, p.w, p.dy = (torch.randn(t.shape).to(dtype) for t in (p.x, p.w / 8, p.dy))
     p.adapters = p.adapters._replace(a=[torch.randn(12, 136) / 12], b=[torch.randn(128, 12) / 4])
     (a,), (b,), (s,), _ = p.adapters
-    y = cuda.forward(p.x, p.w, None, p.adapters, tile=(128, 128), chip=H100).y
-    dx, _ = cuda.input_grad(p.dy, p.w, p.adapters, tile=(128, 128), chip=H100)
+    y = cuda.forward(p.x, p.w, None, p.adapters, tile=cuda.ALONE[0], chip=H100).y
+    dx, _ = cuda.input_grad(p.dy, p.w, p.adapters, tile=cuda.ALONE[0], chip=H100)
     for name, ours, left, right, down, up in [
         ("y", y, p.x, p.w.T, a.T, b.T),
         ("dx", dx, p.dy, p.w, b, a),
@@ -137,6 +158,58 @@ def test_same_bits_in_every_world(on_host: ModuleType) -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+PAIRED = [  # processors: a cluster that walks over tiles, or two with few; stages beyond the ring
+    Case("one pair of row tiles, and a tail", 197, 136, 264, one(264, 70), processors=2),
+    Case("three row tiles, so that one has no pair; groups within tiles", 300, 264, 216,
+         tuple(Span(72 * g, 72 * g + 72, 16 - 5 * g) for g in range(3)), gap=8, processors=4),
+    Case("four row tiles on a processor without a pair", 400, 520, 128, one(128, 40), processors=1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=lambda case: case.why)
+@pytest.mark.parametrize("tile", cuda.CLUSTERS, ids=str)
+def test_a_cluster_has_the_bits_of_a_block(
+    on_host: ModuleType, case: Case, tile: cuda.Tile
+) -> None:
+    """Of ordinary numbers, whose sums depend on the order; with each epilogue, in every world."""
+    p, chip = Problem(case), Chip(90, case.processors)
+    for t in (p.x, p.w, p.dy):
+        t.copy_(torch.randn(t.shape) / 4)
+    u, joined = torch.randn(case.m, case.k).to(BF16), p.residual(case.n)
+
+    def products(one: cuda.Tile, kind: str) -> list[Tensor]:
+        how = dict(tile=one, chip=chip)
+        given = (p.x, p.w, p.bias, p.adapters, kind, p.h)
+        y, _, before = cuda.forward(*given, **how, factor=p.factor, residual=joined)
+        behind = dict(activation=kind, u=u) if kind != "none" else {}
+        dx, _ = cuda.input_grad(p.dy, p.w, p.adapters, p.dh, **how, **behind)
+        return [y, dx, *([] if before is None else [before])]
+
+    kind = ("none", "erf", "tanh")[PAIRED.index(case)]
+    world(on_host, False, False)
+    alone = products(tile._replace(cluster=1), kind)
+    for backwards, late in product((False, True), repeat=2):
+        world(on_host, backwards, late)
+        found = products(tile, kind)
+        assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+def test_a_cluster_is_for_more_rows_than_a_tile_has(on_host: ModuleType) -> None:
+    asked = dict(columns=768, depth=768, ranks=16, right=on_host.Right.rows)
+    asked |= dict(activation=on_host.Activation.none)
+
+    def plan(rows: int, processors: int, tile=(128, 192, 2)):
+        return on_host.plan_lora_linear(rows=rows, processors=processors, tile=tile, **asked)
+
+    assert [plan(rows, 132).cluster for rows in (0, 1, 128, 129, 25216)] == [1, 1, 1, 2, 2]
+    assert (plan(25216, 132).blocks, plan(25216, 132).tiles) == (132, 4 * 198)  # of 197 row tiles
+    assert (plan(25216, 133).blocks, plan(25216, 1).blocks, plan(129, 132).blocks) == (132, 2, 8)
+    for tile in ((128, 192, 3), (128, 192, 0), (64, 128, 2), (96, 128, 1)):
+        assert plan(25216, 132, tile) is None
+    by_rule = [cuda.tile_of(m, n, 768, 16, H100) for m in (197, 25216) for n in (384, 768, 3072)]
+    assert all(tile.cluster == 1 for tile in by_rule)
+
+
 def test_nothing_to_do(on_host: ModuleType) -> None:
     p = Problem(SMALL)
     y = cuda.forward(p.x[:0], p.w, p.bias, p.adapters, chip=H100).y
@@ -147,7 +220,7 @@ def test_nothing_to_do(on_host: ModuleType) -> None:
     "rows, columns, tile",
     [(25216, 768, (128, 192)), (25216, 384, (128, 192)), (197, 768, (64, 128)), (8, 8, (64, 128))],
 )
-def test_plan(host: ModuleType, rows: int, columns: int, tile: cuda.Tile) -> None:
+def test_plan(host: ModuleType, rows: int, columns: int, tile: tuple[int, int]) -> None:
     """ViT-B and ViT-S at a batch of 128; one image; next to nothing."""
     asked = dict(right=host.Right.rows, activation=host.Activation.none, processors=132)
     plan = host.plan_lora_linear(rows=rows, columns=columns, depth=768, ranks=16, **asked)
@@ -173,5 +246,10 @@ def test_what_the_launch_refuses(on_host: ModuleType) -> None:
     p = Problem(SMALL)
     with pytest.raises(ValueError, match="residual must begin"):
         cuda.forward(p.x, p.w, None, p.adapters, residual=p.residual(137)[:, 1:], chip=H100)
+    with pytest.raises(ValueError, match="u must begin"):
+        u = p.residual(SMALL.k + 1)[:, 1:]
+        cuda.input_grad(p.dy, p.w, p.adapters, p.dh, activation="erf", u=u, chip=H100)
+    with pytest.raises(ValueError, match="u belongs to an activation"):
+        cuda.input_grad(p.dy, p.w, p.adapters, p.dh, activation="erf", chip=H100)
     with pytest.raises(ValueError, match="bias must begin"):
         cuda.forward(p.x, p.w, torch.zeros(137, dtype=BF16)[1:], p.adapters, chip=H100)

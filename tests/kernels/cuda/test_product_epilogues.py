@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_lora.kernels.cuda import lora_extended
 from fused_lora.kernels.cuda import lora_linear as room
-from fused_lora.kernels.interface import Epilogue
-from fused_lora.ops import elementwise
+from fused_lora.kernels.interface import Adapters, Epilogue, PreviousLinear
+from fused_lora.ops import elementwise, epilogues, lora_grad_backends
 from fused_lora.ops.lora_block import lora_mlp, lora_residual
 from fused_lora.programs import run
 from fused_lora.programs.describe import name_of
 from fused_lora.testing.yardstick import in_every_order, judge_all
-from fused_lora.types import Impl
+from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan, Span
 from fused_lora.verify import verdicts
 from fused_lora.verify.kernel_registry import of_compiled_product
 from tests.ops.block_problems import cast, leaves, matrix, norm, plain_linear, plain_mlp, plain_norm
 
-from .serving import Served, served  # noqa: F401
+from .serving import Served, one_element, served  # noqa: F401
 from .test_product_dispatch import BF16, CPU, hopper  # noqa: F401
 
 F64, D, H = torch.float64, 24, 40
 NAMES = {"erf": "gelu", "tanh": "gelu_tanh"}
-TILE = (64, 128)
+TILE = lora_extended.Tile(64, 128)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +109,7 @@ def test_a_chain(ends: list[str], kind: str, recompute: str, again: list[str]) -
 
     within(ours, plain, given)
     forward = [f"product {kind}", "product residual"]
-    assert ends == [*forward, *again, "dx", "gelu input_grad", "dx"]
+    assert ends == [*forward, *again, f"dx {kind}", "dx"]
 
 
 def test_its_programs_launch_it_with_addresses_alone(
@@ -154,7 +157,6 @@ def test_scale_and_residual(ends: list[str], wide: bool) -> None:
 
 def test_out_where_the_copy_engine_cannot_write(ends: list[str]) -> None:
     from fused_lora.ops.lora_linear import NO_GRADIENT, Frame, compute
-    from fused_lora.types import Span
 
     x, w, bias = torch.randn(9, D).to(BF16), torch.randn(H, D).to(BF16), torch.randn(H + 1).to(BF16)
     a, b = torch.randn(3, D), torch.randn(H, 3)
@@ -172,6 +174,56 @@ def test_out_where_the_copy_engine_cannot_write(ends: list[str]) -> None:
 def test_the_checks_pass(hopper: list[str], behind: str) -> None:  # noqa: F811
     found = verdicts.verdict(of_compiled_product(TILE, "bfloat16", behind), CPU)
     assert found.passed, found
+
+
+@pytest.mark.parametrize("backend, taken", [(Backend.CUDA, False), (Backend.TRITON, True)])
+def test_gradients_of_two_linears_in_one_dx_are_triton_s_alone(
+    hopper: list[str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    backend: Backend,
+    taken: bool,
+) -> None:
+    monkeypatch.setattr(lora_grad_backends, "_trusted", lambda *_: True)
+    extended, span = Forward.EXTENDED, (Span(0, 64, 8),)
+    how = {"backend": backend, "grads_by": Backend.CUDA, "writes_dh": True}
+    plan = Plan(extended, extended, Gradient.RANK, Keep.HIDDEN, **how)
+    dy, w = torch.zeros(9, 64, dtype=BF16), torch.zeros(64, 128, dtype=BF16)
+    a, b = [torch.zeros(8, 128, dtype=BF16)], [torch.zeros(64, 8, dtype=BF16)]
+    previous = PreviousLinear(dy[:, :8], Adapters(a, b, (1.0,), span))
+    reason = lora_grad_backends.why_not_previous(previous, dy, w, 8, Needs(w=False), plan)
+    assert reason is None if taken else "the plan is cuda:extended" in str(reason)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_why_not_a_derivative(
+    hopper: list[str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    traced: bool,
+) -> None:
+    monkeypatch.setenv("FUSED_LORA_VERIFY", "first")
+    extended, spans = Forward.EXTENDED, (Span(0, 40, 5),)
+    plan = Plan(extended, extended, Gradient.RANK, Keep.NOTHING, backend=Backend.CUDA)
+    dy, w = torch.zeros(9, 40, dtype=BF16), torch.zeros(40, 24, dtype=BF16)
+    question = (dy, w, spans, plan, BF16)
+    if traced:
+        with FakeTensorMode():
+            assert "traced" in str(epilogues.why_not_activation_grad(*question))
+        return
+    assert epilogues.why_not_activation_grad(*question) is None
+    right = lora_extended.input_grad
+
+    def broken(*args, **options):
+        dx, dh = right(*args, **options)
+        if options.get("u") is not None:
+            dx = one_element(dx)
+        return dx, dh
+
+    verdicts.forget()
+    monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path / "again"))
+    monkeypatch.setattr(lora_extended, "input_grad", broken)
+    with pytest.warns(RuntimeWarning, match="lora_linear_gelu"):
+        assert "tanh du is over" in str(epilogues.why_not_activation_grad(*question))
 
 
 def test_a_broken_ending_never_serves(

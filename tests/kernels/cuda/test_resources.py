@@ -77,18 +77,37 @@ def test_no_kernel_spills(request: pytest.FixtureRequest) -> None:
         assert "(C75" not in report, f"{source.name}: products of sm_{arch} wait:\n{report}"
 
 
-@pytest.mark.slow
-def test_the_gradients_copy_as_their_architecture_can(request: pytest.FixtureRequest) -> None:
-    """Bulk copies on sm_90 and later alone, 16 bytes at a time before; never both."""
+def machine_code(request: pytest.FixtureRequest, source: Path, arch: str) -> str:
+    """Of every kernel of ``source``, disassembled."""
     triton = pytest.importorskip("triton", reason="nvdisasm comes with triton")
     nvcc, tools = shutil.which("nvcc"), Path(triton.__file__).parent / "backends/nvidia/bin"
     if nvcc is None or not (tools / "nvdisasm").exists():
         pytest.skip("no nvcc or no nvdisasm")
     folder = request.config.cache.mkdir("native")
-    source = CSRC / "lora_grad" / "lora_grad.cu"
+    ptxas_report(nvcc, source, arch, folder)
+    cubin = folder / f"{source.stem}_{arch}_{digest(CSRC)}.cubin"
+    command = [str(tools / "nvdisasm"), "-c", str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_the_gradients_copy_as_their_architecture_can(request: pytest.FixtureRequest) -> None:
+    """Bulk copies on sm_90 and later alone, 16 bytes at a time before; never both."""
     for arch in ("80", "90a"):
-        ptxas_report(nvcc, source, arch, folder)
-        cubin = folder / f"{source.stem}_{arch}_{digest(CSRC)}.cubin"
-        command = [str(tools / "nvdisasm"), str(cubin)]
-        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        code = machine_code(request, CSRC / "lora_grad" / "lora_grad.cu", arch)
         assert ("UBLKCP" in code, "LDGSTS" in code) == (arch == "90a", arch == "80")
+
+
+@pytest.mark.slow
+def test_a_cluster_of_products_multicasts_and_has_no_fence_in_its_loop(
+    request: pytest.FixtureRequest,
+) -> None:
+    """Fences of the whole GPU come with its two meetings alone, at either end of a kernel."""
+    code = machine_code(request, CSRC / "lora_linear_sm90" / "kernels_bfloat16.cu", "90a")
+    _, *kernels = re.split(r"\.section\s+\.text\.", code)
+    sizes = [re.search(r"LinearTileILi\d+ELi\d+ELi(\d)E", name) for name in kernels]
+    clusters = [int(size[1]) for size in sizes if size]
+    assert len(clusters) == len(kernels) and set(clusters) == {1, 2}
+    for cluster, kernel in zip(clusters, kernels, strict=True):
+        assert ("UTMALDG.2D.MULTICAST" in kernel) == (cluster == 2)
+        assert kernel.count("MEMBAR.ALL.GPU") == (2 if cluster == 2 else 0)
