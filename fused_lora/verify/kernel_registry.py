@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_linear as hopper
-from fused_lora.kernels.cuda.lora_extended import TILES, Tile
+from fused_lora.kernels.cuda.lora_extended import TILES, ProductTile
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
 from fused_lora.kernels.cuda.native import Chip, why_not_on
 from fused_lora.kernels.triton import spills, tiles
@@ -145,7 +145,7 @@ def of_compiled_grads(form: Form, example: GradShape, dtype: str, source: str = 
     return Checked(subject, partial(run, example=example), **how, exact=not source, recipe=recipe)
 
 
-def of_compiled_product(tile: Tile, dtype: str, behind: str = "") -> Checked:
+def of_compiled_product(tile: ProductTile, dtype: str, behind: str = "") -> Checked:
     """The compiled product in one tile; ``behind`` it gelu, scale or nothing."""
     kernel = f"lora_linear_{behind}" if behind else "lora_linear"
     subject = KernelId("cuda", kernel, str(tile), dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.cuda import lora_extended
-from fused_lora.kernels.cuda.lora_extended import Tile
+from fused_lora.kernels.cuda.lora_extended import ProductTile
 from fused_lora.kernels.cuda.lora_grad import GradSums, Sums, lora_grads
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape
 from fused_lora.kernels.cuda.lora_merge import merged as compiled_merge
@@ -160,7 +160,7 @@ def products_scale(p: Operands, **how: Any) -> Named:
 EPILOGUES = {"": products, "gelu": products_gelu, "scale": products_scale}
 
 
-def run_product(p: Operands, behind: str, tile: Tile) -> Named:
+def run_product(p: Operands, behind: str, tile: ProductTile) -> Named:
     """Every result of the compiled product with an epilogue of ``EPILOGUES``."""
     return EPILOGUES[behind](p, tile=tile, chip=_few(p))
 

@@ -118,7 +118,7 @@ def shrink_grad(dy: Tensor, adapters: Adapters) -> Tensor:
 # activation follows, u. Adapters own any columns; a tile sums over those that it meets.
 
 
-class Tile(NamedTuple):
+class ProductTile(NamedTuple):
     """What a block has of y at once, and how many blocks are a cluster that reads w once."""
 
     rows: int
@@ -130,9 +130,10 @@ class Tile(NamedTuple):
         return alone if self.cluster == 1 else f"{alone}, {self.cluster} blocks"
 
 
-ALONE = (Tile(128, 128), Tile(128, 192), Tile(128, 256), Tile(64, 128), Tile(64, 256))
-CLUSTERS = (Tile(128, 128, 2), Tile(128, 192, 2), Tile(128, 256, 2))  # until timed, by name alone
-TILES: tuple[Tile, ...] = (*ALONE, *CLUSTERS)
+WIDE = ((128, 128), (128, 192), (128, 256))
+ALONE = tuple(ProductTile(*size) for size in (*WIDE, (64, 128), (64, 256)))
+CLUSTERS = tuple(ProductTile(*size, cluster=2) for size in WIDE)  # by name alone, until timed
+TILES: tuple[ProductTile, ...] = (*ALONE, *CLUSTERS)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -161,10 +162,10 @@ def why_not(x: Tensor, w: Tensor, adapters: Adapters) -> str | None:
 
 def tile_of(
     rows: int, columns: int, depth: int, ranks: int, chip: Chip, right: str = "rows"
-) -> Tile:
+) -> ProductTile:
     """The tile of one product: y [rows, columns] of x [rows, depth]; dx where w lies by columns."""
     plan = _plan(rows, columns, depth, ranks, chip, right)
-    return Tile(plan.tile_rows, plan.tile_columns, plan.cluster)
+    return ProductTile(plan.tile_rows, plan.tile_columns, plan.cluster)
 
 
 def _plan(
@@ -175,7 +176,7 @@ def _plan(
     chip: Chip,
     right: str,
     activation: str = "none",
-    tile: Tile | None = None,
+    tile: ProductTile | None = None,
 ) -> Any:
     """fused_lora._native.LinearPlan."""
     module = native.load()
@@ -196,7 +197,7 @@ def forward(
     adapters: Adapters,
     activation: str = "none",  # or gelu: erf, tanh
     h: Tensor | None = None,  # [M, sum R] where the shrink is done already
-    tile: Tile | None = None,
+    tile: ProductTile | None = None,
     *,
     factor: Tensor | None = None,  # [N], contiguous: LayerScale
     residual: Tensor | None = None,  # [M, N]
@@ -225,7 +226,7 @@ def input_grad(
     w: Tensor,  # [N, K]
     adapters: Adapters,
     dh: Tensor | None = None,  # [M, sum R] where it is formed already
-    tile: Tile | None = None,
+    tile: ProductTile | None = None,
     *,
     activation: str = "none",  # or gelu, of which x is a result: erf, tanh
     u: Tensor | None = None,  # [M, K], x = act(u)
@@ -253,7 +254,7 @@ def _launch(
     epilogue: dict[str, Tensor | None],
     right: str,  # rows where w and borders have a row for each column of y, else columns
     activation: str,
-    tile: Tile | None,
+    tile: ProductTile | None,
     chip: Chip | None,
 ) -> None:
     across = 0 if right == "rows" else 1  # the dimension of w and borders that is y's columns

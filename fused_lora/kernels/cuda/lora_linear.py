@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.cuda import lora_extended, native
-from fused_lora.kernels.cuda.lora_extended import Tile, aligned, packed, readable
+from fused_lora.kernels.cuda.lora_extended import ProductTile, aligned, packed, readable
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.gemm import columns, outer, product
@@ -45,7 +45,7 @@ def why_not_compiled() -> str | None:
     return f"compiled without {code}: the module has code for {', '.join(native.archs())}"
 
 
-def tiles(p: Problem, plan: Plan, chip: Chip) -> list[Tile]:
+def tiles(p: Problem, plan: Plan, chip: Chip) -> list[ProductTile]:
     """The tiles of y, and of dx, that ``plan`` launches for ``p``, without repeats."""
     found = [lora_extended.tile_of(p.m, p.n, p.k, p.rank, chip)]
     if p.needs.x:

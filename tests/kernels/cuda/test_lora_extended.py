@@ -25,7 +25,7 @@ WORLDS = [(False, True), (True, True)]  # threads backwards, copies and products
 H100 = Chip(90, 132)
 
 
-def tiles(case: Case) -> list[cuda.Tile]:
+def tiles(case: Case) -> list[cuda.ProductTile]:
     """Two of the tiles, all over the cases; float16 is compiled for the CPU in one."""
     i = CASES.index(case)
     return [cuda.ALONE[0]] if case.dtype is F16 else [cuda.ALONE[i % 5], cuda.ALONE[(i + 2) % 5]]
@@ -60,7 +60,7 @@ def beside(inside: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case, tile", RUNS, ids=IDS)
-def test_forward(on_host: ModuleType, case: Case, tile: cuda.Tile) -> None:
+def test_forward(on_host: ModuleType, case: Case, tile: cuda.ProductTile) -> None:
     p, chip = Problem(case), Chip(90, case.processors)
     for backwards, late in WORLDS:
         world(on_host, backwards, late)
@@ -72,7 +72,7 @@ def test_forward(on_host: ModuleType, case: Case, tile: cuda.Tile) -> None:
 
 
 @pytest.mark.parametrize("case, tile", RUNS, ids=IDS)
-def test_input_grad(on_host: ModuleType, case: Case, tile: cuda.Tile) -> None:
+def test_input_grad(on_host: ModuleType, case: Case, tile: cuda.ProductTile) -> None:
     p, chip = Problem(case), Chip(90, case.processors)
     for backwards, late in WORLDS:
         world(on_host, backwards, late)
@@ -84,7 +84,7 @@ SMALL = Case("a tail in rows and columns", 75, 40, 136, one(136, 4), gap=8)
 
 
 @pytest.mark.parametrize("tile", cuda.ALONE, ids=str)
-def test_scale_and_residual(on_host: ModuleType, tile: cuda.Tile) -> None:
+def test_scale_and_residual(on_host: ModuleType, tile: cuda.ProductTile) -> None:
     p, residual = Problem(SMALL), Problem(SMALL).residual(SMALL.n)
     extra = dict(factor=p.factor, residual=residual)
     y = cuda.forward(p.x, p.w, None, p.adapters, h=p.h, tile=tile, **extra, chip=H100).y
@@ -96,7 +96,9 @@ def test_scale_and_residual(on_host: ModuleType, tile: cuda.Tile) -> None:
 
 @pytest.mark.parametrize("tile", cuda.ALONE, ids=str)
 @pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
-def test_activation(on_host: ModuleType, kind: str, approximate: str, tile: cuda.Tile) -> None:
+def test_activation(
+    on_host: ModuleType, kind: str, approximate: str, tile: cuda.ProductTile
+) -> None:
     p = Problem(SMALL)
     for backwards, late in WORLDS:
         world(on_host, backwards, late)
@@ -110,7 +112,9 @@ def test_activation(on_host: ModuleType, kind: str, approximate: str, tile: cuda
 
 @pytest.mark.parametrize("tile", cuda.ALONE, ids=str)
 @pytest.mark.parametrize("kind, approximate", [("erf", "none"), ("tanh", "tanh")])
-def test_activation_grad(on_host: ModuleType, kind: str, approximate: str, tile: cuda.Tile) -> None:
+def test_activation_grad(
+    on_host: ModuleType, kind: str, approximate: str, tile: cuda.ProductTile
+) -> None:
     p = Problem(SMALL)
     u, joined = p.out(SMALL.k), p.residual(SMALL.k)
     u.copy_(2 * torch.randn(u.shape))
@@ -169,7 +173,7 @@ PAIRED = [  # processors: a cluster that walks over tiles, or two with few; stag
 @pytest.mark.parametrize("case", PAIRED, ids=lambda case: case.why)
 @pytest.mark.parametrize("tile", cuda.CLUSTERS, ids=str)
 def test_a_cluster_has_the_bits_of_a_block(
-    on_host: ModuleType, case: Case, tile: cuda.Tile
+    on_host: ModuleType, case: Case, tile: cuda.ProductTile
 ) -> None:
     """Of ordinary numbers, whose sums depend on the order; with each epilogue, in every world."""
     p, chip = Problem(case), Chip(90, case.processors)
@@ -177,7 +181,7 @@ def test_a_cluster_has_the_bits_of_a_block(
         t.copy_(torch.randn(t.shape) / 4)
     u, joined = torch.randn(case.m, case.k).to(BF16), p.residual(case.n)
 
-    def products(one: cuda.Tile, kind: str) -> list[Tensor]:
+    def products(one: cuda.ProductTile, kind: str) -> list[Tensor]:
         how = dict(tile=one, chip=chip)
         given = (p.x, p.w, p.bias, p.adapters, kind, p.h)
         y, _, before = cuda.forward(*given, **how, factor=p.factor, residual=joined)

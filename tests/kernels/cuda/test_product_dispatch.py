@@ -173,5 +173,26 @@ def test_a_self_test_lists_every_tile(hopper: list[str], monkeypatch: pytest.Mon
         assert {str(tile) for tile in tiles} <= set(listed[:5])
 
 
+@pytest.mark.parametrize("behind", ["", "gelu", "scale"])
+def test_the_check_of_a_cluster_runs_clusters(
+    host: ModuleType, monkeypatch: pytest.MonkeyPatch, behind: str
+) -> None:
+    """Two of them, over several tiles each; of few rows one block by itself."""
+    monkeypatch.setattr(native, "load", lambda: host)
+    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip(90, 132)))
+    right, seen = lora_extended._plan, set()
+
+    def watched(*args, **options):
+        launched = right(*args, **options)
+        seen.add((launched.cluster, launched.blocks, launched.tiles))
+        return launched
+
+    monkeypatch.setattr(lora_extended, "_plan", watched)
+    tile = lora_extended.CLUSTERS[0]
+    found = kernel_registry.of_compiled_product(tile, "bfloat16", behind).check(CPU)
+    assert found.passed, found
+    assert seen == {(1, 1, 1), (2, 4, 20)}
+
+
 def test_the_plan_knows_how_many_adapters_it_takes(host: ModuleType) -> None:
     assert host.linear_most_groups == PRODUCT_GROUPS

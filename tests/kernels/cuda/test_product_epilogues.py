@@ -27,7 +27,7 @@ from .test_product_dispatch import BF16, CPU, hopper  # noqa: F401
 
 F64, D, H = torch.float64, 24, 40
 NAMES = {"erf": "gelu", "tanh": "gelu_tanh"}
-TILE = lora_extended.Tile(64, 128)
+TILE = lora_extended.ProductTile(64, 128)
 
 
 @pytest.fixture(autouse=True)
