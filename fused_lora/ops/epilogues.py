@@ -13,12 +13,12 @@ from fused_lora.kernels.cuda.lora_extended import tile_of
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape, shape_of
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters, Epilogue, InputNorm
-from fused_lora.kernels.triton import available
+from fused_lora.kernels.triton import available, tiles
+from fused_lora.kernels.triton.launches import extended_grads
 from fused_lora.ops import elementwise
 from fused_lora.ops import lora_grad_backends as compiled_grads
 from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
 from fused_lora.ops.chain.stage import Previous, finish
-from fused_lora.ops.lora_grad_backends import PREVIOUS_RANKS, TILE_COLUMNS, TILE_DEPTH
 from fused_lora.ops.lora_linear import call_plan, forward
 from fused_lora.ops.measured import Together
 from fused_lora.ops.planning import problem, together_wins
@@ -86,9 +86,9 @@ def holds_gradients(
 ) -> bool:
     """Whether tiles of du may hold gradients of this linear, which made u or which x = act(u)."""
     n, k = w.shape
-    columns, depth = (n, TILE_DEPTH) if context.activated else (k, n)
-    whole = columns % TILE_COLUMNS == depth % TILE_DEPTH == 0
-    return whole and dtype.itemsize == 2 and sum(span.rank for span in spans) <= PREVIOUS_RANKS
+    columns, depth = (n, 0) if context.activated else (k, n)
+    ranks = sum(span.rank for span in spans)
+    return dtype.itemsize == 2 and tiles.holds_gradients(columns, depth, ranks)
 
 
 def why_nobody(like: Tensor, dtype: torch.dtype, impl: Impl) -> str | None:
@@ -183,8 +183,7 @@ def why_not_previous(
     if reason := compiled_grads.why_not_previous(previous.linear, dy, w, rank, needs, plan):
         return reason
     n, k = w.shape
-    launch = "extended_grads" if kind == "erf" else f"extended_grads_{kind}"
-    question = (launch, dy.shape[0], k, n, dy, dtype, ragged(spans))
+    question = (extended_grads(kind), dy.shape[0], k, n, dy, dtype, ragged(spans))
     if reason := why_not_launch(*question):
         return reason
     context = FusionContext(input_activated=True)

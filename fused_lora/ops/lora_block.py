@@ -208,10 +208,8 @@ def _mlp_spec(
     first = FusionContext(activated=active, packed_with=packed_with)
     last = FusionContext(input_activated=active, packed_with=packed_with)
     keeps_h = active and len(firsts) == 1 and recompute != "gemm"  # which keeps none
-    own, other = (
-        (frames, dtype, context, keeps_h) for frames, context in ((firsts, first), ((fc2,), last))
-    )
-    stages += [LinearStage(*own), act, LinearStage(*other)]
+    before = LinearStage(firsts, dtype, first, keeps_h)
+    stages += [before, act, LinearStage((fc2,), dtype, last, keeps_h)]
     u = len(stages) - 2  # the boundary behind fc1
     keep = {"none": range(1, len(stages)), "elementwise": (u,), "gemm": ()}[recompute]
     return ChainSpec(tuple(stages), frozenset(keep), recompute == "gemm", around)

@@ -31,13 +31,11 @@ from fused_lora.kernels.cuda.lora_grad_shape import (
 )
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import ActivationGrad, Adapters, Grads, InputNorm, PreviousLinear
+from fused_lora.kernels.triton import tiles
 from fused_lora.types import Backend, Keep, Needs, Plan
 from fused_lora.verify.check import CannotVerifyNow
 from fused_lora.verify.kernel_registry import Checked, of_compiled_grads
 from fused_lora.verify.verdicts import verdict
-
-TILE_COLUMNS, TILE_DEPTH = 128, 64  # of Triton's dx whose tiles are operands of gradients
-PREVIOUS_RANKS = 32  # of either linear, that it holds
 
 why_not_on = lru_cache(maxsize=64)(native.why_not_on)
 
@@ -138,10 +136,10 @@ def why_not_previous(
         return f"its tiles are of 16 bits, not of {dy.dtype}"
     n, k = w.shape
     before = previous.adapters.rank
-    if k % TILE_COLUMNS or n % TILE_DEPTH or max(ranks, before) > PREVIOUS_RANKS:
+    if not tiles.holds_gradients(k, n, max(ranks, before)):
         return (
-            f"its tiles are whole, of {TILE_COLUMNS} columns and {TILE_DEPTH} deep, and hold "
-            f"{PREVIOUS_RANKS} ranks; w is [{n}, {k}], the ranks {ranks} and {before}"
+            f"its tiles are whole and hold {tiles.MOST_GRAD_RANKS} ranks; w is [{n}, {k}], the "
+            f"ranks are {ranks} and {before}"
         )
     if previous.adapters.uniform(ADAPTERS) is not previous.adapters:
         return "the previous adapters are of several dtypes"

@@ -121,6 +121,12 @@ NO_PRODUCTS = (
 AnyTile = MeasuredTile | tiles.RowTile | tiles.ElementTile
 
 
+def extended_grads(activation: str) -> str:
+    """Which launch of dx goes through this GELU's derivative and forms gradients: each has its own
+    tile."""
+    return "extended_grads" if activation == "erf" else f"extended_grads_{activation}"
+
+
 class Launch(NamedTuple):
     """A kernel in one tile."""
 

@@ -40,19 +40,20 @@ from fused_lora.kernels.triton.border import (
 )
 from fused_lora.kernels.triton.elementwise import gelu, gelu_grad
 from fused_lora.kernels.triton.launch import input_precision, launch, multiprocessors
+from fused_lora.kernels.triton.launches import extended_grads
 from fused_lora.kernels.triton.philox import Dropout, kept
 from fused_lora.kernels.triton.tiles import (
     CONTRACTED,
-    EXTENDED_GRADS,
+    MOST_GRAD_RANKS,
     GradTile,
     Tile,
     extended_grads_tile,
     grad_tile,
+    holds_gradients,
     power_of_two,
 )
 
 MOST_SLICES = 64  # what pass 2 holds in registers
-MOST_GRAD_RANKS = 32  # sum R whose sums stand beside an accumulator
 REDUCE_BLOCK = 128  # elements per program of pass 2
 
 
@@ -293,16 +294,6 @@ def _extended_grads(
     tl.store(b_sums + column * BLOCK_B + r_before[None, :], b_sum)
 
 
-def extended_grads(activation: str) -> str:
-    """Which launch of launches.py goes through this GELU's derivative: each takes its own tile."""
-    return "extended_grads" if activation == "erf" else f"extended_grads_{activation}"
-
-
-def whole_blocks(columns: int, depth: int) -> bool:
-    """Whether tiles divide w [depth, columns]: masks would take the registers of the sums."""
-    return all(columns % t.block_n == depth % t.block_k == 0 < columns for t in EXTENDED_GRADS)
-
-
 def input_grad_and_slices(
     dy: Tensor,  # [M, N] of 16 bits, rows contiguous
     w: Tensor,  # [N, K], dy's dtype, any strides
@@ -320,8 +311,8 @@ def input_grad_and_slices(
         assert matrix.shape == (rows, width) and matrix.stride(1) == 1, matrix.stride()
         assert matrix.dtype is dy.dtype is w.dtype and dy.element_size() == 2, matrix.dtype
     assert w.shape[0] == depth and dy.stride(1) == 1, (w.shape, dy.stride())
-    assert whole_blocks(columns, depth), (columns, depth)
-    assert max(border.rank, h.shape[1]) <= MOST_GRAD_RANKS, (border.rank, h.shape)
+    ranks = max(border.rank, h.shape[1])
+    assert holds_gradients(columns, depth, ranks), (columns, depth, ranks)
     tile = tile or extended_grads_tile(dy.device)
     slices = _slices_of(rows, columns, tile, dy.device)
     block_a, block_b = (power_of_two(t.shape[1], 16, MOST_GRAD_RANKS) for t in (dh, h))

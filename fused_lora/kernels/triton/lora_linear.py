@@ -13,7 +13,7 @@ from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Gra
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.border import Packed, packed
-from fused_lora.kernels.triton.launches import tile_of
+from fused_lora.kernels.triton.launches import extended_grads, tile_of
 from fused_lora.kernels.triton.lora_extended import describable
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.tiles import BulkTile
@@ -127,7 +127,7 @@ def input_grad_and_slices(
     assert previous is not None
     h = previous.h
     dy, low = rows(dy), packed(uniform(adapters), dy.dtype)
-    tile = _product_tile(lora_grad.extended_grads(activation), dy, w.shape[1], adapters)
+    tile = _product_tile(extended_grads(activation), dy, w.shape[1], adapters)
     return lora_grad.input_grad_and_slices(dy, w, low, dh, activation, rows(u), rows(h), tile)
 
 

@@ -308,6 +308,16 @@ def one_pass_tile(
 EXTENDED_GRADS = (SAFE, Tile(64, 128, 64, 3, 8), Tile(64, 64, 64, 3, 8))
 
 
+MOST_GRAD_RANKS = 32  # sum R of either linear, whose sums stand beside the accumulator
+
+
+def holds_gradients(columns: int, depth: int, ranks: int) -> bool:
+    """Whether its tiles divide w [depth, columns], since masks would take the registers of the
+    sums, and hold gradients of so many ranks."""
+    whole = all(columns % t.block_n == depth % t.block_k == 0 < columns for t in EXTENDED_GRADS)
+    return whole and ranks <= MOST_GRAD_RANKS
+
+
 def extended_grads_candidates(arch: int) -> tuple[Tile, ...]:
     """Of dx whose tiles are operands of gradients, in 16 bits; see ``candidates``."""
     return EXTENDED_GRADS[:2] if _family(arch) < 100 else EXTENDED_GRADS[1:]

@@ -22,6 +22,7 @@ from fused_lora.kernels.triton import lora_merge as merging
 from fused_lora.kernels.triton.border import Packed, packed, packed_together, packing
 from fused_lora.kernels.triton.launch import multiprocessors
 from fused_lora.kernels.triton.launches import Launch as Chosen
+from fused_lora.kernels.triton.launches import extended_grads
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.philox import dropout
 from fused_lora.kernels.triton.tiles import (
@@ -234,7 +235,7 @@ def extended_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         run = lambda t=t, a=own, h=h, k=kind: (  # noqa: E731
             lora_grad.input_grad_and_slices(x, w, a, h, k, x, h, t)
         )
-        yield Launch(lora_grad.extended_grads(kind), t, run)
+        yield Launch(extended_grads(kind), t, run)
 
 
 def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:

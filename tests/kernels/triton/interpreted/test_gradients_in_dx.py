@@ -10,7 +10,7 @@ import torch
 
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.triton import lora_grad
+from fused_lora.kernels.triton import lora_grad, tiles
 from fused_lora.kernels.triton.border import Packed
 from fused_lora.kernels.triton.launches import tile_of
 from fused_lora.kernels.triton.tiles import Tile
@@ -97,6 +97,12 @@ def test_every_gradient(formed, monkeypatch, kind, programs, recompute):
     assert set(formed) == {(70, H)}
 
 
+def test_biases_that_train(formed):
+    given = of(bias=True)
+    within(run(given, BF16, "elementwise"), given, BF16)
+    assert set(formed) == {(70, H)}
+
+
 def test_the_bits_are_those_of_gradients_apart(formed, monkeypatch):
     """dh, du and dx to the bit; sums are of other slices."""
     given = of()
@@ -150,8 +156,7 @@ def test_where_it_is_not_asked_for(formed, monkeypatch, fault):
     if fault == "wide":
         given = operands(dtype, (2, 35), (D, H + 8))
     if fault == "ranks":
-        monkeypatch.setattr(lora_grad_backends, "PREVIOUS_RANKS", 4)
-        monkeypatch.setattr("fused_lora.ops.epilogues.PREVIOUS_RANKS", 4)
+        monkeypatch.setattr(tiles, "MOST_GRAD_RANKS", 4)
     x, norm, fc1, fc2 = given
     for half in fc1.b if fault == "fc1 without b" else fc2.a if fault == "fc2 without a" else ():
         half.requires_grad_(False)
@@ -251,8 +256,6 @@ def test_what_it_cannot_take_is_refused():
 def test_the_tile_is_one_of_its_own(serving):  # noqa: F811
     cpu = torch.device("cpu")
     tile = tile_of("extended_grads", 70, H, D, BF16, cpu)
-    assert (tile.block_n, tile.block_k) == (
-        lora_grad_backends.TILE_COLUMNS,
-        lora_grad_backends.TILE_DEPTH,
-    )
-    assert lora_grad.MOST_GRAD_RANKS == lora_grad_backends.PREVIOUS_RANKS
+    assert tile in tiles.EXTENDED_GRADS and tiles.holds_gradients(H, D, tiles.MOST_GRAD_RANKS)
+    assert not tiles.holds_gradients(H + 64, D, 5) and not tiles.holds_gradients(H, D + 32, 5)
+    assert not tiles.holds_gradients(H, D, tiles.MOST_GRAD_RANKS + 1)
