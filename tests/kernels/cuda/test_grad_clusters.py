@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from types import ModuleType, SimpleNamespace
@@ -18,18 +17,15 @@ from fused_lora.testing.yardstick import error
 from fused_lora.types import Span
 
 from .grad_cases import BF16, F16, F32, Case, Problem, one
-from .serving import tf32
-from .test_lora_grad import ALL, SMALL, check, flat, run, world
-
-
-@pytest.fixture
-def on_host(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The launcher uses the module whose kernels run on the CPU; torch allows TF32."""
-    monkeypatch.setattr(native, "load", lambda: host)
-    with tf32():
-        yield host
-    world(host, False, False)
-
+from .test_lora_grad import (
+    ALL,
+    SMALL,
+    check,
+    flat,
+    on_host,  # noqa: F401
+    run,
+    world,
+)
 
 # K, N, ranks, architecture; blocks that hold what one cannot, slices on 132 processors and how many
 # of them are in a cluster.
@@ -43,7 +39,7 @@ CLUSTERS = [
 
 @pytest.mark.parametrize("k, n, ranks, arch, blocks, slices, together", CLUSTERS)
 def test_clusters(
-    on_host: ModuleType,
+    on_host: ModuleType,  # noqa: F811
     k: int,
     n: int,
     ranks: int,
@@ -59,7 +55,7 @@ def test_clusters(
     assert plan.partial_floats % plan.partials == 0
 
 
-def test_slices_of_given_h_and_dh_are_in_clusters_too(on_host: ModuleType) -> None:
+def test_slices_of_given_h_and_dh_are_in_clusters_too(on_host: ModuleType) -> None:  # noqa: F811
     """Of two blocks a processor, a pair of processors has four; of one, two."""
     wanted = {  # K, N, ranks, architecture: chunks, slices, of a cluster
         (384, 384, 16, 90): (1, 248, 8),
@@ -84,7 +80,7 @@ def test_slices_of_given_h_and_dh_are_in_clusters_too(on_host: ModuleType) -> No
      ((4, 0), 16, 90, 16, 4), ((0, 0), 6, 100, 6, 2)],
 )  # fmt: skip
 def test_as_many_clusters_as_the_chip_runs_at_once(
-    on_host: ModuleType,
+    on_host: ModuleType,  # noqa: F811
     counts: tuple[int, int],
     processors: int,
     arch: int,
@@ -96,7 +92,8 @@ def test_as_many_clusters_as_the_chip_runs_at_once(
 
 
 def test_a_chip_is_asked_once_and_only_where_it_has_clusters(
-    on_host: ModuleType, monkeypatch: pytest.MonkeyPatch
+    on_host: ModuleType,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[int] = []
 
@@ -129,7 +126,10 @@ def test_a_chip_is_asked_once_and_only_where_it_has_clusters(
     [(0, 1, 1), (1, 1, 1), (2, 2, 2), (3, 4, 2), (6, 8, 4), (13, 16, 8), (100, 104, 8)],
 )
 def test_few_rows_fill_no_cluster(
-    on_host: ModuleType, tiles: int, slices: int, together: int
+    on_host: ModuleType,  # noqa: F811
+    tiles: int,
+    slices: int,
+    together: int,
 ) -> None:
     """No more slices of a cluster than tiles; the last slices of a cluster may have none."""
     plan = GradShape(768, 768, 16).plan(16 * tiles, Chip(90, 132))
@@ -166,7 +166,7 @@ OF_SLICES = [
 
 
 @pytest.mark.parametrize("of", OF_SLICES, ids=[of.case.why for of in OF_SLICES])
-def test_a_cluster_of_slices_adds_its_sums(on_host: ModuleType, of: InClusters) -> None:
+def test_a_cluster_of_slices_adds_its_sums(on_host: ModuleType, of: InClusters) -> None:  # noqa: F811
     """dbias and dh as well; to the bit the same in every world."""
     case, p, written = of.case, Problem(of.case), "dh" not in of.case.given
     plan = GradCall(p.x, p.dy, p.adapters, ALL, **both(p)).plan(Chip(case.arch, of.processors))
@@ -191,7 +191,9 @@ def both(p: Problem) -> dict[str, Tensor | None]:
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("given", ["", "h dh"])
 def test_clusters_add_what_a_second_launch_would(
-    on_host: ModuleType, dtype: torch.dtype, given: str
+    on_host: ModuleType,  # noqa: F811
+    dtype: torch.dtype,
+    given: str,
 ) -> None:
     """Of ordinary numbers: the same slices, added in another order, differ as fp32 sums do."""
     p = Problem(Case("", 197, 72, 40, SMALL.spans, dtype, given=given))
