@@ -16,6 +16,7 @@ class Forward(str, Enum):
     EXTENDED = "extended"  # the same without the copies: a GEMM whose K loop runs on over (h, s b)
     ONE_PASS = "one_pass"  # each tile shrinks the x it reads, then expands: x is read once
     MERGE = "merge"  # one GEMM over w' = w + s b a, rebuilt each step
+    OPEN = "open"  # base GEMM alone: whoever reads its output next adds the low-rank term
 
 
 class Gradient(str, Enum):
@@ -89,6 +90,8 @@ class FusionContext(NamedTuple):
     shrunk: bool = False  # h is formed by whoever makes x
     joined: bool = False  # y is scaled and added to a residual
     packed_with: int = 1  # linears of one operation, this among them, packed in one launch
+    expanded: bool = False  # whoever reads y may add s h bT as it reads
+    input_expanded: bool = False  # and whoever reads dx, dh a
 
 
 NO_CONTEXT = FusionContext()

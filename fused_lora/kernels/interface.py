@@ -19,6 +19,7 @@ __all__ = [
     "Grads",
     "HiddenGrad",
     "InputNorm",
+    "LowRank",
     "PreviousLinear",
 ]
 
@@ -56,6 +57,7 @@ class PreviousLinear(NamedTuple):
     h: Tensor  # [M, sum R], that it kept
     adapters: Adapters
     b_grads: Sequence[Tensor | None] = ()  # where db goes, each in its own dtype
+    dh: Tensor | None = None  # [M, sum R], where dh of its own dy = du goes, if that is formed too
 
 
 class InputNorm(NamedTuple):
@@ -72,6 +74,13 @@ class HiddenGrad(NamedTuple):
 
     dh: Tensor  # [M, sum R], rows contiguous
     bordered: Tensor | None = None  # [M, N + sum R], where it is the right of [dy | dh]
+
+
+class LowRank(NamedTuple):
+    """What adapters add to a product and leave to whoever reads it next: dh a, or s h bT."""
+
+    hidden: Tensor  # [M, sum R], dh or h, rows contiguous
+    adapters: Adapters
 
 
 class Adapters(NamedTuple):

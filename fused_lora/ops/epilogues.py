@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.cuda import lora_linear as compiled
 from fused_lora.kernels.cuda.lora_extended import tile_of
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape, shape_of
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.interface import Adapters, Epilogue, InputNorm
+from fused_lora.kernels.interface import Adapters, Epilogue, InputNorm, LowRank
 from fused_lora.kernels.triton import available, tiles
-from fused_lora.kernels.triton.launches import extended_grads
+from fused_lora.kernels.triton.launches import extended_grads, gelu_grads
 from fused_lora.ops import elementwise
 from fused_lora.ops import lora_grad_backends as compiled_grads
 from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
@@ -26,6 +27,7 @@ from fused_lora.plan.strategies import fuses_activation, fuses_activation_grad, 
 from fused_lora.types import (
     AdapterTraits,
     Backend,
+    Forward,
     FusionContext,
     Impl,
     Keep,
@@ -67,7 +69,7 @@ def plan_in_context(
         keep = Keep.HIDDEN
     ask = partial(call_plan, x, w, bias, spans, needs, traits, keep, impl, dtype)
     plan = ask(context)
-    if keep and not (plan.backend is Backend.TRITON and plan.grads_by is Backend.CUDA):
+    if keep and not (plan.grads_by is Backend.CUDA and _in_tiles(plan, x, w, context, dtype)):
         ask = partial(call_plan, x, w, bias, spans, needs, traits, None, impl, dtype)
         plan = ask(context)
     reason = None
@@ -79,6 +81,15 @@ def plan_in_context(
         reason = why_not_activation_grad(x, w, spans, plan, dtype)
     plain = context._replace(activated=False, input_activated=False, joined=False)
     return ask(plain) if reason else plan
+
+
+def _in_tiles(plan: Plan, x: Tensor, w: Tensor, context: FusionContext, dtype: torch.dtype) -> bool:
+    """Whether tiles of du may hold gradients of a linear of this plan."""
+    if plan.backend is Backend.TRITON:
+        return True
+    if not context.activated:
+        return compiled_grads.forms_gradients(plan)
+    return why_not_launch(gelu_grads("erf"), x.shape[0], w.shape[0], 0, x, dtype) is None
 
 
 def holds_gradients(
@@ -183,6 +194,8 @@ def why_not_previous(
     if reason := compiled_grads.why_not_previous(previous.linear, dy, w, rank, needs, plan):
         return reason
     n, k = w.shape
+    if plan.backend is Backend.ATEN:  # whose dx was left open for it
+        return why_not_launch(gelu_grads(kind), dy.shape[0], k, 0, dy, dtype)
     question = (extended_grads(kind), dy.shape[0], k, n, dy, dtype, ragged(spans))
     if reason := why_not_launch(*question):
         return reason
@@ -267,11 +280,24 @@ def with_epilogue(
     h: Tensor | None = None,  # [M, sum R], likewise
 ) -> EpilogueResult:
     """y [M, N], what the plan keeps, and u [M, N] where an activation follows."""
+    if impl is not Impl.REFERENCE and plan.forward is Forward.OPEN:
+        z, h = aten.open_forward(rows, w, bias, adapters, h)
+        y = expanded(z, LowRank(h, adapters), epilogue)
+        return y, h if plan.keep is Keep.HIDDEN else None, None
     question = (rows, w, tuple(adapters.spans), plan, epilogue, rows.dtype)
     if impl is not Impl.REFERENCE and why_not_fused(*question) is None:
         return _epilogue(plan).forward_epilogue(rows, w, bias, adapters, plan, epilogue, out, h)
     y, kept = forward(rows, w, bias, adapters, plan, impl, bordered, h)
     return composed(y, kept, epilogue, out)
+
+
+def expanded(z: Tensor, low_rank: LowRank, epilogue: Epilogue) -> Tensor:
+    """residual + factor (z + s h bT), z overwritten; in one pass where a kernel serves that."""
+    (h, adapters), (_, factor, residual, _) = low_rank, epilogue
+    given = ("expand_residual", z, z.dtype, adapters.rank, residual, factor)
+    if residual is not None and elementwise.why_not_expand(*given) is None:
+        return elementwise.residual_expand(z, low_rank, residual, factor)
+    return finish(aten.expand(z, h, adapters.to(z.dtype)), residual, factor)
 
 
 def composed(

@@ -32,7 +32,7 @@ from fused_lora.kernels.cuda.lora_grad_shape import (
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import ActivationGrad, Adapters, Grads, InputNorm, PreviousLinear
 from fused_lora.kernels.triton import tiles
-from fused_lora.types import Backend, Keep, Needs, Plan
+from fused_lora.types import Backend, Forward, Keep, Needs, Plan
 from fused_lora.verify.check import CannotVerifyNow
 from fused_lora.verify.kernel_registry import Checked, of_compiled_grads
 from fused_lora.verify.verdicts import verdict
@@ -70,29 +70,30 @@ def backward(
     ] = (),  # one where dx goes on to du, for a room that takes it
     activation: str = "none",  # erf or tanh: ``x`` is the u of x = GELU(u)
     norm: InputNorm | None = None,  # or the z of which it is the LayerNorm
+    dh: Tensor | None = None,  # [M, sum R], where whoever formed dy formed it
 ) -> Grads:
     """The gradients named by ``needs``."""
     if activation_grad and activation_grad[0].previous:
         assert kept is not None and w is not None
-        return _with_previous(dy, kept, w, adapters, needs, *activation_grad)
+        return _with_previous(dy, kept, w, adapters, needs, plan, *activation_grad)
     dw = None
     if needs.w:
         assert x is not None
         dw = dy.t() @ x
     h = kept if plan.keep is Keep.HIDDEN else None
     own = replace(needs, x=False, w=False)
-    if needs.x and plan.writes_dh:
-        place = aten.place_of_dh(dy, adapters.rank, plan)
-        grads = adapter_grads(dy, x, h, None, adapters, own, place.dh, activation, norm)
+    how, dx = (activation, norm), None
+    if needs.x and (plan.writes_dh or dh is not None):
+        place = aten.place_of_dh(dy, adapters.rank, plan, dh)
+        written = place.dh if dh is None else None
+        grads = adapter_grads(dy, x, h, dh, adapters, own, written, *how)
         dx, _ = kernels.input_grad(dy, kept, w, adapters, plan, *activation_grad, given=place)
-        return grads._replace(x=dx, w=dw)
-    dx, dh = (
-        kernels.input_grad(dy, kept, w, adapters, plan, *activation_grad)
-        if needs.x
-        else (None, None)
-    )
-    grads = adapter_grads(dy, x, h, dh, adapters, own, None, activation, norm)
-    return grads._replace(x=dx, w=dw)
+        dh = place.dh
+    else:
+        if needs.x:
+            dx, dh = kernels.input_grad(dy, kept, w, adapters, plan, *activation_grad)
+        grads = adapter_grads(dy, x, h, dh, adapters, own, None, *how)
+    return grads._replace(x=dx, w=dw, dh=dh if needs.x and plan.dx is Forward.OPEN else None)
 
 
 def _with_previous(
@@ -101,19 +102,27 @@ def _with_previous(
     w: Tensor,
     adapters: Adapters,
     needs: Needs,
+    plan: Plan,
     activation_grad: ActivationGrad,
 ) -> Grads:
     """db and dh of dy alone; then du, with da of the tiles of u and the previous db of those of du.
 
-    Neither u nor du is read again for a gradient.
+    Neither u nor du is read again for a gradient. Behind the library's product, which is read once
+    more, the tiles of du form the previous dh as well.
     """
+    from fused_lora.kernels.triton import lora_grad as triton
     from fused_lora.kernels.triton.lora_linear import input_grad_and_slices
 
     previous = activation_grad.previous
     assert previous is not None
     dh = dy.new_empty(dy.shape[0], adapters.rank)
     grads = adapter_grads(dy, None, h, None, adapters, replace(needs, x=False, a=False), dh)
-    made = input_grad_and_slices(dy, w, adapters, dh, activation_grad)
+    if plan.backend is Backend.TRITON:
+        made = input_grad_and_slices(dy, w, adapters, dh, activation_grad)
+    else:
+        through = (activation_grad.activation, activation_grad.u, previous.h, previous.adapters)
+        made = triton.activation_grad_and_slices(dy @ w, adapters, dh, *through)
+        triton.add_blocks(made.hidden, previous.adapters, previous.dh)
     own, k = adapters.uniform(ADAPTERS), w.shape[1]
     a: list[Tensor | None] = [torch.empty_like(a_g) for a_g in own.a]
     add_slices(made.a, k, 0, own, Grads(None, None, None, a, [None] * len(a)))
@@ -126,8 +135,8 @@ def why_not_previous(
     previous: PreviousLinear, dy: Tensor, w: Tensor, ranks: int, needs: Needs, plan: Plan
 ) -> str | None:
     """One sentence why ``_with_previous`` has nothing for these; None where it has."""
-    if plan.backend is not Backend.TRITON:
-        return f"triton's dx forms them in its tiles, and the plan is {plan}"
+    if not forms_gradients(plan):
+        return f"triton's dx forms them in its tiles, or the kernel behind open; the plan is {plan}"
     if not (plan.grads_by is Backend.CUDA and plan.writes_dh and plan.keep is Keep.HIDDEN):
         return f"h is kept and dh written by the compiled gradients, and the plan is {plan}"
     if needs.w or not (needs.a and needs.b):
@@ -136,7 +145,8 @@ def why_not_previous(
         return f"its tiles are of 16 bits, not of {dy.dtype}"
     n, k = w.shape
     before = previous.adapters.rank
-    if not tiles.holds_gradients(k, n, max(ranks, before)):
+    depth = n if plan.backend is Backend.TRITON else 0
+    if not tiles.holds_gradients(k, depth, max(ranks, before)):
         return (
             f"its tiles are whole and hold {tiles.MOST_GRAD_RANKS} ranks; w is [{n}, {k}], the "
             f"ranks are {ranks} and {before}"
@@ -147,6 +157,12 @@ def why_not_previous(
     alone = alone._replace(writes_dh=True)
     fits = fitting(alone, Chip.of(dy.device)).writes_dh and _trusted(alone, dy)
     return None if fits else "no block forms dh beside db, or it is not checked, or found wrong"
+
+
+def forms_gradients(plan: Plan) -> bool:
+    """Whether a pass of its backward through an activation's derivative may form gradients."""
+    triton = plan.backend is Backend.TRITON and plan.dx is Forward.EXTENDED
+    return triton or (plan.backend is Backend.ATEN and plan.dx is Forward.OPEN)
 
 
 def adapter_grads(

@@ -66,6 +66,11 @@ class Frame(NamedTuple):
         groups = len(self.spans)
         return Needs(x, own[0], own[1], any(own[2 : 2 + groups]), any(own[2 + groups :]))
 
+    def of_operands(self, grads: Grads) -> tuple[Tensor | None, ...]:
+        """A gradient for every operand."""
+        seed = (None,) if self.dropout else ()
+        return (grads.w, grads.bias, *grads.a, *grads.b, *seed)
+
     def seeds(self, first: int) -> tuple[int, ...]:
         """Where its seed stands among inputs that begin at ``first`` with its own."""
         return (first + self.operands() - 1,) if self.dropout else ()
@@ -212,8 +217,9 @@ class LoRALinear:
         """Gradients of x, w, bias and the adapters, where asked for."""
         (rows, w, kept, *ab), (shape, operation_for, plan) = saved
         dy = as_rows(grads[0], self.dtype)
-        dx, *down = input_grads(dy, rows, kept, w, self.frame, ab, operation_for, plan)
-        return None if dx is None else dx.view(shape), *down
+        found = input_grads(dy, rows, kept, w, self.frame, ab, operation_for, plan)
+        dx = None if found.x is None else found.x.view(shape)
+        return dx, *self.frame.of_operands(found)
 
 
 class Computed(NamedTuple):
@@ -278,15 +284,14 @@ def input_grads(
     *activation_grad: ActivationGrad,
     activation: str = "none",  # erf or tanh: ``rows`` are the u of x = GELU(u)
     norm: InputNorm | None = None,  # or the z of which x is the LayerNorm
-) -> tuple[Tensor | None, ...]:
-    """dx [M, K], and a gradient for every operand; None where none is asked for."""
+    dh: Tensor | None = None,  # [M, sum R], where whoever formed dy formed it
+) -> Grads:
+    """dx [M, K], and what else is asked for."""
     given = (dy, rows, kept, w, frame.adapters(ab))
     if frame.dropout:
-        found = lora_dropout.backward(*given, frame.dropout, ab[-1], needs, plan)
-        return found.x, found.w, found.bias, *found.a, *found.b, None
-    how: dict[str, Any] = dict(activation=activation, norm=norm)
-    found = backward(*given, needs, plan, frame.impl, *activation_grad, **how)
-    return found.x, found.w, found.bias, *found.a, *found.b
+        return lora_dropout.backward(*given, frame.dropout, ab[-1], needs, plan)
+    how: dict[str, Any] = dict(activation=activation, norm=norm, dh=dh)
+    return backward(*given, needs, plan, frame.impl, *activation_grad, **how)
 
 
 def as_leading(y: Tensor, x: Tensor) -> Tensor:
@@ -367,6 +372,7 @@ def backward(
     *activation_grad: ActivationGrad,  # one, where ``ops.epilogues`` finds that dx may go on to du
     activation: str = "none",  # as for ``input_grads``, where the compiled gradients take that
     norm: InputNorm | None = None,  # likewise
+    dh: Tensor | None = None,  # likewise
 ) -> Grads:
     """The gradients named by ``needs``."""
     if impl is Impl.REFERENCE:
@@ -379,7 +385,7 @@ def backward(
         from fused_lora.ops import lora_grad_backends as compiled
 
         given = (dy, rows, kept, w, adapters, needs, plan, kernels, activation_grad)
-        return compiled.backward(*given, activation, norm)
+        return compiled.backward(*given, activation, norm, dh)
     if activation != "none":
         from fused_lora.ops.lora_grad_backends import activated
 

@@ -75,9 +75,11 @@ def forward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         yield cost_kernels.cuda_product_step("extended", p, p.n, p.k, beside)
         return
     yield from cast_steps(p)
-    if plan.forward is Forward.SEPARATE:
+    if plan.forward in (Forward.SEPARATE, Forward.OPEN):
         yield from _hidden_steps(p)
         yield Step("base", p.m, p.n, p.k)
+        if plan.forward is Forward.OPEN:
+            return
         if batched(p):
             yield Step("stack b", p.n, p.spans[0].rank)
             yield Step("expand", p.m, p.n, p.spans[0].rank, accumulates=True)
@@ -114,6 +116,8 @@ def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         yield from _stack(p)
         for rank in _pieces(p):
             yield Step("dx expand", p.m, p.k, rank, accumulates=True)
+    elif plan.dx is Forward.OPEN:
+        yield Step("dx base", p.m, p.k, p.n)
     elif plan.dx is Forward.EXTENDED:
         beside = int(p.input_activated)
         yield cost_kernels.cuda_product_step("dx extended", p, p.k, p.n, beside)

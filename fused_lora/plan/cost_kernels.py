@@ -66,7 +66,7 @@ def dh_given(p: Problem, plan: Plan) -> bool:
 
 def may_write_dh(p: Problem, plan: Plan) -> bool:
     """Whether the gradients may come first and write the dh that dx reads."""
-    reads = plan.dx in (Forward.SEPARATE, Forward.BORDERED, Forward.EXTENDED)
+    reads = plan.dx in (Forward.SEPARATE, Forward.BORDERED, Forward.EXTENDED, Forward.OPEN)
     return plan.grads_by is Backend.CUDA and p.needs.x and p.needs.a and reads
 
 

@@ -24,12 +24,14 @@ class Problem:
     dtype: str = "float32"  # what the GEMMs compute in: a key of ITEMSIZE
     bias: bool = True
     needs: Needs = Needs()
-    bordered: bool = False  # this and the next five: see ``fused_lora.types.FusionContext``
+    bordered: bool = False  # this and the next seven: see ``fused_lora.types.FusionContext``
     activated: bool = False
     input_activated: bool = False
     shrunk: bool = False
     joined: bool = False
     packed_with: int = 1
+    expanded: bool = False
+    input_expanded: bool = False
     traits: AdapterTraits = DEFAULT_TRAITS
     device: str = "cpu"  # its kind
 

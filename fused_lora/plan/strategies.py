@@ -15,11 +15,11 @@ from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
 
 LIBRARY = (Backend.ATEN,)
 STRATEGIES: dict[Backend, tuple[Forward, ...]] = {
-    Backend.ATEN: (Forward.SEPARATE, Forward.BORDERED, Forward.MERGE),
+    Backend.ATEN: (Forward.SEPARATE, Forward.BORDERED, Forward.MERGE, Forward.OPEN),
     Backend.TRITON: (Forward.EXTENDED, Forward.ONE_PASS, Forward.MERGE),
     Backend.CUDA: (Forward.EXTENDED,),  # where it is asked for by name
 }
-ROUNDS_ONCE = (Forward.BORDERED, Forward.EXTENDED, Forward.ONE_PASS)
+ROUNDS_ONCE = (Forward.BORDERED, Forward.EXTENDED, Forward.ONE_PASS, Forward.OPEN)
 ONE_PASS_RANKS = 64  # sum R whose h stands in registers beside the accumulator
 INT32 = 1 << 31  # kernels count rows, columns and the elements of a and b in 32 bits
 GRADIENT_RANKS = 64  # sum R whose gradients the one pass over x and dy holds in registers
@@ -124,6 +124,10 @@ def _why_not_gradients_by(problem: Problem, plan: Plan) -> str | None:
 
 
 def _inconsistent(problem: Problem, plan: Plan) -> str | None:
+    if plan.forward is Forward.OPEN and not problem.expanded:
+        return "nobody behind y adds the low-rank term that open leaves to him"
+    if problem.needs.x and plan.dx is Forward.OPEN and not problem.input_expanded:
+        return "nobody before x adds the low-rank term that open leaves to him"
     if (plan.gradient is Gradient.NONE) == problem.trains_adapters:
         return "adapter gradients are computed exactly when an adapter operand needs one"
     if not problem.needs.x and plan.dx is not plan.forward:

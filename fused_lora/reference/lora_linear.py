@@ -28,6 +28,7 @@ class Grads(NamedTuple):
     bias: Tensor | None  # [N]
     a: list[Tensor | None]  # G of [R_g, K]
     b: list[Tensor | None]  # G of [N_g, R_g]
+    dh: Tensor | None = None  # [M, sum R], where dh a is not in x yet: whoever reads x adds it
 
 
 def forward(

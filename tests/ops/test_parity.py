@@ -12,7 +12,7 @@ from fused_lora.ops.planning import problem as question_of
 from fused_lora.plan.strategies import STRATEGIES, candidates, keeps_x
 from fused_lora.reference import lora_linear as reference
 from fused_lora.testing.yardstick import in_every_order, judge_all
-from fused_lora.types import Backend, Gradient, Keep, Needs
+from fused_lora.types import Backend, Forward, FusionContext, Gradient, Keep, Needs
 from tests.ops.problems import Problem, draw
 
 PROBLEMS = 500
@@ -26,7 +26,8 @@ def plan_and_needs(seed: int, p: Problem):
     needs = Needs(*(rng.random() < chance for chance in (0.8, 0.3, 0.5, 0.8, 0.8)))
     needs = needs if p.bias is not None else Needs(needs.x, needs.w, False, needs.a, needs.b)
     (m, k), n = p.x.shape, p.w.shape[0]
-    question = question_of(m, k, n, p.spans, p.x.dtype, p.bias is not None, needs)
+    context = FusionContext(expanded=seed % 3 == 0, input_expanded=seed % 2 == 0)
+    question = question_of(m, k, n, p.spans, p.x.dtype, p.bias is not None, needs, context)
     return rng.choice(candidates(question)), needs
 
 
@@ -60,13 +61,20 @@ def full_run(p: Problem, needs: Needs):
 
 
 def aten_run(p: Problem, plan, needs: Needs):
-    """y and the gradients by ``plan``, given only what it says it keeps."""
+    """y and the gradients by ``plan``, given only what it says it keeps; what is open is closed."""
     adapters = Adapters(p.a, p.b, p.scales, p.spans)
     y, kept = aten.forward(p.x, p.w, p.bias, adapters, plan)
+    if plan.forward is Forward.OPEN:
+        z, h = aten.open_forward(p.x, p.w, p.bias, adapters)
+        assert torch.equal(y, z)
+        y = aten.expand(z, h, adapters)
     assert (kept is None) == (plan.keep is Keep.NOTHING)
     x = p.x if keeps_x(needs, plan) else None
     w = None if plan.keep is Keep.MERGED else p.w
     grads = aten.backward(p.dy, x, kept, w, adapters, needs, plan)
+    assert (grads.dh is not None) == (needs.x and plan.dx is Forward.OPEN)
+    if grads.dh is not None:
+        grads = grads._replace(x=aten.expand_grad(grads.x, grads.dh, adapters))
     absent = [grads.x, grads.w, grads.bias, grads.a[0], grads.b[0]]
     assert [g is not None for g in absent] == [needs.x, needs.w, needs.bias, needs.a, needs.b]
     return [("y", y), *named(grads, needs)]

@@ -47,7 +47,8 @@ def lora_merge(
 #     forward   SEPARATE  y = addmm(bias, x, wT); y[:, g] += s_g h_g b_gT in place  (y rounds twice)
 #               BORDERED  y = [x | h] [w | s b]T + bias                              (y rounds once)
 #               MERGE     y = x w'T + bias, w' = w + s b a                           (w' rounds)
-#     dx        the same three, on [dy | dh] and [w ; a]
+#               OPEN      z = addmm(bias, x, wT); s_g h_g b_gT is left to whoever reads z
+#     dx        the same four, on [dy | dh] and [w ; a]
 #     gradients RANK  db = s dyT h, da = dhT x     FULL  dw = dyT x, db = s dw aT, da = s bT dw
 #
 # BORDERED copies x and w unless x already lies in a bordered buffer: it pays where y is wider than
@@ -72,9 +73,10 @@ def forward(
         merged = lora_merge(w, *adapters)
         return F.linear(x, merged, bias), merged if plan.keep is Keep.MERGED else None
     adapters = adapters.to(x.dtype)
-    if plan.forward is Forward.SEPARATE:
+    if plan.forward in (Forward.SEPARATE, Forward.OPEN):
         h = shrink(x, adapters) if h is None else h
-        y = expand(F.linear(x, w, bias), h, adapters)
+        y = F.linear(x, w, bias)
+        y = y if plan.forward is Forward.OPEN else expand(y, h, adapters)
     else:
         k, there = x.shape[1], bordered is not None and h is not None
         if bordered is None:
@@ -88,6 +90,18 @@ def forward(
         y = F.linear(bordered, bordered_weight(w, adapters), bias)
         h = h.contiguous() if plan.keep is Keep.HIDDEN else h
     return y, h if plan.keep is Keep.HIDDEN else None
+
+
+def open_forward(
+    x: Tensor,  # [M, K], rows contiguous
+    w: Tensor,  # [N, K], x's dtype
+    bias: Tensor | None,  # [N], x's dtype
+    adapters: Adapters,
+    h: Tensor | None = None,  # [M, sum R] where it is there already
+) -> tuple[Tensor, Tensor]:
+    """z [M, N] and h [M, sum R], of y = z + s h bT."""
+    h = shrink(x, adapters.to(x.dtype)) if h is None else h
+    return F.linear(x, w, bias), h
 
 
 def shrink(x: Tensor, adapters: Adapters, out: Tensor | None = None) -> Tensor:
@@ -186,7 +200,8 @@ def backward(
         a, b = full_grads(dy, x, dw, adapters, g.low, needs)
     else:
         a, b = g.rank_grads()
-    return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b)
+    dh = g.dh if needs.x and plan.dx is Forward.OPEN else None
+    return Grads(dx, dw, dy.sum(0) if needs.bias else None, a, b, dh)
 
 
 def input_grad(
@@ -197,19 +212,27 @@ def input_grad(
     plan: Plan,
     given: HiddenGrad | None = None,  # dh where it is there already
 ) -> tuple[Tensor, Tensor | None]:
-    """dx [M, K], and dh [M, sum R], rows contiguous, where it was formed on the way."""
+    """dx [M, K], and dh [M, sum R], rows contiguous, where it was formed on the way.
+
+    By OPEN dx is dy w alone.
+    """
     low = adapters.to(dy.dtype)
     g = _Backward(dy, None, kept, w, adapters, low, Needs(), plan, given)
     return g.dx(), None if plan.dx is Forward.MERGE else g.dh
 
 
-def place_of_dh(dy: Tensor, rank: int, plan: Plan) -> HiddenGrad:
-    """Where dh is to be written for ``input_grad``: uninitialised, beside a copy of dy or alone."""
+def place_of_dh(dy: Tensor, rank: int, plan: Plan, dh: Tensor | None = None) -> HiddenGrad:
+    """Where dh is to be written for ``input_grad``, beside a copy of dy or alone.
+
+    It is uninitialised, unless ``dh`` [M, sum R] is given, which is copied where it has to be.
+    """
     m, n = dy.shape
     if plan.dx is not Forward.BORDERED:
-        return HiddenGrad(dy.new_empty(m, rank))
+        return HiddenGrad(dy.new_empty(m, rank) if dh is None else dh)
     bordered = dy.new_empty(m, n + rank)
     bordered[:, :n].copy_(dy)
+    if dh is not None:
+        bordered[:, n:].copy_(dh)
     return HiddenGrad(bordered[:, n:], bordered)
 
 
@@ -262,28 +285,32 @@ class _Backward:
         return made.bordered
 
     def dx(self) -> Tensor:
-        """dy w + dh a, [M, K]."""
+        """dy w + dh a, [M, K]; by OPEN dy w."""
         if self.plan.dx is Forward.BORDERED:
             return self.bordered @ torch.cat((self.w, *self.low.a))
+        if self.plan.dx is Forward.OPEN:
+            return self.dy @ self.w
         if self.plan.dx is Forward.SEPARATE:
-            return self._expand(self.dy @ self.w)
+            return expand_grad(self.dy @ self.w, self.dh, self.low)
         if self.plan.keep is Keep.MERGED:
             assert self.kept is not None
             return self.dy @ self.kept
         return self.dy @ lora_merge(self.w, *self.adapters)
-
-    def _expand(self, dx: Tensor) -> Tensor:
-        if stacks(dx, self.low):
-            return accumulate(dx, self.dh, self.low.stacked_a(), 1.0)
-        for g, _, ranks in self.low.ranks():
-            accumulate(dx, self.dh[:, ranks], self.low.a[g], 1.0)
-        return dx
 
     def rank_grads(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """da = dhT x, db = s dyT h; None throughout where no adapter trains."""
         h = self.kept if self.plan.keep is Keep.HIDDEN else None
         dh = self.dh if self.needs.a else None
         return rank_grads(self.dy, self._x, h, dh, self.adapters, self.low, self.needs)
+
+
+def expand_grad(dx: Tensor, dh: Tensor, adapters: Adapters) -> Tensor:
+    """dx += dh a in place."""
+    if stacks(dx, adapters):
+        return accumulate(dx, dh, adapters.stacked_a(), 1.0)
+    for g, _, ranks in adapters.ranks():
+        accumulate(dx, dh[:, ranks], adapters.a[g], 1.0)
+    return dx
 
 
 def rank_grads(

@@ -10,25 +10,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, PreviousLinear
+from fused_lora.kernels.aten.lora_linear import expand_grad
+from fused_lora.kernels.interface import ActivationGrad, Epilogue, LowRank, PreviousLinear
 from fused_lora.ops.chain.stage import (
     PLAIN,
     ChainSpec,
+    FormedGrads,
     GradEpilogue,
     Optional,
     Placement,
+    Previous,
+    StageGrads,
     StageInput,
     StageNeeds,
     StageRun,
     Tensors,
     combined,
     finish,
+    never,
     stored,
 )
 from fused_lora.ops.lora_dropout import seeded
 from fused_lora.ops.lora_linear import reshaped
 from fused_lora.programs.program import Saved
 from fused_lora.programs.run import call, transformed
+from fused_lora.types import NO_CONTEXT, FusionContext
 
 Done = tuple[tuple[StageRun, ...], StageInput | None]  # of each stage, and where the last one wrote
 
@@ -41,20 +47,33 @@ class ChainPass(NamedTuple):
     asked: Sequence[StageNeeds]
     keep: frozenset[int]  # boundaries kept for backward
     again: bool = False  # in backward, which reads all that it makes
-    joined: bool = False  # the last stage is told of a residual to add
+    around: FusionContext = NO_CONTEXT  # what the last stage is told of a residual to add
 
-    def behind(self, i: int, x: Tensors, free: bool = False) -> StageInput | None:
+    def behind(
+        self, i: int, x: Tensors, free: bool = False, before: StageRun | None = None
+    ) -> StageInput | None:
         """What stage i, given x, is to do for the one behind it; what is kept lies alone.
 
-        ``free``: it writes wherever it is told at no cost, and x has but its rows.
+        ``free``: it writes wherever it is told at no cost, and x has but its rows. ``before``: what
+        the stage before it left.
         """
         j, stages = i + 1, self.spec.stages
         if j == len(stages):
             return None
         writes = j not in self.keep and (free or stages[i].places(x))
-        shrinks = _never if free else partial(stages[i].shrinks, x, self.own[i])
-        joined = self.joined and j + 1 == len(stages)
-        return stages[j].prepared(x[0], self.own[j], self.asked[j], writes, shrinks, joined)
+        shrinks = never if free else partial(stages[i].shrinks, x, self.own[i])
+        expands = never if free else partial(stages[i].expands, x, self.own[i], self.asked[i])
+        previous = self._previous(i, before) if before else None
+        around = self.around if j + 1 == len(stages) else NO_CONTEXT
+        given = (x[0], self.own[j], self.asked[j], writes, shrinks)
+        return stages[j].prepared(*given, expands, previous, around)
+
+    def _previous(self, i: int, before: StageRun) -> tuple[Previous, str] | None:
+        """The linear before stage i, if that is a GELU, and which it is."""
+        if (kind := self.spec.stages[i].gelu) is None:
+            return None
+        found = self.spec.stages[i - 1].previous(before, self.own[i - 1], self.asked[i - 1])
+        return (found, kind) if found else None
 
     def take(
         self,
@@ -64,6 +83,7 @@ class ChainPass(NamedTuple):
         epilogue: Epilogue | None = None,  # of the last stage
         place: bool = True,  # to write for the stage behind, where that asks for it
         alone: bool = False,  # stage i and no other
+        before: StageRun | None = None,  # what the stage before it left, where that is known
     ) -> Done:
         """Stage i, and with it the activation behind it where a kernel computes both."""
         stage, given = self.spec.stages[i], (self.own[i], self.asked[i])
@@ -76,7 +96,7 @@ class ChainPass(NamedTuple):
             )
             assert run.beyond is not None
             return (run, StageRun((run.beyond,))), following
-        following = self.behind(i, x) if place else None
+        following = self.behind(i, x, before=before) if place else None
         makes = following if following and following.adapters else None
         run = stage.forward(
             x, *given, Placement(following and following.left, prepared, epilogue, None, makes)
@@ -84,11 +104,6 @@ class ChainPass(NamedTuple):
         if following and makes:
             following = following._replace(h=run.h)
         return (run,), following
-
-
-def _never(adapters: Adapters) -> bool:
-    """A product and its activation in one pass form no h."""
-    return False
 
 
 class ChainBackward:
@@ -106,7 +121,7 @@ class ChainBackward:
         self.own = [operands[part] for part in spec.parts]
         self.steps = ChainPass(spec, self.own, asked, spec.keep, again=True)
         self.prepared: dict[int, StageInput | None] = {}  # of boundaries, each with what lies in it
-        self.b_grads: dict[int, list[Tensor]] = {}  # of stages, formed by the one behind each
+        self.formed: dict[int, FormedGrads] = {}  # of stages, by the one behind each
 
     def value(self, i: int) -> Tensors:
         """Boundary i, kept or made again."""
@@ -120,7 +135,9 @@ class ChainBackward:
         first = i - 2 if two else i - 1
         x, prepared = self.value(first), self.prepared.pop(first, None)
         place = i < len(self.runs) and self.runs[i] is None
-        done, following = self.steps.take(first, x, prepared, place=place, alone=not two)
+        how: dict[str, Any] = dict(place=place, alone=not two)
+        before = self.runs[first - 1] if first else None
+        done, following = self.steps.take(first, x, prepared, before=before, **how)
         self.prepared[first + len(done)] = following
         for at, run in enumerate(done, first):
             self.values[at + 1], self.runs[at] = run.out, StageRun((), run.extra, run.note)
@@ -132,6 +149,7 @@ class ChainBackward:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """From the gradient of the last stage's output to those of the source and the operands."""
         grads: Tensors | None = (dz,)
+        low_rank: LowRank | None = None  # that is to be added to ``grads``
         down: list[Optional] = []
         input_activated = (
             False  # whether ``grads`` are those of what goes into an activation already
@@ -140,25 +158,32 @@ class ChainBackward:
             mine: Optional = (None,) * len(self.own[i])
             if self.asked[i].any and not input_activated:
                 assert grads is not None
-                grads, mine, input_activated = self._stage(i, grads, None if i else residual_grad)
+                passed = None if i else residual_grad
+                found, input_activated = self._stage(i, grads, low_rank, passed)
+                grads, mine, low_rank = found
             else:
                 input_activated = False
             down.append(mine)
+        if grads is not None and low_rank:
+            grads = _closed(grads, low_rank)
         dx = grads[0] if grads is not None and self.asked[0].x else None
         return dx, [grad for mine in reversed(down) for grad in mine]
 
     def _stage(
-        self, i: int, grads: Tensors, residual_grad: Tensor | None
-    ) -> tuple[Tensors | None, Optional, bool]:
+        self, i: int, grads: Tensors, low_rank: LowRank | None, residual_grad: Tensor | None
+    ) -> tuple[StageGrads, bool]:
+        """The gradients of stage i, and whether they are through the activation before it."""
         stage, asked, own = self.spec.stages[i], self.asked[i], self.own[i]
         if self.runs[i] is None and stage.leaves:
             self.value(i + 1)
         run, kind, x = self.runs[i] or StageRun(()), self.spec.before[i], None
         formed, previous = PLAIN, None
-        through = kind is not None and asked.x and residual_grad is None
-        through = through and stage.fuses_activation_grad(grads, run, own)
-        if through and kind:
-            previous = self._previous(i, kind, grads, run)
+        through = False
+        if kind and asked.x and residual_grad is None:
+            through = stage.fuses_activation_grad(grads, run, own)
+            if through or stage.opens(run):
+                previous = self._previous(i, kind, grads, run)
+            through = through or previous is not None
         if previous is None and stage.reads_input(run, asked):
             x, formed = self._input(i, grads, run)
         self.values.pop(i + 1, None)
@@ -167,11 +192,15 @@ class ChainBackward:
             assert kind is not None
             activation_grad = ActivationGrad(kind, self.value(i - 1)[0], previous)
             self.values.pop(i, None)
-        b_grads = self.b_grads.pop(i, None)
+        if low_rank and not (x and stage.expands(x, own, asked, low_rank.adapters.rank)):
+            grads, low_rank = _closed(grads, low_rank), None
         epilogue = formed._replace(
-            activation_grad=activation_grad, residual_grad=residual_grad, b_grads=b_grads
+            activation_grad=activation_grad,
+            residual_grad=residual_grad,
+            formed=self.formed.pop(i, None),
+            low_rank=low_rank,
         )
-        return *stage.backward(grads, x, run, own, asked, epilogue), activation_grad is not None
+        return stage.backward(grads, x, run, own, asked, epilogue), activation_grad is not None
 
     def _input(self, i: int, grads: Tensors, run: StageRun) -> tuple[Tensors, GradEpilogue]:
         """What stage i reads for x, and how it forms x of that."""
@@ -183,7 +212,7 @@ class ChainBackward:
         if kind and stage.activates(grads, *given):
             return self.value(i - 1), GradEpilogue(source=kind)
         norm = before and self.spec.stages[i - 1].input_norm(before, self.own[i - 1])
-        if norm and stage.norms(norm, self.value(i - 1)[0], *given, i in self.b_grads):
+        if norm and stage.norms(norm, self.value(i - 1)[0], *given, self.formed.get(i)):
             return self.value(i - 1), GradEpilogue(norm=norm)
         return self.value(i), PLAIN
 
@@ -197,8 +226,16 @@ class ChainBackward:
         if found is None or not self.spec.stages[i].takes_previous(found, kind, *given):
             return None
         linear = found.linear
-        self.b_grads[i - 2] = [torch.empty_like(b_g) for b_g in linear.adapters.b]
-        return linear._replace(b_grads=self.b_grads[i - 2])
+        b_grads = [torch.empty_like(b_g) for b_g in linear.adapters.b]
+        dh = torch.empty_like(linear.h) if self.spec.stages[i].opens(run) else None
+        self.formed[i - 2] = FormedGrads(b_grads, dh)
+        return linear._replace(b_grads=b_grads, dh=dh)
+
+
+def _closed(grads: Tensors, low_rank: LowRank) -> Tensors:
+    """With the low-rank term in a pass of its own."""
+    (dx,), (dh, adapters) = grads, low_rank
+    return (expand_grad(dx, dh, adapters.to(dx.dtype)),)
 
 
 # The autograd node of a chain of stages.
@@ -268,7 +305,7 @@ def forward(
     added = source if spec.around else residual
     epilogue = spec.stages[-1].epilogue(added, gamma, mask)
     own = [tuple(operands[part]) for part in spec.parts]
-    steps = ChainPass(spec, own, asked, keep, joined=epilogue is not None)
+    steps = ChainPass(spec, own, asked, keep, around=spec.stages[-1].around(epilogue))
     prepared: StageInput | None = None
     while (i := len(runs)) < len(spec.stages):
         last = i + 1 == len(spec.stages)
@@ -328,7 +365,8 @@ def _advance(
 ) -> StageInput | None:
     """Take the next step, keeping of the boundaries behind it what is to be kept."""
     first = len(runs)
-    done, following = steps.take(first, values[first], prepared, epilogue)
+    before = runs[first - 1] if first else None
+    done, following = steps.take(first, values[first], prepared, epilogue, before=before)
     for at, run in enumerate(done, first):
         if at and at not in steps.keep:
             del values[at]

@@ -9,20 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.interface import Adapters, Epilogue, InputNorm, PreviousLinear
+from fused_lora.kernels.interface import (
+    Adapters,
+    Epilogue,
+    InputNorm,
+    LowRank,
+    PreviousLinear,
+)
+from fused_lora.ops import elementwise
 from fused_lora.ops.chain.stage import (
     FREE,
     PLAIN,
+    FormedGrads,
     GradEpilogue,
     Optional,
     Placement,
     Previous,
     Stage,
+    StageGrads,
     StageInput,
     StageNeeds,
     StageRun,
     Tensors,
     consecutive,
+    never,
 )
 from fused_lora.ops.epilogues import (
     plan_in_context,
@@ -85,12 +95,12 @@ class LinearStage(Stage):
         ys, extra, plans = [], [], []
         prepared, epilogue = place.prepared, place.epilogue
         settled = prepared.plan if prepared else place.plan
-        joined = epilogue is not None and epilogue.activation == "none"
+        around = self.around(epilogue)
         placed = (epilogue, place.out, prepared and prepared.h)
         for i, (frame, part) in enumerate(self.parts):
             w, bias, *ab = own[part]
             assert w is not None
-            plan = settled or self._plan(x[0], own, asked, joined=joined, i=i)
+            plan = settled or self._plan(x[0], own, asked, around, i)
             given = (x[0], w, bias, frame, self.dtype, tuple(ab), asked.note[i])
             done = compute(*given, prepared and prepared.buffer, plan, *placed)  # type: ignore[arg-type]
             merged = frame.impl is not Impl.REFERENCE and done.plan.keep is Keep.MERGED
@@ -113,6 +123,21 @@ class LinearStage(Stage):
             return None
         return Epilogue(factor=gamma, residual=residual.reshape(-1, residual.shape[-1]))
 
+    def around(self, epilogue: Epilogue | None) -> FusionContext:
+        """What of its context comes with an ``epilogue``."""
+        if epilogue is None or epilogue.activation != "none":
+            return NO_CONTEXT
+        return FusionContext(joined=True, expanded=self._adds(epilogue))
+
+    def _adds(self, epilogue: Epilogue) -> bool:
+        """Whether the pass of a residual adds s h bT of the one frame as it reads y."""
+        (frame, *others), z = self.frames, epilogue.residual
+        if others or self.drops or z is None:
+            return False
+        rank = sum(span.rank for span in frame.spans)
+        given = ("expand_residual", z, self.dtype, rank, epilogue.factor)
+        return elementwise.why_not_expand(*given) is None
+
     def fuses(
         self,
         epilogue: Epilogue,
@@ -134,16 +159,14 @@ class LinearStage(Stage):
         like: Tensor,
         own: Optional,
         asked: StageNeeds,
-        bordered: bool = False,
-        shrunk: bool = False,
-        joined: bool = False,
+        around: FusionContext = NO_CONTEXT,  # what the stage does not know of itself
         i: int = 0,
     ) -> Plan | None:
         """Of frame i, the plan that counts on what may be part of its passes; None: nothing may."""
         frame, part = self.parts[i]
-        together = packed_with(self.context.packed_with)
-        context = self.context._replace(joined=joined, packed_with=together)
-        if self.drops or context == NO_CONTEXT or why_nobody(like, self.dtype, frame.impl):
+        context = self._within(around)
+        alone = context._replace(bordered=False, shrunk=False) == NO_CONTEXT
+        if self.drops or alone or why_nobody(like, self.dtype, frame.impl):
             return None
         w, bias, *ab = own[part]
         assert w is not None
@@ -152,8 +175,16 @@ class LinearStage(Stage):
         return plan_in_context(
             *question,
             self.dtype,
-            context._replace(bordered=bordered, shrunk=shrunk),
+            context,
             self.keeps_h,
+        )
+
+    def _within(self, around: FusionContext) -> FusionContext:
+        """``around``, with what the stage knows of itself."""
+        activated, input_activated = self.context.activated, self.context.input_activated
+        together = packed_with(self.context.packed_with)
+        return around._replace(
+            activated=activated, input_activated=input_activated, packed_with=together
         )
 
     def fuses_activation_grad(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
@@ -163,6 +194,10 @@ class LinearStage(Stage):
             return False
         assert w is not None
         return why_not_activation_grad(dy[0], w, frame.spans, run.note[0], self.dtype) is None
+
+    def opens(self, run: StageRun) -> bool:
+        """As its plan has it."""
+        return any(plan.dx is Forward.OPEN for plan in run.note)
 
     def activates(self, dy: Tensors, run: StageRun, own: Optional, asked: StageNeeds) -> bool:
         """As the compiled gradients of one frame do."""
@@ -179,7 +214,7 @@ class LinearStage(Stage):
         run: StageRun,
         own: Optional,
         asked: StageNeeds,
-        without_b: bool = False,
+        formed: FormedGrads | None = None,
     ) -> bool:
         """As the compiled gradients of every frame do."""
         if self.drops:
@@ -187,8 +222,8 @@ class LinearStage(Stage):
         for (frame, part), needs, plan in zip(self.parts, asked.note, run.note, strict=True):
             w = own[part][0]
             assert w is not None
-            if without_b:
-                needs, plan = self._without_b(z, own, needs)
+            if formed:
+                needs, plan = self._left(z, own, needs, plan, formed)
             if frame.impl is Impl.REFERENCE:
                 return False
             if why_not_normed(norm, z, w, frame.spans, needs, plan, self.dtype):
@@ -209,7 +244,8 @@ class LinearStage(Stage):
         n, k = w.shape
         call = (kept.shape[0], k, n, frame.spans, self.dtype, bias is not None, needs)
         question = problem(*call, self._alone(), traits, kept.device)
-        return Previous(linear, question, plan, self._without_b(kept, own, needs)[1])
+        rest = self._left(kept, own, needs, plan, FormedGrads(()))[1]
+        return Previous(linear, question, plan, rest)
 
     def takes_previous(
         self,
@@ -220,20 +256,24 @@ class LinearStage(Stage):
         own: Optional,
         asked: StageNeeds,
     ) -> bool:
-        """As Triton's dx and the compiled gradients do, where their plan has both."""
+        """As Triton's dx or the kernel behind an open one does, beside the compiled gradients."""
         frame, (w, _, *ab) = self.frames[0], own
         assert w is not None
         traits = traits_of(ab, frame.scales)  # type: ignore[arg-type]
         given = (frame.spans, asked.note[0], run.note[0], self.dtype, traits)
         return why_not_previous(previous, kind, dy[0], w, *given) is None
 
-    def _without_b(self, dy: Tensor, own: Optional, needs: Needs) -> tuple[Needs, Plan]:
+    def _left(
+        self, dy: Tensor, own: Optional, needs: Needs, plan: Plan, formed: FormedGrads
+    ) -> tuple[Needs, Plan]:
         """What is left to do of the one frame, and its plan, where gradients of b are there."""
         (frame,), (w, bias, *ab) = self.frames, own
         assert w is not None
         needs, traits = replace(needs, b=False), traits_of(ab, frame.scales)  # type: ignore[arg-type]
         question = (dy, w, bias is not None, frame.spans, needs, traits, Keep.NOTHING, frame.impl)
-        return needs, call_plan(*question, self.dtype, self._alone())
+        context = self._alone()._replace(input_expanded=plan.dx is Forward.OPEN)
+        rest = call_plan(*question, self.dtype, context)
+        return needs, replace(rest, writes_dh=rest.writes_dh and formed.dh is None)
 
     def _alone(self) -> FusionContext:
         """With nothing beside the product."""
@@ -247,29 +287,33 @@ class LinearStage(Stage):
         own: Optional,
         asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,
-    ) -> tuple[Tensors | None, Optional]:
+    ) -> StageGrads:
         """dx [M, K], the sum over frames, or of one frame du; and the gradients of the operands."""
         rows = None if x is None else as_rows(x[0], self.dtype)
         dx: Tensor | None = None
+        low_rank: LowRank | None = None
         down: list[Tensor | None] = []
         for i, ((frame, part), needs) in enumerate(zip(self.parts, asked.note, strict=True)):
             kept, cast = run.extra[2 * i : 2 * i + 2]
             w, _, *ab = own[part]
             assert w is not None
             w, dy_i = w.to(self.dtype) if cast is None else cast, as_rows(dy[i], self.dtype)
-            plan = run.note[i]
-            if epilogue.b_grads is not None:
-                needs, plan = self._without_b(dy_i, own, needs)
-                kept = None
+            plan, dh = run.note[i], None
+            if formed := epilogue.formed:
+                needs, plan = self._left(dy_i, own, needs, plan, formed)
+                kept, dh = None, formed.dh
             given = (dy_i, rows, kept, w, frame, ab, needs, plan)
             activation_grad = (epilogue.activation_grad,) if epilogue.activation_grad else ()
-            how: dict[str, Any] = dict(activation=epilogue.source, norm=epilogue.norm)
-            dx_i, *own_grads = input_grads(*given, *activation_grad, **how)
-            if epilogue.b_grads is not None:
-                own_grads[-len(epilogue.b_grads) :] = epilogue.b_grads
-            down += own_grads
-            dx = dx_i if dx is None or dx_i is None else dx.add_(dx_i)
-        return None if dx is None else (dx,), tuple(down)
+            how: dict[str, Any] = dict(activation=epilogue.source, norm=epilogue.norm, dh=dh)
+            found = input_grads(*given, *activation_grad, **how)
+            if formed:
+                found = found._replace(b=list(formed.b))
+            if found.dh is not None:
+                assert len(self.frames) == 1, self.frames
+                low_rank = LowRank(found.dh, frame.adapters(ab))  # type: ignore[arg-type]
+            down += frame.of_operands(found)
+            dx = found.x if dx is None or found.x is None else dx.add_(found.x)
+        return StageGrads(None if dx is None else (dx,), tuple(down), low_rank)
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """One lora_linear for each frame."""
@@ -289,26 +333,33 @@ class LinearStage(Stage):
         asked: StageNeeds,
         writes: bool,
         shrinks: Callable[[Adapters], bool],
-        joined: bool = False,
+        expands: Callable[[int], bool] = never,
+        previous: tuple[Previous, str] | None = None,
+        around: FusionContext = NO_CONTEXT,
     ) -> StageInput | None:
-        """A bordered buffer, where one GEMM on it wins once x lies there at no cost; and h, where
-        the plan reads one apart from x."""
+        """A bordered buffer, where one GEMM on it wins once x lies there at no cost; h, where the
+        plan reads one apart from x; and a plan that counts on either, or leaves dh a to others."""
         if len(self.frames) > 1 or self.frames[0].impl is Impl.REFERENCE or self.drops:
             return None
         frame, w = self.frames[0], own[0]
         adapters = frame.adapters(own[2:])  # type: ignore[arg-type]
-        shrunk = frame.impl is not Impl.ATEN and shrinks(adapters)
-        if not (writes or shrunk):
+        by_kernels = frame.impl is not Impl.ATEN
+        shrunk = by_kernels and shrinks(adapters)
+        expanded = by_kernels and asked.note[0].x and (previous or expands(adapters.rank))
+        if not (writes or shrunk or expanded):
             return None
         assert w is not None
+        around = around._replace(shrunk=shrunk, input_expanded=bool(expanded))
         for bordered in (True, False) if writes else (False,):
-            plan = self._plan_for(like, own, asked, bordered, shrunk, joined)
+            around = around._replace(bordered=bordered)
+            plan = self._plan_for(like, own, asked, around, previous)
             if bordered and plan.forward is not Forward.BORDERED:
                 continue
             made = adapters if shrunk and plan.forward in FORMS_H else None
             k, wide = w.shape[1], (like.shape[0], w.shape[1] + adapters.rank)
             buffer = like.new_empty(wide, dtype=self.dtype) if bordered else None
-            return StageInput(buffer, k, plan, made) if bordered or made else None
+            opens = plan.dx is Forward.OPEN
+            return StageInput(buffer, k, plan, made) if bordered or made or opens else None
         return None
 
     def _plan_for(
@@ -316,18 +367,21 @@ class LinearStage(Stage):
         like: Tensor,
         own: Optional,
         asked: StageNeeds,
-        bordered: bool,
-        shrunk: bool,
-        joined: bool,
+        around: FusionContext,
+        previous: tuple[Previous, str] | None,
     ) -> Plan:
-        """The plan of one frame, given what whoever makes x does for it."""
-        if plan := self._plan(like, own, asked, bordered, shrunk, joined):
-            return plan
+        """The plan of one frame, given what the stages beside it do for it."""
         frame, w, (needs,) = self.frames[0], own[0], asked.note
         assert w is not None
         traits = traits_of(own[2:], frame.scales)  # type: ignore[arg-type]
-        question = (like, w, own[1] is not None, frame.spans, needs, traits, None, frame.impl)
-        return call_plan(*question, self.dtype, FusionContext(bordered=bordered, shrunk=shrunk))
+        if (plan := self._plan(like, own, asked, around)) is None:
+            question = (like, w, own[1] is not None, frame.spans, needs, traits, None, frame.impl)
+            context = FusionContext(bordered=around.bordered, shrunk=around.shrunk)
+            return call_plan(*question, self.dtype, context)
+        if previous and plan.dx is Forward.OPEN:
+            if why_not_previous(*previous, like, w, frame.spans, needs, plan, self.dtype, traits):
+                return self._plan_for(like, own, asked, around._replace(input_expanded=False), None)
+        return plan
 
     def reads_input(self, run: StageRun, asked: StageNeeds) -> bool:
         """Whether some frame's gradients read x."""

@@ -14,10 +14,11 @@ from fused_lora.kernels.interface import (
     Adapters,
     Epilogue,
     InputNorm,
+    LowRank,
     PreviousLinear,
 )
 from fused_lora.plan.problem import Problem
-from fused_lora.types import Plan
+from fused_lora.types import NO_CONTEXT, FusionContext, Plan
 
 # The tensors between stages are boundaries: boundary i goes into stage i, boundary i + 1 comes out
 # of it. A stage says whether its backward reads what went in; the chain decides whether that is
@@ -80,17 +81,33 @@ class Placement(NamedTuple):
 FREE = Placement()
 
 
+class FormedGrads(NamedTuple):
+    """What a stage formed of the gradients of the linear before it, beside its dy."""
+
+    b: Sequence[Tensor | None]  # db of its adapters
+    dh: Tensor | None = None  # [M, sum R]
+
+
 class GradEpilogue(NamedTuple):
-    """What a backward does to dx in the pass that forms it, and to x as it reads it."""
+    """What a backward does to dx in the pass that forms it, and to x and dy as it reads them."""
 
     activation_grad: ActivationGrad | None = None  # of x = act(u): dx goes on to du
     residual_grad: Tensor | None = None  # [M, K], the gradient that passed by: added
     source: str = "none"  # or GELU, erf or tanh: u is given in the place of x = GELU(u)
     norm: InputNorm | None = None  # z is given in the place of x, its LayerNorm
-    b_grads: Sequence[Tensor] | None = None  # of its one frame, formed by the stage behind
+    formed: FormedGrads | None = None  # of its one frame, by the stage behind
+    low_rank: LowRank | None = None  # that the stage behind left to be added to dy
 
 
 PLAIN = GradEpilogue()
+
+
+class StageGrads(NamedTuple):
+    """What one backward of a stage gave."""
+
+    x: Tensors | None  # of what went in
+    own: Optional  # of the operands
+    low_rank: LowRank | None = None  # dh a, which is still to be added to the one of x
 
 
 class Previous(NamedTuple):
@@ -100,6 +117,11 @@ class Previous(NamedTuple):
     question: Problem
     plan: Plan  # of its backward where it forms db itself
     rest: Plan  # and where db is there
+
+
+def never(*_: object) -> bool:
+    """Of a stage that does nothing for the next."""
+    return False
 
 
 def consecutive(lengths: Iterable[int]) -> tuple[slice, ...]:
@@ -133,7 +155,7 @@ class Stage:
         own: Optional,
         asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,  # of a stage that says it takes one
-    ) -> tuple[Tensors | None, Optional]:
+    ) -> StageGrads:
         """Gradients of what went in and of the operands."""
         raise NotImplementedError(type(self).__name__)
 
@@ -154,6 +176,14 @@ class Stage:
 
     def fuses_activation_grad(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
         """Whether its dx goes through the derivative of the activation before it in one pass."""
+        return False
+
+    def opens(self, run: StageRun) -> bool:
+        """Whether its dx leaves the low-rank term to whoever reads it."""
+        return False
+
+    def expands(self, x: Tensors, own: Optional, asked: StageNeeds, rank: int) -> bool:
+        """Whether its backward adds a low-rank term to dy as it reads dy."""
         return False
 
     def previous(self, run: StageRun, own: Optional, asked: StageNeeds) -> Previous | None:
@@ -187,7 +217,7 @@ class Stage:
         run: StageRun,
         own: Optional,
         asked: StageNeeds,
-        without_b: bool = False,  # gradients of b are there
+        formed: FormedGrads | None = None,  # what is there of its gradients
     ) -> bool:
         """Whether its backward forms x, the LayerNorm of z, as it reads z."""
         return False
@@ -201,6 +231,10 @@ class Stage:
     ) -> Epilogue | None:
         """What of residual + gamma mask z it computes as it forms z, as the last stage; or None."""
         return None
+
+    def around(self, epilogue: Epilogue | None) -> FusionContext:
+        """What its plan may count on where that ``epilogue`` follows."""
+        return NO_CONTEXT
 
     def asked(self, x: bool, own: tuple[bool, ...]) -> Any:
         """The note of ``StageNeeds``."""
@@ -221,9 +255,11 @@ class Stage:
         asked: StageNeeds,
         writes: bool,  # whoever makes x does so where it is told
         shrinks: Callable[[Adapters], bool],  # and forms h
-        joined: bool = False,  # a residual is added to what it makes of x
+        expands: Callable[[int], bool] = never,  # and adds a low-rank term to its dx
+        previous: tuple[Previous, str] | None = None,  # the linear before a GELU of this kind
+        around: FusionContext = NO_CONTEXT,  # what follows what it makes of x
     ) -> StageInput | None:
-        """What it wants of that, x being of as many rows as ``like`` and beside it."""
+        """What it wants of that, and its plan; x is of as many rows as ``like`` and beside it."""
         return None
 
     def reads_input(self, run: StageRun, asked: StageNeeds) -> bool:

@@ -20,6 +20,7 @@ from fused_lora.ops.chain.stage import (
     Optional,
     Placement,
     Stage,
+    StageGrads,
     StageNeeds,
     StageRun,
     Tensors,
@@ -86,10 +87,10 @@ class Activation(Stage):
         own: Optional,
         asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,
-    ) -> tuple[Tensors | None, Optional]:
+    ) -> StageGrads:
         """du = act'(u) dg."""
         assert x is not None
-        return (ACTIVATIONS[self.name][1](dy[0], x[0]),), ()
+        return StageGrads((ACTIVATIONS[self.name][1](dy[0], x[0]),), ())
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """As torch has it."""
@@ -138,7 +139,7 @@ class Gated(Stage):
         own: Optional,
         asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,
-    ) -> tuple[Tensors | None, Optional]:
+    ) -> StageGrads:
         """dgate = act'(gate) value dg and dvalue = act(gate) dg, laid out as x is."""
         assert x is not None
         gate, value = self._halves(x)
@@ -147,7 +148,7 @@ class Gated(Stage):
         act, act_backward = ACTIVATIONS[self.name]
         torch.mul(act(gate, None), dy[0], out=dvalue)
         dgate.copy_(act_backward(dy[0] * value, gate))
-        return du, ()
+        return StageGrads(du, ())
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """As torch has it."""
@@ -192,7 +193,7 @@ class Attention(Stage):
         own: Optional,
         asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,
-    ) -> tuple[Tensors | None, Optional]:
+    ) -> StageGrads:
         """The gradient of qkv, packed as qkv is."""
         assert x is not None
         qkv = split(x[0].view(-1, self.tokens, x[0].shape[1]), self.heads)
@@ -204,7 +205,7 @@ class Attention(Stage):
             dqkv = kernels.backward(self.kernel, d_out, qkv, done)
         else:
             dqkv = _again(qkv, d_out)
-        return (packed(dqkv).flatten(0, 1),), ()
+        return StageGrads((packed(dqkv).flatten(0, 1),), ())
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """As torch has it."""
@@ -301,7 +302,7 @@ class LayerNorm(Stage):
         own: Optional,
         asked: StageNeeds,
         epilogue: GradEpilogue = PLAIN,
-    ) -> tuple[Tensors | None, Optional]:
+    ) -> StageGrads:
         """dx [M, K] in x's dtype, with what passed by added and rounded once; of gamma and beta."""
         assert x is not None
         gamma, beta = own
@@ -309,20 +310,30 @@ class LayerNorm(Stage):
         assert mean is not None and rstd is not None
         if not any(asked.own):
             out = self._as(dy[0], x[0].dtype)
-            dz = dy[0].to(x[0].dtype) if out is None else dy[0]
-            dx = elementwise.layer_norm_input_grad(
-                dz, x[0], gamma, mean, rstd, epilogue.residual_grad, out
-            )
-            return (dx,), (None, None)
+            given = (x[0], gamma, mean, rstd)
+            if epilogue.low_rank:
+                out = torch.empty_like(x[0]) if out is None else out
+                beside = (epilogue.low_rank, epilogue.residual_grad, out)
+                dx = elementwise.layer_norm_expand(dy[0], *given, *beside)
+            else:
+                dz = dy[0].to(x[0].dtype) if out is None else dy[0]
+                dx = elementwise.layer_norm_input_grad(dz, *given, epilogue.residual_grad, out)
+            return StageGrads((dx,), (None, None))
         needs = (asked.x, *asked.own)
         wide, *down = elementwise.layer_norm_grads(dy[0], x[0], gamma, beta, mean, rstd, needs)
-        return None if wide is None else (wide.to(x[0].dtype),), tuple(down)
+        return StageGrads(None if wide is None else (wide.to(x[0].dtype),), tuple(down))
 
     def input_norm(self, run: StageRun, own: Optional) -> InputNorm | None:
         """From the statistics that forward left."""
         mean, rstd = run.extra
         assert mean is not None and rstd is not None
         return InputNorm(mean, rstd, *own)
+
+    def expands(self, x: Tensors, own: Optional, asked: StageNeeds, rank: int) -> bool:
+        """As a kernel of dx alone does."""
+        gamma, _ = own
+        given = ("expand_norm", x[0], self.dtype, rank, gamma)
+        return not any(asked.own) and elementwise.why_not_expand(*given) is None
 
     def joins(self, asked: StageNeeds) -> bool:
         """The kernel of dx alone does."""

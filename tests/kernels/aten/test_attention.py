@@ -39,7 +39,7 @@ class TestWithoutAGpu:
             assert same, "out is kept twice"
             lse = run.extra[1]
             assert lse.dtype is torch.float32 and lse.shape[:2] == (batch, heads)
-            (dqkv,), own = attend.backward((out,), (qkv,), run._replace(out=()), (), ASKED)
+            (dqkv,), own, _ = attend.backward((out,), (qkv,), run._replace(out=()), (), ASKED)
             assert dqkv.shape == qkv.shape and dqkv.dtype is dtype and own == ()
 
     @each_on_gpu
