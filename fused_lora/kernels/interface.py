@@ -117,7 +117,7 @@ class Adapters(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """The term of adapters that a product leaves to whoever reads it next: dh a of dx, s h bT of y."""
+    """The term of adapters that a product leaves to who reads it next: dh a of dx, s h bT of y."""
 
     hidden: Tensor  # [M, sum R], h or dh, of 16 bits, rows contiguous
     adapters: Adapters
