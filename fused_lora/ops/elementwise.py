@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_lora.kernels.aten import elementwise as aten
 from fused_lora.kernels.aten.elementwise import Normed
-from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.interface import Adapters, LowRank
 from fused_lora.kernels.triton import available
 from fused_lora.kernels.triton.tiles import MOST_ROW_RANKS, MOST_WIDTH
 from fused_lora.ops.backends import why_not_launch
@@ -248,10 +248,9 @@ def layer_norm_shrink(
 ) -> Made:
     """LayerNorm of each row."""
     from fused_lora.kernels.triton import lora_shrink
-    from fused_lora.kernels.triton.lora_linear import uniform
 
     x, mean, rstd, h = lora_shrink.layer_norm_shrink(
-        z, weight, bias, eps, uniform(adapters), out, h
+        z, weight, bias, eps, _uniform(adapters), out, h
     )
     return Made(x, h, (mean, rstd))
 
@@ -259,6 +258,78 @@ def layer_norm_shrink(
 def gelu_shrink(z: Tensor, kind: str, adapters: Adapters, out: Tensor, h: Tensor | None) -> Made:
     """GELU of each element."""
     from fused_lora.kernels.triton import lora_shrink
+
+    return Made(*lora_shrink.gelu_shrink(z, kind, _uniform(adapters), out, h))
+
+
+# What reads a product next, and adds the low-rank term that the product left out: by Triton's
+# kernels where this device has found them right.
+#
+#     dx of LayerNorm, whose output's gradient is dy + dh a      y = residual + factor (z + s h bT)
+#
+# There is no other server: where they cannot, whoever forms the product adds the term.
+
+
+def why_not_expand(
+    kernel: str,  # expand_norm or expand_residual
+    z: Tensor,  # [M, C], the product
+    dtype: torch.dtype,  # of the term's operands
+    rank: int,  # sum R
+    *others: Tensor | None,  # whatever else it reads, matrices and vectors
+) -> str | None:
+    """One sentence why the term of a product is not left to ``kernel``; None when it may be."""
+    if dtype.itemsize != 2:
+        return f"it forms a term of 16-bit operands, not of {dtype}"
+    if not 0 < rank <= MOST_ROW_RANKS:
+        return f"it holds {MOST_ROW_RANKS} ranks in all, and they sum to {rank}"
+    for t in (z, *others):
+        if t is not None and (t.dtype not in available.DTYPES or t.stride(-1) != 1):
+            return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
+    rows, columns = z.shape
+    sizes = (rank, columns) if kernel == "expand_norm" else (columns, rank)
+    return why_not_launch(kernel, rows, *sizes, z, dtype)
+
+
+def layer_norm_expand(
+    dy: Tensor,  # [M, D], without the term
+    x: Tensor,  # [M, D]
+    weight: Tensor | None,  # [D]
+    mean: Tensor,  # [M], fp32
+    rstd: Tensor,  # [M], fp32
+    low_rank: LowRank,  # dh
+    residual: Tensor | None = None,  # [M, D]; added
+    out: Tensor | None = None,  # [M, D], any float dtype
+) -> Tensor:
+    """dx, in dy's dtype or ``out``'s."""
+    from fused_lora.kernels.triton import lora_expand
+    from fused_lora.kernels.triton.launches import tile_of
+
+    hidden, adapters = low_rank
+    (rows, ranks), columns = hidden.shape, dy.shape[1]
+    tile = tile_of("expand_norm", rows, ranks, columns, hidden.dtype, hidden.device)
+    norm = (dy, x, weight, mean, rstd)
+    return lora_expand.layer_norm_expand(*norm, hidden, _uniform(adapters), residual, out, tile)
+
+
+def residual_expand(
+    z: Tensor,  # [M, N], without the term
+    low_rank: LowRank,  # h
+    residual: Tensor,  # [M, N]
+    factor: Tensor | None = None,  # [N], LayerScale
+) -> Tensor:
+    """y [M, N] in the wider dtype of z and the residual; z itself where that is its dtype."""
+    from fused_lora.kernels.triton import lora_expand
+    from fused_lora.kernels.triton.launches import tile_of
+
+    hidden, adapters = low_rank
+    (rows, ranks), columns = hidden.shape, z.shape[1]
+    tile = tile_of("expand_residual", rows, columns, ranks, hidden.dtype, hidden.device)
+    out = z if z.dtype is torch.promote_types(z.dtype, residual.dtype) else None
+    given = (z, hidden, _uniform(adapters), residual, factor, out, tile)
+    return lora_expand.residual_expand(*given)
+
+
+def _uniform(adapters: Adapters) -> Adapters:
     from fused_lora.kernels.triton.lora_linear import uniform
 
-    return Made(*lora_shrink.gelu_shrink(z, kind, uniform(adapters), out, h))
+    return uniform(adapters)

@@ -151,6 +151,14 @@ def of_rows(width: int) -> tuple[Shape, ...]:
     return Shape(21, width, 1, one, bias=False, wide=True, inside=0), narrow
 
 
+def of_ranks(block: int) -> tuple[Shape, ...]:
+    """As ``SHAPES``, with ranks of three adapters that fill a block of them."""
+    odd, whole = SHAPES
+    ranks = (block // 4, block // 4, block // 2)
+    spans = tuple(replace(span, rank=r) for span, r in zip(whole.spans, ranks, strict=True))
+    return odd, replace(whole, spans=spans)
+
+
 def _operands(
     shape: Shape,
     dtype: torch.dtype,

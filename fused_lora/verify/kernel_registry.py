@@ -34,6 +34,7 @@ from fused_lora.verify.check import (
     compare_exact,
     equations,
     gradients,
+    of_ranks,
     of_rows,
     problems,
     stochastic,
@@ -51,6 +52,7 @@ EXACT = (  # products and sums alone
     *("shrink", "extended", "one_pass", "grad", "merge", "merge_many"),
     *("extended_scale", "extended_wide", "one_pass_scale", "one_pass_wide"),
 )
+HOLD_RANKS = ("shrink_norm", "shrink_gelu")  # every rank in one tile
 GRADIENTS = {  # of x as it is given, and formed of what is given in its place
     "": (launch_checks.grads, gradients),
     "gelu": (launch_checks.grads_gelu, gradients_gelu),
@@ -117,7 +119,10 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
     draws = merged.get(launch.kernel)
     noisy = None if draws is None else partial(draws, tile=launch.tile, noise=NOISE)
     shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
-    shapes = launch_checks.WHOLE if launch.kernel.startswith("extended_grads") else shapes
+    if launch.kernel.startswith("extended_grads"):
+        shapes = launch_checks.WHOLE
+    elif launch.kernel in HOLD_RANKS:
+        shapes = of_ranks(launch.tile.block_r)  # type: ignore[union-attr]
     truth = partial(equations, kernel=launch.kernel)
     run, exact = partial(launch_checks.run, launch), launch.kernel in EXACT
     recipe = (__name__, "of_launch", launch, dtype)

@@ -103,6 +103,8 @@ def _tile(name: str, row: object) -> MeasuredTile | None:
 # grad_dropout      sum R K        M       likewise
 # shrink_norm       M     sum R    K       LayerNorm, which makes x, and h of it
 # shrink_gelu       M     sum R    K       GELU of both kinds, likewise
+# expand_norm       M     sum R    D       dx of LayerNorm, with a low-rank term of its dy
+# expand_residual   M     N        sum R   a residual and LayerScale, with a low-rank term of z
 # merge_many        any                    every matrix of a table
 # quantise          M     K                codes and scales of x
 # layer_norm        M     D                forward, rebuilding and dx
@@ -248,6 +250,8 @@ def _least_cost(
         if suffix in ("norm", "gelu"):
             return tiles.row_shrink_tile(columns, suffix == "norm")
         return tiles.thin_tile(rows, columns, size, device, dropout)
+    if name == "expand":
+        return tiles.expand_tile(columns if suffix == "norm" else depth)
     if name == "grad":
         return tiles.grad_tile(rows, size, dropout)
     if name in ("layer", "quantise"):
