@@ -122,10 +122,3 @@ class Adapters(NamedTuple):
     def stacked_a(self) -> Tensor:
         """All a, [sum R, K]."""
         return self.a[0] if len(self.a) == 1 else torch.cat(tuple(self.a))
-
-
-class LowRank(NamedTuple):
-    """The term of adapters that a product leaves to who reads it next: dh a of dx, s h bT of y."""
-
-    hidden: Tensor  # [M, sum R], h or dh, of 16 bits, rows contiguous
-    adapters: Adapters
