@@ -191,7 +191,8 @@ def why_not_previous(
     Those are da of its own linear, and db of the one that made u.
     """
     rank = sum(span.rank for span in spans)
-    if reason := compiled_grads.why_not_previous(previous.linear, dy, w, rank, needs, plan):
+    given = (previous.linear, dy, w, rank, needs, plan, dtype)
+    if reason := compiled_grads.why_not_previous(*given):
         return reason
     n, k = w.shape
     if plan.backend is Backend.ATEN:  # whose dx was left open for it
@@ -217,7 +218,8 @@ def why_not_activated(
     """One sentence why no gradients form x = GELU(u) as they read u; None when some do."""
     if reason := _why_not_formed(dy, needs, plan):
         return reason
-    return compiled_grads.why_not_activated(dy, _grad_shape(dy, w, spans, needs, plan, dtype))
+    shape = _grad_shape(dy, w, spans, needs, plan, dtype)
+    return compiled_grads.why_not_activated(shape, dtype, dy.device)
 
 
 def why_not_normed(

@@ -132,7 +132,13 @@ def _with_previous(
 
 
 def why_not_previous(
-    previous: PreviousLinear, dy: Tensor, w: Tensor, ranks: int, needs: Needs, plan: Plan
+    previous: PreviousLinear,
+    dy: Tensor,
+    w: Tensor,
+    ranks: int,
+    needs: Needs,
+    plan: Plan,
+    dtype: torch.dtype,  # of dy as it is multiplied
 ) -> str | None:
     """One sentence why ``_with_previous`` has nothing for these; None where it has."""
     if not forms_gradients(plan):
@@ -141,8 +147,8 @@ def why_not_previous(
         return f"h is kept and dh written by the compiled gradients, and the plan is {plan}"
     if needs.w or not (needs.a and needs.b):
         return "a and b train, and w does not"
-    if dy.dtype.itemsize != 2:
-        return f"its tiles are of 16 bits, not of {dy.dtype}"
+    if dtype.itemsize != 2:
+        return f"its tiles are of 16 bits, not of {dtype}"
     n, k = w.shape
     before = previous.adapters.rank
     depth = n if plan.backend is Backend.TRITON else 0
@@ -155,7 +161,7 @@ def why_not_previous(
         return "the previous adapters are of several dtypes"
     alone = GradShape(0, n, ranks, h_given=True, needs_a=False, needs_bias=needs.bias)
     alone = alone._replace(writes_dh=True)
-    fits = fitting(alone, Chip.of(dy.device)).writes_dh and _trusted(alone, dy)
+    fits = fitting(alone, Chip.of(dy.device)).writes_dh and _trusted(alone, dtype, dy.device)
     return None if fits else "no block forms dh beside db, or it is not checked, or found wrong"
 
 
@@ -178,11 +184,11 @@ def adapter_grads(
 ) -> Grads:
     """da, db and dbias, each in its own operand's dtype."""
     call = GradCall(x, dy, adapters, needs, h, dh, writes_dh=dh_out is not None)
-    if activation != "none" and why_not_activated(dy, call.shape):
+    if activation != "none" and why_not_activated(call.shape, dy.dtype, dy.device):
         x, activation = activated(x, activation), "none"
     if norm is not None and x is not None and why_not_normed(norm, x, dy, call.shape):
         x, norm = normed(x, norm), None
-    if why_not_dtype(dy.dtype) or not _trusted(call.shape, dy):
+    if why_not_dtype(dy.dtype) or not _trusted(call.shape, dy.dtype, dy.device):
         low = adapters.to(dy.dtype)
         dh = dh if dh_out is None else aten.shrink_grad(dy, low, dh_out)
         a, b = aten.rank_grads(dy, x, h, dh, adapters, low, needs)
@@ -201,24 +207,26 @@ def adapter_grads(
     return found._replace(a=_as(found.a, adapters.a), b=_as(found.b, adapters.b))
 
 
-def why_not_activated(dy: Tensor, shape: GradShape) -> str | None:
+def why_not_activated(shape: GradShape, dtype: torch.dtype, device: torch.device) -> str | None:
     """One sentence why the kernel does not form x = GELU(u) as it reads u; None when it does."""
-    if shape.tf32 or dy.dtype.itemsize != 2:
-        return f"it forms x of a u of 16 bits, not of {dy.dtype}"
-    return _why_not_formed(dy, shape, "gelu")
+    if shape.tf32 or dtype.itemsize != 2:
+        return f"it forms x of a u of 16 bits, not of {dtype}"
+    return _why_not_formed(shape, dtype, device, "gelu")
 
 
 def why_not_normed(norm: InputNorm, z: Tensor, dy: Tensor, shape: GradShape) -> str | None:
     """One sentence why the kernel does not form x, the LayerNorm of ``z``, as it reads z."""
     if z.dtype is not dy.dtype:
         return f"it forms x of a z of dy's dtype, {dy.dtype}, not of {z.dtype}"
-    return why_not_norm(norm, z) or _why_not_formed(dy, shape, "norm")
+    return why_not_norm(norm, z) or _why_not_formed(shape, dy.dtype, dy.device, "norm")
 
 
-def _why_not_formed(dy: Tensor, shape: GradShape, source: str) -> str | None:
-    if fitting(shape, Chip.of(dy.device)).h_given and shape.needs_b and not shape.h_given:
+def _why_not_formed(
+    shape: GradShape, dtype: torch.dtype, device: torch.device, source: str
+) -> str | None:
+    if fitting(shape, Chip.of(device)).h_given and shape.needs_b and not shape.h_given:
         return "no block holds h, which the library forms of x"
-    return None if _trusted(shape, dy, source) else "it is not checked, or found wrong"
+    return None if _trusted(shape, dtype, device, source) else "it is not checked, or found wrong"
 
 
 def activated(u: Tensor | None, activation: str) -> Tensor:
@@ -238,10 +246,10 @@ def normed(z: Tensor | None, norm: InputNorm) -> Tensor:
     return elementwise.layer_norm_rebuild(z, gamma, beta, mean, rstd)
 
 
-def _trusted(shape: GradShape, like: Tensor, source: str = "") -> bool:
-    subject = checked(shape, like.dtype, like.device, source)
+def _trusted(shape: GradShape, dtype: torch.dtype, device: torch.device, source: str = "") -> bool:
+    subject = checked(shape, dtype, device, source)
     try:
-        return subject is not None and verdict(subject, like.device).passed
+        return subject is not None and verdict(subject, device).passed
     except CannotVerifyNow:
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,12 +29,20 @@ class Work(NamedTuple):
 
 
 def work(call: Call) -> Work:
-    """Of one call, from the sizes of what it reads and gives; what it adds to counts as both."""
+    """Of one call, from the sizes of what it reads and gives; what it adds to counts as both.
+
+    So does what is given to be read and to be written, as two arguments.
+    """
     name = name_of(call)
     if is_view(call) or name in ALLOCATIONS:
         return Work(0, 0)
     written = {id(value): value.nbytes for value in call.writes}
-    read = {id(value): value.nbytes for value in call.reads if id(value) not in written}
+    given = Counter(map(id, call.reads))
+    read = {
+        id(value): value.nbytes
+        for value in call.reads
+        if id(value) not in written or given[id(value)] > 1
+    }
     moved = 0 if name in FILLS else sum(read.values())
     moved += (1 + _accumulates(call)) * sum(written.values())
     moved += sum(out.nbytes for out in call.outs if out is not None)

@@ -378,9 +378,9 @@ class LinearStage(Stage):
             question = (like, w, own[1] is not None, frame.spans, needs, traits, None, frame.impl)
             context = FusionContext(bordered=around.bordered, shrunk=around.shrunk)
             return call_plan(*question, self.dtype, context)
-        if previous and plan.dx is Forward.OPEN:
-            if why_not_previous(*previous, like, w, frame.spans, needs, plan, self.dtype, traits):
-                return self._plan_for(like, own, asked, around._replace(input_expanded=False), None)
+        given = (like, w, frame.spans, needs, plan, self.dtype, traits)
+        if previous and plan.dx is Forward.OPEN and why_not_previous(*previous, *given):
+            return self._plan_for(like, own, asked, around._replace(input_expanded=False), None)
         return plan
 
     def reads_input(self, run: StageRun, asked: StageNeeds) -> bool:
