@@ -29,22 +29,18 @@ class Work(NamedTuple):
 
 
 def work(call: Call) -> Work:
-    """Of one call, from the sizes of what it reads and gives; what it adds to counts as both.
+    """Of one call, from the sizes of what it reads and gives.
 
-    So does what is given to be read and to be written, as two arguments.
+    What it adds to counts as both, and so does what it is given twice, to read and to write.
     """
     name = name_of(call)
     if is_view(call) or name in ALLOCATIONS:
         return Work(0, 0)
     written = {id(value): value.nbytes for value in call.writes}
-    given = Counter(map(id, call.reads))
-    read = {
-        id(value): value.nbytes
-        for value in call.reads
-        if id(value) not in written or given[id(value)] > 1
-    }
+    read = {id(value): value.nbytes for value in call.reads if id(value) not in written}
+    given, adds = Counter(map(id, call.reads)), _accumulates(call)
     moved = 0 if name in FILLS else sum(read.values())
-    moved += (1 + _accumulates(call)) * sum(written.values())
+    moved += sum((1 + (adds or given[key] > 1)) * nbytes for key, nbytes in written.items())
     moved += sum(out.nbytes for out in call.outs if out is not None)
     if name not in PRODUCTS:
         return Work(0, moved)

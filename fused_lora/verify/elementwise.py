@@ -35,14 +35,18 @@ def narrow(x: Tensor) -> Tensor:
 
 def _layer_norm(p: Operands) -> Named:
     """n, and dx with a gradient that joins; wrong statistics would show in what reads them."""
-    y, *statistics = torch.native_layer_norm(p.x, p.x.shape[1:], p.gamma, p.beta, EPS)
-    asked = [True, False, False]
-    dx = torch.ops.aten.native_layer_norm_backward(
-        narrow(p.x), p.x, p.x.shape[1:], *statistics, p.gamma, p.beta, asked
-    )[0]
+    y = torch.native_layer_norm(p.x, p.x.shape[1:], p.gamma, p.beta, EPS)[0]
+    dx = _norm_grad(p, narrow(p.x))
     low = y.bfloat16() if y.dtype is torch.float32 else y
     named = {"n": y, "n again": y, "n in bfloat16": low}
     return named | {"dx": dx + other(p.x, 2), "dx of bfloat16": dx}
+
+
+def _norm_grad(p: Operands, dy: Tensor) -> Tensor:
+    """dx of LayerNorm of x."""
+    _, *statistics = torch.native_layer_norm(p.x, p.x.shape[1:], p.gamma, p.beta, EPS)
+    given = (dy, p.x, p.x.shape[1:], *statistics, p.gamma, p.beta, [True, False, False])
+    return torch.ops.aten.native_layer_norm_backward(*given)[0]  # type: ignore[no-any-return]
 
 
 def _slope(u: Tensor, dy: Tensor, kind: str) -> Tensor:
@@ -103,6 +107,23 @@ def _shrink_gelu(p: Operands) -> Named:
     """g of both kinds, and h of each."""
     made = {kind: F.gelu(p.x, approximate=approximate) for kind, approximate in KINDS.items()}
     return {**made, **{f"h of {kind}": _shrunk(p, g) for kind, g in made.items()}}
+
+
+def _expand_norm(p: Operands) -> Named:
+    """dx of LayerNorm with a low-rank term in its dy, and with a gradient that joins."""
+    alone = _norm_grad(p, other(p.x) + _terms(p)["dx"])
+    return {"dx alone": alone, "dx": alone + other(p.x, 2)}
+
+
+def _expand_residual(p: Operands) -> Named:
+    """A residual beside dy with a low-rank term, which is scaled and which is not."""
+    y = p.dy + _terms(p)["y"]
+    return {"y alone": other(p.dy) + y, "y": other(p.dy) + p.factor * y}
+
+
+def _terms(p: Operands) -> Named:
+    """What adapters add to y and to dx."""
+    return products(replace(p, w=torch.zeros_like(p.w), bias=None))
 
 
 def gradients_gelu(p: Operands) -> Named:
@@ -175,6 +196,8 @@ EQUATIONS: dict[str, Callable[[Operands], Named]] = {
     "shrink_dropout": _shrink_dropout,
     "shrink_norm": _shrink_norm,
     "shrink_gelu": _shrink_gelu,
+    "expand_norm": _expand_norm,
+    "expand_residual": _expand_residual,
     "grad_dropout": _grad_dropout,
     "quantise": _quantise,
     "extended_fp8": _extended_fp8,

@@ -50,9 +50,10 @@ DTYPES = {
 }
 EXACT = (  # products and sums alone
     *("shrink", "extended", "one_pass", "grad", "merge", "merge_many"),
-    *("extended_scale", "extended_wide", "one_pass_scale", "one_pass_wide"),
+    *("extended_scale", "extended_wide", "one_pass_scale", "one_pass_wide", "expand_residual"),
 )
-HOLD_RANKS = ("shrink_norm", "shrink_gelu")  # every rank in one tile
+OF_RANKS = ("shrink_norm", "shrink_gelu", "expand_norm")  # every rank in one tile, any depth
+HOLD_RANKS = (*OF_RANKS, "expand_residual")
 GRADIENTS = {  # of x as it is given, and formed of what is given in its place
     "": (launch_checks.grads, gradients),
     "gelu": (launch_checks.grads_gelu, gradients_gelu),
@@ -232,9 +233,12 @@ def epilogues(dtype: torch.dtype, device: torch.device) -> list[Launch]:
             every = tiles.extended_grads_candidates(architecture(device))
             found += [Launch(kernel, tile) for tile in every]
     for rank in RANKS:
-        for kernel in ("shrink_dropout", *(("shrink_norm", "shrink_gelu") if low else ())):
+        for kernel in ("shrink_dropout", *(OF_RANKS if low else ())):
             tall = by_rule(kernel, ROWS[1], rank, WIDTHS[0], dtype, device)
             found.append(Launch(kernel, tall))
+        if low:
+            tall = by_rule("expand_residual", ROWS[1], WIDTHS[0], rank, dtype, device)
+            found.append(Launch("expand_residual", tall))
         wide = by_rule("grad_dropout", rank, WIDTHS[0], ROWS[1], dtype, device)
         found.append(Launch("grad_dropout", wide))
     return list(dict.fromkeys(found))

@@ -73,9 +73,7 @@ def grads_gelu(p: Operands, example: GradShape) -> Named:
 def grads_norm(p: Operands, example: GradShape) -> Named:
     """Those of LayerNorm(x), which the kernel forms as it reads x."""
     named: dict[str, Tensor] = {}
-    wide = p.x.float()
-    mean = wide.mean(1)
-    rstd = (wide.var(1, correction=0) + EPS).rsqrt()
+    wide, (mean, rstd) = p.x.float(), _statistics(p.x)
     for which, (gamma, beta) in vectors_of_norm(p).items():
         n = (wide - mean[:, None]) * rstd[:, None]
         n = n if gamma is None else n * gamma
@@ -88,6 +86,12 @@ def grads_norm(p: Operands, example: GradShape) -> Named:
             found = _flat(lora_grads(p.x, p.dy, p.adapters, Needs(bias=True), norm=norm, **how))
             named |= {f"{name} of {which}{way}": t for name, t in found.items()}
     return named
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and rstd [M] of a LayerNorm of x."""
+    wide = x.float()
+    return wide.mean(1), (wide.var(1, correction=0) + EPS).rsqrt()
 
 
 def _few(p: Operands) -> Chip:
@@ -310,6 +314,31 @@ def _shrink_gelu(p: Operands, tile: Any) -> Named:
     return named
 
 
+def _expand_norm(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_expand import layer_norm_expand
+
+    named: dict[str, Tensor] = {}
+    dy, statistics, dh = other(p.x), _statistics(p.x), thin(p)[1]
+    for way, x in {"": p.x, ", of float32": p.x.float()}.items():  # as autocast has it
+        given = (dy, x, p.gamma, *statistics, dh, p.adapters)
+        named[f"dx alone{way}"] = layer_norm_expand(*given, out=torch.empty_like(x), tile=tile)
+        named[f"dx{way}"] = layer_norm_expand(*given, other(x, 2), _left(x), tile)
+    return named
+
+
+def _expand_residual(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_expand import residual_expand
+
+    named: dict[str, Tensor] = {}
+    for way, residual in {"": other(p.dy), ", of float32": other(p.dy).float()}.items():
+        given = (thin(p)[0], p.adapters, residual)
+        named[f"y alone{way}"] = residual_expand(p.dy, *given, tile=tile)
+        z = p.dy.clone() if residual.dtype is p.dy.dtype else p.dy
+        out = z if z is not p.dy else None  # as chains have it: z is written where it can be
+        named[f"y{way}"] = residual_expand(z, *given, p.factor, out, tile)
+    return named
+
+
 def _grad_dropout(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_grad import a_grads
 
@@ -418,6 +447,8 @@ RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "shrink_dropout": _shrink_dropout,
     "shrink_norm": _shrink_norm,
     "shrink_gelu": _shrink_gelu,
+    "expand_norm": _expand_norm,
+    "expand_residual": _expand_residual,
     "grad_dropout": _grad_dropout,
     "merge_many": _merge_many,
     "quantise": _quantise,

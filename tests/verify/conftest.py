@@ -30,6 +30,8 @@ RESULTS = {
     "shrink_dropout": ("h",),
     "shrink_norm": ("n", "h"),
     "shrink_gelu": ("erf", "tanh", "h of erf", "h of tanh"),
+    "expand_norm": ("dx alone", "dx"),
+    "expand_residual": ("y alone", "y"),
     "grad_dropout": ("da",),
     "layer_norm": ("n", "n again", "dx"),
     "gelu": ("erf", "erf du", "tanh", "tanh du"),

@@ -23,6 +23,8 @@ ELEMENTWISE = {
     *(
         "shrink_norm",
         "shrink_gelu",
+        "expand_norm",
+        "expand_residual",
         "extended_wide",
         "one_pass_scale",
         "one_pass_wide",

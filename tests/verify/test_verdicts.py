@@ -51,6 +51,8 @@ ELEMENTWISE = {
     "shrink_dropout": TILES["shrink"],
     "shrink_norm": TILES["shrink"],
     "shrink_gelu": TILES["shrink"],
+    "expand_norm": TILES["shrink"],
+    "expand_residual": TILES["shrink"],
     "grad_dropout": TILES["grad"],
     "merge_many": MergeTile(),
     "layer_norm": row_tile(200),

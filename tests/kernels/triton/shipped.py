@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import (
     elementwise,
+    lora_expand,
     lora_extended,
     lora_grad,
     lora_linear_fp8,
@@ -31,6 +32,7 @@ from fused_lora.kernels.triton.tiles import (
     PACK,
     MergeTile,
     candidates,
+    expand_tile,
     extended_grads_candidates,
     grad_tile,
     one_pass_candidates,
@@ -87,6 +89,7 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         yield from pack_launches(x.dtype)
     yield from merge_launches(x)
     yield from row_shrink_launches(x)
+    yield from expand_launches(x)
     yield from dropout_launches(x, arch)
     yield from gemm_launches(x, arch)
     yield from one_pass_launches(x, arch)
@@ -176,6 +179,21 @@ def row_shrink_launches(x: Tensor) -> Iterator[Launch]:
         for t, kind in product(and_smaller(row_shrink_tile(a.rank, norm=False)), ("erf", "tanh")):
             run = lambda t=t, k=kind, a=a: gelu_too(x, k, a, out, tile=t)  # noqa: E731
             yield Launch("shrink_gelu", t, run)
+
+
+def expand_launches(x: Tensor) -> Iterator[Launch]:
+    """What adds low-rank terms to products of 16 bits, in a stream of the same or of fp32."""
+    if x.element_size() != 2:
+        return
+    v, s = torch.zeros(N), torch.zeros(M)
+    norm, residual = lora_expand.layer_norm_expand, lora_expand.residual_expand
+    for a in (group(16), group(16, 16, 16), group(12, 12, 12), group(64)):
+        h, best = x.new_zeros(M, a.rank), expand_tile(a.rank)
+        for t, z in ((best, x), (best, x.float()), (smaller(best), x)):
+            given = (x, z, v, s, s, h, a, z, torch.empty_like(z), t)
+            yield Launch("expand_norm", t, lambda g=given: norm(*g))
+            given = (x, h, a, z, v, None, t)
+            yield Launch("expand_residual", t, lambda g=given: residual(*g))
 
 
 def dropout_launches(x: Tensor, arch: int) -> Iterator[Launch]:

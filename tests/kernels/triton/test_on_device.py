@@ -20,6 +20,7 @@ from tests.kernels.triton.interpreted import test_border as border
 from tests.kernels.triton.interpreted import test_dropout as dropout
 from tests.kernels.triton.interpreted import test_gelu as gelu
 from tests.kernels.triton.interpreted import test_layer_norm as layer_norm
+from tests.kernels.triton.interpreted import test_lora_expand as expand
 from tests.kernels.triton.interpreted import test_lora_extended_bulk as bulk
 from tests.kernels.triton.interpreted import test_lora_merge_many as merges
 from tests.kernels.triton.interpreted import test_row_shrink as row_shrink
@@ -98,6 +99,14 @@ def test_rows_that_form_h(case, dtype, monkeypatch):
         row_shrink.test_layer_norm(case, dtype, wide, True, monkeypatch)
     for kind in row_shrink.KINDS:
         row_shrink.test_gelu(case, dtype, kind, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", expand.LOW, ids=str)
+@pytest.mark.parametrize("case", expand.FEW, ids=[case.why for case in expand.FEW])
+def test_terms_that_are_added_later(case, dtype, monkeypatch):
+    for wide, around in ((False, True), (True, True), (True, False)):
+        expand.test_layer_norm(case, dtype, wide, around, monkeypatch)
+        expand.test_residual(case, dtype, wide, around, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -27,6 +27,7 @@ from fused_lora.kernels import triton as room
 from fused_lora.kernels.triton import (
     border,
     elementwise,
+    lora_expand,
     lora_extended,
     lora_grad,
     lora_linear_fp8,
@@ -168,6 +169,28 @@ def _(monkeypatch):
     g, h = lora_shrink.gelu_shrink(p.x, "erf", *given)
     assert error(g, torch.nn.functional.gelu(p.x.double())) <= torch.finfo(torch.bfloat16).eps
     assert error(h, g.double() @ a.T) <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+@case_of("_norm_expand", "_residual_expand")
+def _(monkeypatch):
+    p = build(TAILS, torch.bfloat16, torch.float32)
+    a, weight = torch.cat(p.a).double(), torch.randn(43)
+    h, residual, factor = torch.randn(37, 8).to(p.x.dtype), torch.randn(37, 43), torch.randn(50)
+    average, inverse = p.x.float().mean(1), (p.x.float().var(1, correction=0) + 1e-6).rsqrt()
+    given = (p.x.flip(0), p.x, weight, average, inverse, h, adapters(p), residual)
+    dx = lora_expand.layer_norm_expand(*given, torch.empty_like(residual), THIN_TILE)
+    leaf = p.x.double().requires_grad_()
+    n = torch.nn.functional.layer_norm(leaf, (43,), weight.double(), None, 1e-6)
+    n.backward(p.x.flip(0).double() + h.double() @ a)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert error(dx, leaf.grad + residual) <= eps
+    term = torch.zeros(37, 50, dtype=torch.float64)
+    for g, columns, ranks in adapters(p).ranks():
+        term[:, columns] += p.scales[g] * h[:, ranks].double() @ p.b[g].double().T
+    z, joined = p.dy.clone(), p.dy.flip(1)
+    y = lora_expand.residual_expand(z, h, adapters(p), joined, factor, z, THIN_TILE)
+    assert y is z
+    assert error(y, joined.double() + factor.double() * (p.dy.double() + term)) <= eps
 
 
 @case_of("_merge")

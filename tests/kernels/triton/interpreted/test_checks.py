@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_lora.kernels.triton import lora_extended, lora_one_pass
+from fused_lora.kernels.triton import lora_expand, lora_extended, lora_one_pass
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
@@ -14,6 +14,7 @@ from fused_lora.kernels.triton.tiles import (
     GradTile,
     MergeTile,
     ThinTile,
+    expand_tile,
     row_shrink_tile,
     row_tile,
 )
@@ -43,6 +44,8 @@ LAUNCHES = [
     Launch("shrink_dropout", ThinTile(64, 16, 64, 4, 8)),
     *(Launch("shrink_norm", row_shrink_tile(rank, True)) for rank in (16, 48)),
     *(Launch("shrink_gelu", row_shrink_tile(rank, False)) for rank in (16, 48)),
+    *(Launch("expand_norm", expand_tile(rank)) for rank in (16, 48)),
+    *(Launch("expand_residual", expand_tile(rank)) for rank in (16, 48)),
     Launch("grad_dropout", GradTile(16, 128, 64, 4, 8)),
     Launch("merge_many", MergeTile()),
     Launch("layer_norm", row_tile(200)),
@@ -82,6 +85,33 @@ def corrupt(monkeypatch, module):
         return found
 
     monkeypatch.setattr(module, "forward", broken)
+
+
+TERM_FAULTS = {  # of h or dh, and of adapters, that a term is formed of
+    "none": lambda h, group: (h, group),
+    "no term": lambda h, group: (0 * h, group),
+    "other rows": lambda h, group: (h.roll(1, 0), group),
+    "a rank less": lambda h, group: (torch.cat((h[:, :-1], 0 * h[:, -1:]), 1), group),
+    "no scale": lambda h, group: (h, group._replace(scales=[1.0] * len(group.scales))),
+}
+
+
+@pytest.mark.parametrize("fault", TERM_FAULTS)
+@pytest.mark.parametrize("kernel", ["expand_norm", "expand_residual"])
+def test_a_wrong_term_is_caught(checking, kernel, fault):
+    name = "layer_norm_expand" if kernel == "expand_norm" else "residual_expand"
+    at = 5 if kernel == "expand_norm" else 1
+    right = getattr(lora_expand, name)
+
+    def wrong(*args, **options):
+        return right(
+            *args[:at], *TERM_FAULTS[fault](*args[at : at + 2]), *args[at + 2 :], **options
+        )
+
+    checking.setattr(lora_expand, name, wrong)
+    found = of_launch(Launch(kernel, expand_tile(16)), "bfloat16").check(CPU)
+    harmless = fault == "none" or (fault == "no scale" and kernel == "expand_norm")  # dh carries it
+    assert found.passed == harmless, str(found)
 
 
 def test_a_broken_kernel_is_caught_and_another_serves(checking):

@@ -7,12 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fused_lora.kernels.interface import Adapters
+from fused_lora.kernels.interface import Adapters, LowRank
 from fused_lora.kernels.triton import border, lora_expand
 from fused_lora.kernels.triton.tiles import MOST_ROW_RANKS, expand_tile
+from fused_lora.ops import elementwise
+from fused_lora.programs.describe import name_of, work
+from fused_lora.programs.program import InputSpec
+from fused_lora.programs.program import build as build_program
 from fused_lora.testing.yardstick import judge
 from tests.kernels.triton.cases import CASES, THIN_TILE, Case, adapters, build, lowered
 from tests.kernels.triton.guards import fenced
+from tests.kernels.triton.interpreted.serving import serving  # noqa: F401
+from tests.programs.test_record import Op
 
 LOW = (torch.bfloat16, torch.float16)
 EPS = 1e-6
@@ -138,6 +144,49 @@ def test_no_sum_of_large_numbers_is_lost():
     lora_expand.layer_norm_expand(*given, None, out, THIN_TILE)
     truth = input_grad(p.double(), x, p.x, dh, None, None, torch.float64)
     assert (out - truth).abs().max() <= 2e-2 * truth.abs().max()
+
+
+def test_programs_give_the_same_bits_and_count_what_is_moved(serving):  # noqa: F811
+    """z, which y is written over, is read and written."""
+    p = build(FEW[3], torch.bfloat16, torch.float32)
+    group, mean, rstd = adapters(p), *statistics(p.x)
+    groups, h = len(group.spans), hidden(p, p.x.dtype).contiguous()
+    weight = torch.randn(p.x.shape[1])
+
+    def ahead(x, dy, h, weight, mean, rstd, *ab):
+        low = LowRank(h, group._replace(a=ab[:groups], b=ab[groups:]))
+        dx = elementwise.layer_norm_expand(x, x, weight, mean, rstd, low, x)
+        return (dx, elementwise.residual_expand(dy.exp(), low, dy)), ((), None)
+
+    tensors = p.x, p.dy, h, weight, mean, rstd, *group.a, *group.b
+    program = build_program(Op(ahead), [InputSpec.of(t, False) for t in tensors])
+    found = program.forward(*tensors)
+    assert all(map(torch.equal, found, ahead(*tensors)[0]))
+    moved = {name_of(call): work(call).nbytes for call in program.calls if not call.view}
+    thin = [sum(t.nbytes for t in half) + h.nbytes for half in (group.a, group.b)]
+    norm = weight.nbytes + mean.nbytes + rstd.nbytes
+    assert moved["norm_expand"] == 2 * p.x.nbytes + thin[0] + norm
+    assert moved["residual_expand"] == 3 * p.dy.nbytes + thin[1]
+
+
+def test_why_not(serving):  # noqa: F811
+    p = build(FEW[1], torch.bfloat16, torch.float32)
+    z, none = p.dy, None
+    for kernel in ("expand_norm", "expand_residual"):
+        ask = lambda *others, z=z, dtype=z.dtype, rank=5, k=kernel: elementwise.why_not_expand(  # noqa: E731
+            k, z, dtype, rank, *others
+        )
+        assert ask(z.float(), none, z[0].float()) is None
+        for said, found in {
+            "16-bit operands, not of torch.float32": ask(dtype=torch.float32),
+            "64 ranks in all, and they sum to 65": ask(rank=65),
+            "and they sum to 0": ask(rank=0),
+            "got torch.float64": ask(none, z.double()),
+            "(1, 197)": ask(z=z.t().contiguous().t()),
+            "got torch.bfloat16 (93,)": ask(z[:, 0]),
+            "nothing to launch": ask(z=z[:0]),
+        }.items():
+            assert said in found
 
 
 @pytest.mark.parametrize("change, said", [("rank", "65"), ("dtype", "float32")])
