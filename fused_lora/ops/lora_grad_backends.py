@@ -122,7 +122,8 @@ def _with_previous(
     else:
         through = (activation_grad.activation, activation_grad.u, previous.h, previous.adapters)
         made = triton.activation_grad_and_slices(dy @ w, adapters, dh, *through)
-        triton.add_blocks(made.hidden, previous.adapters, previous.dh)
+        assert made.hidden is not None
+        triton.add_blocks(made.hidden, previous.adapters, dy.dtype, previous.dh)
     own, k = adapters.uniform(ADAPTERS), w.shape[1]
     a: list[Tensor | None] = [torch.empty_like(a_g) for a_g in own.a]
     add_slices(made.a, k, 0, own, Grads(None, None, None, a, [None] * len(a)))

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_lora.kernels.interface import Adapters
 from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.reference.dropout import dropout
+from fused_lora.types import Span
 from fused_lora.verify.check import Named, Operands, flat, gradients, products, thin
 
 # What the partners of a product should compute of one problem, by plain torch in its own dtype.
@@ -74,13 +76,36 @@ def _extended_gelu(p: Operands) -> Named:
 
 def _extended_grads(p: Operands) -> Named:
     """du behind an activation of x = u, da of act(u) and duT h, both transposed."""
-    (h, dh), dx = thin(p), products(p)["dx"]
+    return _grads_behind(p, products(p)["dx"])
+
+
+def _gelu_grads(p: Operands) -> Named:
+    """Likewise of a dx that waits for dh a; and dh of the linear before."""
+    a = torch.cat(tuple(p.adapters.to(p.x.dtype).a))
+    named = dict(_grads_behind(p, narrow(p.x) + thin(p)[1] @ a))
+    for kind in KINDS:
+        made_u = replace(p, dy=named[f"{kind} du"], adapters=before(p))
+        named[f"{kind} dh before"] = thin(made_u)[1]
+    return named
+
+
+def _grads_behind(p: Operands, dx: Tensor) -> Named:
+    h, dh = thin(p)
     named: dict[str, Tensor] = {}
     for kind, approximate in KINDS.items():
         du = _slope(p.x, dx, kind)
         da = F.gelu(p.x, approximate=approximate).T @ dh
         named |= {f"{kind} du": du, f"{kind} da": da, f"{kind} db before": du.T @ h}
     return named
+
+
+def before(p: Operands) -> Adapters:
+    """Those of a linear that made x: side by side, with b of a's columns."""
+    (a, _, scales, spans), k = p.adapters, p.x.shape[1]
+    edges = [*(k * g // (len(a) + 1) for g in range(len(a))), k]
+    own = [Span(*edges[g : g + 2], span.rank) for g, span in enumerate(spans)]
+    b = [a_g[:, span.start : span.stop].t() for a_g, span in zip(a, own, strict=True)]
+    return Adapters(a, b, scales, own)
 
 
 def _product_scale(p: Operands) -> Named:
@@ -188,6 +213,8 @@ EQUATIONS: dict[str, Callable[[Operands], Named]] = {
     "extended_gelu": _extended_gelu,
     "extended_grads": _extended_grads,
     "extended_grads_tanh": _extended_grads,
+    "gelu_grads": _gelu_grads,
+    "gelu_grads_tanh": _gelu_grads,
     "extended_scale": _product_scale,
     "extended_wide": _product_scale,
     "one_pass_scale": _product_scale,

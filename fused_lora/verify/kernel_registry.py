@@ -54,6 +54,7 @@ EXACT = (  # products and sums alone
 )
 OF_RANKS = ("shrink_norm", "shrink_gelu", "expand_norm")  # every rank in one tile, any depth
 HOLD_RANKS = (*OF_RANKS, "expand_residual")
+FORM_GRADIENTS = ("extended_grads", "gelu_grads")  # in tiles of du, which are whole
 GRADIENTS = {  # of x as it is given, and formed of what is given in its place
     "": (launch_checks.grads, gradients),
     "gelu": (launch_checks.grads_gelu, gradients_gelu),
@@ -120,7 +121,7 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
     draws = merged.get(launch.kernel)
     noisy = None if draws is None else partial(draws, tile=launch.tile, noise=NOISE)
     shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
-    if launch.kernel.startswith("extended_grads"):
+    if launch.kernel.startswith(FORM_GRADIENTS):
         shapes = launch_checks.WHOLE
     elif launch.kernel in HOLD_RANKS:
         shapes = of_ranks(launch.tile.block_r)  # type: ignore[union-attr]
@@ -229,9 +230,13 @@ def epilogues(dtype: torch.dtype, device: torch.device) -> list[Launch]:
         for n in WIDTHS
     ]
     if low:
-        for kernel in ("extended_grads", "extended_grads_tanh"):
-            every = tiles.extended_grads_candidates(architecture(device))
-            found += [Launch(kernel, tile) for tile in every]
+        arch = architecture(device)
+        every = {
+            "extended_grads": tiles.extended_grads_candidates(arch),
+            "gelu_grads": tiles.gelu_grads_candidates(launch_checks.WHOLE[0].k, arch),
+        }
+        for kernel, own in every.items():
+            found += [Launch(f"{kernel}{kind}", tile) for kind in ("", "_tanh") for tile in own]
     for rank in RANKS:
         for kernel in ("shrink_dropout", *(OF_RANKS if low else ())):
             tall = by_rule(kernel, ROWS[1], rank, WIDTHS[0], dtype, device)

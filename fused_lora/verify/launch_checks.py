@@ -22,15 +22,23 @@ from fused_lora.kernels.triton.launches import Launch
 from fused_lora.reference import lora_linear_fp8 as reference
 from fused_lora.types import Needs, Span
 from fused_lora.verify.check import Named, Operands, Shape, flat, thin
-from fused_lora.verify.elementwise import DROPOUT, EPS, KINDS, narrow, other, vectors_of_norm
+from fused_lora.verify.elementwise import (
+    DROPOUT,
+    EPS,
+    KINDS,
+    before,
+    narrow,
+    other,
+    vectors_of_norm,
+)
 
 PRODUCTS = (  # ranks beyond a stage, columns of several adapters and of none in a tile; few rows
     Shape(300, 584, 520, (Span(0, 200, 5), Span(200, 328, 70), Span(400, 520, 16)), True, True, 8),
     Shape(5, 72, 88, (Span(0, 88, 24),), bias=False, wide=False, inside=0),
 )
 WHOLE = (  # columns in whole tiles; two adapters, few ranks and many rows, and the other way
-    Shape(300, 256, 192, (Span(0, 128, 12), Span(128, 192, 20)), False, True, 8),
-    Shape(5, 128, 64, (Span(0, 64, 5),), bias=False, wide=False, inside=0),
+    Shape(300, 512, 192, (Span(0, 128, 12), Span(128, 192, 20)), False, True, 8),
+    Shape(5, 256, 64, (Span(0, 64, 5),), bias=False, wide=False, inside=0),
 )
 ROWS = 197  # thirteen tiles, the last of five rows
 EVERY = ", every processor"
@@ -237,10 +245,23 @@ def _extended_gelu(p: Operands, tile: Any) -> Named:
 def _extended_grads(p: Operands, tile: Any, kind: str = "erf") -> Named:
     from fused_lora.kernels.triton.lora_grad import input_grad_and_slices
 
-    (h, dh), rank = thin(p), p.adapters.rank
-    du, *sums = input_grad_and_slices(p.dy, p.w, p.adapters, dh, kind, p.x, h, tile)
-    da, db = (slices.sum(0)[:, :rank].to(p.x.dtype) for slices in sums)
-    return {f"{kind} du": du, f"{kind} da": da, f"{kind} db before": db}
+    h, dh = thin(p)
+    return _added_up(p, input_grad_and_slices(p.dy, p.w, p.adapters, dh, kind, p.x, h, tile), kind)
+
+
+def _gelu_grads(p: Operands, tile: Any, kind: str = "erf") -> Named:
+    from fused_lora.kernels.triton.lora_grad import activation_grad_and_slices, add_blocks
+
+    (h, dh), own = thin(p), before(p)
+    made = activation_grad_and_slices(narrow(p.x), p.adapters, dh, kind, p.x, h, own, tile)
+    assert made.hidden is not None
+    dh_before = add_blocks(made.hidden, own, p.x.dtype)
+    return {**_added_up(p, made, kind), f"{kind} dh before": dh_before}
+
+
+def _added_up(p: Operands, made: Any, kind: str) -> Named:
+    da, db = (slices.sum(0)[:, : p.adapters.rank].to(p.x.dtype) for slices in (made.a, made.b))
+    return {f"{kind} du": made.du, f"{kind} da": da, f"{kind} db before": db}
 
 
 def _extended_scale(p: Operands, tile: Any) -> Named:
@@ -439,6 +460,8 @@ RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "extended_gelu": _extended_gelu,
     "extended_grads": _extended_grads,
     "extended_grads_tanh": partial(_extended_grads, kind="tanh"),
+    "gelu_grads": _gelu_grads,
+    "gelu_grads_tanh": partial(_gelu_grads, kind="tanh"),
     "extended_scale": _extended_scale,
     "extended_wide": _extended_scale,
     "one_pass_scale": _one_pass_scale,

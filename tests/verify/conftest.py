@@ -22,6 +22,8 @@ RESULTS = {
     "extended_gelu": ("u", "erf", "erf du", "tanh", "tanh du"),
     "extended_grads": ("erf du", "erf da", "erf db before"),
     "extended_grads_tanh": ("tanh du", "tanh da", "tanh db before"),
+    "gelu_grads": ("erf du", "erf da", "erf db before", "erf dh before"),
+    "gelu_grads_tanh": ("tanh du", "tanh da", "tanh db before", "tanh dh before"),
     "extended_scale": ("y", "dx"),
     "extended_wide": ("y", "dx"),
     "one_pass_scale": ("h", "dh", "y", "dx"),

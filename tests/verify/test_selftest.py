@@ -15,6 +15,8 @@ ELEMENTWISE = {
         "extended_gelu",
         "extended_grads",
         "extended_grads_tanh",
+        "gelu_grads",
+        "gelu_grads_tanh",
         "extended_scale",
         "extended_dropout",
         "shrink_dropout",

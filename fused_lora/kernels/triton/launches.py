@@ -94,6 +94,8 @@ def _tile(name: str, row: object) -> MeasuredTile | None:
 # extended_gelu     M     N        K       with GELU behind it, or its derivative behind dx
 # extended_grads    M     K        N       dx with erf's derivative, and gradients of its tiles;
 #                                          extended_grads_tanh, with that of tanh
+# gelu_grads        M     K        0       erf's derivative with gradients of its tiles, and what
+#                                          adds dh up; gelu_grads_tanh; none is ragged
 # extended_scale    M     N        K       with LayerScale and a residual behind it
 # extended_wide     M     N        K       likewise, either of them wider than x
 # one_pass_scale    M     N        K       as extended_scale; one_pass_wide as extended_wide
@@ -127,6 +129,11 @@ def extended_grads(activation: str) -> str:
     """Which launch of dx goes through this GELU's derivative and forms gradients: each has its own
     tile."""
     return "extended_grads" if activation == "erf" else f"extended_grads_{activation}"
+
+
+def gelu_grads(activation: str) -> str:
+    """Likewise, of this GELU's derivative alone."""
+    return "gelu_grads" if activation == "erf" else f"gelu_grads_{activation}"
 
 
 class Launch(NamedTuple):
@@ -209,6 +216,8 @@ def in_its_place(
     others: tuple[AnyTile, ...] = ()
     if suffix == "fp8":
         others = tiles.FP8
+    elif kernel.startswith("gelu_grads"):
+        others = tiles.gelu_grads_candidates(tile.block_n, arch)
     elif suffix.startswith("grads"):
         others = tiles.extended_grads_candidates(arch)
     elif name == "extended":
@@ -237,6 +246,8 @@ def _least_cost(
     size, dropout = dtype.itemsize, suffix == "dropout"
     if suffix == "fp8":
         return tiles.fp8_tile(rows, columns, device)
+    if kernel.startswith("gelu_grads"):
+        return tiles.gelu_grads_tile(columns, device)
     if suffix.startswith("grads"):
         return tiles.extended_grads_tile(device)
     if name == "extended":

@@ -1,4 +1,4 @@
-"""RANK gradients: of z and t alone, and in the pass of dx that goes on through GELU's derivative.
+"""RANK gradients: of z and t alone, and where GELU's derivative is taken.
 
     db_g = s_g dy[:, span_g]T h_g     da_g = dh_gT (D x), D dropout or 1
 
@@ -40,14 +40,16 @@ from fused_lora.kernels.triton.border import (
 )
 from fused_lora.kernels.triton.elementwise import gelu, gelu_grad
 from fused_lora.kernels.triton.launch import input_precision, launch, multiprocessors
-from fused_lora.kernels.triton.launches import extended_grads
+from fused_lora.kernels.triton.launches import extended_grads, gelu_grads
 from fused_lora.kernels.triton.philox import Dropout, kept
 from fused_lora.kernels.triton.tiles import (
     CONTRACTED,
     MOST_GRAD_RANKS,
+    ElementTile,
     GradTile,
     Tile,
     extended_grads_tile,
+    gelu_grads_tile,
     grad_tile,
     holds_gradients,
     power_of_two,
@@ -55,6 +57,7 @@ from fused_lora.kernels.triton.tiles import (
 
 MOST_SLICES = 64  # what pass 2 holds in registers
 REDUCE_BLOCK = 128  # elements per program of pass 2
+HIDDEN_BLOCK, HIDDEN_PARTS = 512, 16  # of dh': elements per program, blocks it reads at a time
 
 
 @triton.jit
@@ -209,6 +212,15 @@ def _slices(rows: int, blocks: int, block_m: int, device: torch.device) -> tuple
 # Tiles lie transposed, [columns, rows]: so an accumulator is, register for register, the left
 # operand of the next product, and neither x nor du passes through shared memory for it. Both are
 # rounded as they are stored before the gradients read them.
+#
+# Where the library writes dg = dy w, the derivative is a pass of its own, which adds what is left:
+#
+#     du [M, K] = act'(u) (dg + dh a)
+#     da = dhT act(u)     db' = s' duT h'     dh' = s' du b', b' [K, sum R']
+#
+# Its programs are those above without the product, of more columns. Each warp multiplies its share
+# of them by b', a tile being too short for all warps along its rows; a program leaves fp32 sums of
+# dh' over its own, which ``add_blocks`` adds in a fixed order. dg and u are held a step ahead.
 
 
 class GradSlices(NamedTuple):
@@ -217,6 +229,52 @@ class GradSlices(NamedTuple):
     du: Tensor  # [M, K]
     a: Tensor  # [slices, K, sum R], fp32: parts of da, transposed
     b: Tensor  # [slices, K, sum R'], fp32: parts of db', before its scale
+    hidden: Tensor | None = None  # [blocks, M, sum R'], fp32: parts of dh', before its scale
+
+
+@triton.jit
+def _held_as(x, like):
+    """x by the threads that hold ``like``: else GELU is formed in each layout that reads it."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=f,f,f", [x, like], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _grads_of_tile(
+    acc,  # [BLOCK_N, BLOCK_M] fp32: dx, transposed
+    a_sum,  # [BLOCK_N, ranks of dh] fp32
+    b_sum,  # [BLOCK_N, ranks of h]
+    dh,  # [M, R] from the first row of the tile, as are the next three
+    dh_row,
+    h,  # [M, R']
+    h_row,
+    u,  # [M, K] from the first column too, as is the next
+    u_row,
+    du,  # [M, K], contiguous
+    inside_m,  # whether there is such a row
+    columns,
+    ranks,
+    ranks_before,
+    ACTIVATION: tl.constexpr,
+):
+    """du of one tile, as it is rounded and stored, and both sums with its own in them."""
+    dtype: tl.constexpr = dh.dtype.element_ty
+    i, j = tl.arange(0, acc.shape[1]), tl.arange(0, acc.shape[0])
+    r, r_before = tl.arange(0, a_sum.shape[1]), tl.arange(0, b_sum.shape[1])
+    at = u + (i * u_row)[None, :] + j[:, None]
+    value = tl.load(at, mask=inside_m[None, :], other=0.0).to(tl.float32)
+    value = _held_as(value, acc)
+    out = (acc * gelu_grad(value, ACTIVATION)).to(dtype)
+    x = _held_as(gelu(value, ACTIVATION), acc).to(dtype)
+    at = h + (i * h_row)[:, None] + r_before[None, :]
+    h_tile = tl.load(at, mask=inside_m[:, None] & (r_before < ranks_before)[None, :], other=0.0)
+    at = dh + (i * dh_row)[:, None] + r[None, :]
+    dh_tile = tl.load(at, mask=inside_m[:, None] & (r < ranks)[None, :], other=0.0)
+    a_sum = tl.dot(x, dh_tile, a_sum)
+    b_sum = tl.dot(out, h_tile, b_sum)
+    tl.store(du + (i * columns)[None, :] + j[:, None], out, mask=inside_m[None, :])
+    return out, a_sum, b_sum
 
 
 @triton.jit
@@ -277,18 +335,12 @@ def _extended_grads(
             w_tile += BLOCK_K * w_row
             dy_tile += BLOCK_K
 
-        at = u + (base * u_row + n0) + (i * u_row)[None, :] + j[:, None]
-        value = tl.load(at, mask=inside_m[None, :], other=0.0).to(tl.float32)
-        out = (acc * gelu_grad(value, ACTIVATION)).to(dtype)
-        x = gelu(value, ACTIVATION).to(dtype)
-        at = h + base * h_row + (i * h_row)[:, None] + r_before[None, :]
-        h_tile = tl.load(at, mask=inside_m[:, None] & (r_before < ranks_before)[None, :], other=0.0)
-        at = dh_at + (i * dh_row)[:, None] + r[None, :]
-        dh_tile = tl.load(at, mask=inside_m[:, None] & (r < ranks)[None, :], other=0.0)
-        a_sum = tl.dot(x, dh_tile, a_sum)
-        b_sum = tl.dot(out, h_tile, b_sum)
-        at = du + (base * columns + n0) + (i * columns)[None, :] + j[:, None]
-        tl.store(at, out, mask=inside_m[None, :])
+        h_at, u_at = h + base * h_row, u + (base * u_row + n0)
+        du_at = du + (base * columns + n0)
+        _, a_sum, b_sum = _grads_of_tile(
+            acc, a_sum, b_sum, dh_at, dh_row, h_at, h_row, u_at, u_row, du_at,
+            inside_m, columns, ranks, ranks_before, ACTIVATION,
+        )  # fmt: skip
     column = (first * columns + n).to(tl.int64)[:, None]
     tl.store(a_sums + column * BLOCK_A + r[None, :], a_sum)
     tl.store(b_sums + column * BLOCK_B + r_before[None, :], b_sum)
@@ -338,7 +390,173 @@ def input_grad_and_slices(
     return GradSlices(du, *sums)
 
 
-def _slices_of(rows: int, columns: int, tile: Tile, device: torch.device) -> int:
+@triton.jit
+def _activation_grads(
+    dg,  # [M, K]
+    dg_row,
+    dh,  # [M, R]
+    dh_row,
+    border,  # a, [R, K]
+    h,  # [M, R']
+    h_row,
+    before,  # b', transposed, [R', K]
+    u,  # [M, K]
+    u_row,
+    du,  # [M, K], contiguous
+    a_sums,  # [slices, K, BLOCK_A]
+    b_sums,  # [slices, K, BLOCK_B]
+    hidden,  # [blocks, M, BLOCK_B]
+    rows,
+    columns,  # K, whole blocks of it
+    ranks,
+    ranks_before,  # R'
+    slices,
+    ACTIVATION: tl.constexpr,  # erf or tanh
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_A: tl.constexpr,  # holds all ranks
+    BLOCK_B: tl.constexpr,  # likewise R'
+    STAGES: tl.constexpr,  # which loads outside products have where the loop names it
+    WARPS: tl.constexpr,
+):
+    dtype: tl.constexpr = dg.dtype.element_ty
+    PART: tl.constexpr = BLOCK_N // WARPS  # columns of a share
+    blocks = columns // BLOCK_N
+    first, own = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    n0 = own * BLOCK_N
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    r, r_before = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
+    n = n0 + j
+    left = load_border(border, r[None, :], n[:, None], dtype)
+    shares = n0 + tl.arange(0, WARPS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+    left_before = load_border(before, r_before[None, :, None], shares, dtype)
+    a_sum = tl.zeros([BLOCK_N, BLOCK_A], tl.float32)
+    b_sum = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    hidden += own.to(tl.int64) * rows * BLOCK_B
+    for block in tl.range(
+        first, tl.cdiv(rows, BLOCK_M), slices, num_stages=STAGES, disable_licm=True
+    ):
+        m0 = block * BLOCK_M
+        base = m0.to(tl.int64)
+        inside_m = m0 + i < rows
+        dh_at = dh + base * dh_row
+        inside = inside_m[None, :] & (r < ranks)[:, None]
+        thin = tl.load(dh_at + (i * dh_row)[None, :] + r[:, None], mask=inside, other=0.0)
+        at = dg + (base * dg_row + n0) + (i * dg_row)[None, :] + j[:, None]
+        acc = tl.load(at, mask=inside_m[None, :], other=0.0).to(tl.float32)
+        acc = tl.dot(left, thin, acc)
+        h_at, u_at = h + base * h_row, u + (base * u_row + n0)
+        du_at = du + (base * columns + n0)
+        out, a_sum, b_sum = _grads_of_tile(
+            acc, a_sum, b_sum, dh_at, dh_row, h_at, h_row, u_at, u_row, du_at,
+            inside_m, columns, ranks, ranks_before, ACTIVATION,
+        )  # fmt: skip
+        at = hidden + base * BLOCK_B + (i * BLOCK_B)[None, :] + r_before[:, None]
+        parts = tl.dot(left_before, tl.reshape(out, [WARPS, PART, BLOCK_M]))
+        tl.store(at, tl.sum(parts, axis=0), mask=inside_m[None, :])
+    column = (first * columns + n).to(tl.int64)[:, None]
+    tl.store(a_sums + column * BLOCK_A + r[None, :], a_sum)
+    tl.store(b_sums + column * BLOCK_B + r_before[None, :], b_sum)
+
+
+def activation_grad_and_slices(
+    dg: Tensor,  # [M, K] of 16 bits, rows contiguous: dy w
+    adapters: Adapters | Packed,  # sum R <= 32
+    dh: Tensor,  # [M, sum R], dg's dtype, rows contiguous
+    activation: str,  # GELU: erf, tanh
+    u: Tensor,  # [M, K], dg's dtype, rows contiguous
+    h: Tensor,  # [M, sum R'] of the linear that made u, likewise; sum R' <= 32
+    before: Adapters | Packed,  # that linear's
+    tile: ElementTile | None = None,
+) -> GradSlices:
+    """du = act'(u) (dg + dh a), and what its rows and columns are parts of: da of act(u), db' of
+    h, and dh' = du b'."""
+    (rows, columns), border, other = dg.shape, of_a(adapters), of_b(before)
+    for matrix, width in ((dg, columns), (dh, border.rank), (u, columns), (h, other.rank)):
+        assert matrix.shape == (rows, width), (tuple(matrix.shape), rows, width)
+        assert matrix.stride(1) == 1, matrix.stride()
+        assert matrix.dtype is dg.dtype and dg.element_size() == 2, matrix.dtype
+    ranks = max(border.rank, other.rank)
+    assert holds_gradients(columns, 0, ranks), (columns, ranks)
+    tile = tile or gelu_grads_tile(columns, dg.device)
+    assert columns % tile.block_n == 0, (columns, tile)
+    slices = _slices_of(rows, columns, tile, dg.device)
+    block_a, block_b = (power_of_two(t.shape[1], 16, MOST_GRAD_RANKS) for t in (dh, h))
+    du = dg.new_empty(rows, columns)
+    a, b, hidden = (
+        dg.new_empty(sizes, dtype=torch.float32)
+        for sizes in (
+            *((slices, columns, block) for block in (block_a, block_b)),
+            (columns // tile.block_n, rows, block_b),
+        )
+    )
+    args = (
+        *(dg, dg.stride(0), dh, dh.stride(0), border, h, h.stride(0), other),
+        *(u, u.stride(0), du, a, b, hidden),
+        *(rows, columns, border.rank, other.rank, slices),
+    )
+    constants = dict(
+        ACTIVATION=activation,
+        **tile.arguments(),
+        BLOCK_A=block_a,
+        BLOCK_B=block_b,
+        STAGES=tile.stages,
+        WARPS=tile.warps,
+    )
+    grid = (columns // tile.block_n * slices,)
+    compiled = launch(_activation_grads, grid, dg.device, args, constants, [du, a, b, hidden])
+    if not spills.seen(compiled):
+        spills.look(compiled, gelu_grads(activation), tile, dg)
+    return GradSlices(du, a, b, hidden)
+
+
+@triton.jit
+def _add_blocks(
+    hidden,  # [blocks, M, WIDTH] fp32
+    border,  # b, transposed: its scales
+    out,  # [M, R], contiguous
+    blocks,
+    elements,  # M WIDTH
+    ranks,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,  # read at a time
+    BLOCK: tl.constexpr,
+):
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for b0 in range(0, blocks, BLOCKS):
+        b = b0 + tl.arange(0, BLOCKS)
+        inside = (b < blocks)[:, None] & (e < elements)[None, :]
+        at = hidden + b.to(tl.int64)[:, None] * elements + e[None, :]
+        total += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
+    m, r = e // WIDTH, (e % WIDTH).to(tl.int32)
+    total *= rank_scales(border, r)
+    inside = (e < elements) & (r < ranks)
+    tl.store(out + m * ranks + r, total.to(out.dtype.element_ty), mask=inside)
+
+
+def add_blocks(
+    hidden: Tensor,  # [blocks, M, 16 or more], fp32, contiguous, of ``activation_grad_and_slices``
+    before: Adapters | Packed,  # as there
+    dtype: torch.dtype,
+    out: Tensor | None = None,  # [M, sum R'], contiguous, in ``dtype``
+) -> Tensor:
+    """dh' = s' du b' [M, sum R'], its blocks added in a fixed order and rounded once."""
+    blocks, rows, width = hidden.shape
+    border = of_b(before)
+    assert border.rank <= width and hidden.is_contiguous(), (border.rank, hidden.stride())
+    out = hidden.new_empty((rows, border.rank), dtype=dtype) if out is None else out
+    assert out.shape == (rows, border.rank) and out.is_contiguous() and out.dtype is dtype
+    if rows == 0:
+        return out
+    args = (hidden, border, out, blocks, rows * width, border.rank)
+    constants = dict(WIDTH=width, BLOCKS=HIDDEN_PARTS, BLOCK=HIDDEN_BLOCK, num_warps=4)
+    grid = (triton.cdiv(rows * width, HIDDEN_BLOCK),)
+    launch(_add_blocks, grid, hidden.device, args, constants | CONTRACTED, [out])
+    return out
+
+
+def _slices_of(rows: int, columns: int, tile: Tile | ElementTile, device: torch.device) -> int:
     """The fewest slices of rows whose programs end soonest, one at a time a multiprocessor."""
     blocks, steps = columns // tile.block_n, triton.cdiv(rows, tile.block_m)
     processors = multiprocessors(device)

@@ -313,7 +313,7 @@ MOST_GRAD_RANKS = 32  # sum R of either linear, whose sums stand beside the accu
 
 def holds_gradients(columns: int, depth: int, ranks: int) -> bool:
     """Whether its tiles divide w [depth, columns], since masks would take the registers of the
-    sums, and hold gradients of so many ranks."""
+    sums, and hold gradients of so many ranks; with no depth, those of the derivative alone."""
     whole = all(columns % t.block_n == depth % t.block_k == 0 < columns for t in EXTENDED_GRADS)
     return whole and ranks <= MOST_GRAD_RANKS
 
@@ -326,6 +326,22 @@ def extended_grads_candidates(arch: int) -> tuple[Tile, ...]:
 def extended_grads_tile(device: torch.device) -> Tile:
     """The largest, since one block has a multiprocessor however few rows there are."""
     return extended_grads_candidates(architecture(device))[0]
+
+
+# GELU's derivative that forms gradients: 16 warps hide more, and spill 32 ranks from sm_100 on.
+GELU_GRADS = (ElementTile(32, 256, 2, 16), ElementTile(32, 256, 2, 8), ElementTile(32, 128, 2, 8))
+
+
+def gelu_grads_candidates(columns: int, arch: int) -> tuple[ElementTile, ...]:
+    """Of the derivative whose tiles are operands of gradients, in 16 bits: those that divide
+    ``columns``, wide ones first, which leave fewer parts of dh'."""
+    tiles = GELU_GRADS if _family(arch) < 100 else GELU_GRADS[1:]
+    return tuple(tile for tile in tiles if columns % tile.block_n == 0)
+
+
+def gelu_grads_tile(columns: int, device: torch.device) -> ElementTile:
+    """The first of them."""
+    return gelu_grads_candidates(columns, architecture(device))[0]
 
 
 # Operands of one byte: 128 of them in a row of a step.

@@ -378,10 +378,13 @@ class LinearStage(Stage):
             question = (like, w, own[1] is not None, frame.spans, needs, traits, None, frame.impl)
             context = FusionContext(bordered=around.bordered, shrunk=around.shrunk)
             return call_plan(*question, self.dtype, context)
-        given = (like, w, frame.spans, needs, plan, self.dtype, traits)
-        if previous and plan.dx is Forward.OPEN and why_not_previous(*previous, *given):
-            return self._plan_for(like, own, asked, around._replace(input_expanded=False), None)
-        return plan
+        if previous is None or plan.dx is not Forward.OPEN:
+            return plan
+        before, kind = previous
+        given = (frame.spans, needs, plan, self.dtype, traits)
+        if why_not_previous(before, kind, like, w, *given) is None:
+            return plan
+        return self._plan_for(like, own, asked, around._replace(input_expanded=False), None)
 
     def reads_input(self, run: StageRun, asked: StageNeeds) -> bool:
         """Whether some frame's gradients read x."""

@@ -26,7 +26,14 @@ from fused_lora.ops.lora_linear import Frame
 from fused_lora.plan import cost_kernels
 from fused_lora.plan.problem import Problem
 from fused_lora.plan.strategies import ROUNDS_ONCE
-from fused_lora.programs.describe import described, is_view, launches, name_of, work
+from fused_lora.programs.describe import (
+    ALLOCATIONS,
+    described,
+    is_view,
+    launches,
+    name_of,
+    work,
+)
 from fused_lora.programs.program import InputSpec, Program, build
 from fused_lora.programs.record import Call, Value
 from fused_lora.types import Backend, Impl, Plan, Span
@@ -268,7 +275,7 @@ def test_what_is_no_pass_of_its_own(h200, monkeypatch, serves):
             for call in program.calls_back
             if not is_view(call) and any(is_thin(out) for out in call.outs if out is not None)
         ]
-        assert all(name_of(call) == "new_empty" for call in thin), shown([program])
+        assert all(name_of(call) in ALLOCATIONS for call in thin), shown([program])
         assert "shrink" not in back and "add_" not in back
         # GELU of u is formed where du is; its derivative is an epilogue, or forms gradients itself
         assert not [name for name in back if "gelu" in name]

@@ -23,7 +23,7 @@ from fused_lora.kernels.triton import lora_merge as merging
 from fused_lora.kernels.triton.border import Packed, packed, packed_together, packing
 from fused_lora.kernels.triton.launch import multiprocessors
 from fused_lora.kernels.triton.launches import Launch as Chosen
-from fused_lora.kernels.triton.launches import extended_grads
+from fused_lora.kernels.triton.launches import extended_grads, gelu_grads
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.philox import dropout
 from fused_lora.kernels.triton.tiles import (
@@ -34,6 +34,7 @@ from fused_lora.kernels.triton.tiles import (
     candidates,
     expand_tile,
     extended_grads_candidates,
+    gelu_grads_candidates,
     grad_tile,
     one_pass_candidates,
     row_shrink_tile,
@@ -94,6 +95,7 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     yield from gemm_launches(x, arch)
     yield from one_pass_launches(x, arch)
     yield from extended_grads_launches(x, arch)
+    yield from gelu_grads_launches(x, arch)
     for adapters in (group(64, 64, 64), group(12, 12, 12)):
         yield from fp8_launches(x, arch, adapters)
     yield from ragged_launches(x, arch)
@@ -254,6 +256,22 @@ def extended_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
             lora_grad.input_grad_and_slices(x, w, a, h, k, x, h, t)
         )
         yield Launch(extended_grads(kind), t, run)
+
+
+def gelu_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
+    """GELU's derivative with gradients, likewise, of adapters as they lie; and what adds dh up."""
+    if x.element_size() != 2:
+        return
+    every = (group(16), group(32), group(32).to(x.dtype), group(12, 12))
+    for t, a, kind in product(gelu_grads_candidates(K, arch), every, ("erf", "tanh")):
+        h = x.new_zeros(M, a.rank)
+        given = (x, a, h, kind, x, h, a, t)
+        run = lambda given=given: lora_grad.activation_grad_and_slices(*given)  # noqa: E731
+        yield Launch(gelu_grads(kind), t, run)
+    for a, width in ((group(16), 16), (group(12, 12), 32)):
+        hidden = torch.zeros(K // 256, M, width)
+        run = lambda a=a, hidden=hidden: lora_grad.add_blocks(hidden, a, x.dtype)  # noqa: E731
+        yield Launch("gelu_grads", gelu_grads_candidates(K, arch)[0], run)
 
 
 def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:

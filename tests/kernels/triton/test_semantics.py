@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from fused_lora.kernels import triton as room
+from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import (
     border,
     elementwise,
@@ -105,7 +106,8 @@ def _(monkeypatch):
     monkeypatch.setattr(lora_grad, "multiprocessors", lambda device: 4)  # of two blocks, two slices
     dh, h = torch.randn(m, 5).to(p.x.dtype), torch.randn(m, 3).to(p.x.dtype)
     given = (p.dy, p.w, group, dh, "erf", p.x, h, SLOPE_TILE)
-    du, *sums = lora_grad.input_grad_and_slices(*given)
+    made = lora_grad.input_grad_and_slices(*given)
+    du, sums = made.du, (made.a, made.b)
     plain, _ = lora_extended.input_grad(p.dy, p.w, group, dh, SLOPE_TILE, activation="erf", u=p.x)
     assert error(du, plain.double()) <= torch.finfo(torch.bfloat16).eps
     x = torch.nn.functional.gelu(p.x.double()).to(p.x.dtype)
@@ -113,6 +115,32 @@ def _(monkeypatch):
         assert found.shape == (2, k, 16)
         truth = one.double().T @ other.double()
         assert error(found.sum(0)[:, : other.shape[1]], truth) <= 1e-2
+
+
+@case_of("_activation_grads", "_add_blocks")
+def _(monkeypatch):
+    p = build(WHOLE_TILES, torch.bfloat16, torch.float32)
+    monkeypatch.setattr(lora_grad, "multiprocessors", lambda device: 4)  # of two blocks, two slices
+    u, dtype = p.x, p.x.dtype
+    dg, dh, h = (torch.randn(37, size).to(dtype) for size in (128, 5, 3))
+    spans = [Span(0, 41, 1), Span(41, 128, 2)]
+    b = [torch.randn(41, 1), torch.randn(87, 2)]
+    before = Adapters([torch.randn(1, 8), torch.randn(2, 8)], b, [0.5, 2.0], spans)
+    given = (dg, adapters(p), dh, "erf", u, h, before, ElementTile(32, 64, 2, 4))
+    made = lora_grad.activation_grad_and_slices(*given)
+    dx = dg.double() + dh.double() @ torch.cat(p.a).to(dtype).double()
+    truth = torch.ops.aten.gelu_backward(dx, u.double())
+    assert error(made.du, truth) <= torch.finfo(dtype).eps
+    x = torch.nn.functional.gelu(u.double()).to(dtype)
+    for found, one, other in ((made.a, x, dh), (made.b, made.du, h)):
+        assert found.shape == (2, 128, 16)
+        truth = one.double().T @ other.double()
+        assert error(found.sum(0)[:, : other.shape[1]], truth) <= 1e-2
+    parts = zip(b, before.scales, spans, strict=True)
+    wide = made.du.double()
+    truth = [s * wide[:, c.start : c.stop] @ b_g.to(dtype).double() for b_g, s, c in parts]
+    dh_before = lora_grad.add_blocks(made.hidden, before, dtype)
+    assert error(dh_before, torch.cat(truth, 1)) <= torch.finfo(dtype).eps
 
 
 @case_of("_quantise", "_extended_fp8")

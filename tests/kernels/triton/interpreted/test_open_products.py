@@ -52,15 +52,17 @@ def closed(serving) -> list[str]:  # noqa: F811
     serving.setattr(backends, "plans", asked)
     ran: list[str] = []
     for said, (module, name) in KERNELS.items():
+        right = getattr(module, name)
 
-        def watched(*given, right=getattr(module, name), said=said, **how):
+        def watched(*given, right=right, said=said, **how):
             ran.append(said)
             return right(*given, **how)
 
         serving.setattr(module, name, watched)
     for name in ("expand", "expand_grad"):
+        right = getattr(aten, name)
 
-        def alone(*given, right=getattr(aten, name), name=name):
+        def alone(*given, right=right, name=name):
             ran.append(name)
             return right(*given)
 
