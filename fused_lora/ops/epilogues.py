@@ -207,6 +207,18 @@ def why_not_previous(
     return None if wins else "it is slower than gradients in a pass of their own"
 
 
+def why_not_packed(previous: Previous, like: Tensor) -> str | None:
+    """One sentence why no kernel forms db and dh where it packs dy of its parts; None if one does.
+
+    ``like`` is of as many rows, and where dy will be.
+    """
+    linear, question, plan, _ = previous
+    dtype = linear.h.dtype
+    if reason := compiled_grads.why_not_packed(linear, question.n, plan):
+        return reason
+    return why_not_launch("pack_grads", like.shape[0], question.n, question.rank, like, dtype)
+
+
 def why_not_activated(
     dy: Tensor,  # [M, N], or as many elements in other rows
     w: Tensor,  # [N, K]
