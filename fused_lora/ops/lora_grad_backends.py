@@ -175,7 +175,7 @@ def packed_gradients(parts: Sequence[Tensor], previous: PreviousLinear) -> Tenso
     from fused_lora.kernels.triton import lora_grad as triton
 
     linear, (dy, b, hidden) = previous.adapters, triton.pack_and_slices(parts, *previous[:2])
-    triton.add_blocks(hidden, linear, dy.dtype, previous.dh)
+    triton.add_blocks(hidden, linear, dy.dtype, previous.dh, dy.shape[1])
     nothing: list[Tensor | None] = [None] * len(linear.b)
     grads = Grads(None, None, None, nothing, list(previous.b_grads))
     add_slices(b, 0, dy.shape[1], linear, grads)

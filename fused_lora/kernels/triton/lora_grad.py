@@ -548,6 +548,7 @@ def _pack_grads(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,  # holds the ranks of any adapter
+    STAGES: tl.constexpr,  # which loads outside products have where the loop names it
     WARPS: tl.constexpr,
 ):
     dtype: tl.constexpr = h.dtype.element_ty
@@ -559,7 +560,7 @@ def _pack_grads(
     for p in tl.static_range(1, len(part_rows)):
         part = tl.where(n0 >= p * width, parts[p], part)
         part_row = tl.where(n0 >= p * width, part_rows[p], part_row)
-    part += n0 % width
+    part += tl.multiple_of(n0 % width, BLOCK_N)
     low, ranks = 0, 0  # of the adapter whose columns these are
     for g in tl.static_range(len(before.scales)):
         inside = (before.starts[g] <= n0) & (n0 < before.stops[g])
@@ -571,7 +572,9 @@ def _pack_grads(
     left = load_border(before, low + r[None, :, None], shares, dtype)
     b_sum = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     hidden += own.to(tl.int64) * rows * BLOCK_R
-    for block in tl.range(first, tl.cdiv(rows, BLOCK_M), slices, disable_licm=True):
+    for block in tl.range(
+        first, tl.cdiv(rows, BLOCK_M), slices, num_stages=STAGES, disable_licm=True
+    ):
         m0 = block * BLOCK_M
         base = m0.to(tl.int64)
         inside_m = m0 + i < rows
@@ -619,7 +622,11 @@ def pack_and_slices(
         *(dy, b, hidden, rows, columns, width, sums, slices),
     )
     constants = dict(
-        RANKS=gcd(16, *border.firsts), **tile.arguments(), BLOCK_R=block_r, WARPS=tile.warps
+        RANKS=gcd(16, *border.firsts),
+        **tile.arguments(),
+        BLOCK_R=block_r,
+        STAGES=tile.stages,
+        WARPS=tile.warps,
     )
     grid = (columns // tile.block_n * slices,)
     compiled = launch(_pack_grads, grid, like.device, args, constants, [dy, b, hidden])

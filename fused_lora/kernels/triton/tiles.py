@@ -347,7 +347,7 @@ def gelu_grads_tile(columns: int, device: torch.device) -> ElementTile:
 
 
 # dy packed of its parts, db and dh: a block lies in one part and in the span of one adapter.
-PACK_GRADS = (ElementTile(64, 256, 3, 8), ElementTile(64, 128, 3, 8), ElementTile(64, 64, 3, 8))
+PACK_GRADS = (ElementTile(32, 256, 3, 8), ElementTile(64, 128, 3, 8), ElementTile(64, 64, 3, 4))
 
 
 def packs_gradients(width: int, spans: Sequence[Span]) -> bool:
