@@ -240,7 +240,8 @@ def epilogues(dtype: torch.dtype, device: torch.device) -> list[Launch]:
         }
         for kernel, own in every.items():
             found += [Launch(f"{kernel}{kind}", tile) for kind in ("", "_tanh") for tile in own]
-        found += [Launch("pack_grads", tile) for tile in tiles.PACK_GRADS]
+        every_part = tiles.pack_grads_candidates(tiles.PACK_GRADS[0].block_n, arch)
+        found += [Launch("pack_grads", tile) for tile in every_part]
     for rank in RANKS:
         for kernel in ("shrink_dropout", *(OF_RANKS if low else ())):
             tall = by_rule(kernel, ROWS[1], rank, WIDTHS[0], dtype, device)

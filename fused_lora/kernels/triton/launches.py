@@ -220,7 +220,7 @@ def in_its_place(
     elif kernel.startswith("gelu_grads"):
         others = tiles.gelu_grads_candidates(tile.block_n, arch)
     elif kernel == "pack_grads":
-        others = tiles.pack_grads_candidates(tile.block_n)
+        others = tiles.pack_grads_candidates(tile.block_n, arch)
     elif suffix.startswith("grads"):
         others = tiles.extended_grads_candidates(arch)
     elif name == "extended":
@@ -252,7 +252,7 @@ def _least_cost(
     if kernel.startswith("gelu_grads"):
         return tiles.gelu_grads_tile(columns, device)
     if kernel == "pack_grads":
-        return tiles.pack_grads_tile(columns)
+        return tiles.pack_grads_tile(columns, device)
     if suffix.startswith("grads"):
         return tiles.extended_grads_tile(device)
     if name == "extended":

@@ -51,6 +51,7 @@ PRODUCTS = ("mm", "extended", "extended_bulk", "extended_grads")
 SIZES = [(768, 2304), (768, 768)], [(768, 3072), (3072, 768)]  # K and N of a half's linears
 U_OF_GRADS = 10  # among the arguments of dx that forms gradients as well
 OF_DERIVATIVE = (0, 8, 10)  # dy, u and du, among those of GELU's derivative that does
+DY_OF_PARTS = 5  # among those of what packs it, behind its parts
 EPILOGUE = {"extended": 10, "extended_bulk": 8, "one_pass": 10}  # among a product's arguments
 
 
@@ -152,6 +153,8 @@ def epilogue_bytes(call: Call) -> int:
         return call.args[U_OF_GRADS].nbytes
     if name_of(call) == "activation_grads":
         return sum(call.args[at].nbytes for at in OF_DERIVATIVE)
+    if name_of(call) == "pack_grads":
+        return sum(value.nbytes for value in (*call.args[0], call.args[DY_OF_PARTS]))
     if (at := EPILOGUE.get(name_of(call))) is None:
         return 0
     _, _, residual, _, u, _ = call.args[at]

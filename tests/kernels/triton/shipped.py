@@ -38,6 +38,7 @@ from fused_lora.kernels.triton.tiles import (
     gelu_grads_candidates,
     grad_tile,
     one_pass_candidates,
+    pack_grads_candidates,
     row_shrink_tile,
     row_tile,
     smaller,
@@ -97,7 +98,7 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     yield from one_pass_launches(x, arch)
     yield from extended_grads_launches(x, arch)
     yield from gelu_grads_launches(x, arch)
-    yield from pack_grads_launches(x)
+    yield from pack_grads_launches(x, arch)
     for adapters in (group(64, 64, 64), group(12, 12, 12)):
         yield from fp8_launches(x, arch, adapters)
     yield from ragged_launches(x, arch)
@@ -276,18 +277,19 @@ def gelu_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         yield Launch("gelu_grads", gelu_grads_candidates(K, arch)[0], run)
 
 
-def pack_grads_launches(x: Tensor) -> Iterator[Launch]:
+def pack_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     """dy packed of three parts with gradients, in every tile: of separate adapters, of ranks that
     16 divides or not, and of a joint one; and what adds dh up."""
     if x.element_size() != 2:
         return
     n, add = 3 * N, lora_grad.add_blocks
     every = [group(*ranks, n=n) for ranks in ((16, 16, 16), (32, 32, 32), (4, 12, 5), (32,))]
-    for t, a in product(PACK_GRADS, (*every, group(16, n=n).to(x.dtype))):
+    tiles = pack_grads_candidates(PACK_GRADS[0].block_n, arch)
+    for t, a in product(tiles, (*every, group(16, n=n).to(x.dtype))):
         given = ((x, x, x), x.new_zeros(M, a.rank), a, t)
         run = lambda given=given: lora_grad.pack_and_slices(*given)  # noqa: E731
         yield Launch("pack_grads", t, run)
-    for t, a in zip(PACK_GRADS, every, strict=False):
+    for t, a in zip(tiles, every, strict=False):
         hidden = torch.zeros(n // t.block_n, M, 32 if a.rank > 48 else 16)
         run = lambda a=a, hidden=hidden: add(hidden, a, x.dtype, columns=n)  # noqa: E731
         yield Launch("pack_grads", t, run)
