@@ -60,6 +60,7 @@ from fused_lora.kernels.triton.tiles import (
 MOST_SLICES = 64  # what pass 2 holds in registers
 REDUCE_BLOCK = 128  # elements per program of pass 2
 HIDDEN_BLOCK, HIDDEN_PARTS = 512, 16  # of dh': elements per program, blocks it reads at a time
+PACK_BESIDE = 2  # steps of a program that packs dy: it writes its sums, which others read
 
 
 @triton.jit
@@ -609,7 +610,7 @@ def pack_and_slices(
     given = ("pack_grads", rows, columns, border.rank, like.dtype, like.device)
     tile = tile or tile_of(*given)
     assert width % tile.block_n == 0, (width, tile)
-    slices = _slices_of(rows, columns, tile, like.device)
+    slices = _slices_of(rows, columns, tile, like.device, PACK_BESIDE)
     sums = triton.cdiv(border.rank, 16) * 16
     block_r = power_of_two(max(span.rank for span in before.spans), 16, MOST_GRAD_RANKS)
     dy = like.new_empty(rows, columns)
@@ -704,12 +705,18 @@ def add_blocks(
     return out
 
 
-def _slices_of(rows: int, columns: int, tile: Tile | ElementTile, device: torch.device) -> int:
+def _slices_of(
+    rows: int,
+    columns: int,
+    tile: Tile | ElementTile,
+    device: torch.device,
+    beside: int = 0,  # steps that a program's sums take, and its first loads
+) -> int:
     """The fewest slices of rows whose programs end soonest, one at a time a multiprocessor."""
     blocks, steps = columns // tile.block_n, triton.cdiv(rows, tile.block_m)
     processors = multiprocessors(device)
 
     def time(slices: int) -> int:
-        return triton.cdiv(blocks * slices, processors) * triton.cdiv(steps, slices)
+        return triton.cdiv(blocks * slices, processors) * (triton.cdiv(steps, slices) + beside)
 
     return min(range(1, max(1, min(steps, MOST_SLICES)) + 1), key=time)

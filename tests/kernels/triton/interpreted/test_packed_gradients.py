@@ -229,7 +229,7 @@ def test_bytes_of_its_calls_in_a_program():
 
     program = build(Op(ahead), [InputSpec.of(t, False) for t in (*p.parts, p.h, *before.b)])
     found = {call.target.__name__: work(call).nbytes for call in program.calls if work(call).nbytes}
-    m, n, slices = 197, 192, lora_grad._slices_of(197, 192, SMALL, CPU)
+    m, n, slices = 197, 192, lora_grad._slices_of(197, 192, SMALL, CPU, lora_grad.PACK_BESIDE)
     border, hidden = 4 * n * 4, 4 * 3 * m * 16
     sums = 4 * slices * n * 16
     assert found == {
