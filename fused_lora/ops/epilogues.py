@@ -58,7 +58,7 @@ def plan_in_context(
     impl: Impl,
     dtype: torch.dtype,  # of the product
     context: FusionContext,
-    keeps_h: bool = False,  # gradients may be formed in tiles of du, which takes a kept h
+    keeps_h: bool = False,  # gradients may be formed in tiles of du or dy, which takes a kept h
 ) -> Plan:
     """The plan of a product with something beside it.
 
@@ -69,7 +69,8 @@ def plan_in_context(
         keep = Keep.HIDDEN
     ask = partial(call_plan, x, w, bias, spans, needs, traits, keep, impl, dtype)
     plan = ask(context)
-    if keep and not (plan.grads_by is Backend.CUDA and _in_tiles(plan, x, w, spans, context, dtype)):
+    compiled = plan.grads_by is Backend.CUDA
+    if keep and not (compiled and _in_tiles(plan, x, w, spans, context, dtype)):
         ask = partial(call_plan, x, w, bias, spans, needs, traits, None, impl, dtype)
         plan = ask(context)
     reason = None
@@ -91,7 +92,7 @@ def _in_tiles(
     context: FusionContext,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether tiles of du may hold gradients of a linear of this plan."""
+    """Whether tiles of du or of dy may hold gradients of a linear of this plan."""
     if not (context.activated or context.input_activated):
         rank = sum(span.rank for span in spans)
         return why_not_launch("pack_grads", x.shape[0], w.shape[0], rank, x, dtype) is None
@@ -105,7 +106,8 @@ def _in_tiles(
 def holds_gradients(
     w: Tensor, spans: tuple[Span, ...], dtype: torch.dtype, context: FusionContext
 ) -> bool:
-    """Whether tiles of du may hold gradients of this linear, which made u or which x = act(u)."""
+    """Whether tiles may hold gradients of this linear: of du, of which it made u or x = act(u); or
+    of its dy, which attention packs."""
     n, k = w.shape
     if not (context.activated or context.input_activated):
         return dtype.itemsize == 2 and tiles.packs_gradients(n // compiled_grads.PARTS, spans)

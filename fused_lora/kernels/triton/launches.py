@@ -220,6 +220,7 @@ def in_its_place(
     elif kernel.startswith("gelu_grads"):
         others = tiles.gelu_grads_candidates(tile.block_n, arch)
     elif kernel == "pack_grads":
+        assert isinstance(tile, tiles.ElementTile), tile
         others = tiles.pack_grads_candidates(tile.block_n, arch)
     elif suffix.startswith("grads"):
         others = tiles.extended_grads_candidates(arch)

@@ -665,14 +665,14 @@ def _add_blocks(
     else:
         count += blocks
         most += blocks
-    at = hidden + begin.to(tl.int64) * (rows * WIDTH) + m * WIDTH + (r - low)
+    at = hidden + begin.to(tl.int64) * rows * WIDTH + m * WIDTH + (r - low)
     inside = (m < rows) & (r < ranks)
     total = tl.zeros([BLOCK], tl.float32)
     for b0 in range(0, most, BLOCKS):
         b = b0 + tl.arange(0, BLOCKS)
         read = (b[:, None] < count[None, :]) & inside[None, :]
-        found = tl.load(at[None, :] + b.to(tl.int64)[:, None] * (rows * WIDTH), mask=read, other=0.0)
-        total += tl.sum(found, axis=0)
+        address = at[None, :] + b.to(tl.int64)[:, None] * rows * WIDTH
+        total += tl.sum(tl.load(address, mask=read, other=0.0), axis=0)
     total *= rank_scales(border, r)
     tl.store(out + m * ranks + r, total.to(out.dtype.element_ty), mask=inside)
 

@@ -64,7 +64,7 @@ class LinearStage(Stage):
     frames: tuple[Frame, ...]
     dtype: torch.dtype
     context: FusionContext = NO_CONTEXT  # of each frame; what else lies beside shows in each pass
-    keeps_h: bool = False  # gradients of a or b may be formed in the tiles of an activation's du
+    keeps_h: bool = False  # gradients of a or b may be formed by who writes du or dy
 
     operands: int = field(init=False, compare=False)  # those of all frames
     parts: tuple[tuple[Frame, slice], ...] = field(init=False, compare=False)  # each one's own

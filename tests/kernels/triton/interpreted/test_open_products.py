@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.triton import lora_expand, lora_grad
-from fused_lora.ops import backends, elementwise, lora_grad_backends
+from fused_lora.ops import backends, elementwise, epilogues, lora_grad_backends
+from fused_lora.ops.chain import stages
 from fused_lora.ops.lora_block import lora_attention, lora_residual
 from fused_lora.ops.operand import RECOMPUTE
 from fused_lora.testing.yardstick import in_every_order, judge_all
@@ -143,6 +145,49 @@ def test_attention(closed, request, compiled, groups, recompute):
     assert verdict.passed, str(verdict)
     packs = ["packed"] * (compiled and recompute != "gemm")  # which keeps no h
     assert [one for one in closed if one in KERNELS] == ["residual", *packs, "norm"]
+
+
+@pytest.mark.parametrize("trains", [{"a": False}, {"b": False}, {"w": True, "bias": True}], ids=str)
+def test_every_subset_of_gradients_of_attention(both, trains):
+    """db and dh of qkv are formed with its dy where its b trains; what else there is, of dy."""
+    attention_within(both, ["packed"] * trains.get("b", True), **trains)
+
+
+def test_gradients_of_qkv_of_a_kernel_that_is_not_trusted(both, monkeypatch):
+    """Nor asked for: h is kept for nobody."""
+    right = epilogues.why_not_launch
+
+    def asked(kernel, *how):
+        return "wrong" if kernel == "pack_grads" else right(kernel, *how)
+
+    monkeypatch.setattr(epilogues, "why_not_launch", asked)
+    attention_within(both, [])
+
+
+def test_gradients_of_qkv_of_a_kernel_that_is_trusted_no_more(both, monkeypatch):
+    """h was kept for it: gradients have a pass of their own, which reads it."""
+    monkeypatch.setattr(stages, "why_not_packed", lambda previous, like: "not any more")
+    attention_within(both, [])
+
+
+def attention_within(closed: list[str], packs: list[str], **trains: bool) -> None:
+    """Attention of three adapters of qkv, of which ``trains`` does."""
+    frozen = {"w": False, "bias": False}
+    qkv = matrix(3 * D, D, 5, 3, BF16, **frozen | trains)
+    proj = matrix(D, D, 3, dtype=BF16, **frozen)
+    x = torch.randn(2, 19, D, dtype=BF16, requires_grad=True)
+    given = (x, norm(D, BF16, trains=False), qkv, proj)
+
+    def results(attention, dtype):
+        parts = cast(given, dtype)
+        y = attention(*parts, 4)
+        return [y.detach(), *gradients(y, parts)]
+
+    ours = results(partial(lora_attention, recompute="elementwise"), BF16)
+    plain = partial(results, plain_attention)
+    verdict = judge_all(ours, in_every_order(lambda: plain(BF16)), plain(F64), BF16)
+    assert verdict.passed, str(verdict)
+    assert [one for one in closed if one == "packed"] == packs
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -86,7 +86,7 @@ def operands(case: Case, dtype: torch.dtype, adapters: torch.dtype = torch.float
         return torch.randn(case.m, columns + inside).to(dtype)[:, :columns]
 
     spans = case.spans
-    parts = [draw(case.width, case.inside * p) for p in range(case.parts)]  # each of rows of its own
+    parts = [draw(case.width, case.inside * p) for p in range(case.parts)]  # rows of its own each
     a = [torch.randn(s.rank, 8).to(adapters) for s in spans]
     b = [(torch.randn(s.width, s.rank) / s.rank**0.5).to(adapters) for s in spans]
     own = Adapters(a, b, [(0.5, 2.0, 1.0)[g % 3] for g in range(len(spans))], spans)
@@ -252,7 +252,7 @@ FAULTS = {  # of which operand
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "one element of dy", "a block of dh", "a slice", "scale"])
+@pytest.mark.parametrize("fault", [*FAULTS, "an element", "a block of dh", "a slice", "a scale"])
 def test_a_fault_fails_the_check(fault, monkeypatch):
     right, add = lora_grad.pack_and_slices, lora_grad.add_blocks
 
@@ -261,7 +261,7 @@ def test_a_fault_fails_the_check(fault, monkeypatch):
             at, spoiled = FAULTS[fault]
             how = (*how[:at], spoiled(how[at]), *how[at + 1 :])
         made = right(*how)
-        if fault == "one element of dy":
+        if fault == "an element":
             made.dy[-1, -1] += 1
         if fault == "a block of dh":
             made.hidden[-1] = 0
@@ -274,7 +274,7 @@ def test_a_fault_fails_the_check(fault, monkeypatch):
         return add(hidden, ones, dtype, columns=columns)
 
     monkeypatch.setattr(lora_grad, "pack_and_slices", broken)
-    if fault == "scale":
+    if fault == "a scale":
         monkeypatch.setattr(lora_grad, "add_blocks", unscaled)
     verdict = of_launch(Launch("pack_grads", PACK_GRADS[-1]), "bfloat16").check(CPU)
     assert not verdict.passed and verdict.compared, str(verdict)
