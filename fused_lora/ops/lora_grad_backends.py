@@ -110,20 +110,16 @@ def _with_previous(
     Neither u nor du is read again for a gradient. Behind the library's product, which is read once
     more, the tiles of du form the previous dh as well.
     """
-    from fused_lora.kernels.triton import lora_grad as triton
-    from fused_lora.kernels.triton.lora_linear import input_grad_and_slices
+    from fused_lora.kernels.triton import lora_linear as triton
 
     previous = activation_grad.previous
     assert previous is not None
     dh = dy.new_empty(dy.shape[0], adapters.rank)
     grads = adapter_grads(dy, None, h, None, adapters, replace(needs, x=False, a=False), dh)
     if plan.backend is Backend.TRITON:
-        made = input_grad_and_slices(dy, w, adapters, dh, activation_grad)
+        made = triton.input_grad_and_slices(dy, w, adapters, dh, activation_grad)
     else:
-        through = (activation_grad.activation, activation_grad.u, previous.h, previous.adapters)
-        made = triton.activation_grad_and_slices(dy @ w, adapters, dh, *through)
-        assert made.hidden is not None
-        triton.add_blocks(made.hidden, previous.adapters, dy.dtype, previous.dh)
+        made = triton.activation_grad_and_slices(dy @ w, adapters, dh, activation_grad)
     own, k = adapters.uniform(ADAPTERS), w.shape[1]
     a: list[Tensor | None] = [torch.empty_like(a_g) for a_g in own.a]
     add_slices(made.a, k, 0, own, Grads(None, None, None, a, [None] * len(a)))

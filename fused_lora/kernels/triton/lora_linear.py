@@ -13,7 +13,7 @@ from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Gra
 from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.border import Packed, packed
-from fused_lora.kernels.triton.launches import extended_grads, tile_of
+from fused_lora.kernels.triton.launches import extended_grads, gelu_grads, tile_of
 from fused_lora.kernels.triton.lora_extended import describable
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.philox import dropout
@@ -130,6 +130,24 @@ def input_grad_and_slices(
     dy, low = rows(dy), packed(uniform(adapters), dy.dtype)
     tile = _product_tile(extended_grads(activation), dy, w.shape[1], adapters)
     return lora_grad.input_grad_and_slices(dy, w, low, dh, activation, rows(u), rows(h), tile)
+
+
+def activation_grad_and_slices(
+    dg: Tensor,  # [M, K], dy w
+    adapters: Adapters,
+    dh: Tensor,  # [M, sum R]
+    activation_grad: ActivationGrad,  # with a previous linear, whose dh is formed as well
+) -> lora_grad.GradSlices:
+    """Likewise, behind a product that is there."""
+    activation, u, previous = activation_grad
+    assert previous is not None
+    tile = tile_of(gelu_grads(activation), *dg.shape, 0, dg.dtype, dg.device)
+    before = uniform(previous.adapters)
+    given = (dg, uniform(adapters), dh, activation, rows(u), rows(previous.h), before)
+    made = lora_grad.activation_grad_and_slices(*given, tile)
+    assert made.hidden is not None
+    lora_grad.add_blocks(made.hidden, before, dg.dtype, previous.dh)
+    return made
 
 
 def rows(t: Tensor) -> Tensor:
