@@ -257,6 +257,7 @@ def _grads_of_tile(
     ranks,
     ranks_before,
     ACTIVATION: tl.constexpr,
+    ONCE: tl.constexpr,  # GELU is formed so; beside a large accumulator its registers spill
 ):
     """du of one tile, as it is rounded and stored, and both sums with its own in them."""
     dtype: tl.constexpr = dh.dtype.element_ty
@@ -264,9 +265,10 @@ def _grads_of_tile(
     r, r_before = tl.arange(0, a_sum.shape[1]), tl.arange(0, b_sum.shape[1])
     at = u + (i * u_row)[None, :] + j[:, None]
     value = tl.load(at, mask=inside_m[None, :], other=0.0).to(tl.float32)
-    value = _held_as(value, acc)
+    value = _held_as(value, acc) if ONCE else value
     out = (acc * gelu_grad(value, ACTIVATION)).to(dtype)
-    x = _held_as(gelu(value, ACTIVATION), acc).to(dtype)
+    x = gelu(value, ACTIVATION)
+    x = (_held_as(x, acc) if ONCE else x).to(dtype)
     at = h + (i * h_row)[:, None] + r_before[None, :]
     h_tile = tl.load(at, mask=inside_m[:, None] & (r_before < ranks_before)[None, :], other=0.0)
     at = dh + (i * dh_row)[:, None] + r[None, :]
@@ -339,7 +341,7 @@ def _extended_grads(
         du_at = du + (base * columns + n0)
         _, a_sum, b_sum = _grads_of_tile(
             acc, a_sum, b_sum, dh_at, dh_row, h_at, h_row, u_at, u_row, du_at,
-            inside_m, columns, ranks, ranks_before, ACTIVATION,
+            inside_m, columns, ranks, ranks_before, ACTIVATION, ONCE=False,
         )  # fmt: skip
     column = (first * columns + n).to(tl.int64)[:, None]
     tl.store(a_sums + column * BLOCK_A + r[None, :], a_sum)
@@ -449,7 +451,7 @@ def _activation_grads(
         du_at = du + (base * columns + n0)
         out, a_sum, b_sum = _grads_of_tile(
             acc, a_sum, b_sum, dh_at, dh_row, h_at, h_row, u_at, u_row, du_at,
-            inside_m, columns, ranks, ranks_before, ACTIVATION,
+            inside_m, columns, ranks, ranks_before, ACTIVATION, ONCE=True,
         )  # fmt: skip
         at = hidden + base * BLOCK_B + (i * BLOCK_B)[None, :] + r_before[:, None]
         parts = tl.dot(left_before, tl.reshape(out, [WARPS, PART, BLOCK_M]))
