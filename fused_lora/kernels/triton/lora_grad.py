@@ -518,23 +518,25 @@ def _add_blocks(
     border,  # b, transposed: its scales
     out,  # [M, R], contiguous
     blocks,
-    elements,  # M WIDTH
+    rows,
     ranks,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,  # read at a time
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    m0 = tl.program_id(0).to(tl.int64) * BLOCK_M
+    e = tl.arange(0, BLOCK_M * WIDTH)
+    i, r = e // WIDTH, e % WIDTH
+    inside = i < rows - m0
+    total = tl.zeros([BLOCK_M * WIDTH], tl.float32)
     for b0 in range(0, blocks, BLOCKS):
         b = b0 + tl.arange(0, BLOCKS)
-        inside = (b < blocks)[:, None] & (e < elements)[None, :]
-        at = hidden + b.to(tl.int64)[:, None] * elements + e[None, :]
-        total += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
-    m, r = e // WIDTH, (e % WIDTH).to(tl.int32)
+        at = hidden + (m0 + b[:, None] * rows.to(tl.int64)) * WIDTH + e[None, :]
+        there = (b < blocks)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(at, mask=there, other=0.0), axis=0)
     total *= rank_scales(border, r)
-    inside = (e < elements) & (r < ranks)
-    tl.store(out + m * ranks + r, total.to(out.dtype.element_ty), mask=inside)
+    at = out + m0 * ranks + i * ranks + r
+    tl.store(at, total.to(out.dtype.element_ty), mask=inside & (r < ranks))
 
 
 def add_blocks(
@@ -549,10 +551,11 @@ def add_blocks(
     out = hidden.new_empty((rows, border.rank), dtype=dtype)
     if rows == 0:
         return out
-    args = (hidden, border, out, blocks, rows * width, border.rank)
-    constants = dict(WIDTH=width, BLOCKS=HIDDEN_PARTS, BLOCK=HIDDEN_BLOCK, num_warps=4)
-    grid = (triton.cdiv(rows * width, HIDDEN_BLOCK),)
-    launch(_add_blocks, grid, hidden.device, args, constants | CONTRACTED, [out])
+    args = (hidden, border, out, blocks, rows, border.rank)
+    block_m = HIDDEN_BLOCK // width
+    constants = dict(WIDTH=width, BLOCKS=HIDDEN_PARTS, BLOCK_M=block_m, num_warps=4, **CONTRACTED)
+    grid = (triton.cdiv(rows, block_m),)
+    launch(_add_blocks, grid, hidden.device, args, constants, [out])
     return out
 
 
