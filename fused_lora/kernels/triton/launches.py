@@ -217,6 +217,7 @@ def in_its_place(
     if suffix == "fp8":
         others = tiles.FP8
     elif kernel.startswith("gelu_grads"):
+        assert isinstance(tile, tiles.ElementTile), tile
         others = tiles.gelu_grads_candidates(tile.block_n, arch)
     elif suffix.startswith("grads"):
         others = tiles.extended_grads_candidates(arch)

@@ -257,6 +257,7 @@ def _grads_of_tile(
     ranks,
     ranks_before,
     ACTIVATION: tl.constexpr,
+    ONCE: tl.constexpr,  # GELU is formed so; beside a large accumulator its registers spill
 ):
     """du of one tile, as it is rounded and stored, and both sums with its own in them."""
     dtype: tl.constexpr = dh.dtype.element_ty
@@ -264,9 +265,10 @@ def _grads_of_tile(
     r, r_before = tl.arange(0, a_sum.shape[1]), tl.arange(0, b_sum.shape[1])
     at = u + (i * u_row)[None, :] + j[:, None]
     value = tl.load(at, mask=inside_m[None, :], other=0.0).to(tl.float32)
-    value = _held_as(value, acc)
+    value = _held_as(value, acc) if ONCE else value
     out = (acc * gelu_grad(value, ACTIVATION)).to(dtype)
-    x = _held_as(gelu(value, ACTIVATION), acc).to(dtype)
+    x = gelu(value, ACTIVATION)
+    x = (_held_as(x, acc) if ONCE else x).to(dtype)
     at = h + (i * h_row)[:, None] + r_before[None, :]
     h_tile = tl.load(at, mask=inside_m[:, None] & (r_before < ranks_before)[None, :], other=0.0)
     at = dh + (i * dh_row)[:, None] + r[None, :]
@@ -339,7 +341,7 @@ def _extended_grads(
         du_at = du + (base * columns + n0)
         _, a_sum, b_sum = _grads_of_tile(
             acc, a_sum, b_sum, dh_at, dh_row, h_at, h_row, u_at, u_row, du_at,
-            inside_m, columns, ranks, ranks_before, ACTIVATION,
+            inside_m, columns, ranks, ranks_before, ACTIVATION, ONCE=False,
         )  # fmt: skip
     column = (first * columns + n).to(tl.int64)[:, None]
     tl.store(a_sums + column * BLOCK_A + r[None, :], a_sum)
@@ -449,7 +451,7 @@ def _activation_grads(
         du_at = du + (base * columns + n0)
         out, a_sum, b_sum = _grads_of_tile(
             acc, a_sum, b_sum, dh_at, dh_row, h_at, h_row, u_at, u_row, du_at,
-            inside_m, columns, ranks, ranks_before, ACTIVATION,
+            inside_m, columns, ranks, ranks_before, ACTIVATION, ONCE=True,
         )  # fmt: skip
         at = hidden + base * BLOCK_B + (i * BLOCK_B)[None, :] + r_before[:, None]
         parts = tl.dot(left_before, tl.reshape(out, [WARPS, PART, BLOCK_M]))
@@ -516,23 +518,25 @@ def _add_blocks(
     border,  # b, transposed: its scales
     out,  # [M, R], contiguous
     blocks,
-    elements,  # M WIDTH
+    rows,
     ranks,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,  # read at a time
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    m0 = tl.program_id(0).to(tl.int64) * BLOCK_M
+    e = tl.arange(0, BLOCK_M * WIDTH)
+    i, r = e // WIDTH, e % WIDTH
+    inside = i < rows - m0
+    total = tl.zeros([BLOCK_M * WIDTH], tl.float32)
     for b0 in range(0, blocks, BLOCKS):
         b = b0 + tl.arange(0, BLOCKS)
-        inside = (b < blocks)[:, None] & (e < elements)[None, :]
-        at = hidden + b.to(tl.int64)[:, None] * elements + e[None, :]
-        total += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
-    m, r = e // WIDTH, (e % WIDTH).to(tl.int32)
+        at = hidden + (m0 + b[:, None] * rows.to(tl.int64)) * WIDTH + e[None, :]
+        there = (b < blocks)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(at, mask=there, other=0.0), axis=0)
     total *= rank_scales(border, r)
-    inside = (e < elements) & (r < ranks)
-    tl.store(out + m * ranks + r, total.to(out.dtype.element_ty), mask=inside)
+    at = out + m0 * ranks + i * ranks + r
+    tl.store(at, total.to(out.dtype.element_ty), mask=inside & (r < ranks))
 
 
 def add_blocks(
@@ -549,10 +553,11 @@ def add_blocks(
     assert out.shape == (rows, border.rank) and out.is_contiguous() and out.dtype is dtype
     if rows == 0:
         return out
-    args = (hidden, border, out, blocks, rows * width, border.rank)
-    constants = dict(WIDTH=width, BLOCKS=HIDDEN_PARTS, BLOCK=HIDDEN_BLOCK, num_warps=4)
-    grid = (triton.cdiv(rows * width, HIDDEN_BLOCK),)
-    launch(_add_blocks, grid, hidden.device, args, constants | CONTRACTED, [out])
+    args = (hidden, border, out, blocks, rows, border.rank)
+    block_m = HIDDEN_BLOCK // width
+    constants = dict(WIDTH=width, BLOCKS=HIDDEN_PARTS, BLOCK_M=block_m, num_warps=4, **CONTRACTED)
+    grid = (triton.cdiv(rows, block_m),)
+    launch(_add_blocks, grid, hidden.device, args, constants, [out])
     return out
 
 

@@ -329,7 +329,12 @@ def extended_grads_tile(device: torch.device) -> Tile:
 
 
 # GELU's derivative that forms gradients: 16 warps hide more, and spill 32 ranks from sm_100 on.
-GELU_GRADS = (ElementTile(32, 256, 2, 16), ElementTile(32, 256, 2, 8), ElementTile(32, 128, 2, 8))
+GELU_GRADS = (
+    ElementTile(32, 256, 2, 16),
+    ElementTile(32, 256, 2, 8),
+    ElementTile(16, 256, 2, 8),
+    ElementTile(16, 128, 2, 8),
+)
 
 
 def gelu_grads_candidates(columns: int, arch: int) -> tuple[ElementTile, ...]:
