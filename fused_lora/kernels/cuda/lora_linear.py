@@ -107,11 +107,12 @@ def backward(
     needs: Needs,
     plan: Plan,
     activation_grad: ActivationGrad | None = None,  # where dx goes on to du
+    given: HiddenGrad | None = None,  # dh where it is there already
 ) -> Grads:
     """The gradients named by ``needs``."""
-    dx, dh = None, None
+    dx, dh = None, given.dh if given else None
     if needs.x:
-        dx, dh = input_grad(dy, kept, w, adapters, plan, activation_grad)
+        dx, dh = input_grad(dy, kept, w, adapters, plan, activation_grad, given)
     dw = None
     if needs.w:
         assert x is not None

@@ -287,7 +287,7 @@ def launches(
 def _shapes(p: Problem, plan: Plan) -> Iterator[tuple[str, int, int, int]]:
     yield from _product(p, plan.forward, p.k, p.n, p.shrunk)
     if p.needs.x and plan.keep is not Keep.MERGED:
-        yield from _product(p, plan.dx, p.n, p.k, plan.writes_dh)
+        yield from _product(p, plan.dx, p.n, p.k, plan.writes_dh or p.hidden_grad)
     if plan.gradient is not Gradient.RANK or plan.grads_by:
         return
     if p.needs.b:
@@ -295,7 +295,7 @@ def _shapes(p: Problem, plan: Plan) -> Iterator[tuple[str, int, int, int]]:
             yield "shrink", p.m, p.rank, p.k
         yield "grad", p.rank, p.n, p.m
     if p.needs.a:
-        if plan.dx is Forward.MERGE or not p.needs.x:
+        if not p.hidden_grad and (plan.dx is Forward.MERGE or not p.needs.x):
             yield "shrink", p.m, p.rank, p.n
         yield "grad", p.rank, p.k, p.m
 

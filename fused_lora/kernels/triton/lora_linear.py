@@ -67,12 +67,16 @@ def backward(
     needs: Needs,
     plan: Plan,
     activation_grad: ActivationGrad | None = None,  # where dx goes on to du
+    given: HiddenGrad | None = None,  # dh where it is there already
 ) -> Grads:
     """The gradients named by ``needs``."""
     dy, x, own = rows(dy), None if x is None else rows(x), uniform(adapters)
     thin = plan.gradient is Gradient.RANK or (needs.x and plan.dx is not Forward.MERGE)
     low = packed(own, dy.dtype) if thin else own
-    dx, dh = input_grad(dy, kept, w, own, plan, activation_grad, low) if needs.x else (None, None)
+    dx, dh = None, None
+    if needs.x:
+        dx, dh = input_grad(dy, kept, w, own, plan, activation_grad, low, given)
+    dh = given.dh if given else dh
     dw = None
     if needs.w:
         assert x is not None
