@@ -45,7 +45,7 @@ from fused_lora.kernels.triton.philox import Dropout, kept
 from fused_lora.kernels.triton.tiles import (
     CONTRACTED,
     MOST_GRAD_RANKS,
-    ElementTile,
+    DerivativeTile,
     GradTile,
     Tile,
     extended_grads_tile,
@@ -218,9 +218,8 @@ def _slices(rows: int, blocks: int, block_m: int, device: torch.device) -> tuple
 #     du [M, K] = act'(u) (dg + dh a)
 #     da = dhT act(u)     db' = s' duT h'     dh' = s' du b', b' [K, sum R']
 #
-# Its programs are those above without the product, of more columns. Each warp multiplies its share
-# of them by b', a tile being too short for all warps along its rows; a program leaves fp32 sums of
-# dh' over its own, which ``add_blocks`` adds in a fixed order. dg and u are held a step ahead.
+# Its programs are those above without the product, of more columns; each leaves fp32 sums of dh'
+# over its own, which ``add_blocks`` adds in a fixed order. dg and u are held a step ahead.
 
 
 class GradSlices(NamedTuple):
@@ -416,13 +415,13 @@ def _activation_grads(
     ACTIVATION: tl.constexpr,  # erf or tanh
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SHARES: tl.constexpr,  # of BLOCK_N
     BLOCK_A: tl.constexpr,  # holds all ranks
     BLOCK_B: tl.constexpr,  # likewise R'
     STAGES: tl.constexpr,  # which loads outside products have where the loop names it
-    WARPS: tl.constexpr,
 ):
     dtype: tl.constexpr = dg.dtype.element_ty
-    PART: tl.constexpr = BLOCK_N // WARPS  # columns of a share
+    OWN_N: tl.constexpr = BLOCK_N // SHARES
     blocks = columns // BLOCK_N
     first, own = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     n0 = own * BLOCK_N
@@ -430,8 +429,12 @@ def _activation_grads(
     r, r_before = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
     n = n0 + j
     left = load_border(border, r[None, :], n[:, None], dtype)
-    shares = n0 + tl.arange(0, WARPS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-    left_before = load_border(before, r_before[None, :, None], shares, dtype)
+    if SHARES == 1:
+        left_before = load_border(before, r_before[:, None], n[None, :], dtype)
+    else:
+        share, own_n = tl.arange(0, SHARES)[:, None, None], tl.arange(0, OWN_N)[None, None, :]
+        at = n0 + share * OWN_N + own_n
+        left_before = load_border(before, r_before[None, :, None], at, dtype)
     a_sum = tl.zeros([BLOCK_N, BLOCK_A], tl.float32)
     b_sum = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     hidden += own.to(tl.int64) * rows * BLOCK_B
@@ -454,8 +457,11 @@ def _activation_grads(
             inside_m, columns, ranks, ranks_before, ACTIVATION, ONCE=True,
         )  # fmt: skip
         at = hidden + base * BLOCK_B + (i * BLOCK_B)[None, :] + r_before[:, None]
-        parts = tl.dot(left_before, tl.reshape(out, [WARPS, PART, BLOCK_M]))
-        tl.store(at, tl.sum(parts, axis=0), mask=inside_m[None, :])
+        if SHARES == 1:
+            part = tl.dot(left_before, out)
+        else:
+            part = tl.sum(tl.dot(left_before, tl.reshape(out, [SHARES, OWN_N, BLOCK_M])), axis=0)
+        tl.store(at, part, mask=inside_m[None, :])
     column = (first * columns + n).to(tl.int64)[:, None]
     tl.store(a_sums + column * BLOCK_A + r[None, :], a_sum)
     tl.store(b_sums + column * BLOCK_B + r_before[None, :], b_sum)
@@ -469,7 +475,7 @@ def activation_grad_and_slices(
     u: Tensor,  # [M, K], dg's dtype, rows contiguous
     h: Tensor,  # [M, sum R'] of the linear that made u, likewise; sum R' <= 32
     before: Adapters | Packed,  # that linear's
-    tile: ElementTile | None = None,
+    tile: DerivativeTile | None = None,
 ) -> GradSlices:
     """du = act'(u) (dg + dh a), and what its rows and columns are parts of: da of act(u), db' of
     h, and dh' = du b'."""
@@ -503,7 +509,6 @@ def activation_grad_and_slices(
         BLOCK_A=block_a,
         BLOCK_B=block_b,
         STAGES=tile.stages,
-        WARPS=tile.warps,
     )
     grid = (columns // tile.block_n * slices,)
     compiled = launch(_activation_grads, grid, dg.device, args, constants, [du, a, b, hidden])
@@ -559,7 +564,7 @@ def add_blocks(
     return out
 
 
-def _slices_of(rows: int, columns: int, tile: Tile | ElementTile, device: torch.device) -> int:
+def _slices_of(rows: int, columns: int, tile: Tile | DerivativeTile, device: torch.device) -> int:
     """The fewest slices of rows whose programs end soonest, one at a time a multiprocessor."""
     blocks, steps = columns // tile.block_n, triton.cdiv(rows, tile.block_m)
     processors = multiprocessors(device)
