@@ -154,6 +154,6 @@ def backward(
 def _backend(by: Backend) -> Any:
     if by is Backend.ATEN:
         return aten
-    from fused_lora.kernels.triton import lora_dropout as triton
+    from fused_lora.kernels.triton import lora_linear as triton
 
     return triton

@@ -10,14 +10,23 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Grads, HiddenGrad
-from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
+from fused_lora.kernels.triton import (
+    lora_extended,
+    lora_grad,
+    lora_grad_rank,
+    lora_one_pass,
+    lora_shrink,
+)
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.border import Packed, packed
 from fused_lora.kernels.triton.launches import extended_grads, tile_of
 from fused_lora.kernels.triton.lora_extended import describable
 from fused_lora.kernels.triton.lora_merge import lora_merge
+from fused_lora.kernels.triton.philox import dropout
 from fused_lora.kernels.triton.tiles import BulkTile
-from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, ragged
+from fused_lora.types import Forward, Gradient, Keep, Needs, Plan, Span, ragged
+
+STEP = 0  # a seed is drawn for every call
 
 # Grouped LoRA linear from this room's kernels, and library GEMMs where they are frozen-sized.
 #
@@ -197,7 +206,7 @@ def _a_grads(
     assert x is not None
     dh = shrink_grad(dy, low) if dh is None else dh
     tile = tile_of("grad", own.rank, x.shape[1], x.shape[0], x.dtype, x.device)
-    grads = lora_grad.a_grads(dh, x, own, tile=tile)
+    grads = lora_grad_rank.a_grads(dh, x, own, tile=tile)
     return [grad.to(a.dtype) for grad, a in zip(grads, asked.a, strict=True)]
 
 
@@ -214,7 +223,7 @@ def _b_grads(
         assert x is not None
         h = shrink(x, low)
     tile = tile_of("grad", own.rank, dy.shape[1], dy.shape[0], dy.dtype, dy.device)
-    grads = lora_grad.b_grads(h, dy, own, tile=tile)
+    grads = lora_grad_rank.b_grads(h, dy, own, tile=tile)
     return [grad.to(b.dtype) for grad, b in zip(grads, asked.b, strict=True)]
 
 
@@ -255,3 +264,57 @@ def forward_epilogue(
         given = (x, w, bias, low, active, h, tile)
         y, _, u = lora_extended.forward(*given, **joined, stores_u=stores_u)
     return y, h.contiguous() if plan.keep is Keep.HIDDEN else None, u
+
+
+# The dropped branch of an adapter, its mask formed by every kernel that needs it.
+#
+#     h = (D x) aT      dx = D (dh a)      da = dhT (D x)      D of reference/dropout.py
+#
+#                 x, dx [M, K]   a, da [R, K]   h, dh [M, R]
+#
+# dx is the extended GEMM over no columns of y at all. The face is that of
+# ``fused_lora.kernels.aten.lora_linear_cases``.
+
+
+def dropout_shrink(x: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
+    """h [M, R] in x's dtype."""
+    tile = _tile("shrink_dropout", x, a.shape[0], x.shape[1])
+    return lora_shrink.shrink(x, _alone(a), tile=tile, dropout=dropout(p, seed, STEP))
+
+
+def dropout_grads(
+    dh: Tensor,  # [M, R]
+    x: Tensor | None,  # [M, K]; None where a asks for no gradient
+    a: Tensor,
+    p: float,
+    seed: int | Tensor,
+    needs_x: bool,
+    dx: Tensor | None = None,  # [M, K], what D (dh a) is added to, in place
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx [M, K] in dh's dtype and da [R, K] in a's, where asked for."""
+    if needs_x:
+        through = dropout_input_grad(dh, a, p, seed)
+        dx = through if dx is None else dx.add_(through)
+    return dx, None if x is None else dropout_a_grad(dh, x, a, p, seed)
+
+
+def dropout_input_grad(dh: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
+    """dx [M, K] in dh's dtype."""
+    columns = a.shape[1]
+    tile = _tile("extended_dropout", dh, columns, 0)
+    dy, w, mask = dh[:, :0], dh.new_empty((0, columns)), dropout(p, seed, STEP)
+    return lora_extended.input_grad(dy, w, _alone(a), dh, tile, dropout=mask)[0]
+
+
+def dropout_a_grad(dh: Tensor, x: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
+    """da [R, K] in a's dtype."""
+    sizes = a.shape[0], x.shape[1], x.shape[0]
+    tile = tile_of("grad_dropout", *sizes, x.dtype, x.device)
+    mask = dropout(p, seed, STEP)
+    return lora_grad_rank.a_grads(dh, x, _alone(a), tile=tile, dropout=mask)[0].to(a.dtype)
+
+
+def _alone(a: Tensor) -> Adapters:
+    """One adapter of which only a matters."""
+    a = a if a.dtype in DTYPES else a.to(torch.float32)
+    return Adapters([a], [a.new_empty((0, a.shape[0]))], (1.0,), (Span(0, 0, a.shape[0]),))
