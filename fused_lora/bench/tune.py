@@ -42,7 +42,7 @@ class Launched:
 
 def launched(size: Linear, dtype: torch.dtype, device: torch.device) -> Iterator[Launched]:
     """Forward, input gradient and adapter gradients of ``size``, on random operands."""
-    from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
+    from fused_lora.kernels.triton import lora_extended, lora_grad_rank, lora_one_pass, lora_shrink
     from fused_lora.kernels.triton.border import packed
 
     m, k, n, r = size.m, size.k, size.n, size.rank
@@ -59,8 +59,8 @@ def launched(size: Linear, dtype: torch.dtype, device: torch.device) -> Iterator
     yield of("shrink", m, r, n, lambda t: lora_shrink.shrink_grad(dy, ab, tile=t))
     yield of("extended", m, n, k, lambda t: lora_extended.forward(x, w, bias, ab, h=h, tile=t))
     yield of("extended", m, k, n, lambda t: lora_extended.input_grad(dy, w, ab, dh=dh, tile=t))
-    yield of("grad", r, k, m, lambda t: lora_grad.a_grads(dh, x, own, tile=t))
-    yield of("grad", r, n, m, lambda t: lora_grad.b_grads(h, dy, own, tile=t))
+    yield of("grad", r, k, m, lambda t: lora_grad_rank.a_grads(dh, x, own, tile=t))
+    yield of("grad", r, n, m, lambda t: lora_grad_rank.b_grads(h, dy, own, tile=t))
     if r <= ONE_PASS_RANKS:
         yield of("one_pass", m, n, k, lambda t: lora_one_pass.forward(x, w, bias, ab, tile=t))
         yield of("one_pass", m, k, n, lambda t: lora_one_pass.input_grad(dy, w, ab, tile=t))

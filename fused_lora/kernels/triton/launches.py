@@ -122,7 +122,7 @@ NO_PRODUCTS = (
     "merge_many",
     "quantise",
 )  # or fp32 ones, whatever torch allows
-AnyTile = MeasuredTile | tiles.RowTile | tiles.ElementTile
+AnyTile = MeasuredTile | tiles.RowTile | tiles.ElementTile | tiles.DerivativeTile
 
 
 def extended_grads(activation: str) -> str:
@@ -217,7 +217,7 @@ def in_its_place(
     if suffix == "fp8":
         others = tiles.FP8
     elif kernel.startswith("gelu_grads"):
-        assert isinstance(tile, tiles.ElementTile), tile
+        assert isinstance(tile, tiles.DerivativeTile), tile
         others = tiles.gelu_grads_candidates(tile.block_n, arch)
     elif suffix.startswith("grads"):
         others = tiles.extended_grads_candidates(arch)

@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Grads, HiddenGrad
-from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
+from fused_lora.kernels.triton import (
+    lora_extended,
+    lora_grad,
+    lora_grad_rank,
+    lora_one_pass,
+    lora_shrink,
+)
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.border import Packed, packed
 from fused_lora.kernels.triton.launches import extended_grads, gelu_grads, tile_of
@@ -220,7 +226,7 @@ def _a_grads(
     assert x is not None
     dh = shrink_grad(dy, low) if dh is None else dh
     tile = tile_of("grad", own.rank, x.shape[1], x.shape[0], x.dtype, x.device)
-    grads = lora_grad.a_grads(dh, x, own, tile=tile)
+    grads = lora_grad_rank.a_grads(dh, x, own, tile=tile)
     return [grad.to(a.dtype) for grad, a in zip(grads, asked.a, strict=True)]
 
 
@@ -237,7 +243,7 @@ def _b_grads(
         assert x is not None
         h = shrink(x, low)
     tile = tile_of("grad", own.rank, dy.shape[1], dy.shape[0], dy.dtype, dy.device)
-    grads = lora_grad.b_grads(h, dy, own, tile=tile)
+    grads = lora_grad_rank.b_grads(h, dy, own, tile=tile)
     return [grad.to(b.dtype) for grad, b in zip(grads, asked.b, strict=True)]
 
 
@@ -324,9 +330,10 @@ def dropout_input_grad(dh: Tensor, a: Tensor, p: float, seed: int | Tensor) -> T
 
 def dropout_a_grad(dh: Tensor, x: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """da [R, K] in a's dtype."""
-    tile = tile_of("grad_dropout", a.shape[0], x.shape[1], x.shape[0], x.dtype, x.device)
+    sizes = a.shape[0], x.shape[1], x.shape[0]
+    tile = tile_of("grad_dropout", *sizes, x.dtype, x.device)
     mask = dropout(p, seed, STEP)
-    return lora_grad.a_grads(dh, x, _alone(a), tile=tile, dropout=mask)[0].to(a.dtype)
+    return lora_grad_rank.a_grads(dh, x, _alone(a), tile=tile, dropout=mask)[0].to(a.dtype)
 
 
 def _alone(a: Tensor) -> Adapters:
