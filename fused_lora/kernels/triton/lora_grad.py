@@ -272,8 +272,8 @@ def _activation_grads(
         left_before = load_border(before, r_before[:, None], n[None, :], dtype)
     else:
         share, own_n = tl.arange(0, SHARES)[:, None, None], tl.arange(0, OWN_N)[None, None, :]
-        at = n0 + share * OWN_N + own_n
-        left_before = load_border(before, r_before[None, :, None], at, dtype)
+        own_n += n0 + share * OWN_N
+        left_before = load_border(before, r_before[None, :, None], own_n, dtype)
     a_sum = tl.zeros([BLOCK_N, BLOCK_A], tl.float32)
     b_sum = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     hidden += own.to(tl.int64) * rows * BLOCK_B
