@@ -277,8 +277,8 @@ class LinearStage(Stage):
         opens, there = plan.dx is Forward.OPEN, formed.dh is not None
         context = self._alone()._replace(input_expanded=opens, hidden_grad=there)
         rest = call_plan(*question, self.dtype, context)
-        if rest.gradient is Gradient.RANK and not self.drops:
-            rest = replace(rest, grads_by=plan.grads_by)
+        if rest.gradient is Gradient.RANK and rest.grads_by is not plan.grads_by:
+            rest = replace(rest, grads_by=plan.grads_by, writes_dh=False)
         return needs, rest
 
     def _alone(self) -> FusionContext:
