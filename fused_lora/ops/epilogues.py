@@ -71,7 +71,9 @@ def plan_in_context(
         keep = Keep.HIDDEN
     ask = partial(call_plan, x, w, bias, spans, needs, traits, keep, impl, dtype)
     plan = ask(context)
-    if keep and not (plan.grads_by is Backend.CUDA and _in_tiles(plan, x, w, context, dtype)):
+    if keep and not (
+        plan.grads_by is Backend.CUDA and _in_tiles(plan, x, w, spans, context, dtype)
+    ):
         ask = partial(call_plan, x, w, bias, spans, needs, traits, None, impl, dtype)
         plan = ask(context)
     reason = None
@@ -85,8 +87,20 @@ def plan_in_context(
     return ask(plain) if reason else plan
 
 
-def _in_tiles(plan: Plan, x: Tensor, w: Tensor, context: FusionContext, dtype: torch.dtype) -> bool:
+def _in_tiles(
+    plan: Plan,
+    x: Tensor,
+    w: Tensor,
+    spans: tuple[Span, ...],
+    context: FusionContext,
+    dtype: torch.dtype,
+) -> bool:
     """Whether tiles of du may hold gradients of a linear of this plan."""
+    if not (context.activated or context.input_activated):
+        if plan.backend is not Backend.ATEN:
+            return False
+        rank = sum(span.rank for span in spans)
+        return why_not_launch("pack_grads", x.shape[0], w.shape[0], rank, x, dtype) is None
     if plan.backend is Backend.TRITON:
         return True
     if not context.activated:
@@ -99,6 +113,8 @@ def holds_gradients(
 ) -> bool:
     """Whether tiles of du may hold gradients of this linear, which made u or which x = act(u)."""
     n, k = w.shape
+    if not (context.activated or context.input_activated):
+        return dtype.itemsize == 2 and tiles.packs_gradients(n // compiled_grads.PARTS, spans)
     columns, depth = (n, 0) if context.activated else (k, n)
     ranks = sum(span.rank for span in spans)
     return dtype.itemsize == 2 and tiles.holds_gradients(columns, depth, ranks)
@@ -195,6 +211,18 @@ def why_not_previous(
     both = Together(plan, kind, *previous[1:])
     wins = together_wins(own, both, dtype, dy.device)
     return None if wins else "it is slower than gradients in a pass of their own"
+
+
+def why_not_packed(previous: Previous, like: Tensor) -> str | None:
+    """One sentence why no kernel forms db and dh where it packs dy of its parts; None if one does.
+
+    ``like`` is of as many rows, and where dy will be.
+    """
+    linear, question, plan, _ = previous
+    dtype = linear.h.dtype
+    if reason := compiled_grads.why_not_packed(linear, question.n, plan):
+        return reason
+    return why_not_launch("pack_grads", like.shape[0], question.n, question.rank, like, dtype)
 
 
 def why_not_activated(

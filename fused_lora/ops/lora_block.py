@@ -110,7 +110,9 @@ def _attention_spec(
     dtype: torch.dtype,
     recompute: str,
 ) -> ChainSpec:
-    first, last = (LinearStage((one,), dtype, FusionContext(packed_with=2)) for one in (qkv, proj))
+    within = FusionContext(packed_with=2)
+    first = LinearStage((qkv,), dtype, within, keeps_h=recompute != "gemm")
+    last = LinearStage((proj,), dtype, within)
     stages = (LayerNorm(eps, dtype), first, attention, last)
     return ChainSpec(stages, KEEPS[recompute], lean=recompute == "gemm", around=True)
 

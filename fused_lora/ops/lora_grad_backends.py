@@ -9,6 +9,7 @@ A form of the kernel that this device has not checked, or found wrong, is left t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -36,6 +37,8 @@ from fused_lora.types import Backend, Forward, Keep, Needs, Plan
 from fused_lora.verify.check import CannotVerifyNow
 from fused_lora.verify.kernel_registry import Checked, of_compiled_grads
 from fused_lora.verify.verdicts import verdict
+
+PARTS = 3  # that dy of qkv comes in
 
 why_not_on = lru_cache(maxsize=64)(native.why_not_on)
 
@@ -160,6 +163,37 @@ def why_not_previous(
     alone = alone._replace(writes_dh=True)
     fits = fitting(alone, Chip.of(dy.device)).writes_dh and _trusted(alone, dtype, dy.device)
     return None if fits else "no block forms dh beside db, or it is not checked, or found wrong"
+
+
+def packed_gradients(parts: Sequence[Tensor], previous: PreviousLinear) -> Tensor:
+    """dy [M, N] of its parts of equal columns; db and dh of the linear that made them go where
+    ``previous`` has them."""
+    from fused_lora.kernels.triton import lora_grad as triton
+
+    linear, (dy, b, hidden) = previous.adapters, triton.pack_and_slices(parts, *previous[:2])
+    triton.add_blocks(hidden, linear, dy.dtype, previous.dh, dy.shape[1])
+    nothing: list[Tensor | None] = [None] * len(linear.b)
+    grads = Grads(None, None, None, nothing, list(previous.b_grads))
+    add_slices(b, 0, dy.shape[1], linear, grads)
+    return dy
+
+
+def why_not_packed(previous: PreviousLinear, columns: int, plan: Plan) -> str | None:
+    """One sentence why ``packed_gradients`` has nothing for dy of so many columns.
+
+    Products of this project's keep packed adapters instead of h; with h backward would pack again.
+    """
+    if plan.backend is not Backend.ATEN:
+        return f"it takes an h that the library's plans keep, and the plan is {plan}"
+    if plan.grads_by is not Backend.CUDA:
+        return f"the compiled gradients add its sums, and the plan is {plan}"
+    if previous.h.dtype.itemsize != 2:
+        return f"its tiles are of 16 bits, not of {previous.h.dtype}"
+    if previous.adapters.uniform(ADAPTERS) is not previous.adapters:
+        return "the adapters are of several dtypes"
+    if not tiles.packs_gradients(columns // PARTS, previous.adapters.spans):
+        return f"its tiles are whole, of one adapter each; the spans are {previous.adapters.spans}"
+    return None
 
 
 def forms_gradients(plan: Plan) -> bool:

@@ -89,6 +89,11 @@ def _gelu_grads(p: Operands) -> Named:
     return named
 
 
+def _pack_grads(p: Operands) -> Named:
+    """dy of its parts, db and dh of it."""
+    return {"dy": p.dy, "db": gradients(p)["db"], "dh": thin(p)[1]}
+
+
 def _grads_behind(p: Operands, dx: Tensor) -> Named:
     h, dh = thin(p)
     named: dict[str, Tensor] = {}
@@ -215,6 +220,7 @@ EQUATIONS: dict[str, Callable[[Operands], Named]] = {
     "extended_grads_tanh": _extended_grads,
     "gelu_grads": _gelu_grads,
     "gelu_grads_tanh": _gelu_grads,
+    "pack_grads": _pack_grads,
     "extended_scale": _product_scale,
     "extended_wide": _product_scale,
     "one_pass_scale": _product_scale,

@@ -51,6 +51,7 @@ DTYPES = {
 EXACT = (  # products and sums alone
     *("shrink", "extended", "one_pass", "grad", "merge", "merge_many"),
     *("extended_scale", "extended_wide", "one_pass_scale", "one_pass_wide", "expand_residual"),
+    "pack_grads",
 )
 OF_RANKS = ("shrink_norm", "shrink_gelu", "expand_norm")  # every rank in one tile, any depth
 HOLD_RANKS = (*OF_RANKS, "expand_residual")
@@ -123,6 +124,8 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
     shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
     if launch.kernel.startswith(FORM_GRADIENTS):
         shapes = launch_checks.WHOLE
+    elif launch.kernel == "pack_grads":
+        shapes = launch_checks.packed_of(launch.tile.block_n)  # type: ignore[union-attr]
     elif launch.kernel in HOLD_RANKS:
         shapes = of_ranks(launch.tile.block_r)  # type: ignore[union-attr]
     truth = partial(equations, kernel=launch.kernel)
@@ -237,6 +240,8 @@ def epilogues(dtype: torch.dtype, device: torch.device) -> list[Launch]:
         }
         for kernel, own in every.items():
             found += [Launch(f"{kernel}{kind}", tile) for kind in ("", "_tanh") for tile in own]
+        every_part = tiles.pack_grads_candidates(tiles.PACK_GRADS[0].block_n, arch)
+        found += [Launch("pack_grads", tile) for tile in every_part]
     for rank in RANKS:
         for kernel in ("shrink_dropout", *(OF_RANKS if low else ())):
             tall = by_rule(kernel, ROWS[1], rank, WIDTHS[0], dtype, device)

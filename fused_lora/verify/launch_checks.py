@@ -40,9 +40,22 @@ WHOLE = (  # columns in whole tiles; two adapters, few ranks and many rows, and 
     Shape(300, 512, 192, (Span(0, 128, 12), Span(128, 192, 20)), False, True, 8),
     Shape(5, 256, 64, (Span(0, 64, 5),), bias=False, wide=False, inside=0),
 )
+PARTS = 3  # that dy of q, k and v is packed of
 ROWS = 197  # thirteen tiles, the last of five rows
 EVERY = ", every processor"
 FEW = 4  # processors that share them: several tiles each, more than are under way at once
+
+
+def packed_of(columns: int) -> tuple[Shape, ...]:
+    """Those of parts of so many columns: adapters of one part and of two, of each, and of all."""
+    n = PARTS * columns
+    apart = (Span(0, columns, 12), Span(columns, n, 20))
+    each = tuple(Span(at, at + columns, 16) for at in range(0, n, columns))
+    return (
+        Shape(300, 24, n, apart, False, wide=True, inside=8),
+        Shape(70, 24, n, each, False, wide=True, inside=0),
+        Shape(5, 24, n, (Span(0, n, 5),), False, wide=False, inside=0),
+    )
 
 
 def shape_of(example: GradShape) -> Shape:
@@ -259,6 +272,17 @@ def _gelu_grads(p: Operands, tile: Any, kind: str = "erf") -> Named:
     return {**_added_up(p, made, kind), f"{kind} dh before": dh_before}
 
 
+def _pack_grads(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_grad import add_blocks, pack_and_slices
+
+    columns = p.dy.shape[1]
+    parts = p.dy.split(columns // PARTS, 1)
+    made = pack_and_slices(parts, thin(p)[0], p.adapters, tile)
+    dh, sums = add_blocks(made.hidden, p.adapters, p.dy.dtype, columns=columns), made.b.sum(0)
+    scaled = [p.adapters.scales[g] * sums[own, ranks] for g, own, ranks in p.adapters.ranks()]
+    return {"dy": made.dy, "db": flat([db.to(p.dy.dtype) for db in scaled]), "dh": dh}
+
+
 def _added_up(p: Operands, made: Any, kind: str) -> Named:
     da, db = (slices.sum(0)[:, : p.adapters.rank].to(p.x.dtype) for slices in (made.a, made.b))
     return {f"{kind} du": made.du, f"{kind} da": da, f"{kind} db before": db}
@@ -462,6 +486,7 @@ RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "extended_grads_tanh": partial(_extended_grads, kind="tanh"),
     "gelu_grads": _gelu_grads,
     "gelu_grads_tanh": partial(_gelu_grads, kind="tanh"),
+    "pack_grads": _pack_grads,
     "extended_scale": _extended_scale,
     "extended_wide": _extended_scale,
     "one_pass_scale": _one_pass_scale,

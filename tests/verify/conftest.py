@@ -24,6 +24,7 @@ RESULTS = {
     "extended_grads_tanh": ("tanh du", "tanh da", "tanh db before"),
     "gelu_grads": ("erf du", "erf da", "erf db before", "erf dh before"),
     "gelu_grads_tanh": ("tanh du", "tanh da", "tanh db before", "tanh dh before"),
+    "pack_grads": ("dy", "db", "dh"),
     "extended_scale": ("y", "dx"),
     "extended_wide": ("y", "dx"),
     "one_pass_scale": ("h", "dh", "y", "dx"),

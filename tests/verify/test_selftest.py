@@ -17,6 +17,7 @@ ELEMENTWISE = {
         "extended_grads_tanh",
         "gelu_grads",
         "gelu_grads_tanh",
+        "pack_grads",
         "extended_scale",
         "extended_dropout",
         "shrink_dropout",

@@ -17,6 +17,7 @@ from fused_lora.kernels.triton.launches import Launch
 from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
     FP8,
+    PACK_GRADS,
     GradTile,
     MergeTile,
     ThinTile,
@@ -46,6 +47,7 @@ ELEMENTWISE = {
     "extended_grads_tanh": TILES["extended"],
     "gelu_grads": gelu_grads_candidates(512, 90)[0],
     "gelu_grads_tanh": gelu_grads_candidates(512, 90)[0],
+    "pack_grads": PACK_GRADS[0],
     "extended_scale": TILES["extended"],
     "extended_wide": TILES["extended"],
     "one_pass_scale": TILES["one_pass"],

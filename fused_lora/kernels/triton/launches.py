@@ -96,6 +96,7 @@ def _tile(name: str, row: object) -> MeasuredTile | None:
 #                                          extended_grads_tanh, with that of tanh
 # gelu_grads        M     K        0       erf's derivative with gradients of its tiles, and what
 #                                          adds dh up; gelu_grads_tanh; none is ragged
+# pack_grads        M     N        sum R   dy of q, k and v packed of three parts, with db and dh
 # extended_scale    M     N        K       with LayerScale and a residual behind it
 # extended_wide     M     N        K       likewise, either of them wider than x
 # one_pass_scale    M     N        K       as extended_scale; one_pass_wide as extended_wide
@@ -219,6 +220,9 @@ def in_its_place(
     elif kernel.startswith("gelu_grads"):
         assert isinstance(tile, tiles.DerivativeTile), tile
         others = tiles.gelu_grads_candidates(tile.block_n, arch)
+    elif kernel == "pack_grads":
+        assert isinstance(tile, tiles.ElementTile), tile
+        others = tiles.pack_grads_candidates(tile.block_n, arch)
     elif suffix.startswith("grads"):
         others = tiles.extended_grads_candidates(arch)
     elif name == "extended":
@@ -249,6 +253,8 @@ def _least_cost(
         return tiles.fp8_tile(rows, columns, device)
     if kernel.startswith("gelu_grads"):
         return tiles.gelu_grads_tile(columns, device)
+    if kernel == "pack_grads":
+        return tiles.pack_grads_tile(columns, device)
     if suffix.startswith("grads"):
         return tiles.extended_grads_tile(device)
     if name == "extended":

@@ -6,12 +6,14 @@ no spilled registers, shared memory within the chip's limit, the chip's matrix i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
 
 from fused_lora.kernels.triton.launch import architecture, multiprocessors
+from fused_lora.types import Span
 
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 LEAST_SHARED_KIB = 99  # of any chip from sm_80 on
@@ -363,6 +365,38 @@ def gelu_grads_candidates(columns: int, arch: int) -> tuple[DerivativeTile, ...]
 def gelu_grads_tile(columns: int, device: torch.device) -> DerivativeTile:
     """The first of them."""
     return gelu_grads_candidates(columns, architecture(device))[0]
+
+
+# dy packed of its parts, db and dh: a block lies in one part and in the span of one adapter. In
+# three stages Triton 3.9 spills 8 bytes of 32 ranks on sm_100; 128 columns in four warps spill in
+# one version or another.
+PACK_GRADS = (
+    *(ElementTile(32, 256, stages, 8) for stages in (3, 2)),
+    ElementTile(64, 128, 2, 8),
+    ElementTile(32, 64, 3, 4),
+)
+
+
+def packs_gradients(width: int, spans: Sequence[Span]) -> bool:
+    """Whether its tiles divide parts of so many columns and every adapter's, which lie apart, and
+    hold the ranks of each."""
+    block = next((tile.block_n for tile in PACK_GRADS if width % tile.block_n == 0), 0)
+    if not block or any(span.rank > MOST_GRAD_RANKS for span in spans):
+        return False
+    in_order = sorted(spans, key=lambda span: span.start)
+    edges = [edge for span in in_order for edge in (span.start, span.stop)]
+    return edges == sorted(edges) and all(edge % block == 0 for edge in edges)
+
+
+def pack_grads_candidates(columns: int, arch: int) -> tuple[ElementTile, ...]:
+    """In 16 bits: those that divide ``columns``, of a part or of dy in three; wide ones first."""
+    tiles = PACK_GRADS[1:] if _family(arch) == 100 else PACK_GRADS
+    return tuple(tile for tile in tiles if columns % tile.block_n == 0)
+
+
+def pack_grads_tile(columns: int, device: torch.device) -> ElementTile:
+    """The first of them."""
+    return pack_grads_candidates(columns, architecture(device))[0]
 
 
 # Operands of one byte: 128 of them in a row of a step.

@@ -160,7 +160,7 @@ class ChainBackward:
                 assert grads is not None
                 passed = None if i else residual_grad
                 found, input_activated = self._stage(i, grads, low_rank, passed)
-                grads, mine, low_rank = found
+                grads, mine, low_rank, _ = found
             else:
                 input_activated = False
             down.append(mine)
@@ -199,8 +199,22 @@ class ChainBackward:
             residual_grad=residual_grad,
             formed=self.formed.pop(i, None),
             low_rank=low_rank,
+            previous=self._right_before(i, grads) if stage.packs else None,
         )
-        return stage.backward(grads, x, run, own, asked, epilogue), activation_grad is not None
+        found = stage.backward(grads, x, run, own, asked, epilogue)
+        if found.formed:
+            self.formed[i - 1] = found.formed
+        return found, activation_grad is not None
+
+    def _right_before(self, i: int, grads: Tensors) -> PreviousLinear | None:
+        """The linear before stage i, where stage i forms its db and dh as it writes its dy."""
+        before = self.runs[i - 1] if i else None
+        if before is None:
+            return None
+        found = self.spec.stages[i - 1].previous(before, self.own[i - 1], self.asked[i - 1])
+        if found is None or not self.spec.stages[i].forms(found, grads):
+            return None
+        return _to_form(found.linear, True)
 
     def _input(self, i: int, grads: Tensors, run: StageRun) -> tuple[Tensors, GradEpilogue]:
         """What stage i reads for x, and how it forms x of that."""
@@ -225,11 +239,15 @@ class ChainBackward:
         given = (grads, run, self.own[i], self.asked[i])
         if found is None or not self.spec.stages[i].takes_previous(found, kind, *given):
             return None
-        linear = found.linear
-        b_grads = [torch.empty_like(b_g) for b_g in linear.adapters.b]
-        dh = torch.empty_like(linear.h) if self.spec.stages[i].opens(run) else None
-        self.formed[i - 2] = FormedGrads(b_grads, dh)
-        return linear._replace(b_grads=b_grads, dh=dh)
+        linear = _to_form(found.linear, self.spec.stages[i].opens(run))
+        self.formed[i - 2] = FormedGrads(linear.b_grads, linear.dh)
+        return linear
+
+
+def _to_form(linear: PreviousLinear, dh: bool) -> PreviousLinear:
+    """With room for db, and for dh where that is formed too."""
+    b_grads = [torch.empty_like(b_g) for b_g in linear.adapters.b]
+    return linear._replace(b_grads=b_grads, dh=torch.empty_like(linear.h) if dh else None)
 
 
 def _closed(grads: Tensors, low_rank: LowRank) -> Tensors:

@@ -97,6 +97,7 @@ class GradEpilogue(NamedTuple):
     norm: InputNorm | None = None  # z is given in the place of x, its LayerNorm
     formed: FormedGrads | None = None  # of its one frame, by the stage behind
     low_rank: LowRank | None = None  # that the stage behind left to be added to dy
+    previous: PreviousLinear | None = None  # the linear before, whose db and dh it may form
 
 
 PLAIN = GradEpilogue()
@@ -108,6 +109,7 @@ class StageGrads(NamedTuple):
     x: Tensors | None  # of what went in
     own: Optional  # of the operands
     low_rank: LowRank | None = None  # dh a, which is still to be added to the one of x
+    formed: FormedGrads | None = None  # of the linear right before
 
 
 class Previous(NamedTuple):
@@ -139,6 +141,7 @@ class Stage:
     operands = 0  # how many tensors it owns: weights and adapters
     seeds: tuple[int, ...] = ()  # which of them are drawn anew for each call
     gelu: str | None = None  # erf or tanh, where it is that and nothing else
+    packs = False  # whether its backward may form gradients of the linear right before it
     leaves = True  # whether its backward reads what forward left beside the boundaries
 
     def forward(
@@ -176,6 +179,10 @@ class Stage:
 
     def fuses_activation_grad(self, dy: Tensors, run: StageRun, own: Optional) -> bool:
         """Whether its dx goes through the derivative of the activation before it in one pass."""
+        return False
+
+    def forms(self, previous: Previous, dy: Tensors) -> bool:
+        """Whether its backward, which ``packs``, forms db and dh of that linear."""
         return False
 
     def opens(self, run: StageRun) -> bool:

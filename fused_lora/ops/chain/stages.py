@@ -16,15 +16,19 @@ from fused_lora.ops import elementwise
 from fused_lora.ops.chain.stage import (
     FREE,
     PLAIN,
+    FormedGrads,
     GradEpilogue,
     Optional,
     Placement,
+    Previous,
     Stage,
     StageGrads,
     StageNeeds,
     StageRun,
     Tensors,
 )
+from fused_lora.ops.epilogues import why_not_packed
+from fused_lora.ops.lora_grad_backends import packed_gradients
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # of what goes in, and where to write
 Backward = Callable[[Tensor, Tensor], Tensor]  # of the gradient and of what went in
@@ -175,6 +179,8 @@ class Attention(Stage):
     tokens: int  # T, rows of one sample
     kernel: kernels.Key | None = None  # torch's own choice, where its backward is known
 
+    packs = True
+
     def forward(
         self, x: Tensors, own: Optional, asked: StageNeeds, place: Placement = FREE
     ) -> StageRun:
@@ -205,7 +211,15 @@ class Attention(Stage):
             dqkv = kernels.backward(self.kernel, d_out, qkv, done)
         else:
             dqkv = _again(qkv, d_out)
+        lies = [part.transpose(1, 2).is_contiguous() for part in dqkv]
+        if (before := epilogue.previous) and all(lies):
+            whole = packed_gradients([_rows(part) for part in dqkv], before)
+            return StageGrads((whole,), (), formed=FormedGrads(before.b_grads, before.dh))
         return StageGrads((packed(dqkv).flatten(0, 1),), ())
+
+    def forms(self, previous: Previous, dy: Tensors) -> bool:
+        """As the kernel does that packs dq, dk and dv."""
+        return why_not_packed(previous, dy[0]) is None
 
     def compose(self, x: Tensors, own: Optional) -> Tensors:
         """As torch has it."""

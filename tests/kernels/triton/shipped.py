@@ -31,6 +31,7 @@ from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
     FP8,
     PACK,
+    PACK_GRADS,
     MergeTile,
     candidates,
     expand_tile,
@@ -38,6 +39,7 @@ from fused_lora.kernels.triton.tiles import (
     gelu_grads_candidates,
     grad_tile,
     one_pass_candidates,
+    pack_grads_candidates,
     row_shrink_tile,
     row_tile,
     smaller,
@@ -65,9 +67,9 @@ def words(tile: object) -> str:
     return Chosen("", tile).configuration
 
 
-def group(*ranks: int) -> Adapters:
-    """fp32 adapters over equal parts of N."""
-    width = N // len(ranks)
+def group(*ranks: int, n: int = N) -> Adapters:
+    """fp32 adapters over equal parts of n."""
+    width = n // len(ranks)
     spans = tuple(Span(g * width, g * width + width, r) for g, r in enumerate(ranks))
     a, b = [torch.zeros(r, K) for r in ranks], [torch.zeros(width, r) for r in ranks]
     return Adapters(a, b, (1.0,) * len(ranks), spans)
@@ -97,6 +99,7 @@ def all_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     yield from one_pass_launches(x, arch)
     yield from extended_grads_launches(x, arch)
     yield from gelu_grads_launches(x, arch)
+    yield from pack_grads_launches(x, arch)
     for adapters in (group(64, 64, 64), group(12, 12, 12)):
         yield from fp8_launches(x, arch, adapters)
     yield from ragged_launches(x, arch)
@@ -273,6 +276,24 @@ def gelu_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         hidden = torch.zeros(K // 256, M, width)
         run = lambda a=a, hidden=hidden: lora_grad.add_blocks(hidden, a, x.dtype)  # noqa: E731
         yield Launch("gelu_grads", gelu_grads_candidates(K, arch)[0], run)
+
+
+def pack_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
+    """dy packed of three parts with gradients, in every tile: of separate adapters, of ranks that
+    16 divides or not, and of a joint one; and what adds dh up."""
+    if x.element_size() != 2:
+        return
+    n, add = 3 * N, lora_grad.add_blocks
+    every = [group(*ranks, n=n) for ranks in ((16, 16, 16), (32, 32, 32), (4, 12, 5), (32,))]
+    tiles = pack_grads_candidates(PACK_GRADS[0].block_n, arch)
+    for t, a in product(tiles, (*every, group(16, n=n).to(x.dtype))):
+        given = ((x, x, x), x.new_zeros(M, a.rank), a, t)
+        run = lambda given=given: lora_grad.pack_and_slices(*given)  # noqa: E731
+        yield Launch("pack_grads", t, run)
+    for t, a in zip(tiles, every, strict=False):
+        hidden = torch.zeros(n // t.block_n, M, 32 if a.rank > 48 else 16)
+        run = lambda a=a, hidden=hidden: add(hidden, a, x.dtype, columns=n)  # noqa: E731
+        yield Launch("pack_grads", t, run)
 
 
 def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:

@@ -146,6 +146,26 @@ def _(monkeypatch):
     assert error(dh_before, torch.cat(truth, 1)) <= torch.finfo(dtype).eps
 
 
+@case_of("_pack_grads", "_add_blocks")
+def _(monkeypatch):
+    monkeypatch.setattr(lora_grad, "multiprocessors", lambda device: 4)
+    dtype, tile = torch.bfloat16, ElementTile(32, 64, 2, 4)
+    spans = [Span(0, 64, 5), Span(128, 192, 3)]  # of the first and the last part
+    b = [torch.randn(64, s.rank) for s in spans]
+    before = Adapters([torch.randn(s.rank, 8) for s in spans], b, [0.5, 2.0], spans)
+    parts = [torch.randn(37, 64 + 8 * p).to(dtype)[:, :64] for p in range(3)]
+    h = torch.randn(37, 8).to(dtype)
+    made = lora_grad.pack_and_slices(parts, h, before, tile)
+    assert torch.equal(made.dy, torch.cat(parts, 1))
+    dh = lora_grad.add_blocks(made.hidden, before, dtype, columns=192)
+    wide = made.dy.double()
+    for g, own, ranks in before.ranks():
+        truth = before.scales[g] * wide[:, own] @ b[g].to(dtype).double()
+        assert error(dh[:, ranks], truth) <= torch.finfo(dtype).eps
+        truth = wide[:, own].T @ h[:, ranks].double()
+        assert error(made.b.sum(0)[own, ranks], truth) <= 1e-5
+
+
 @case_of("_quantise", "_extended_fp8")
 def _(monkeypatch):
     p = build(TAILS, torch.bfloat16, torch.float32)
