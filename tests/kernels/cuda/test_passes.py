@@ -227,9 +227,9 @@ def shown(programs: list[Program]) -> str:
 # gradients had sums of its own, backward had 2 launches more; while each slice of rows had, and no
 # cluster added them first, 1.9 more of all. While the library's low-rank terms had passes of their
 # own, or copies, and its u and du were read again for gradients, 20.3, 42.5, 30 and 42.4, 76.4, 27.
-# While dq, dk and dv were packed by themselves and read again for db and dh of qkv, its backward had
-# 28.7, 62.8, 18; this project's products would have 23.8, 49.8 and 17, an h being kept and adapters
-# packed once more.
+# While dq, dk and dv were packed by themselves and read again for db and dh of qkv, its backward
+# had 28.7, 62.8, 18; this project's products would have 23.8, 49.8 and 17, an h being kept and
+# adapters packed once more.
 # The aim is 44 passes of linears in all, 48 by the library, and 8 and 16 launches, which a frozen
 # block of the library's own has 10 and 11 of.
 MOST = {
