@@ -92,6 +92,7 @@ class FusionContext(NamedTuple):
     packed_with: int = 1  # linears of one operation, this among them, packed in one launch
     expanded: bool = False  # whoever reads y may add s h bT as it reads
     input_expanded: bool = False  # and whoever reads dx, dh a
+    hidden_grad: bool = False  # dh is formed by whoever forms dy
 
 
 NO_CONTEXT = FusionContext()

@@ -9,7 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fused_lora.kernels.cuda import lora_extended
 from fused_lora.kernels.cuda import lora_linear as hopper
+from fused_lora.kernels.cuda.lora_extended import ProductTile
 from fused_lora.kernels.cuda.lora_grad_shape import fitting, shape_of
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.triton import available
@@ -108,11 +110,29 @@ def kernels(
     """What must be right before ``plan`` serves; ``key`` names what its products round to."""
     needed = [of_launch(one, key) for one in launches(problem, plan, dtype, device)]
     if plan.backend is Backend.CUDA:
-        name, chip = str(dtype).removeprefix("torch."), Chip.of(device)
-        needed += [of_compiled_product(t, name) for t in hopper.tiles(problem, plan, chip)]
+        needed += _compiled_products(problem, plan, dtype, device)
     if plan.grads_by and (gradients := _of_gradients(problem, plan, dtype, device)):
         needed.append(gradients)
     return sorted(needed, key=lambda one: str(one.subject))
+
+
+def _compiled_products(
+    problem: Problem, plan: Plan, dtype: torch.dtype, device: torch.device
+) -> list[Checked]:
+    """What ``plan`` launches; a measured tile that is known to be wrong is passed over for good."""
+    tiles = hopper.tiles(problem, plan, dtype, device)
+    needed = {t: of_compiled_product(t, str(dtype).removeprefix("torch.")) for t in tiles}
+    if any([_passes_over(tile, one, dtype, device) for tile, one in needed.items()]):
+        return _compiled_products(problem, plan, dtype, device)
+    return list(needed.values())
+
+
+def _passes_over(
+    tile: ProductTile, checked: Checked, dtype: torch.dtype, device: torch.device
+) -> bool:
+    found = known(checked, device)
+    wrong = found is not None and not found.passed
+    return wrong and lora_extended.pass_over(tile, dtype, device)
 
 
 def _of_gradients(
@@ -135,6 +155,9 @@ def failures(
 ) -> dict[KernelId, Verdict]:
     """The kernels of ``plan`` that this device found wrong; checks those not checked yet.
 
+    A measured tile of the compiled product that is wrong is passed over, and what serves is checked
+    in its place.
+
     Raises:
         CannotVerifyNow: one is not checked, and cannot be at this moment.
     """
@@ -150,7 +173,12 @@ def failures(
             later = reason
     if later is not None:
         raise later
-    return {subject: verdict for subject, verdict in found.items() if not verdict.passed}
+    wrong = {subject: verdict for subject, verdict in found.items() if not verdict.passed}
+    if wrong and plan.backend is Backend.CUDA:
+        others = kernels(problem, plan, dtype, key, device)
+        if [one.subject for one in others] != [one.subject for one in needed]:
+            return failures(problem, plan, dtype, key, device)
+    return wrong
 
 
 def known_failures(
@@ -185,6 +213,23 @@ _product = lru_cache(maxsize=64)(hopper.why_not)
 def why_not_product(device: torch.device) -> str | None:
     """One sentence why no compiled product serves on ``device``; None when one may."""
     return _product(device)
+
+
+def why_not_product_behind(
+    shape: tuple[int, int, int],  # of y: its rows and columns, and how deep its sums are
+    ranks: int,
+    behind: str,  # gelu, scale
+    dtype: torch.dtype,
+    device: torch.device,
+    right: str = "rows",  # or columns, of dx
+) -> str | None:
+    """One sentence why the compiled product cannot have this epilogue; None when it can."""
+    tile = lora_extended.tile_of(*shape, ranks, dtype, device, right)
+    checked = of_compiled_product(tile, str(dtype).removeprefix("torch."), behind)
+    reason = distrust(checked, device)
+    if reason and _passes_over(tile, checked, dtype, device):
+        return why_not_product_behind(shape, ranks, behind, dtype, device, right)
+    return reason
 
 
 def why_not_device(t: Tensor, dtype: torch.dtype) -> str | None:

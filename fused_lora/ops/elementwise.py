@@ -12,7 +12,7 @@ from fused_lora.kernels.aten import elementwise as aten
 from fused_lora.kernels.aten.elementwise import Normed
 from fused_lora.kernels.interface import Adapters, LowRank
 from fused_lora.kernels.triton import available
-from fused_lora.kernels.triton.tiles import MOST_ROW_RANKS, MOST_WIDTH
+from fused_lora.kernels.triton.tiles import MOST_ROW_RANKS, MOST_WIDTH, ThinTile
 from fused_lora.ops.backends import why_not_launch
 from fused_lora.types import Impl
 
@@ -249,9 +249,9 @@ def layer_norm_shrink(
     """LayerNorm of each row."""
     from fused_lora.kernels.triton import lora_shrink
 
-    x, mean, rstd, h = lora_shrink.layer_norm_shrink(
-        z, weight, bias, eps, _uniform(adapters), out, h
-    )
+    given = (z, weight, bias, eps, _uniform(adapters), out, h)
+    tile = _shrink_tile("shrink_norm", out, adapters.rank)
+    x, mean, rstd, h = lora_shrink.layer_norm_shrink(*given, tile)
     return Made(x, h, (mean, rstd))
 
 
@@ -259,7 +259,16 @@ def gelu_shrink(z: Tensor, kind: str, adapters: Adapters, out: Tensor, h: Tensor
     """GELU of each element."""
     from fused_lora.kernels.triton import lora_shrink
 
-    return Made(*lora_shrink.gelu_shrink(z, kind, _uniform(adapters), out, h))
+    tile = _shrink_tile("shrink_gelu", out, adapters.rank)
+    return Made(*lora_shrink.gelu_shrink(z, kind, _uniform(adapters), out, h, tile))
+
+
+def _shrink_tile(kernel: str, x: Tensor, rank: int) -> ThinTile:
+    """The one that was checked: of x [M, C], and h of so many ranks."""
+    from fused_lora.kernels.triton.launches import tile_of
+
+    rows, columns = x.shape
+    return tile_of(kernel, rows, rank, columns, x.dtype, x.device)  # type: ignore[no-any-return]
 
 
 # What reads a product next, and adds the low-rank term that the product left out: by Triton's

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.cuda import lora_linear as compiled
-from fused_lora.kernels.cuda.lora_extended import tile_of
 from fused_lora.kernels.cuda.lora_grad_shape import GradShape, shape_of
-from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters, Epilogue, InputNorm, LowRank
 from fused_lora.kernels.triton import available, tiles
 from fused_lora.kernels.triton.launches import extended_grads, gelu_grads
 from fused_lora.ops import elementwise
 from fused_lora.ops import lora_grad_backends as compiled_grads
-from fused_lora.ops.backends import distrust, why_not_device, why_not_launch, why_not_product
+from fused_lora.ops.backends import (
+    why_not_device,
+    why_not_launch,
+    why_not_product,
+    why_not_product_behind,
+)
 from fused_lora.ops.chain.stage import Previous, finish
 from fused_lora.ops.lora_linear import call_plan, forward
 from fused_lora.ops.measured import Together
@@ -36,7 +39,6 @@ from fused_lora.types import (
     Span,
     ragged,
 )
-from fused_lora.verify.kernel_registry import of_compiled_product
 from fused_lora.verify.verdicts import why_not_concrete
 
 # Whether a kernel computes what lies beside a product in its own pass; a sentence if none does.
@@ -94,6 +96,8 @@ def _in_tiles(
 ) -> bool:
     """Whether tiles of du or of dy may hold gradients of a linear of this plan."""
     if not (context.activated or context.input_activated):
+        if plan.backend is not Backend.ATEN:
+            return False
         rank = sum(span.rank for span in spans)
         return why_not_launch("pack_grads", x.shape[0], w.shape[0], rank, x, dtype) is None
     if plan.backend is Backend.TRITON:
@@ -146,25 +150,13 @@ def why_not_fused(
     if plan.backend is Backend.CUDA:
         reason = compiled.why_not_epilogue(dtype, epilogue)
         shape, behind = (x.shape[0], n, k), compiled.kind(epilogue)
-        return reason or _why_not_compiled(shape, spans, behind, dtype, x.device)
+        ranks = sum(span.rank for span in spans)
+        return reason or why_not_product_behind(shape, ranks, behind, dtype, x.device)
     for t in others:
         if t.dtype not in available.DTYPES or t.stride(-1) != 1:
             return f"it reads contiguous rows of 16 or 32 bits, got {t.dtype} {t.stride()}"
     kernel = epilogue.kernel(plan.forward.value, dtype)
     return why_not_launch(kernel, x.shape[0], n, k, x, dtype, ragged(spans))
-
-
-def _why_not_compiled(
-    shape: tuple[int, int, int],  # of y: its rows and columns, and how deep its sums are
-    spans: tuple[Span, ...],
-    behind: str,  # gelu, scale
-    dtype: torch.dtype,
-    device: torch.device,
-    right: str = "rows",  # or columns, of dx
-) -> str | None:
-    tile = tile_of(*shape, sum(span.rank for span in spans), Chip.of(device), right)
-    name = str(dtype).removeprefix("torch.")
-    return distrust(of_compiled_product(tile, name, behind), device)
 
 
 def why_not_activation_grad(
@@ -184,8 +176,8 @@ def why_not_activation_grad(
     if plan.backend is Backend.CUDA:
         if reason := why_not_concrete(dy):
             return reason
-        shape = (dy.shape[0], k, n)
-        return _why_not_compiled(shape, spans, "gelu", dtype, dy.device, "columns")
+        shape, ranks = (dy.shape[0], k, n), sum(span.rank for span in spans)
+        return why_not_product_behind(shape, ranks, "gelu", dtype, dy.device, "columns")
     return why_not_launch("extended_gelu", dy.shape[0], k, n, dy, dtype, ragged(spans))
 
 

@@ -113,20 +113,16 @@ def _with_previous(
     Neither u nor du is read again for a gradient. Behind the library's product, which is read once
     more, the tiles of du form the previous dh as well.
     """
-    from fused_lora.kernels.triton import lora_grad as triton
-    from fused_lora.kernels.triton.lora_linear import input_grad_and_slices
+    from fused_lora.kernels.triton import lora_linear as triton
 
     previous = activation_grad.previous
     assert previous is not None
     dh = dy.new_empty(dy.shape[0], adapters.rank)
     grads = adapter_grads(dy, None, h, None, adapters, replace(needs, x=False, a=False), dh)
     if plan.backend is Backend.TRITON:
-        made = input_grad_and_slices(dy, w, adapters, dh, activation_grad)
+        made = triton.input_grad_and_slices(dy, w, adapters, dh, activation_grad)
     else:
-        through = (activation_grad.activation, activation_grad.u, previous.h, previous.adapters)
-        made = triton.activation_grad_and_slices(dy @ w, adapters, dh, *through)
-        assert made.hidden is not None
-        triton.add_blocks(made.hidden, previous.adapters, dy.dtype, previous.dh)
+        made = triton.activation_grad_and_slices(dy @ w, adapters, dh, activation_grad)
     own, k = adapters.uniform(ADAPTERS), w.shape[1]
     a: list[Tensor | None] = [torch.empty_like(a_g) for a_g in own.a]
     add_slices(made.a, k, 0, own, Grads(None, None, None, a, [None] * len(a)))
@@ -183,7 +179,12 @@ def packed_gradients(parts: Sequence[Tensor], previous: PreviousLinear) -> Tenso
 
 
 def why_not_packed(previous: PreviousLinear, columns: int, plan: Plan) -> str | None:
-    """One sentence why ``packed_gradients`` has nothing for dy of so many columns."""
+    """One sentence why ``packed_gradients`` has nothing for dy of so many columns.
+
+    Products of this project's keep packed adapters instead of h; with h backward would pack again.
+    """
+    if plan.backend is not Backend.ATEN:
+        return f"it takes an h that the library's plans keep, and the plan is {plan}"
     if plan.grads_by is not Backend.CUDA:
         return f"the compiled gradients add its sums, and the plan is {plan}"
     if previous.h.dtype.itemsize != 2:

@@ -394,4 +394,6 @@ def backward(
         from fused_lora.ops.lora_grad_backends import normed
 
         rows = normed(rows, norm)
-    return kernels.backward(dy, rows, kept, w, adapters, needs, plan, *activation_grad)
+    there = None if dh is None else aten.place_of_dh(dy, adapters.rank, plan, dh)
+    operands = (dy, rows, kept, w, adapters, needs, plan)
+    return kernels.backward(*operands, *activation_grad, given=there)

@@ -363,6 +363,7 @@ class _Operands:
         b = [draw(span.width, span.rank, to=low) for span in question.spans]
         self.adapters = Adapters(a, b, scales, question.spans)
         self.given = (self.w, self.bias, self.adapters)
+        self.dh = draw(m, question.rank) if question.hidden_grad else None
         self.h: Tensor | None = None
         if question.shrunk:
             right = None if self.bordered is None else self.bordered[:, k:]
@@ -382,7 +383,8 @@ class _Operands:
             _, kept = forward(x, *self.given, plan, impl, self.bordered, self.h)
             self._kept[how] = kept
         w = None if plan.keep is Keep.MERGED else self.w
-        return backward(self.dy, x, self._kept[how], w, self.adapters, needs, plan, impl)
+        given = (self.dy, x, self._kept[how], w, self.adapters, needs, plan, impl)
+        return backward(*given, dh=self.dh)
 
 
 def _key(question: Problem, device: torch.device, asked: Any) -> str:

@@ -35,7 +35,9 @@ def context_steps(p: Problem, plan: Plan) -> Iterator[Step]:
         yield Step("gelu", p.m, p.n)
     if p.joined and not fuses_residual(plan):
         yield Step("residual", p.m, p.n, extra_elements=p.m * p.n)
-    if p.input_activated and p.needs.x and not fuses_activation_grad(plan):
+    if p.input_activated and p.needs.x and plan.dx is Forward.OPEN:
+        yield cost_kernels.gelu_grads_step(p)
+    elif p.input_activated and p.needs.x and not fuses_activation_grad(plan):
         yield Step("gelu grad", p.m, p.k, extra_elements=p.m * p.k)
 
 

@@ -129,6 +129,8 @@ def dx_steps(p: Problem, plan: Plan) -> Iterator[Step]:
 
 def needs_dh(p: Problem, plan: Plan) -> bool:
     """Whether backward forms dh = s dy b."""
+    if p.hidden_grad:
+        return False
     from_dx = p.needs.x and plan.dx is not Forward.MERGE and not plan.writes_dh
     own = plan.gradient is Gradient.RANK and plan.grads_by is None
     return from_dx or (own and p.needs.a)

@@ -60,14 +60,15 @@ def cuda_product_step(name: str, p: Problem, columns: int, depth: int, beside: i
 
 
 def dh_given(p: Problem, plan: Plan) -> bool:
-    """Whether dx forms dh, before the gradients or on its way."""
-    return p.needs.x and plan.dx is not Forward.MERGE and not plan.writes_dh
+    """Whether dh is there before the gradients: formed with dy, or by dx on its way."""
+    return p.hidden_grad or (p.needs.x and plan.dx is not Forward.MERGE and not plan.writes_dh)
 
 
 def may_write_dh(p: Problem, plan: Plan) -> bool:
     """Whether the gradients may come first and write the dh that dx reads."""
     reads = plan.dx in (Forward.SEPARATE, Forward.BORDERED, Forward.EXTENDED, Forward.OPEN)
-    return plan.grads_by is Backend.CUDA and p.needs.x and p.needs.a and reads
+    wanted = p.needs.x and p.needs.a and not p.hidden_grad
+    return plan.grads_by is Backend.CUDA and wanted and reads
 
 
 # What a Triton plan costs: its launches, and the library GEMMs among them.
@@ -78,6 +79,7 @@ def may_write_dh(p: Problem, plan: Plan) -> bool:
 TRITON_EFFICIENCY = 0.8  # of Triton's GEMM beside the library's; unmeasured
 GELU_SHARE = 0.93  # of that: its epilogue is exposed, about 14 instructions an element
 GRADS_SHARE = 0.8  # likewise: GELU beside it, and one block a processor; unmeasured
+GELU_GRADS_COLUMNS = 256  # of its blocks
 GRADS_SLICES = 16  # of rows, whose fp32 sums are written and read; about
 TRITON_LAUNCH_CALLS = (
     1.0  # cost of a launch in library calls, the queue hiding the rest; unmeasured
@@ -103,14 +105,15 @@ def triton_backward_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     if reads and not keeps_packed(p, plan):
         yield from _pack(p)
     if p.needs.x:
-        how = (plan.keep is Keep.MERGED, p.input_activated, plan.writes_dh)
+        given = plan.writes_dh or p.hidden_grad
+        how = (plan.keep is Keep.MERGED, p.input_activated, given)
         yield from _product(p, plan.dx, "dx ", p.n, p.k, *how)
     if rank_gradient and p.needs.b:
         if plan.keep is not Keep.HIDDEN:
             yield _thin(p, "shrink", p.k)
         yield from _gradient(p, "db", p.n)
     if rank_gradient and p.needs.a:
-        if not (p.needs.x and plan.dx is not Forward.MERGE):
+        if not (p.hidden_grad or (p.needs.x and plan.dx is not Forward.MERGE)):
             yield _thin(p, "dy shrink", p.n)
         yield from _gradient(p, "da", p.k)
     if plan.gradient is Gradient.FULL:
@@ -170,6 +173,19 @@ def extended_grads_steps(p: Problem, plan: Plan, ranks_before: int) -> Iterator[
     yield _launch("dx extended grads", *sizes, share=GRADS_SHARE)
     again = Step("sums da db", ranks, p.k, extra_elements=sums, calls=TRITON_LAUNCH_CALLS)
     yield replace(again, host_calls=0.0)  # one launch with the other sums
+
+
+def gelu_grads_step(p: Problem) -> Step:
+    """GELU's derivative behind an open dx, less two passes that it spares the compiled gradients.
+
+    They read neither u for da of ``p`` nor du for db of the linear before. It leaves fp32 sums of
+    dh' of each block of its columns, written and read; ranks of that linear are taken for those of
+    ``p``.
+    """
+    ranks = -(-p.rank // CUDA_RANK_BLOCK) * CUDA_RANK_BLOCK
+    sums = -(-p.k // GELU_GRADS_COLUMNS) * p.m * ranks * 2 * (4 // p.itemsize)
+    beside = p.m * p.k - 2 * p.m * p.k + sums
+    return Step("gelu grads", p.m, p.k, extra_elements=beside, calls=2 * TRITON_LAUNCH_CALLS)
 
 
 def keeps_packed(p: Problem, plan: Plan) -> bool:

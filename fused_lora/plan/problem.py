@@ -24,7 +24,7 @@ class Problem:
     dtype: str = "float32"  # what the GEMMs compute in: a key of ITEMSIZE
     bias: bool = True
     needs: Needs = Needs()
-    bordered: bool = False  # this and the next seven: see ``fused_lora.types.FusionContext``
+    bordered: bool = False  # this and the next eight: see ``fused_lora.types.FusionContext``
     activated: bool = False
     input_activated: bool = False
     shrunk: bool = False
@@ -32,6 +32,7 @@ class Problem:
     packed_with: int = 1
     expanded: bool = False
     input_expanded: bool = False
+    hidden_grad: bool = False
     traits: AdapterTraits = DEFAULT_TRAITS
     device: str = "cpu"  # its kind
 

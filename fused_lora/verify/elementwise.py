@@ -108,7 +108,7 @@ def before(p: Operands) -> Adapters:
     """Those of a linear that made x: side by side, with b of a's columns."""
     (a, _, scales, spans), k = p.adapters, p.x.shape[1]
     edges = [*(k * g // (len(a) + 1) for g in range(len(a))), k]
-    own = [Span(*edges[g : g + 2], span.rank) for g, span in enumerate(spans)]
+    own = [Span(edges[g], edges[g + 1], span.rank) for g, span in enumerate(spans)]
     b = [a_g[:, span.start : span.stop].t() for a_g, span in zip(a, own, strict=True)]
     return Adapters(a, b, scales, own)
 

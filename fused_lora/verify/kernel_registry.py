@@ -234,7 +234,7 @@ def epilogues(dtype: torch.dtype, device: torch.device) -> list[Launch]:
     ]
     if low:
         arch = architecture(device)
-        every = {
+        every: dict[str, tuple[Any, ...]] = {
             "extended_grads": tiles.extended_grads_candidates(arch),
             "gelu_grads": tiles.gelu_grads_candidates(launch_checks.WHOLE[0].k, arch),
         }

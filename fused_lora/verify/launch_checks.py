@@ -385,7 +385,7 @@ def _expand_residual(p: Operands, tile: Any) -> Named:
 
 
 def _grad_dropout(p: Operands, tile: Any) -> Named:
-    from fused_lora.kernels.triton.lora_grad import a_grads
+    from fused_lora.kernels.triton.lora_grad_rank import a_grads
 
     return {"da": flat(a_grads(thin(p)[1], p.x, p.adapters, tile=tile, dropout=_dropout()))}
 
@@ -462,7 +462,7 @@ def _one_pass(p: Operands, tile: Any) -> Named:
 
 
 def _grad(p: Operands, tile: Any) -> Named:
-    from fused_lora.kernels.triton.lora_grad import a_grads, b_grads
+    from fused_lora.kernels.triton.lora_grad_rank import a_grads, b_grads
 
     h, dh = thin(p)
     da, db = a_grads(dh, p.x, p.adapters, tile=tile), b_grads(h, p.dy, p.adapters, tile=tile)

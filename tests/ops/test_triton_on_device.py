@@ -7,15 +7,15 @@ import torch
 
 from fused_lora.kernels.interface import Epilogue
 from fused_lora.kernels.triton import available
-from fused_lora.ops import elementwise, planning
-from fused_lora.ops.lora_block import lora_mlp
+from fused_lora.ops import backends, elementwise, planning
+from fused_lora.ops.lora_block import lora_attention, lora_mlp
 from fused_lora.ops.lora_dropout import why_not_triton
 from fused_lora.ops.lora_linear import NO_GRADIENT, Frame, compute, lora_linear
 from fused_lora.ops.lora_merge import Job, lora_merge, lora_merge_many
 from fused_lora.ops.lora_shrink import shrink
 from fused_lora.programs import run as programs
 from fused_lora.testing.yardstick import error, in_every_order, judge_all
-from fused_lora.types import Backend, Impl, Needs, Span
+from fused_lora.types import Backend, Forward, Impl, Needs, Span
 from fused_lora.verify import verdicts
 from tests.ops.block_problems import leaves, matrix, norm
 
@@ -209,6 +209,37 @@ def test_an_mlp_by_its_epilogues(recompute):
         both = [fc._replace(impl=impl) for fc in fcs]
         y = lora_mlp(x, *both, norm=before, around=True, recompute=recompute)
         runs.append([y.detach(), *torch.autograd.grad(y, leaves(x, fcs), torch.ones_like(y) / 8)])
+    for ours, plain in zip(*runs, strict=True):
+        assert error(ours, plain.double()) < 2e-2
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_a_block_of_open_products(half, monkeypatch):
+    """By the library's plans of one GEMM each way, whose terms Triton's kernels add."""
+    every = backends.plans
+
+    def asked(*question):
+        found = [plan for plan in every(*question) if plan.backend is Backend.ATEN]
+        opened = [plan for plan in found if Forward.OPEN in (plan.forward, plan.dx)]
+        return opened or found
+
+    monkeypatch.setattr(backends, "plans", asked)
+    closed, right = [], elementwise.residual_expand
+    watched = lambda *given: closed.append("y") or right(*given)  # noqa: E731
+    monkeypatch.setattr(elementwise, "residual_expand", watched)
+    before, bf16 = norm(384, torch.bfloat16, trains=False), torch.bfloat16
+    sizes = {"attention": ((1152, 384), (384, 384)), "mlp": ((1536, 384), (384, 1536))}[half]
+    pair = [matrix(*size, 16, dtype=bf16, w=False, bias=False) for size in sizes]
+    x = torch.randn(4, 197, 384, dtype=bf16, requires_grad=True)
+    runs = []
+    for impl in (Impl.AUTO, Impl.ATEN):
+        one, other = (each._replace(impl=impl) for each in pair)
+        if half == "mlp":
+            y = lora_mlp(x, one, other, norm=before, around=True)
+        else:
+            y = lora_attention(x, before, one, other, 6)
+        runs.append([y.detach(), *torch.autograd.grad(y, leaves(x, pair), torch.ones_like(y) / 8)])
+    assert closed
     for ours, plain in zip(*runs, strict=True):
         assert error(ours, plain.double()) < 2e-2
 

@@ -59,6 +59,17 @@ def test_without_a_device_it_says_why_and_shows_what_it_would_run(capsys, tmp_pa
     assert len(printed.splitlines()) == len(rows) + 1
 
 
+def test_what_holds_every_rank_in_one_tile_is_checked_with_as_many():
+    found = {}
+    for launch in kernel_registry.epilogues(torch.bfloat16, CPU):
+        if launch.kernel in kernel_registry.HOLD_RANKS:
+            shapes = kernel_registry.of_launch(launch, "bfloat16").shapes
+            most = max(sum(span.rank for span in shape.spans) for shape in shapes)
+            assert most == launch.tile.block_r, launch
+            found.setdefault(launch.kernel, set()).add(most)
+    assert found == {name: {16, 32, 64} for name in kernel_registry.HOLD_RANKS}
+
+
 @pytest.mark.usefixtures("few")
 def test_all_right(kernels, capsys):
     assert cli.main(["selftest", "--dtype", "bfloat16"]) == 0

@@ -17,12 +17,12 @@ from fused_lora.kernels.triton.launches import Launch
 from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
     FP8,
-    GELU_GRADS,
     PACK_GRADS,
     GradTile,
     MergeTile,
     ThinTile,
     Tile,
+    gelu_grads_candidates,
     row_tile,
 )
 from fused_lora.ops.planning import plan_for
@@ -45,8 +45,8 @@ ELEMENTWISE = {
     "extended_gelu": TILES["extended"],
     "extended_grads": TILES["extended"],
     "extended_grads_tanh": TILES["extended"],
-    "gelu_grads": GELU_GRADS[0],
-    "gelu_grads_tanh": GELU_GRADS[0],
+    "gelu_grads": gelu_grads_candidates(512, 90)[0],
+    "gelu_grads_tanh": gelu_grads_candidates(512, 90)[0],
     "pack_grads": PACK_GRADS[0],
     "extended_scale": TILES["extended"],
     "extended_wide": TILES["extended"],

@@ -191,9 +191,10 @@ def backward(
     adapters: Adapters,
     needs: Needs,
     plan: Plan,
+    given: HiddenGrad | None = None,  # dh where it is there already
 ) -> Grads:
     """The gradients named by ``needs``."""
-    g = _Backward(dy, x, kept, w, adapters, adapters.to(dy.dtype), needs, plan)
+    g = _Backward(dy, x, kept, w, adapters, adapters.to(dy.dtype), needs, plan, given)
     dx = g.dx() if needs.x else None
     dw = dy.t() @ g.x if needs.w else None
     if plan.gradient is Gradient.FULL:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_lora import disk, env
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.kernels.interface import Adapters
@@ -132,7 +135,7 @@ class ProductTile(NamedTuple):
 
 WIDE = ((128, 128), (128, 192), (128, 256))
 ALONE = tuple(ProductTile(*size) for size in (*WIDE, (64, 128), (64, 256)))
-CLUSTERS = tuple(ProductTile(*size, cluster=2) for size in WIDE)  # by name alone, until timed
+CLUSTERS = tuple(ProductTile(*size, cluster=2) for size in WIDE)  # by name, or where timed best
 TILES: tuple[ProductTile, ...] = (*ALONE, *CLUSTERS)
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -161,11 +164,86 @@ def why_not(x: Tensor, w: Tensor, adapters: Adapters) -> str | None:
 
 
 def tile_of(
-    rows: int, columns: int, depth: int, ranks: int, chip: Chip, right: str = "rows"
+    rows: int,
+    columns: int,
+    depth: int,
+    ranks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    right: str = "rows",
 ) -> ProductTile:
-    """The tile of one product: y [rows, columns] of x [rows, depth]; dx where w lies by columns."""
-    plan = _plan(rows, columns, depth, ranks, chip, right)
+    """The tile of one product: y [rows, columns] of x [rows, depth]; dx where w lies by columns.
+
+    A measured winner of exactly these sizes, else that of fewest estimated cycles.
+    """
+    if found := winner(rows, columns, depth, dtype, device, right):
+        return found
+    plan = _plan(rows, columns, depth, ranks, Chip.of(device), right)
     return ProductTile(plan.tile_rows, plan.tile_columns, plan.cluster)
+
+
+# Tiles that ``fused-lora tune`` measured fastest, beside those of Triton in the cache folder.
+#
+#     tiles.json   {identity of device and module: {"y bfloat16 25216x768x768": {tile}}}
+#
+# A row that is none of ``TILES`` is passed over, as is from then on a tile that failed its check.
+
+
+FORMAT = "compiled tiles 1"
+_passed_over: set[tuple[ProductTile, torch.dtype, torch.device]] = set()
+
+
+def path() -> Path:
+    """The file of winners."""
+    return env.cache_dir() / "tiles.json"
+
+
+def key(rows: int, columns: int, depth: int, dtype: torch.dtype, right: str = "rows") -> str:
+    """What a winner is kept under."""
+    of = "y" if right == "rows" else "dx"
+    return f"{of} {str(dtype).removeprefix('torch.')} {rows}x{columns}x{depth}"
+
+
+def winner(
+    rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device, right: str
+) -> ProductTile | None:
+    """The measured tile of exactly this product; None where none was, or where it is wrong."""
+    found = _winners(device).get(key(rows, columns, depth, dtype, right))
+    return None if (found, dtype, device) in _passed_over else found
+
+
+def store(device: torch.device, found: Mapping[str, ProductTile]) -> None:
+    """Keep ``found`` by key beside what the file has for ``device``; heard at the next start."""
+    here = f"{FORMAT}|{native.identity(device)}"
+    kept = disk.read(path()).get(here)
+    rows = kept if isinstance(kept, dict) else {}
+    disk.merge(path(), {here: rows | {name: tile._asdict() for name, tile in found.items()}})
+
+
+def pass_over(tile: ProductTile, dtype: torch.dtype, device: torch.device) -> bool:
+    """Choose ``tile`` for no measurement's sake from now on; whether one had named it till now."""
+    if (tile, dtype, device) in _passed_over or tile not in _winners(device).values():
+        return False
+    _passed_over.add((tile, dtype, device))
+    return True
+
+
+def forget() -> None:
+    """As a new process would begin."""
+    _winners.cache_clear()
+    _passed_over.clear()
+
+
+@lru_cache(maxsize=64)
+def _winners(device: torch.device) -> dict[str, ProductTile]:
+    rows = disk.read(path())
+    kept = rows.get(f"{FORMAT}|{native.identity(device)}") if rows else None
+    found = {name: _tile(row) for name, row in kept.items()} if isinstance(kept, dict) else {}
+    return {name: tile for name, tile in found.items() if tile is not None}
+
+
+def _tile(row: object) -> ProductTile | None:
+    return next((tile for tile in TILES if tile._asdict() == row), None)
 
 
 def _plan(
@@ -262,6 +340,7 @@ def _launch(
     assert all(t is None or t.dtype is x.dtype for t in (w, y, *epilogue.values())), x.dtype
     ranks = sum(h.shape[1] for h, _, _ in groups)
     chip = chip or Chip.of(x.device)
+    tile = tile or winner(*y.shape, x.shape[1], x.dtype, x.device, right)
     plan = _plan(*y.shape, x.shape[1], ranks, chip, right, activation, tile)
     u, residual, bias, factor = (epilogue[name] for name in ("u", "residual", "bias", "factor"))
     assert all(vector is None or vector.is_contiguous() for vector in (bias, factor))

@@ -45,11 +45,11 @@ def why_not_compiled() -> str | None:
     return f"compiled without {code}: the module has code for {', '.join(native.archs())}"
 
 
-def tiles(p: Problem, plan: Plan, chip: Chip) -> list[ProductTile]:
+def tiles(p: Problem, plan: Plan, dtype: torch.dtype, device: torch.device) -> list[ProductTile]:
     """The tiles of y, and of dx, that ``plan`` launches for ``p``, without repeats."""
-    found = [lora_extended.tile_of(p.m, p.n, p.k, p.rank, chip)]
+    found = [lora_extended.tile_of(p.m, p.n, p.k, p.rank, dtype, device)]
     if p.needs.x:
-        found.append(lora_extended.tile_of(p.m, p.k, p.n, p.rank, chip, "columns"))
+        found.append(lora_extended.tile_of(p.m, p.k, p.n, p.rank, dtype, device, "columns"))
     return list(dict.fromkeys(found))
 
 
@@ -107,11 +107,12 @@ def backward(
     needs: Needs,
     plan: Plan,
     activation_grad: ActivationGrad | None = None,  # where dx goes on to du
+    given: HiddenGrad | None = None,  # dh where it is there already
 ) -> Grads:
     """The gradients named by ``needs``."""
-    dx, dh = None, None
+    dx, dh = None, given.dh if given else None
     if needs.x:
-        dx, dh = input_grad(dy, kept, w, adapters, plan, activation_grad)
+        dx, dh = input_grad(dy, kept, w, adapters, plan, activation_grad, given)
     dw = None
     if needs.w:
         assert x is not None

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -123,6 +124,15 @@ def _clusters(device: torch.device) -> tuple[int, int]:
         return -1, -1
     index = torch.cuda.current_device() if device.index is None else device.index
     return load().clusters_at_once(index)
+
+
+def identity(device: torch.device) -> str:
+    """A key that changes with the device's name, the driver and the build of the module."""
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_cuda else device.type
+    driver = torch._C._cuda_getDriverVersion() if on_cuda else "none"  # type: ignore[attr-defined]
+    built = Path(str(load().__file__)).stat()
+    return f"{name}|driver {driver}|module {built.st_size} {built.st_mtime_ns}"
 
 
 def queue(device: torch.device) -> tuple[int, int]:

@@ -123,7 +123,7 @@ NO_PRODUCTS = (
     "merge_many",
     "quantise",
 )  # or fp32 ones, whatever torch allows
-AnyTile = MeasuredTile | tiles.RowTile | tiles.ElementTile
+AnyTile = MeasuredTile | tiles.RowTile | tiles.ElementTile | tiles.DerivativeTile
 
 
 def extended_grads(activation: str) -> str:
@@ -218,6 +218,7 @@ def in_its_place(
     if suffix == "fp8":
         others = tiles.FP8
     elif kernel.startswith("gelu_grads"):
+        assert isinstance(tile, tiles.DerivativeTile), tile
         others = tiles.gelu_grads_candidates(tile.block_n, arch)
     elif kernel == "pack_grads":
         assert isinstance(tile, tiles.ElementTile), tile
@@ -292,7 +293,7 @@ def launches(
 def _shapes(p: Problem, plan: Plan) -> Iterator[tuple[str, int, int, int]]:
     yield from _product(p, plan.forward, p.k, p.n, p.shrunk)
     if p.needs.x and plan.keep is not Keep.MERGED:
-        yield from _product(p, plan.dx, p.n, p.k, plan.writes_dh)
+        yield from _product(p, plan.dx, p.n, p.k, plan.writes_dh or p.hidden_grad)
     if plan.gradient is not Gradient.RANK or plan.grads_by:
         return
     if p.needs.b:
@@ -300,7 +301,7 @@ def _shapes(p: Problem, plan: Plan) -> Iterator[tuple[str, int, int, int]]:
             yield "shrink", p.m, p.rank, p.k
         yield "grad", p.rank, p.n, p.m
     if p.needs.a:
-        if plan.dx is Forward.MERGE or not p.needs.x:
+        if not p.hidden_grad and (plan.dx is Forward.MERGE or not p.needs.x):
             yield "shrink", p.m, p.rank, p.n
         yield "grad", p.rank, p.k, p.m
 

@@ -1,18 +1,27 @@
-"""RANK gradients: of z and t alone, and where GELU's derivative is taken.
+"""Gradients formed where GELU's derivative is taken: behind dx, or alone.
 
-    db_g = s_g dy[:, span_g]T h_g     da_g = dh_gT (D x), D dropout or 1
+EXTENDED dx on its way through GELU's derivative, and the gradients whose operands lie in its
+tiles: x = act(u) need not be read again, nor du once it is written.
 
-    border[r, c] = s_r sum_m t[m, r] z[m, c]     t [M, sum R]   z [M, C]   for c in r's group's span
+    du [M, K] = act'(u) (dy w + dh a)
+    da = dhT act(u)          of this linear
+    db' = s' duT h'          of the linear that made u, h' [M, sum R'] what it formed
 
-    da    t = dh, z = D x         db, transposed    t = h, z = dy
+           columns of u      One program per block of columns and slice of rows. It walks its row
+    rows [ z | z | z ]       blocks in order and holds both sums in registers; what it leaves are
+         [ z | z | z ]       the sums of its slice, fp32, which others add in a fixed order.
 
-         columns
-    rows [ z | z | z ]   Pass 1: one program per (column block, rank block, slice of rows), fp32
-         [ z | z | z ]           partial sums.   Pass 2: slices added in a fixed order, scaled, and
-         [ z | z | z ]           written into the blocks where they are, or added to them.
+Tiles lie transposed, [columns, rows]: so an accumulator is, register for register, the left
+operand of the next product, and neither x nor du passes through shared memory for it. Both are
+rounded as they are stored before the gradients read them.
 
-All groups share both launches and x and dy are read once while sum R <= 64. No atomics; sums are
-fp32 and each gradient is rounded once, to its block's dtype.
+Where the library writes dg = dy w, the derivative is a pass of its own, which adds what is left:
+
+    du [M, K] = act'(u) (dg + dh a)
+    da = dhT act(u)     db' = s' duT h'     dh' = s' du b', b' [K, sum R']
+
+Its programs are those above without the product, of more columns; each leaves fp32 sums of dh'
+over its own, which ``add_blocks`` adds in a fixed order. dg and u are held a step ahead.
 """
 
 from __future__ import annotations
@@ -29,201 +38,32 @@ from torch import Tensor
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
 from fused_lora.kernels.triton.border import (
-    Border,
     Packed,
-    column_range,
     load_border,
     of_a,
     of_b,
     packed,
     rank_scales,
-    store_border,
 )
 from fused_lora.kernels.triton.elementwise import gelu, gelu_grad
-from fused_lora.kernels.triton.launch import input_precision, launch, multiprocessors
+from fused_lora.kernels.triton.launch import launch, multiprocessors
 from fused_lora.kernels.triton.launches import extended_grads, gelu_grads, tile_of
-from fused_lora.kernels.triton.philox import Dropout, kept
 from fused_lora.kernels.triton.tiles import (
     CONTRACTED,
     MOST_GRAD_RANKS,
+    DerivativeTile,
     ElementTile,
-    GradTile,
     Tile,
     extended_grads_tile,
     gelu_grads_tile,
-    grad_tile,
     holds_gradients,
     packs_gradients,
     power_of_two,
 )
 
-MOST_SLICES = 64  # what pass 2 holds in registers
-REDUCE_BLOCK = 128  # elements per program of pass 2
+MOST_SLICES = 64  # of rows, each with sums of its own
 HIDDEN_BLOCK, HIDDEN_PARTS = 512, 16  # of dh': elements per program, blocks it reads at a time
 PACK_BESIDE = 2  # steps of a program that packs dy: it writes its sums, which others read
-
-
-@triton.jit
-def _partial_sums(
-    t,  # [M, R]
-    t_row,
-    z,  # [M, C]
-    z_row,
-    border,  # [R, C], only its shape
-    partial,  # [slices, R, C] fp32
-    dropout,  # of z, or None
-    rows,
-    ranks,
-    columns,
-    slice_rows,
-    PRECISION: tl.constexpr,  # of fp32 products
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    first_c, first_r = tl.program_id(0) * BLOCK_C, tl.program_id(1) * BLOCK_R
-    low, high = column_range(border, first_r, first_r + BLOCK_R)
-    if first_c + BLOCK_C <= low or first_c >= high:
-        return  # no group has these ranks and these columns; pass 2 reads none of them
-    r, c = first_r + tl.arange(0, BLOCK_R), first_c + tl.arange(0, BLOCK_C)
-    begin = tl.program_id(2).to(tl.int64) * slice_rows
-    end = tl.minimum(begin + slice_rows, rows)
-    acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for m0 in range(begin, end, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        t_tile = tl.load(
-            t + m[None, :] * t_row + r[:, None],
-            mask=(r < ranks)[:, None] & (m < end)[None, :],
-            other=0.0,
-        )
-        z_tile = tl.load(
-            z + m[:, None] * z_row + c[None, :],
-            mask=(m < end)[:, None] & (c < columns)[None, :],
-            other=0.0,
-        )
-        if dropout is not None:
-            z_tile = tl.where(kept(dropout, m, first_c, columns, BLOCK_C), z_tile, 0.0)
-        acc = tl.dot(t_tile, z_tile, acc, input_precision=PRECISION)
-    if dropout is not None:
-        acc *= dropout.inverse
-    partial += tl.program_id(2).to(tl.int64) * ranks * columns
-    inside = (r < ranks)[:, None] & (c < columns)[None, :]
-    tl.store(partial + r[:, None] * columns + c[None, :], acc, mask=inside)
-
-
-@triton.jit
-def _add_slices(
-    partial,  # [slices, R, C] fp32
-    border,  # [R, C]
-    slices,
-    ranks,
-    columns,
-    ADD: tl.constexpr,  # to what the blocks hold
-    SLICES: tl.constexpr,  # the first power of two that holds slices
-    BLOCK: tl.constexpr,
-):
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.arange(0, SLICES)
-    at = partial + s.to(tl.int64)[:, None] * (ranks * columns) + e[None, :]
-    inside = (s < slices)[:, None] & (e < ranks * columns)[None, :]
-    total = tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
-    r, c = e // columns, e % columns
-    store_border(border, r, c, total * rank_scales(border, r), ADD)
-
-
-def a_grads(
-    dh: Tensor,  # [M, sum R], rows contiguous
-    x: Tensor,  # [M, K], rows contiguous
-    adapters: Adapters,
-    into: Sequence[Tensor] | None = None,  # G of [R_g, K], any strides: add to these
-    tile: GradTile | None = None,
-    *,
-    dropout: Dropout | None = None,  # on x, that the forward's shrink had
-) -> list[Tensor]:
-    """da_g = dh_gT (D x), in a's dtype or added ``into`` given tensors."""
-    grads = [torch.empty_like(a_g) for a_g in adapters.a] if into is None else list(into)
-    _launch(dh, x, of_a(adapters, grads), into is not None, dropout, tile)
-    return grads
-
-
-def b_grads(
-    h: Tensor,  # [M, sum R], rows contiguous
-    dy: Tensor,  # [M, N], rows contiguous
-    adapters: Adapters,
-    into: Sequence[Tensor] | None = None,  # G of [N_g, R_g], any strides: add to these
-    tile: GradTile | None = None,
-) -> list[Tensor]:
-    """db_g = s_g dy[:, span_g]T h_g, in b's dtype or added ``into`` given tensors."""
-    grads = [torch.empty_like(b_g) for b_g in adapters.b] if into is None else list(into)
-    _launch(h, dy, of_b(adapters, grads), into is not None, None, tile)
-    return grads
-
-
-def _launch(
-    t: Tensor,
-    z: Tensor,
-    border: Border,
-    add: bool,
-    dropout: Dropout | None,
-    tile: GradTile | None,
-) -> None:
-    (rows, ranks), columns = t.shape, z.shape[1]
-    assert z.shape[0] == rows and ranks == border.rank, (t.shape, z.shape)
-    assert t.stride(1) == 1 and z.stride(1) == 1 and t.dtype is z.dtype, (t.stride(), z.stride())
-    if ranks * columns == 0:
-        return
-    tile = tile or grad_tile(ranks, z.element_size(), dropout is not None)
-    blocks = (triton.cdiv(columns, tile.block_c), triton.cdiv(ranks, tile.block_r))
-    slices, slice_rows = _slices(rows, blocks[0] * blocks[1], tile.block_m, t.device)
-    grid = (*blocks, slices)
-    partial = t.new_empty((slices, ranks, columns), dtype=torch.float32)
-    args = (t, t.stride(0), z, z.stride(0), border, partial, dropout)
-    constants = dict(PRECISION=input_precision(t.dtype), **tile.arguments())
-    sizes = (rows, ranks, columns, slice_rows)
-    compiled = launch(_partial_sums, grid, t.device, (*args, *sizes), constants, [partial])
-    constants = dict(ADD=add, SLICES=power_of_two(slices, 1, MOST_SLICES), BLOCK=REDUCE_BLOCK)
-    launch(
-        *(_add_slices, (triton.cdiv(ranks * columns, REDUCE_BLOCK),), t.device),
-        (partial, border, slices, ranks, columns),
-        constants | dict(num_warps=4, **CONTRACTED),
-        border.blocks,
-    )
-    if not spills.seen(compiled):
-        spills.look(compiled, "grad_dropout" if dropout else "grad", tile, t)
-
-
-def _slices(rows: int, blocks: int, block_m: int, device: torch.device) -> tuple[int, int]:
-    """How many slices of how many rows give every multiprocessor two programs."""
-    steps = triton.cdiv(rows, block_m)
-    wanted = triton.cdiv(2 * multiprocessors(device), blocks)
-    slices = max(1, min(wanted, steps, MOST_SLICES))
-    slice_rows = max(1, triton.cdiv(steps, slices)) * block_m
-    return max(1, triton.cdiv(rows, slice_rows)), slice_rows
-
-
-# EXTENDED dx on its way through GELU's derivative, and the gradients whose operands lie in its
-# tiles: x = act(u) need not be read again, nor du once it is written.
-#
-#     du [M, K] = act'(u) (dy w + dh a)
-#     da = dhT act(u)          of this linear
-#     db' = s' duT h'          of the linear that made u, h' [M, sum R'] what it formed
-#
-#            columns of u      One program per block of columns and slice of rows. It walks its row
-#     rows [ z | z | z ]       blocks in order and holds both sums in registers; what it leaves are
-#          [ z | z | z ]       the sums of its slice, fp32, which others add in a fixed order.
-#
-# Tiles lie transposed, [columns, rows]: so an accumulator is, register for register, the left
-# operand of the next product, and neither x nor du passes through shared memory for it. Both are
-# rounded as they are stored before the gradients read them.
-#
-# Where the library writes dg = dy w, the derivative is a pass of its own, which adds what is left:
-#
-#     du [M, K] = act'(u) (dg + dh a)
-#     da = dhT act(u)     db' = s' duT h'     dh' = s' du b', b' [K, sum R']
-#
-# Its programs are those above without the product, of more columns. Each warp multiplies its share
-# of them by b', a tile being too short for all warps along its rows; a program leaves fp32 sums of
-# dh' over its own, which ``add_blocks`` adds in a fixed order. dg and u are held a step ahead.
 
 
 class GradSlices(NamedTuple):
@@ -260,6 +100,7 @@ def _grads_of_tile(
     ranks,
     ranks_before,
     ACTIVATION: tl.constexpr,
+    ONCE: tl.constexpr,  # GELU is formed so; beside a large accumulator its registers spill
 ):
     """du of one tile, as it is rounded and stored, and both sums with its own in them."""
     dtype: tl.constexpr = dh.dtype.element_ty
@@ -267,9 +108,10 @@ def _grads_of_tile(
     r, r_before = tl.arange(0, a_sum.shape[1]), tl.arange(0, b_sum.shape[1])
     at = u + (i * u_row)[None, :] + j[:, None]
     value = tl.load(at, mask=inside_m[None, :], other=0.0).to(tl.float32)
-    value = _held_as(value, acc)
+    value = _held_as(value, acc) if ONCE else value
     out = (acc * gelu_grad(value, ACTIVATION)).to(dtype)
-    x = _held_as(gelu(value, ACTIVATION), acc).to(dtype)
+    x = gelu(value, ACTIVATION)
+    x = (_held_as(x, acc) if ONCE else x).to(dtype)
     at = h + (i * h_row)[:, None] + r_before[None, :]
     h_tile = tl.load(at, mask=inside_m[:, None] & (r_before < ranks_before)[None, :], other=0.0)
     at = dh + (i * dh_row)[:, None] + r[None, :]
@@ -342,7 +184,7 @@ def _extended_grads(
         du_at = du + (base * columns + n0)
         _, a_sum, b_sum = _grads_of_tile(
             acc, a_sum, b_sum, dh_at, dh_row, h_at, h_row, u_at, u_row, du_at,
-            inside_m, columns, ranks, ranks_before, ACTIVATION,
+            inside_m, columns, ranks, ranks_before, ACTIVATION, ONCE=False,
         )  # fmt: skip
     column = (first * columns + n).to(tl.int64)[:, None]
     tl.store(a_sums + column * BLOCK_A + r[None, :], a_sum)
@@ -417,13 +259,13 @@ def _activation_grads(
     ACTIVATION: tl.constexpr,  # erf or tanh
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SHARES: tl.constexpr,  # of BLOCK_N
     BLOCK_A: tl.constexpr,  # holds all ranks
     BLOCK_B: tl.constexpr,  # likewise R'
     STAGES: tl.constexpr,  # which loads outside products have where the loop names it
-    WARPS: tl.constexpr,
 ):
     dtype: tl.constexpr = dg.dtype.element_ty
-    PART: tl.constexpr = BLOCK_N // WARPS  # columns of a share
+    OWN_N: tl.constexpr = BLOCK_N // SHARES
     blocks = columns // BLOCK_N
     first, own = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     n0 = own * BLOCK_N
@@ -431,8 +273,12 @@ def _activation_grads(
     r, r_before = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
     n = n0 + j
     left = load_border(border, r[None, :], n[:, None], dtype)
-    shares = n0 + tl.arange(0, WARPS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-    left_before = load_border(before, r_before[None, :, None], shares, dtype)
+    if SHARES == 1:
+        left_before = load_border(before, r_before[:, None], n[None, :], dtype)
+    else:
+        share, own_n = tl.arange(0, SHARES)[:, None, None], tl.arange(0, OWN_N)[None, None, :]
+        own_n += n0 + share * OWN_N
+        left_before = load_border(before, r_before[None, :, None], own_n, dtype)
     a_sum = tl.zeros([BLOCK_N, BLOCK_A], tl.float32)
     b_sum = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     hidden += own.to(tl.int64) * rows * BLOCK_B
@@ -452,11 +298,14 @@ def _activation_grads(
         du_at = du + (base * columns + n0)
         out, a_sum, b_sum = _grads_of_tile(
             acc, a_sum, b_sum, dh_at, dh_row, h_at, h_row, u_at, u_row, du_at,
-            inside_m, columns, ranks, ranks_before, ACTIVATION,
+            inside_m, columns, ranks, ranks_before, ACTIVATION, ONCE=True,
         )  # fmt: skip
         at = hidden + base * BLOCK_B + (i * BLOCK_B)[None, :] + r_before[:, None]
-        parts = tl.dot(left_before, tl.reshape(out, [WARPS, PART, BLOCK_M]))
-        tl.store(at, tl.sum(parts, axis=0), mask=inside_m[None, :])
+        if SHARES == 1:
+            part = tl.dot(left_before, out)
+        else:
+            part = tl.sum(tl.dot(left_before, tl.reshape(out, [SHARES, OWN_N, BLOCK_M])), axis=0)
+        tl.store(at, part, mask=inside_m[None, :])
     column = (first * columns + n).to(tl.int64)[:, None]
     tl.store(a_sums + column * BLOCK_A + r[None, :], a_sum)
     tl.store(b_sums + column * BLOCK_B + r_before[None, :], b_sum)
@@ -470,7 +319,7 @@ def activation_grad_and_slices(
     u: Tensor,  # [M, K], dg's dtype, rows contiguous
     h: Tensor,  # [M, sum R'] of the linear that made u, likewise; sum R' <= 32
     before: Adapters | Packed,  # that linear's
-    tile: ElementTile | None = None,
+    tile: DerivativeTile | None = None,
 ) -> GradSlices:
     """du = act'(u) (dg + dh a), and what its rows and columns are parts of: da of act(u), db' of
     h, and dh' = du b'."""
@@ -504,7 +353,6 @@ def activation_grad_and_slices(
         BLOCK_A=block_a,
         BLOCK_B=block_b,
         STAGES=tile.stages,
-        WARPS=tile.warps,
     )
     grid = (columns // tile.block_n * slices,)
     compiled = launch(_activation_grads, grid, dg.device, args, constants, [du, a, b, hidden])
@@ -708,7 +556,7 @@ def add_blocks(
 def _slices_of(
     rows: int,
     columns: int,
-    tile: Tile | ElementTile,
+    tile: Tile | DerivativeTile | ElementTile,
     device: torch.device,
     beside: int = 0,  # steps that a program's sums take, and its first loads
 ) -> int:

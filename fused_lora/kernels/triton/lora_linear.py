@@ -10,10 +10,16 @@ from torch.nn import functional as F
 
 from fused_lora.kernels.full_grads import full_grads
 from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Grads, HiddenGrad
-from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
+from fused_lora.kernels.triton import (
+    lora_extended,
+    lora_grad,
+    lora_grad_rank,
+    lora_one_pass,
+    lora_shrink,
+)
 from fused_lora.kernels.triton.available import DTYPES
 from fused_lora.kernels.triton.border import Packed, packed
-from fused_lora.kernels.triton.launches import extended_grads, tile_of
+from fused_lora.kernels.triton.launches import extended_grads, gelu_grads, tile_of
 from fused_lora.kernels.triton.lora_extended import describable
 from fused_lora.kernels.triton.lora_merge import lora_merge
 from fused_lora.kernels.triton.philox import dropout
@@ -67,12 +73,16 @@ def backward(
     needs: Needs,
     plan: Plan,
     activation_grad: ActivationGrad | None = None,  # where dx goes on to du
+    given: HiddenGrad | None = None,  # dh where it is there already
 ) -> Grads:
     """The gradients named by ``needs``."""
     dy, x, own = rows(dy), None if x is None else rows(x), uniform(adapters)
     thin = plan.gradient is Gradient.RANK or (needs.x and plan.dx is not Forward.MERGE)
     low = packed(own, dy.dtype) if thin else own
-    dx, dh = input_grad(dy, kept, w, own, plan, activation_grad, low) if needs.x else (None, None)
+    dx, dh = None, None
+    if needs.x:
+        dx, dh = input_grad(dy, kept, w, own, plan, activation_grad, low, given)
+    dh = given.dh if given else dh
     dw = None
     if needs.w:
         assert x is not None
@@ -130,6 +140,24 @@ def input_grad_and_slices(
     dy, low = rows(dy), packed(uniform(adapters), dy.dtype)
     tile = _product_tile(extended_grads(activation), dy, w.shape[1], adapters)
     return lora_grad.input_grad_and_slices(dy, w, low, dh, activation, rows(u), rows(h), tile)
+
+
+def activation_grad_and_slices(
+    dg: Tensor,  # [M, K], dy w
+    adapters: Adapters,
+    dh: Tensor,  # [M, sum R]
+    activation_grad: ActivationGrad,  # with a previous linear, whose dh is formed as well
+) -> lora_grad.GradSlices:
+    """Likewise, behind a product that is there."""
+    activation, u, previous = activation_grad
+    assert previous is not None
+    tile = tile_of(gelu_grads(activation), *dg.shape, 0, dg.dtype, dg.device)
+    before = uniform(previous.adapters)
+    given = (dg, uniform(adapters), dh, activation, rows(u), rows(previous.h), before)
+    made = lora_grad.activation_grad_and_slices(*given, tile)
+    assert made.hidden is not None
+    lora_grad.add_blocks(made.hidden, before, dg.dtype, previous.dh)
+    return made
 
 
 def rows(t: Tensor) -> Tensor:
@@ -198,7 +226,7 @@ def _a_grads(
     assert x is not None
     dh = shrink_grad(dy, low) if dh is None else dh
     tile = tile_of("grad", own.rank, x.shape[1], x.shape[0], x.dtype, x.device)
-    grads = lora_grad.a_grads(dh, x, own, tile=tile)
+    grads = lora_grad_rank.a_grads(dh, x, own, tile=tile)
     return [grad.to(a.dtype) for grad, a in zip(grads, asked.a, strict=True)]
 
 
@@ -215,7 +243,7 @@ def _b_grads(
         assert x is not None
         h = shrink(x, low)
     tile = tile_of("grad", own.rank, dy.shape[1], dy.shape[0], dy.dtype, dy.device)
-    grads = lora_grad.b_grads(h, dy, own, tile=tile)
+    grads = lora_grad_rank.b_grads(h, dy, own, tile=tile)
     return [grad.to(b.dtype) for grad, b in zip(grads, asked.b, strict=True)]
 
 
@@ -302,9 +330,10 @@ def dropout_input_grad(dh: Tensor, a: Tensor, p: float, seed: int | Tensor) -> T
 
 def dropout_a_grad(dh: Tensor, x: Tensor, a: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """da [R, K] in a's dtype."""
-    tile = tile_of("grad_dropout", a.shape[0], x.shape[1], x.shape[0], x.dtype, x.device)
+    sizes = a.shape[0], x.shape[1], x.shape[0]
+    tile = tile_of("grad_dropout", *sizes, x.dtype, x.device)
     mask = dropout(p, seed, STEP)
-    return lora_grad.a_grads(dh, x, _alone(a), tile=tile, dropout=mask)[0].to(a.dtype)
+    return lora_grad_rank.a_grads(dh, x, _alone(a), tile=tile, dropout=mask)[0].to(a.dtype)
 
 
 def _alone(a: Tensor) -> Adapters:

@@ -54,7 +54,7 @@ from fused_lora.ops.lora_linear import (
 )
 from fused_lora.ops.planning import packed_with, problem, traits_of
 from fused_lora.plan.strategies import fuses_activation, keeps_x
-from fused_lora.types import NO_CONTEXT, Forward, FusionContext, Impl, Keep, Needs, Plan
+from fused_lora.types import NO_CONTEXT, Forward, FusionContext, Gradient, Impl, Keep, Needs, Plan
 
 
 @dataclass(frozen=True)
@@ -266,14 +266,20 @@ class LinearStage(Stage):
     def _left(
         self, dy: Tensor, own: Optional, needs: Needs, plan: Plan, formed: FormedGrads
     ) -> tuple[Needs, Plan]:
-        """What is left to do of the one frame, and its plan, where gradients of b are there."""
+        """What is left to do of the one frame, and its plan, where gradients of b are there.
+
+        Gradients stay with whom they were: who forms a LayerNorm's output as it is read.
+        """
         (frame,), (w, bias, *ab) = self.frames, own
         assert w is not None
         needs, traits = replace(needs, b=False), traits_of(ab, frame.scales)  # type: ignore[arg-type]
         question = (dy, w, bias is not None, frame.spans, needs, traits, Keep.NOTHING, frame.impl)
-        context = self._alone()._replace(input_expanded=plan.dx is Forward.OPEN)
+        opens, there = plan.dx is Forward.OPEN, formed.dh is not None
+        context = self._alone()._replace(input_expanded=opens, hidden_grad=there)
         rest = call_plan(*question, self.dtype, context)
-        return needs, replace(rest, writes_dh=rest.writes_dh and formed.dh is None)
+        if rest.gradient is Gradient.RANK and rest.grads_by is not plan.grads_by:
+            rest = replace(rest, grads_by=plan.grads_by, writes_dh=False)
+        return needs, rest
 
     def _alone(self) -> FusionContext:
         """With nothing beside the product."""

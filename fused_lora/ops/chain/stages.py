@@ -213,8 +213,8 @@ class Attention(Stage):
             dqkv = _again(qkv, d_out)
         lies = [part.transpose(1, 2).is_contiguous() for part in dqkv]
         if (before := epilogue.previous) and all(lies):
-            made = packed_gradients([_rows(part) for part in dqkv], before)
-            return StageGrads((made,), (), formed=FormedGrads(before.b_grads, before.dh))
+            whole = packed_gradients([_rows(part) for part in dqkv], before)
+            return StageGrads((whole,), (), formed=FormedGrads(before.b_grads, before.dh))
         return StageGrads((packed(dqkv).flatten(0, 1),), ())
 
     def forms(self, previous: Previous, dy: Tensors) -> bool:

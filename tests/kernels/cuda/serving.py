@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fused_lora.kernels.cuda import native
+from fused_lora.kernels.cuda import lora_extended, native
 from fused_lora.kernels.cuda.lora_grad_shape import Form, GradShape, examples
 from fused_lora.kernels.cuda.native import Chip
 from fused_lora.ops import backends, lora_grad_backends, planning
@@ -47,6 +47,7 @@ def forget() -> None:
     planning._plan_for.cache_clear()
     backends._triton.cache_clear()
     lora_grad_backends.checked.cache_clear()
+    lora_extended.forget()
     verdicts.forget()
 
 

@@ -1,8 +1,11 @@
-"""What CMake builds of an architecture list: TORCH_CUDA_ARCH_LIST=9.0 has the Hopper product."""
+"""What CMake builds of an architecture list: TORCH_CUDA_ARCH_LIST=9.0 has the Hopper product.
+
+The module that ``make install`` builds for every architecture is looked at, and nothing is compiled
+again: for 9.0 alone CMake compiles the product by the same commands, which is asked of it.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -12,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import CSRC, digest
+from build_support.archs import DEFAULT
+
+from .conftest import CSRC, disassembled
 
 ROOT = CSRC.parent
-BUILD = [ROOT / "CMakeLists.txt", *sorted((ROOT / "build_support").glob("*.py"))]
 PRODUCTS = 96  # kernels of lora_linear_sm90: tiles, activations and how w lies, in two types
 
 
@@ -51,44 +55,45 @@ def configured(folder: Path, archs: str, monkeypatch: pytest.MonkeyPatch) -> str
     return done.stdout + done.stderr
 
 
-def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The module for 9.0 alone; kept until a source changes."""
-    sources = digest(CSRC) + "".join(path.read_text() for path in BUILD)
-    name = hashlib.sha256(sources.encode()).hexdigest()[:16]
-    folder = request.config.cache.mkdir("native") / f"module-9.0-{name}"
-    if not (folder / "built").exists():
-        configured(folder, "9.0", monkeypatch)
-        subprocess.run([cmake(), "--build", str(folder), "--parallel", "2"], check=True)
-        (folder / "built").touch()
-    (module,) = folder.glob("_native*.so")
-    return module
-
-
-def disassembled(module: Path) -> dict[str, str]:
-    """The machine code of every kernel, by its name."""
-    triton = pytest.importorskip("triton", reason="cuobjdump comes with triton")
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    command = [str(tool), "-sass", str(module)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    parts = re.split(r"\n\s*Function : ", said)[1:]
-    return {name.strip(): code for name, _, code in (part.partition("\n") for part in parts)}
-
-
 @pytest.mark.slow
-def test_a_module_for_9_0_has_the_hopper_product(request, monkeypatch) -> None:
-    code = disassembled(built(request, monkeypatch))
+def test_the_module_has_the_hopper_product(installed: Path) -> None:
+    code = disassembled(installed, "sm_90a")
     products = {name: text for name, text in code.items() if "lora_linear_kernel" in name}
     assert len(products) == PRODUCTS
     for name, text in products.items():
         assert "HGMMA" in text and "UTMALDG" in text, name  # wgmma, and copies by the engine
+    forms = {}  # a form's products and waits, alike in both types: ptxas is asked about one alone
+    for name, text in products.items():
+        dtype, form = re.search(r"_kernelINS_(8BFloat16|7Float16)E(\w+)", name).groups()
+        counts = [text.count(word) for word in ("HGMMA", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR")]
+        forms.setdefault(form, {})[dtype] = counts
+    assert len(forms) == PRODUCTS // 2
+    assert all(
+        one["8BFloat16"] == one["7Float16"] and all(one["7Float16"]) for one in forms.values()
+    )
 
 
 def test_a_module_without_sm_90a_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = " ".join(configured(tmp_path / "a", "8.0;12.0", monkeypatch).split())
     assert "lora_linear_sm90 is compiled without sm_90a" in said
-    assert "compiled without" not in configured(tmp_path / "b", "9.0;10.0", monkeypatch)
-    flags = (tmp_path / "b" / "build.ninja").read_text()
-    assert "compute_100a" in flags and "compute_90a" in flags
-    assert not re.search(r"compute_(90|100)\b", flags)
-    assert "FUSED_LORA_SM90A" in flags
-    assert "FUSED_LORA_SM90A" not in (tmp_path / "a" / "build.ninja").read_text()
+    assert "FUSED_LORA_SM90A" not in ninja(tmp_path / "a")
+
+
+def test_9_0_alone_compiles_the_product_as_every_architecture_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+    for name, archs in (("alone", "9.0"), ("every", DEFAULT)):
+        assert "compiled without" not in configured(tmp_path / name, archs, monkeypatch)
+        flags = ninja(tmp_path / name)
+        assert "compute_90a" in flags and not re.search(r"compute_(90|100)\b", flags)
+        commands.append(re.findall(r"\nbuild (\S+/lora_linear_sm90/\S+): (.+\n(?:  .+\n)+)", flags))
+    assert "compute_100a" in flags and "compute_80" in flags
+    alone, every = commands
+    assert len(alone) == 4 and all("FUSED_LORA_SM90A" in edge for _, edge in alone)
+    assert alone == every
+
+
+def ninja(folder: Path) -> str:
+    """Every command of a build."""
+    return (folder / "build.ninja").read_text()

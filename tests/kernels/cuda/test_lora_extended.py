@@ -198,7 +198,9 @@ def test_a_cluster_has_the_bits_of_a_block(
         assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
 
 
-def test_a_cluster_is_for_more_rows_than_a_tile_has(on_host: ModuleType) -> None:
+def test_a_cluster_is_for_more_rows_than_a_tile_has(
+    on_host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = dict(columns=768, depth=768, ranks=16, right=on_host.Right.rows)
     asked |= dict(activation=on_host.Activation.none)
 
@@ -210,7 +212,9 @@ def test_a_cluster_is_for_more_rows_than_a_tile_has(on_host: ModuleType) -> None
     assert (plan(25216, 133).blocks, plan(25216, 1).blocks, plan(129, 132).blocks) == (132, 2, 8)
     for tile in ((128, 192, 3), (128, 192, 0), (64, 128, 2), (96, 128, 1)):
         assert plan(25216, 132, tile) is None
-    by_rule = [cuda.tile_of(m, n, 768, 16, H100) for m in (197, 25216) for n in (384, 768, 3072)]
+    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: H100))
+    sizes = [(m, n) for m in (197, 25216) for n in (384, 768, 3072)]
+    by_rule = [cuda.tile_of(m, n, 768, 16, torch.bfloat16, torch.device("cpu")) for m, n in sizes]
     assert all(tile.cluster == 1 for tile in by_rule)
 
 

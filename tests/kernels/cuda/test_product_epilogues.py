@@ -176,22 +176,32 @@ def test_the_checks_pass(hopper: list[str], behind: str) -> None:  # noqa: F811
     assert found.passed, found
 
 
-@pytest.mark.parametrize("backend, taken", [(Backend.CUDA, False), (Backend.TRITON, True)])
-def test_gradients_of_two_linears_in_one_dx_are_triton_s_alone(
+@pytest.mark.parametrize(
+    "backend, dx, taken",
+    [
+        (Backend.CUDA, Forward.EXTENDED, False),
+        (Backend.TRITON, Forward.EXTENDED, True),
+        (Backend.TRITON, Forward.ONE_PASS, False),
+        (Backend.ATEN, Forward.OPEN, True),
+        (Backend.ATEN, Forward.BORDERED, False),
+    ],
+)
+def test_gradients_of_two_linears_in_one_pass_are_triton_s_alone(
     hopper: list[str],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     backend: Backend,
+    dx: Forward,
     taken: bool,
 ) -> None:
     monkeypatch.setattr(lora_grad_backends, "_trusted", lambda *_: True)
-    extended, span = Forward.EXTENDED, (Span(0, 64, 8),)
+    span = (Span(0, 64, 8),)
     how = {"backend": backend, "grads_by": Backend.CUDA, "writes_dh": True}
-    plan = Plan(extended, extended, Gradient.RANK, Keep.HIDDEN, **how)
+    plan = Plan(Forward.EXTENDED, dx, Gradient.RANK, Keep.HIDDEN, **how)
     dy, w = torch.zeros(9, 64, dtype=BF16), torch.zeros(64, 128, dtype=BF16)
     a, b = [torch.zeros(8, 128, dtype=BF16)], [torch.zeros(64, 8, dtype=BF16)]
     previous = PreviousLinear(dy[:, :8], Adapters(a, b, (1.0,), span))
-    reason = lora_grad_backends.why_not_previous(previous, dy, w, 8, Needs(w=False), plan)
-    assert reason is None if taken else "the plan is cuda:extended" in str(reason)
+    reason = lora_grad_backends.why_not_previous(previous, dy, w, 8, Needs(w=False), plan, BF16)
+    assert reason is None if taken else f"the plan is {plan}" in str(reason)
 
 
 @pytest.mark.parametrize("traced", [False, True])

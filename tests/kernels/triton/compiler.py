@@ -1,7 +1,8 @@
-"""What the launchers would run on a GPU that is not here: compiled, measured, not launched.
+"""What the launchers would run on a GPU that is not here: compiled and measured.
 
 A stand-in for Triton's driver names an architecture; every launch inside ``compiled`` then compiles
-with exactly the arguments, alignments and constants of that launch, and stops there.
+with exactly the arguments, alignments and constants of that launch, and stops there, or goes on to
+the stub driver (stub.py) where that serves.
 """
 
 from __future__ import annotations
@@ -85,8 +86,14 @@ class _Chip:
 
 
 @contextmanager
-def compiled(arch: int, kept: list[object] | None = None) -> Iterator[list[Resources]]:
-    """Every launch inside is compiled for sm_``arch`` and appended; ``kept`` gets the kernels."""
+def compiled(
+    arch: int, kept: list[object] | None = None, refused: list[str] | None = None
+) -> Iterator[list[Resources]]:
+    """Every launch inside is compiled for sm_``arch`` and appended; ``kept`` gets the kernels.
+
+    With ``refused`` each is then launched by the driver that serves, which is one of sm_``arch``,
+    and what it says no to is appended there.
+    """
     found: list[Resources] = []
     run, known = JITFunction.run, {}
 
@@ -97,10 +104,16 @@ def compiled(arch: int, kept: list[object] | None = None) -> Iterator[list[Resou
         found.append(known[kernel.hash])
         if kept is not None:
             kept.append(kernel)
+        if refused is not None:
+            try:
+                run(self, *args, **kwargs)
+            except Exception as error:
+                refused.append(f"{self.__name__}: {type(error).__name__}: {error}")
         return kernel
 
     before = driver._active
-    driver.set_active(_Chip(arch))
+    if refused is None:
+        driver.set_active(_Chip(arch))
     JITFunction.run = compile_only
     try:
         yield found

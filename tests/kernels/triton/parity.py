@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
+from fused_lora.kernels.triton import lora_extended, lora_grad_rank, lora_one_pass, lora_shrink
 from fused_lora.reference import lora_linear as reference
 from fused_lora.testing.yardstick import in_every_order, judge_all
 from fused_lora.types import Needs
@@ -54,8 +54,8 @@ def triton_run(p: Problem, small: bool = True) -> Named:
     yield "dh", dh
     yield "y", lora_extended.forward(p.x, p.w, p.bias, group, h=h, tile=gemm).y
     yield "dx", lora_extended.input_grad(p.dy, p.w, group, dh=dh, tile=gemm)[0]
-    yield "da", flat(lora_grad.a_grads(dh, p.x, group, tile=grad))
-    yield "db", flat(lora_grad.b_grads(h, p.dy, group, tile=grad))
+    yield "da", flat(lora_grad_rank.a_grads(dh, p.x, group, tile=grad))
+    yield "db", flat(lora_grad_rank.b_grads(h, p.dy, group, tile=grad))
 
 
 def check(p: Problem, dtype: torch.dtype, small: bool = True) -> None:

@@ -15,6 +15,7 @@ from fused_lora.kernels.triton import (
     lora_expand,
     lora_extended,
     lora_grad,
+    lora_grad_rank,
     lora_linear_fp8,
     lora_one_pass,
     lora_shrink,
@@ -153,8 +154,8 @@ def thin_launches(x: Tensor, *ranks: int) -> Iterator[Launch]:
             yield Launch(name, t, lambda t=t, a=a, rows=rows: shrink.shrink(rows, a, tile=t))
             yield Launch(name, t, lambda t=t, a=a: shrink.shrink_grad(x, a, tile=t))
     for t in and_smaller(grad_tile(adapters.rank, size)):
-        yield Launch("grad", t, lambda t=t: lora_grad.a_grads(h, x, adapters, tile=t))
-        yield Launch("grad", t, lambda t=t: lora_grad.b_grads(h, x, adapters, tile=t))
+        yield Launch("grad", t, lambda t=t: lora_grad_rank.a_grads(h, x, adapters, tile=t))
+        yield Launch("grad", t, lambda t=t: lora_grad_rank.b_grads(h, x, adapters, tile=t))
 
 
 def merge_launches(x: Tensor) -> Iterator[Launch]:
@@ -210,7 +211,7 @@ def dropout_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         yield Launch("shrink_dropout", t, run)
     for t in and_smaller(grad_tile(192, size, dropout=True)):
         given = (h, x, group(64, 64, 64))
-        run = lambda t=t, g=given: lora_grad.a_grads(*g, tile=t, dropout=mask)  # noqa: E731
+        run = lambda t=t, g=given: lora_grad_rank.a_grads(*g, tile=t, dropout=mask)  # noqa: E731
         yield Launch("grad_dropout", t, run)
     grad = lora_extended.input_grad
     for t in candidates(arch, size, heavy=True):

@@ -195,7 +195,11 @@ def serve(arch: int, told: bool = True) -> Stub:
     """Triton launches over the stub, as sm_``arch``, in this process.
 
     Without being told, the stub sees the shape of a launch alone, in the time a driver would.
+    What is there already is not looked through for tensors at each launch, which would take longer
+    than the launch a hundred times: tensors that are launched on are made after this.
     """
+    gc.collect()
+    gc.freeze()
     made = Driver(arch, told)
     driver.set_active(made)
     available.why_not = lambda device=None, dtype=None: None

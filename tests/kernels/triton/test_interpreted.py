@@ -1,6 +1,7 @@
-"""Results without a GPU: the tests of ``interpreted/``, each file in a process of its own.
+"""Results without a GPU: the tests of ``interpreted/``, in processes of their own.
 
-TRITON_INTERPRET is read where a kernel is decorated; a process interprets or compiles.
+TRITON_INTERPRET is read where a kernel is decorated; a process interprets or compiles. Four files
+share one: to start a process takes 4 CPU-seconds, as much as many a file takes itself.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "interpreted").glob("test_*.py"))
+PARTS = 6
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_interpreted(path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
+@pytest.mark.parametrize("part", range(PARTS))
+def test_interpreted(part: int) -> None:
+    files = map(str, FILES[part::PARTS])
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command,
         cwd=HERE.parents[2],

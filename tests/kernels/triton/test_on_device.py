@@ -1,5 +1,8 @@
 """The kernels in the tiles that ship, on a GPU: the yardstick, the signal, the same bits twice."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from fused_lora.types import Span
 from tests.kernels.triton.cases import CASES, DTYPES, IDS, Case, adapters, build
 from tests.kernels.triton.gain import gain
 from tests.kernels.triton.guards import fenced
+from tests.kernels.triton.interpreted import test_activation_grads as activation_grads
 from tests.kernels.triton.interpreted import test_border as border
 from tests.kernels.triton.interpreted import test_dropout as dropout
 from tests.kernels.triton.interpreted import test_gelu as gelu
@@ -107,6 +111,14 @@ def test_terms_that_are_added_later(case, dtype, monkeypatch):
     for wide, around in ((False, True), (True, True), (True, False)):
         expand.test_layer_norm(case, dtype, wide, around, monkeypatch)
         expand.test_residual(case, dtype, wide, around, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", row_shrink.LOW, ids=str)
+@pytest.mark.parametrize("case", activation_grads.CASES, ids=activation_grads.IDS)
+def test_the_derivative_that_forms_gradients(case, dtype):
+    large = replace(case, m=8 * case.m, k=3072)
+    for kind, each in product(activation_grads.KINDS, (case, large)):
+        activation_grads.check(activation_grads.operands(each, dtype), kind, tile=None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,10 +19,16 @@ pytest.importorskip("triton")
 
 from triton.backends.nvidia.compiler import get_ptxas  # which of two is Triton's to say
 
-from fused_lora.kernels.triton import lora_extended, lora_one_pass, lora_shrink
-from fused_lora.kernels.triton.tiles import BulkTile, ThinTile, candidates, one_pass_candidates
+from fused_lora.kernels.triton import lora_extended, lora_grad, lora_one_pass, lora_shrink
+from fused_lora.kernels.triton.tiles import (
+    BulkTile,
+    ThinTile,
+    candidates,
+    gelu_grads_candidates,
+    one_pass_candidates,
+)
 from tests.kernels.triton.compiler import compiled
-from tests.kernels.triton.shipped import K, M, N, borders, words
+from tests.kernels.triton.shipped import K, M, N, borders, group, words
 
 OPERATIONS = {
     "product": r"(?:ttng\.warp_group_dot|tt\.dot) ",
@@ -157,6 +163,23 @@ def test_shrink_keeps_copies_and_its_product_in_flight(arch, back, own, compiled
     (columns,) = of(compiled_body(arch, shrink(tile, back, own)), "loop")
     assert set(of(columns, "copies may fly")) == {2 * (tile.stages - 2)}
     assert of(columns, "products may run") == ([1] if arch == 90 else [])
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_the_derivative_holds_a_step_ahead_and_forms_gelu_once(arch, rank, compiled_kernel):
+    """dg and u of the next rows, in registers or copied; one exponential an element for both GELU
+    and its derivative."""
+    (x, *_), adapters = operands(), group(rank)
+    h, tile = x.new_zeros(M, rank), gelu_grads_candidates(K, arch)[0]
+    given = (x, adapters, h, "erf", x, h, adapters, tile)
+    run = lambda: lora_grad.activation_grad_and_slices(*given)  # noqa: E731
+    text = compiled_kernel(arch, run).asm["ttgir"]
+    assert text.count("math.exp2") == text.count("rcp.approx") == 1
+    ahead, _, loop = text.partition("scf.for")
+    load = r"(?:tt\.load|ttg\.async_copy_global_to_local)"
+    rows = rf"{load} .*tensor<{tile.block_n}x{tile.block_m}x!tt\.ptr<bf16>"
+    assert len(re.findall(rows, ahead)) == len(re.findall(rows, loop)) == 2
 
 
 SERIAL = [p for p in BY_POINTERS + BULK if p.values[0] == 90]

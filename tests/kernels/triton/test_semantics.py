@@ -38,7 +38,7 @@ from fused_lora.kernels.triton import (
 from fused_lora.kernels.triton import lora_merge as merging
 from fused_lora.kernels.triton.available import why_not
 from fused_lora.kernels.triton.lora_merge import Merge, lora_merge
-from fused_lora.kernels.triton.tiles import ElementTile, MergeTile, Tile
+from fused_lora.kernels.triton.tiles import DerivativeTile, ElementTile, MergeTile, Tile
 from fused_lora.reference import lora_linear_fp8 as reference_fp8
 from fused_lora.reference import lora_merge as reference_merge
 from fused_lora.testing.yardstick import error
@@ -52,6 +52,7 @@ from tests.kernels.triton.parity import check
 TAILS = Case("tails everywhere, two adapters", 37, 43, 50, (Span(0, 21, 5), Span(21, 50, 3)))
 WHOLE_TILES = Case("tails of rows alone", 37, 128, 64, (Span(0, 64, 5),))
 SLOPE_TILE = Tile(32, 64, 32, 2, 4)
+DERIVATIVE_TILES = [DerivativeTile(32, 64, shares, 2, 4) for shares in (1, 4)]
 WHOLE_ROWS = Case("tails, rows that descriptors take", 37, 40, 56, (Span(0, 56, 5),))
 CASES: dict[str, Callable[[pytest.MonkeyPatch], object]] = {}
 
@@ -126,8 +127,10 @@ def _(monkeypatch):
     spans = [Span(0, 41, 1), Span(41, 128, 2)]
     b = [torch.randn(41, 1), torch.randn(87, 2)]
     before = Adapters([torch.randn(1, 8), torch.randn(2, 8)], b, [0.5, 2.0], spans)
-    given = (dg, adapters(p), dh, "erf", u, h, before, ElementTile(32, 64, 2, 4))
-    made = lora_grad.activation_grad_and_slices(*given)
+    given = (dg, adapters(p), dh, "erf", u, h, before)
+    each = [lora_grad.activation_grad_and_slices(*given, tile) for tile in DERIVATIVE_TILES]
+    made = each[0]
+    torch.testing.assert_close(each[1].hidden, made.hidden)
     dx = dg.double() + dh.double() @ torch.cat(p.a).to(dtype).double()
     truth = torch.ops.aten.gelu_backward(dx, u.double())
     assert error(made.du, truth) <= torch.finfo(dtype).eps

@@ -13,7 +13,11 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import lora_grad
 from fused_lora.kernels.triton.border import packed
 from fused_lora.kernels.triton.launches import Launch
-from fused_lora.kernels.triton.tiles import GELU_GRADS, MOST_GRAD_RANKS, ElementTile
+from fused_lora.kernels.triton.tiles import (
+    MOST_GRAD_RANKS,
+    DerivativeTile,
+    gelu_grads_candidates,
+)
 from fused_lora.programs.describe import work
 from fused_lora.programs.program import InputSpec, build
 from fused_lora.testing.yardstick import in_every_order, judge_all
@@ -25,7 +29,8 @@ from tests.programs.test_record import Op
 
 LOW = (torch.bfloat16, torch.float16)
 KINDS = {"erf": "none", "tanh": "tanh"}
-SMALL = ElementTile(32, 64, 2, 4)  # of four blocks and more
+SMALL = DerivativeTile(32, 64, 4, 2, 4)  # of four blocks and more
+SHIPPED = [tile for arch in (80, 90) for tile in gelu_grads_candidates(256, arch)]
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def equation(p: Given, kind: str) -> dict[str, Tensor]:
     }
 
 
-def kernels(p: Given, kind: str, tile: ElementTile | None = SMALL) -> dict[str, Tensor]:
+def kernels(p: Given, kind: str, tile: DerivativeTile | None = SMALL) -> dict[str, Tensor]:
     made = lora_grad.activation_grad_and_slices(*given(p, kind), tile)
     dtype, ranks = p.dg.dtype, (p.own.rank, p.before.rank)
     da, db = (t.sum(0)[:, :r].T.to(dtype) for t, r in zip((made.a, made.b), ranks, strict=True))
@@ -112,7 +117,7 @@ def given(p: Given, kind: str) -> tuple:
     return p.dg, p.own, p.dh, kind, p.u, p.h, p.before
 
 
-def check(p: Given, kind: str, tile: ElementTile | None = SMALL) -> None:
+def check(p: Given, kind: str, tile: DerivativeTile | None = SMALL) -> None:
     """By the yardstick rule, beside plain torch in the same dtype."""
     ours, dtype = kernels(p, kind, tile), p.dg.dtype
     assert all(t.isfinite().all() for t in ours.values())
@@ -141,7 +146,7 @@ def test_adapters_are_read_as_they_lie(case):
         assert all(torch.equal(once[name], again[name]) for name in once)
 
 
-@pytest.mark.parametrize("tile", GELU_GRADS, ids=str)
+@pytest.mark.parametrize("tile", [replace(SMALL, shares=1), *SHIPPED], ids=str)
 def test_tiles_that_ship(tile):
     check(operands(replace(CASES[2], k=512), torch.bfloat16), "erf", tile)
 
@@ -252,7 +257,7 @@ def test_a_fault_fails_the_check(fault, monkeypatch):
     monkeypatch.setattr(lora_grad, "activation_grad_and_slices", broken)
     if fault == "a scale":
         monkeypatch.setattr(lora_grad, "add_blocks", unscaled)
-    checked = of_launch(Launch("gelu_grads", GELU_GRADS[0]), "bfloat16")
+    checked = of_launch(Launch("gelu_grads", SHIPPED[0]), "bfloat16")
     verdict = checked.check(torch.device("cpu"))
     assert not verdict.passed and verdict.compared, str(verdict)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_lora.kernels.triton import lora_extended, lora_grad, lora_shrink
+from fused_lora.kernels.triton import lora_extended, lora_grad_rank, lora_shrink
 from fused_lora.kernels.triton.philox import dropout
 from fused_lora.reference import dropout as reference
 from fused_lora.reference import lora_linear
@@ -50,7 +50,7 @@ def triton_run(p):
     yield "h", h
     yield "y", y
     yield "dx", dx
-    yield "da", flat(lora_grad.a_grads(dh, p.x, group, tile=GRAD_TILE, dropout=mask))
+    yield "da", flat(lora_grad_rank.a_grads(dh, p.x, group, tile=GRAD_TILE, dropout=mask))
 
 
 @CASE

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_lora.kernels.triton import lora_grad
+from fused_lora.kernels.triton.lora_grad_rank import a_grads, b_grads
 from tests.kernels.triton.cases import CASES, GRAD_TILE, adapters, build
 
 QKV = CASES[3]
@@ -26,8 +26,8 @@ def owner(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_gradients_are_added_into_an_owners_block(dtype):
     p, group, h, dh = operands(dtype)
     for run, t, z, like in (
-        (lora_grad.a_grads, dh, p.x, p.a),
-        (lora_grad.b_grads, h, p.dy, p.b),
+        (a_grads, dh, p.x, p.a),
+        (b_grads, h, p.dy, p.b),
     ):
         fresh = run(t, z, group, tile=GRAD_TILE)
         owners = [owner(tensor) for tensor in like]
@@ -44,12 +44,12 @@ def test_gradients_are_added_into_an_owners_block(dtype):
 def test_gradients_have_the_adapters_dtype():
     p = build(QKV, torch.bfloat16, torch.bfloat16)
     _, _, h, dh = operands(torch.bfloat16)
-    grads = lora_grad.a_grads(dh, p.x, adapters(p)) + lora_grad.b_grads(h, p.dy, adapters(p))
+    grads = a_grads(dh, p.x, adapters(p)) + b_grads(h, p.dy, adapters(p))
     assert {grad.dtype for grad in grads} == {torch.bfloat16}
 
 
 def test_no_rows_give_zeros():
     p = build(CASES[-1], torch.float32, torch.float32)
     h = torch.empty(0, 4)
-    for grad in lora_grad.a_grads(h, p.x, adapters(p)) + lora_grad.b_grads(h, p.dy, adapters(p)):
+    for grad in a_grads(h, p.x, adapters(p)) + b_grads(h, p.dy, adapters(p)):
         assert (grad == 0).all()
