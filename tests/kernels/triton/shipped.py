@@ -291,7 +291,8 @@ def pack_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
         run = lambda given=given: lora_grad.pack_and_slices(*given)  # noqa: E731
         yield Launch("pack_grads", t, run)
     for t, a in zip(tiles, every, strict=False):
-        hidden = torch.zeros(n // t.block_n, M, 32 if a.rank > 48 else 16)
+        most = max(span.rank for span in a.spans)
+        hidden = torch.zeros(n // t.block_n, M, 32 if most > 16 else 16)
         run = lambda a=a, hidden=hidden: add(hidden, a, x.dtype, columns=n)  # noqa: E731
         yield Launch("pack_grads", t, run)
 
