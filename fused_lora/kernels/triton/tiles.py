@@ -368,8 +368,8 @@ def gelu_grads_tile(columns: int, device: torch.device) -> DerivativeTile:
 
 
 # dy packed of its parts, db and dh: a block lies in one part and in the span of one adapter. In
-# three stages Triton 3.9 spills 8 bytes of 32 ranks on sm_100; 128 columns in four warps spill in
-# one version or another.
+# three stages Triton 3.9 spills 8 bytes of 32 ranks on sm_100, in two 16 bytes on sm_120; 128
+# columns in four warps spill in one version or another.
 PACK_GRADS = (
     *(ElementTile(32, 256, stages, 8) for stages in (3, 2)),
     ElementTile(64, 128, 2, 8),
@@ -390,7 +390,7 @@ def packs_gradients(width: int, spans: Sequence[Span]) -> bool:
 
 def pack_grads_candidates(columns: int, arch: int) -> tuple[ElementTile, ...]:
     """In 16 bits: those that divide ``columns``, of a part or of dy in three; wide ones first."""
-    tiles = PACK_GRADS[1:] if _family(arch) == 100 else PACK_GRADS
+    tiles = PACK_GRADS[1:] if _family(arch) == 100 else (PACK_GRADS[0], *PACK_GRADS[2:])
     return tuple(tile for tile in tiles if columns % tile.block_n == 0)
 
 
