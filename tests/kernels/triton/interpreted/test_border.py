@@ -1,13 +1,17 @@
-"""Packed borders: what they hold, and that a pass packs once at most."""
+"""Packed borders and those beside w: what they hold, and that a pass packs once at most."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import border
 from fused_lora.kernels.triton import lora_linear as triton
+from fused_lora.kernels.triton import lora_merge as merging
 from fused_lora.types import Backend, Needs, Span
-from tests.kernels.triton.cases import CASES, IDS, adapters, build
+from tests.kernels.triton.cases import CASES, DTYPES, IDS, adapters, build
 from tests.kernels.triton.guards import fenced
 from tests.kernels.triton.interpreted.serving import small_tiles  # noqa: F401
 from tests.kernels.triton.interpreted.test_lora_linear import SMALL, plans
@@ -84,6 +88,61 @@ def test_a_pass_packs_once_at_most(dtype, packs, monkeypatch):
         assert max(forward, len(made)) <= packs, str(plan)
         if "merge" not in str(plan):
             assert forward == len(made) == packs, str(plan)
+
+
+def beside(p, dtype):
+    """[w | s b] and [w ; a], each number of a border rounded once."""
+    right, first = p.w.new_zeros(p.w.shape[0], sum(span.rank for span in p.spans)), 0
+    for b, s, span in zip(p.b, p.scales, p.spans, strict=True):
+        own = slice(span.start, span.stop), slice(first, first + span.rank)
+        right[own] = (b.float() * s).to(dtype)
+        first += span.rank
+    return torch.cat((p.w, right), 1), torch.cat((p.w, *(a.to(dtype) for a in p.a)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_w_is_copied_and_each_border_rounded_once(case, dtype, monkeypatch):
+    for held in dict.fromkeys((torch.float32, dtype, torch.float16)):
+        p = build(case, dtype, held)
+        for w in (p.w, p.w.t().contiguous().t(), p.w.repeat(2, 2)[::2, : case.k]):
+            given = replace(p, w=w)
+            with fenced(monkeypatch):
+                right = merging.bordered_weight(w, adapters(given))
+                below = merging.bordered_weight_rows(w, adapters(given))
+            for found, expected in zip((right, below), beside(given, dtype), strict=True):
+                assert found.is_contiguous() and torch.equal(found, expected), (held, w.stride())
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32], ids=str)
+def test_of_scales_that_are_powers_of_two_it_is_the_librarys(held):
+    p = replace(build(CASES[4], torch.bfloat16, held), scales=(0.5, 4.0))
+    low = adapters(p).to(torch.bfloat16)
+    assert torch.equal(merging.bordered_weight(p.w, adapters(p)), aten.bordered_weight(p.w, low))
+
+
+def test_a_border_goes_where_it_is_told():
+    p = build(CASES[3], torch.bfloat16, torch.float32)
+    (n, k), rank, room = p.w.shape, 12, torch.full((200, 200), torch.nan, dtype=torch.bfloat16)
+    right, below = room[:n, 1 : 1 + k + rank], room[: n + rank, :k]
+    expected = beside(p, torch.bfloat16)
+    assert merging.bordered_weight(p.w, adapters(p), right) is right
+    assert torch.equal(right, expected[0]) and room[n:].isnan().all()
+    room.fill_(torch.nan)
+    assert merging.bordered_weight_rows(p.w, adapters(p), below) is below
+    assert torch.equal(below, expected[1]) and room[:, k:].isnan().all()
+    with pytest.raises(AssertionError):
+        merging.bordered_weight(p.w, adapters(p), below)
+
+
+def test_of_nothing_there_is_a_border_at_most():
+    a, b = torch.randn(3, 0), torch.randn(5, 3)
+    group = Adapters([a], [b], (2.0,), (Span(0, 5, 3),))
+    w = torch.zeros(5, 0)
+    assert torch.equal(merging.bordered_weight(w, group), 2 * b)
+    assert merging.bordered_weight_rows(w, group).shape == (8, 0)
+    none = group._replace(b=[b[:0]], spans=(Span(0, 0, 3),))
+    assert merging.bordered_weight(w[:0], none).shape == (0, 3)
 
 
 launch = border.launch
