@@ -49,7 +49,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 EXACT = (  # products and sums alone
-    *("shrink", "extended", "one_pass", "grad", "merge", "merge_many"),
+    *("shrink", "extended", "one_pass", "grad", "merge", "merge_many", "border_weight"),
     *("extended_scale", "extended_wide", "one_pass_scale", "one_pass_wide", "expand_residual"),
 )
 OF_RANKS = ("shrink_norm", "shrink_gelu", "expand_norm")  # every rank in one tile, any depth
@@ -123,6 +123,8 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
     shapes = of_rows(launch.width) if launch.width else ALIGNED if launch.bulk else SHAPES
     if launch.kernel.startswith(FORM_GRADIENTS):
         shapes = launch_checks.WHOLE
+    elif launch.kernel == "border_weight":
+        shapes = (SHAPES[0], launch_checks.PRODUCTS[0])  # rows of no adapter, ranks beyond a tile
     elif launch.kernel in HOLD_RANKS:
         shapes = of_ranks(launch.tile.block_r)  # type: ignore[union-attr]
     truth = partial(equations, kernel=launch.kernel)
@@ -255,6 +257,7 @@ def passes(dtype: torch.dtype) -> list[Launch]:
     return [
         *(Launch("layer_norm", tile) for tile in norms),
         Launch("gelu", tiles.ELEMENTS),
+        Launch("border_weight", tiles.PACK),
         Launch("merge_many", tiles.MergeTile()),
     ]
 
