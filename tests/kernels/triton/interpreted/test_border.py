@@ -10,11 +10,14 @@ from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import border
 from fused_lora.kernels.triton import lora_linear as triton
 from fused_lora.kernels.triton import lora_merge as merging
-from fused_lora.types import Backend, Needs, Span
-from tests.kernels.triton.cases import CASES, DTYPES, IDS, adapters, build
+from fused_lora.ops import backends, lora_grad_backends, lora_linear
+from fused_lora.testing.yardstick import in_every_order, judge_all
+from fused_lora.types import Backend, Forward, Gradient, Impl, Keep, Needs, Plan, Span
+from tests.kernels.triton.cases import CASES, DTYPES, IDS, adapters, build, lowered
 from tests.kernels.triton.guards import fenced
-from tests.kernels.triton.interpreted.serving import small_tiles  # noqa: F401
+from tests.kernels.triton.interpreted.serving import serving, small_tiles  # noqa: F401
 from tests.kernels.triton.interpreted.test_lora_linear import SMALL, plans
+from tests.ops.test_parity import named, reference_run
 
 PASSES = Needs(bias=True)
 
@@ -143,6 +146,88 @@ def test_of_nothing_there_is_a_border_at_most():
     assert merging.bordered_weight_rows(w, group).shape == (8, 0)
     none = group._replace(b=[b[:0]], spans=(Span(0, 0, 3),))
     assert merging.bordered_weight(w[:0], none).shape == (0, 3)
+
+
+@pytest.fixture
+def made(serving) -> list[str]:  # noqa: F811
+    """What was made in one launch for a library's product, in order."""
+    found: list[str] = []
+    for name, side in (("bordered_weight", "right"), ("bordered_weight_rows", "below")):
+        right = getattr(merging, name)
+
+        def watched(*given, right=right, side=side):
+            found.append(side)
+            return right(*given)
+
+        serving.setattr(merging, name, watched)
+    serving.setattr(lora_grad_backends, "_trusted", lambda *_: False)  # nor does it run
+    return found
+
+
+ONE = Plan(Forward.BORDERED, Forward.BORDERED, Gradient.RANK, Keep.HIDDEN)
+BY_CUDA = replace(ONE, grads_by=Backend.CUDA)
+
+
+def by_operation(p, plan, impl=Impl.AUTO, needs=PASSES):
+    """y and the gradients."""
+    given = (p.w, p.bias, adapters(p))
+    y, kept = lora_linear.forward(p.x, *given, plan, impl)
+    grads = lora_linear.backward(p.dy, p.x, kept, p.w, adapters(p), needs, plan, impl)
+    return {"y": y, **dict(named(grads, needs))}
+
+
+def within(ours, p):
+    dtype = p.x.dtype
+    plain = in_every_order(lambda: dict(reference_run(lowered(p, dtype), PASSES)))
+    verdict = judge_all(ours, plain, dict(reference_run(p.double(), PASSES)), dtype)
+    assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("plan", [ONE, BY_CUDA, replace(BY_CUDA, writes_dh=True)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_librarys_product_is_given_what_one_launch_made(made, dtype, plan):
+    p = build(SMALL, dtype, torch.float32)
+    p = replace(p, a=[p.a[0], p.a[1].double()], b=[p.b[0].double(), p.b[1]])  # of two dtypes
+    within(by_operation(p, plan), p)
+    assert made == ["right", "below"]
+
+
+@pytest.mark.parametrize("plan", [ONE, BY_CUDA], ids=str)
+def test_where_it_is_the_librarys_own(made, serving, plan):  # noqa: F811
+    p = build(SMALL, torch.bfloat16, torch.float32)
+    expected = by_operation(p, plan, Impl.ATEN)  # which asks for no kernel
+    serving.setattr(backends, "distrust", lambda *_: "it is wrong")
+    alone = by_operation(p, plan)
+    serving.undo()  # and where Triton does not serve
+    found = [alone, *([by_operation(p, plan)] if plan is ONE else [])]
+    assert all(torch.equal(ours[name], t) for ours in found for name, t in expected.items())
+    assert not made
+
+
+def test_no_side_is_made_that_nothing_reads(made):
+    p = build(SMALL, torch.bfloat16, torch.float32)
+    by_operation(p, replace(ONE, forward=Forward.SEPARATE), needs=replace(PASSES, x=False))
+    by_operation(p, replace(ONE, forward=Forward.SEPARATE, dx=Forward.SEPARATE))
+    assert not made
+    by_operation(p, replace(ONE, dx=Forward.SEPARATE))
+    by_operation(p, replace(ONE, forward=Forward.SEPARATE))
+    assert made == ["right", "below"]
+
+
+def test_a_program_makes_them_of_what_adapters_are_at_each_step(made, serving):  # noqa: F811
+    serving.setattr(lora_linear, "call_plan", lambda *_, **__: ONE)
+    p = build(SMALL, torch.bfloat16, torch.float32)
+    leaves = [t.requires_grad_() for t in (p.x, p.bias, *p.a, *p.b)]
+    for _ in range(3):
+        y = lora_linear.lora_linear(p.x, p.w, p.bias, p.a, p.b, p.scales, p.spans)
+        dx, dbias, *others = torch.autograd.grad(y, leaves, p.dy)
+        da, db = (torch.cat([t.flatten() for t in half]) for half in (others[:2], others[2:]))
+        with torch.no_grad():
+            ours = {"y": y.detach(), "dx": dx, "dbias": dbias, "da": da, "db": db}
+            within(ours, p)
+            for t in (*p.a, *p.b):
+                t.mul_(-1.5)
+    assert made == ["right", "below"]  # when it was recorded
 
 
 launch = border.launch
