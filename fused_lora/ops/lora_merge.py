@@ -110,7 +110,8 @@ def with_border(
     if plan.backend is not Backend.ATEN or strategy is not Forward.BORDERED or impl is Impl.ATEN:
         return {}
     assert w is not None
-    if why_not_launch("border_weight", *w.shape, adapters.rank, w) is not None:
+    n, k = w.shape
+    if why_not_launch("border_weight", n, k, adapters.rank, w) is not None:
         return {}
     from fused_lora.kernels.triton import lora_merge as triton
     from fused_lora.kernels.triton.lora_linear import uniform

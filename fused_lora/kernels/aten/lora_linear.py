@@ -51,9 +51,9 @@ def lora_merge(
 #     dx        the same four, on [dy | dh] and [w ; a]
 #     gradients RANK  db = s dyT h, da = dhT x     FULL  dw = dyT x, db = s dw aT, da = s bT dw
 #
-# BORDERED copies x and w unless x already lies in a bordered buffer: it pays where y is wider than
-# x, or where the second rounding of SEPARATE costs the adapter's signal; in fp32 on a CPU it never
-# does.
+# BORDERED copies x unless it already lies in a bordered buffer, and w unless it is given a copy
+# beside s b or a: it pays where y is wider than x, or where the second rounding of SEPARATE costs
+# the adapter's signal; in fp32 on a CPU it never does.
 
 
 FEW = 64  # stacked ranks that are copied sooner than another product is launched
