@@ -31,9 +31,16 @@ from fused_lora.kernels.cuda.lora_grad_shape import (
     why_not_norm,
 )
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.interface import ActivationGrad, Adapters, Grads, InputNorm, PreviousLinear
+from fused_lora.kernels.interface import (
+    ActivationGrad,
+    Adapters,
+    Grads,
+    HiddenGrad,
+    InputNorm,
+    PreviousLinear,
+)
 from fused_lora.kernels.triton import tiles
-from fused_lora.types import Backend, Forward, Keep, Needs, Plan
+from fused_lora.types import Backend, Forward, Impl, Keep, Needs, Plan
 from fused_lora.verify.check import CannotVerifyNow
 from fused_lora.verify.kernel_registry import Checked, of_compiled_grads
 from fused_lora.verify.verdicts import verdict
@@ -74,8 +81,11 @@ def backward(
     activation: str = "none",  # erf or tanh: ``x`` is the u of x = GELU(u)
     norm: InputNorm | None = None,  # or the z of which it is the LayerNorm
     dh: Tensor | None = None,  # [M, sum R], where whoever formed dy formed it
+    impl: Impl = Impl.AUTO,
 ) -> Grads:
     """The gradients named by ``needs``."""
+    from fused_lora.ops.lora_merge import with_border
+
     if activation_grad and activation_grad[0].previous:
         assert kept is not None and w is not None
         return _with_previous(dy, kept, w, adapters, needs, plan, *activation_grad)
@@ -86,15 +96,21 @@ def backward(
     h = kept if plan.keep is Keep.HIDDEN else None
     own = replace(needs, x=False, w=False)
     how, dx = (activation, norm), None
+
+    def input_grad(place: HiddenGrad | None = None) -> tuple[Tensor, Tensor | None]:
+        made = with_border(w, adapters, plan, impl, of_dx=True)
+        operands = (dy, kept, w, adapters, plan, *activation_grad)
+        return kernels.input_grad(*operands, given=place, **made)  # type: ignore[no-any-return]
+
     if needs.x and (plan.writes_dh or dh is not None):
         place = aten.place_of_dh(dy, adapters.rank, plan, dh)
         written = place.dh if dh is None else None
         grads = adapter_grads(dy, x, h, dh, adapters, own, written, *how)
-        dx, _ = kernels.input_grad(dy, kept, w, adapters, plan, *activation_grad, given=place)
+        dx, _ = input_grad(place)
         dh = place.dh
     else:
         if needs.x:
-            dx, dh = kernels.input_grad(dy, kept, w, adapters, plan, *activation_grad)
+            dx, dh = input_grad()
         grads = adapter_grads(dy, x, h, dh, adapters, own, None, *how)
     return grads._replace(x=dx, w=dw, dh=dh if needs.x and plan.dx is Forward.OPEN else None)
 

@@ -21,6 +21,7 @@ from fused_lora.kernels.interface import ActivationGrad, Adapters, Epilogue, Gra
 from fused_lora.ops import lora_dropout
 from fused_lora.ops.lora_dropout import check_dropout, seeded
 from fused_lora.ops.lora_linear_plain import check, plain
+from fused_lora.ops.lora_merge import with_border
 from fused_lora.ops.planning import plan_for, traits_of
 from fused_lora.plan.strategies import by_library, keeps_x
 from fused_lora.programs.program import Saved
@@ -345,7 +346,8 @@ def forward(
     """y and what the plan keeps; the reference keeps nothing."""
     if impl is Impl.REFERENCE:
         return reference.forward(rows, w, bias, *adapters.to(rows.dtype)), None
-    return _backend(plan).forward(rows, w, bias, adapters, plan, bordered, h)
+    made = with_border(w, adapters, plan, impl)
+    return _backend(plan).forward(rows, w, bias, adapters, plan, bordered, h, **made)
 
 
 def _backend(plan: Plan) -> Any:
@@ -385,15 +387,13 @@ def backward(
         from fused_lora.ops import lora_grad_backends as compiled
 
         given = (dy, rows, kept, w, adapters, needs, plan, kernels, activation_grad)
-        return compiled.backward(*given, activation, norm, dh)
-    if activation != "none":
-        from fused_lora.ops.lora_grad_backends import activated
+        return compiled.backward(*given, activation, norm, dh, impl)
+    if activation != "none" or norm is not None:
+        from fused_lora.ops.lora_grad_backends import activated, normed
 
-        rows = activated(rows, activation)
-    if norm is not None:
-        from fused_lora.ops.lora_grad_backends import normed
-
-        rows = normed(rows, norm)
+        rows = rows if activation == "none" else activated(rows, activation)
+        rows = rows if norm is None else normed(rows, norm)
     there = None if dh is None else aten.place_of_dh(dy, adapters.rank, plan, dh)
+    made = with_border(w, adapters, plan, impl, of_dx=True) if needs.x else {}
     operands = (dy, rows, kept, w, adapters, needs, plan)
-    return kernels.backward(*operands, *activation_grad, given=there)
+    return kernels.backward(*operands, *activation_grad, given=there, **made)

@@ -1,4 +1,4 @@
-"""lora_merge: w' = w + s b a, of one weight or of many, and who serves it."""
+"""lora_merge: w' = w + s b a, of one weight or of many, who serves it; and w beside s b or a."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fused_lora.kernels.triton.launches import Launch, tile_of
 from fused_lora.ops.backends import distrust, why_not_launch
 from fused_lora.programs.run import without_autocast
 from fused_lora.reference.lora_merge import merge as reference_merge
-from fused_lora.types import Span
+from fused_lora.types import Backend, Forward, Impl, Plan, Span
 from fused_lora.verify.kernel_registry import Checked, of_compiled_merge, of_launch
 from fused_lora.verify.verdicts import why_not_concrete
 
@@ -92,6 +92,32 @@ def triton(w: Tensor, adapters: Adapters, noise: Noise) -> Tensor:
     from fused_lora.kernels.triton.lora_linear import merged
 
     return merged(w, adapters, noise)
+
+
+def with_border(
+    w: Tensor | None,  # [N, K], in the compute dtype
+    adapters: Adapters,
+    plan: Plan,
+    impl: Impl,
+    of_dx: bool = False,
+) -> dict[str, Tensor]:
+    """``wide`` as the library's BORDERED product is given it, made in one launch.
+
+    [w | s b] of y, and of dx [w ; a]; nothing where there is no such product, or the library makes
+    it: in float64, off a GPU, where it alone is asked for, or where the kernel is not trusted.
+    """
+    strategy = plan.dx if of_dx else plan.forward
+    if plan.backend is not Backend.ATEN or strategy is not Forward.BORDERED or impl is Impl.ATEN:
+        return {}
+    assert w is not None
+    n, k = w.shape
+    if why_not_launch("border_weight", n, k, adapters.rank, w) is not None:
+        return {}
+    from fused_lora.kernels.triton import lora_merge as triton
+    from fused_lora.kernels.triton.lora_linear import uniform
+
+    make = triton.bordered_weight_rows if of_dx else triton.bordered_weight
+    return {"wide": make(w, uniform(adapters))}
 
 
 def _compiled(w: Tensor, adapters: Adapters) -> str | None:

@@ -95,6 +95,7 @@ def _bordered_steps(p: Problem, plan: Plan) -> Iterator[Step]:
     if not p.bordered:
         yield Step("copy x", p.m, p.k)
     yield from _hidden_steps(p)
+    # by the library's calls; where Triton's border_weight serves, these of w are one launch
     yield Step("copy w", p.n, p.k)
     if any(span.width < p.n for span in p.spans):
         yield Step("clear border", p.n, p.rank)

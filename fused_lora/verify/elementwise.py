@@ -151,6 +151,16 @@ def _expand_residual(p: Operands) -> Named:
     return {"y alone": other(p.dy) + y, "y": other(p.dy) + p.factor * y}
 
 
+def _border_weight(p: Operands) -> Named:
+    """[w | s b] and [w ; a]; and of how many elements of w the bits differ from its own."""
+    low, n = p.adapters.to(p.x.dtype), p.w.shape[0]
+    right = p.w.new_zeros(n, low.rank)
+    for g, columns, ranks in low.ranks():
+        right[columns, ranks] = low.scales[g] * low.b[g]
+    below = torch.cat((p.w, *low.a))
+    return {"right": torch.cat((p.w, right), 1), "below": below, "w changed": p.w.new_zeros(1)}
+
+
 def _terms(p: Operands) -> Named:
     """What adapters add to y and to dx."""
     return products(replace(p, w=torch.zeros_like(p.w), bias=None))
@@ -231,6 +241,7 @@ EQUATIONS: dict[str, Callable[[Operands], Named]] = {
     "shrink_gelu": _shrink_gelu,
     "expand_norm": _expand_norm,
     "expand_residual": _expand_residual,
+    "border_weight": _border_weight,
     "grad_dropout": _grad_dropout,
     "quantise": _quantise,
     "extended_fp8": _extended_fp8,

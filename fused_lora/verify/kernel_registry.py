@@ -49,7 +49,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 EXACT = (  # products and sums alone
-    *("shrink", "extended", "one_pass", "grad", "merge", "merge_many"),
+    *("shrink", "extended", "one_pass", "grad", "merge", "merge_many", "border_weight"),
     *("extended_scale", "extended_wide", "one_pass_scale", "one_pass_wide", "expand_residual"),
     "pack_grads",
 )
@@ -126,6 +126,8 @@ def of_launch(launch: Launch, dtype: str) -> Checked:
         shapes = launch_checks.WHOLE
     elif launch.kernel == "pack_grads":
         shapes = launch_checks.packed_of(launch.tile.block_n)  # type: ignore[union-attr]
+    elif launch.kernel == "border_weight":
+        shapes = (SHAPES[0], launch_checks.PRODUCTS[0])  # rows of no adapter, ranks beyond a tile
     elif launch.kernel in HOLD_RANKS:
         shapes = of_ranks(launch.tile.block_r)  # type: ignore[union-attr]
     truth = partial(equations, kernel=launch.kernel)
@@ -260,6 +262,7 @@ def passes(dtype: torch.dtype) -> list[Launch]:
     return [
         *(Launch("layer_norm", tile) for tile in norms),
         Launch("gelu", tiles.ELEMENTS),
+        Launch("border_weight", tiles.PACK),
         Launch("merge_many", tiles.MergeTile()),
     ]
 

@@ -384,6 +384,19 @@ def _expand_residual(p: Operands, tile: Any) -> Named:
     return named
 
 
+def _border_weight(p: Operands, tile: Any) -> Named:
+    from fused_lora.kernels.triton.lora_merge import bordered_weight, bordered_weight_rows
+
+    n, k = p.w.shape
+    named: dict[str, Tensor] = {}
+    for way, w in {"": p.w, ", by columns": p.w.t().contiguous().t()}.items():
+        right = bordered_weight(w, p.adapters, tile=tile)
+        below = bordered_weight_rows(w, p.adapters, tile=tile)
+        changed = (right[:, :k] != w).sum() + (below[:n] != w).sum()
+        named |= {f"right{way}": right, f"below{way}": below, f"w changed{way}": changed[None]}
+    return named
+
+
 def _grad_dropout(p: Operands, tile: Any) -> Named:
     from fused_lora.kernels.triton.lora_grad_rank import a_grads
 
@@ -497,6 +510,7 @@ RUNS: dict[str, Callable[[Operands, Any], Named]] = {
     "shrink_gelu": _shrink_gelu,
     "expand_norm": _expand_norm,
     "expand_residual": _expand_residual,
+    "border_weight": _border_weight,
     "grad_dropout": _grad_dropout,
     "merge_many": _merge_many,
     "quantise": _quantise,

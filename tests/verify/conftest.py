@@ -35,6 +35,7 @@ RESULTS = {
     "shrink_gelu": ("erf", "tanh", "h of erf", "h of tanh"),
     "expand_norm": ("dx alone", "dx"),
     "expand_residual": ("y alone", "y"),
+    "border_weight": ("right", "below"),
     "grad_dropout": ("da",),
     "layer_norm": ("n", "n again", "dx"),
     "gelu": ("erf", "erf du", "tanh", "tanh du"),

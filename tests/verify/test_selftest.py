@@ -33,6 +33,7 @@ ELEMENTWISE = {
         "one_pass_wide",
         "layer_norm",
         "gelu",
+        "border_weight",
         "merge_many",
         "extended_fp8",
         "quantise",

@@ -17,6 +17,7 @@ from fused_lora.kernels.triton.launches import Launch
 from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
     FP8,
+    PACK,
     PACK_GRADS,
     GradTile,
     MergeTile,
@@ -59,6 +60,7 @@ ELEMENTWISE = {
     "expand_norm": TILES["shrink"],
     "expand_residual": TILES["shrink"],
     "grad_dropout": TILES["grad"],
+    "border_weight": PACK,
     "merge_many": MergeTile(),
     "layer_norm": row_tile(200),
     "gelu": ELEMENTS,

@@ -51,9 +51,9 @@ def lora_merge(
 #     dx        the same four, on [dy | dh] and [w ; a]
 #     gradients RANK  db = s dyT h, da = dhT x     FULL  dw = dyT x, db = s dw aT, da = s bT dw
 #
-# BORDERED copies x and w unless x already lies in a bordered buffer: it pays where y is wider than
-# x, or where the second rounding of SEPARATE costs the adapter's signal; in fp32 on a CPU it never
-# does.
+# BORDERED copies x unless it already lies in a bordered buffer, and w unless it is given a copy
+# beside s b or a: it pays where y is wider than x, or where the second rounding of SEPARATE costs
+# the adapter's signal; in fp32 on a CPU it never does.
 
 
 FEW = 64  # stacked ranks that are copied sooner than another product is launched
@@ -67,6 +67,7 @@ def forward(
     plan: Plan,
     bordered: Tensor | None = None,  # [M, K + sum R] whose first K columns are x
     h: Tensor | None = None,  # [M, sum R] where it is there already: the others of ``bordered``
+    wide: Tensor | None = None,  # [N, K + sum R]: [w | s b] where that is there already
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and what ``plan.keep`` names: h [M, sum R], w' [N, K] or None."""
     if plan.forward is Forward.MERGE:
@@ -87,7 +88,7 @@ def forward(
             h = shrink(x, adapters, out=border)
         elif not there:
             h = border.copy_(h)
-        y = F.linear(bordered, bordered_weight(w, adapters), bias)
+        y = F.linear(bordered, bordered_weight(w, adapters) if wide is None else wide, bias)
         h = h.contiguous() if plan.keep is Keep.HIDDEN else h
     return y, h if plan.keep is Keep.HIDDEN else None
 
@@ -192,9 +193,10 @@ def backward(
     needs: Needs,
     plan: Plan,
     given: HiddenGrad | None = None,  # dh where it is there already
+    wide: Tensor | None = None,  # [N + sum R, K]: [w ; a] where that is there already
 ) -> Grads:
     """The gradients named by ``needs``."""
-    g = _Backward(dy, x, kept, w, adapters, adapters.to(dy.dtype), needs, plan, given)
+    g = _Backward(dy, x, kept, w, adapters, adapters.to(dy.dtype), needs, plan, given, wide)
     dx = g.dx() if needs.x else None
     dw = dy.t() @ g.x if needs.w else None
     if plan.gradient is Gradient.FULL:
@@ -212,13 +214,14 @@ def input_grad(
     adapters: Adapters,
     plan: Plan,
     given: HiddenGrad | None = None,  # dh where it is there already
+    wide: Tensor | None = None,  # [N + sum R, K]: [w ; a] where that is there already
 ) -> tuple[Tensor, Tensor | None]:
     """dx [M, K], and dh [M, sum R], rows contiguous, where it was formed on the way.
 
     By OPEN dx is dy w alone.
     """
     low = adapters.to(dy.dtype)
-    g = _Backward(dy, None, kept, w, adapters, low, Needs(), plan, given)
+    g = _Backward(dy, None, kept, w, adapters, low, Needs(), plan, given, wide)
     return g.dx(), None if plan.dx is Forward.MERGE else g.dh
 
 
@@ -251,8 +254,9 @@ class _Backward:
         needs: Needs,
         plan: Plan,
         given: HiddenGrad | None = None,
+        wide: Tensor | None = None,
     ) -> None:
-        self.given = given
+        self.given, self.wide = given, wide
         self.dy, self._x, self.kept, self._w = dy, x, kept, w
         self.adapters, self.low, self.needs, self.plan = adapters, low, needs, plan
 
@@ -288,7 +292,8 @@ class _Backward:
     def dx(self) -> Tensor:
         """dy w + dh a, [M, K]; by OPEN dy w."""
         if self.plan.dx is Forward.BORDERED:
-            return self.bordered @ torch.cat((self.w, *self.low.a))
+            made = torch.cat((self.w, *self.low.a)) if self.wide is None else self.wide
+            return self.bordered @ made
         if self.plan.dx is Forward.OPEN:
             return self.dy @ self.w
         if self.plan.dx is Forward.SEPARATE:

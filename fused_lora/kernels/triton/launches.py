@@ -108,6 +108,7 @@ def _tile(name: str, row: object) -> MeasuredTile | None:
 # shrink_gelu       M     sum R    K       GELU of both kinds, likewise
 # expand_norm       M     sum R    D       dx of LayerNorm, with a low-rank term of its dy
 # expand_residual   M     N        sum R   a residual and LayerScale, with a low-rank term of z
+# border_weight     N     K        sum R   [w | s b], and [w ; a]
 # merge_many        any                    every matrix of a table
 # quantise          M     K                codes and scales of x
 # layer_norm        M     D                forward, rebuilding and dx
@@ -120,6 +121,7 @@ PRODUCTS = ("extended", "one_pass")  # of a big matrix and of a border, in one a
 NO_PRODUCTS = (
     "layer_norm",
     "gelu",
+    "border_weight",
     "merge_many",
     "quantise",
 )  # or fp32 ones, whatever torch allows
@@ -274,6 +276,8 @@ def _least_cost(
         return tiles.grad_tile(rows, size, dropout)
     if name in ("layer", "quantise"):
         return tiles.row_tile(columns)
+    if name == "border":
+        return tiles.PACK
     return tiles.ELEMENTS if name == "gelu" else tiles.MergeTile()
 
 

@@ -1,4 +1,4 @@
-"""w' = w + s b a, of one weight or of many in one launch."""
+"""w' = w + s b a, of one weight or of many in one launch; and w beside s b or a."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
 from fused_lora.kernels.triton import spills
-from fused_lora.kernels.triton.border import column_scales, load_border, of_a, of_b, rank_range
+from fused_lora.kernels.triton.border import (
+    Border,
+    column_scales,
+    load_border,
+    of_a,
+    of_b,
+    rank_range,
+    rank_scales,
+)
 from fused_lora.kernels.triton.launch import launch, on_device, words
 from fused_lora.kernels.triton.philox import random16, random16_of_blocks, stochastic_round
-from fused_lora.kernels.triton.tiles import MergeTile
+from fused_lora.kernels.triton.tiles import PACK, ElementTile, MergeTile
 from fused_lora.types import Span
 
 # MERGE: w' = w + s b a, rounded once, to nearest or stochastically.
@@ -319,3 +327,108 @@ def _blocks(w: Tensor, out: Tensor, adapters: Adapters) -> Iterator[Merge]:
         yield Merge(w[rows], out[rows], a_g, b_g, scale, span.start * k)
         done = span.stop
     yield Merge(w[done:], out[done:], a, b.new_empty((n - done, 0)))
+
+
+# What the library's BORDERED products read, made in one launch.
+#
+#     y = [x | h] [w | s b]T        dx = [dy | dh] [w ; a]
+#
+# w is copied to the bit. Of a and b a number is read in its own dtype, taken to fp32, multiplied by
+# s there, and rounded once; the library rounds b before it multiplies, and once more after. Both
+# give the same where b has w's dtype, or s is a power of two.
+
+
+@triton.jit
+def _copy_tile(w, w_row, w_column, out, out_row, n, k, rows, columns):
+    """Elements (n, k) of w."""
+    n, k, inside = n.to(tl.int64), k.to(tl.int64), (n < rows) & (k < columns)
+    tile = tl.load(w + n * w_row + k * w_column, mask=inside, other=0.0)
+    tl.store(out + n * out_row + k, tile, mask=inside)
+
+
+@triton.jit
+def _right_tile(border, out, out_row, n, r, rows):
+    """s b: ranks r of rows n, ``out`` being where the first lie."""
+    tile = load_border(border, r, n, tl.float32) * rank_scales(border, r)
+    inside = (n < rows) & (r < border.firsts[len(border.scales)])
+    tl.store(out + n.to(tl.int64) * out_row + r, tile.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _lower_tile(border, out, out_row, r, k, columns):
+    """a: columns k of ranks r, likewise."""
+    tile = load_border(border, r, k, tl.float32).to(out.dtype.element_ty)
+    inside = (r < border.firsts[len(border.scales)]) & (k < columns)
+    tl.store(out + r.to(tl.int64) * out_row + k, tile, mask=inside)
+
+
+@triton.jit
+def _border_weight(
+    w,  # [N, K]
+    w_row,
+    w_column,
+    border,  # [R, N] of b; or below w [R, K] of a
+    out,  # [N, K + R]; or [N + R, K]
+    out_row,
+    rows,  # N
+    columns,  # K
+    BELOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Programs of the tiles of w, row by row, then those of the border's."""
+    m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    pid, wide = tl.program_id(0), tl.cdiv(columns, BLOCK_N)
+    copies = tl.cdiv(rows, BLOCK_M) * wide
+    if pid < copies:
+        m, n = m + pid // wide * BLOCK_M, n + pid % wide * BLOCK_N
+        _copy_tile(w, w_row, w_column, out, out_row, m, n, rows, columns)
+    else:
+        pid -= copies
+        if BELOW:
+            m, n = m + pid // wide * BLOCK_M, n + pid % wide * BLOCK_N
+            corner = out + tl.cast(rows, tl.int64) * out_row
+            _lower_tile(border, corner, out_row, m, n, columns)
+        else:
+            wide = tl.cdiv(border.firsts[len(border.scales)], BLOCK_N)
+            m, n = m + pid // wide * BLOCK_M, n + pid % wide * BLOCK_N
+            _right_tile(border, out + columns, out_row, m, n, rows)
+
+
+def bordered_weight(
+    w: Tensor,  # [N, K], any strides
+    adapters: Adapters,  # every b in one dtype
+    out: Tensor | None = None,  # [N, K + sum R], rows contiguous, w's dtype
+    tile: ElementTile = PACK,
+) -> Tensor:
+    """[w | s b], [N, K + sum R]: s_g b_g in the group's rows, zero in those of no group."""
+    return _bordered(w, of_b(adapters), False, out, tile)
+
+
+def bordered_weight_rows(
+    w: Tensor,  # [N, K], any strides
+    adapters: Adapters,  # every a in one dtype
+    out: Tensor | None = None,  # [N + sum R, K], rows contiguous, w's dtype
+    tile: ElementTile = PACK,
+) -> Tensor:
+    """[w ; a], [N + sum R, K]."""
+    return _bordered(w, of_a(adapters), True, out, tile)
+
+
+def _bordered(
+    w: Tensor, border: Border, below: bool, out: Tensor | None, tile: ElementTile
+) -> Tensor:
+    rows, columns = w.shape
+    shape = (rows + border.rank, columns) if below else (rows, columns + border.rank)
+    out = w.new_empty(shape) if out is None else out
+    assert out.shape == shape and out.stride(1) == 1 and out.dtype is w.dtype, (out.shape, shape)
+    of_border = (border.rank, columns) if below else (rows, border.rank)
+    programs = sum(
+        triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+        for m, n in ((rows, columns), of_border)
+    )
+    if programs:
+        args = (w, *w.stride(), border, out, out.stride(0), rows, columns)
+        constants = {"BELOW": below, **tile.arguments()}
+        launch(_border_weight, (programs,), w.device, args, constants, [out])
+    return out

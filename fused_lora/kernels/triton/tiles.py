@@ -168,7 +168,7 @@ def smaller(tile: ThinTile | GradTile | MergeTile) -> ThinTile | GradTile | Merg
 
 
 ELEMENTS = ElementTile()
-PACK = ElementTile(16, 128)  # of a border
+PACK = ElementTile(16, 128)  # of a border, and of w beside one
 MOST_WIDTH = 16384  # of a row that registers hold
 MOST_ROW_RANKS = 64  # sum R whose h is formed where x is made
 

@@ -323,7 +323,8 @@ def one_pass_launches(x: Tensor, arch: int) -> Iterator[Launch]:
 
 
 def row_launches(x: Tensor) -> Iterator[Launch]:
-    """LayerNorm and GELU, forward and backward, at the narrowest and the widest of ViT-S to L."""
+    """LayerNorm and GELU, forward and backward, at the narrowest and the widest of ViT-S to L; and
+    w beside borders."""
     for width in (384, 4096):
         z, v, s, t = x.new_zeros(M, width), torch.zeros(width), torch.zeros(M), row_tile(width)
         yield Launch(
@@ -336,6 +337,10 @@ def row_launches(x: Tensor) -> Iterator[Launch]:
         yield Launch("layer_norm", t, run)
     yield Launch("gelu", ELEMENTS, lambda: elementwise.gelu_forward(x))
     yield Launch("gelu", ELEMENTS, lambda: elementwise.gelu_input_grad(x, x))
+    w = x.new_zeros(N, K)
+    for a in (group(16), group(16).to(x.dtype), group(64, 64, 64), group(12, 12, 12)):
+        for make in (merging.bordered_weight, merging.bordered_weight_rows):
+            yield Launch("border_weight", PACK, lambda make=make, a=a: make(w, a))
 
 
 def and_smaller(tile: object) -> tuple[object, ...]:

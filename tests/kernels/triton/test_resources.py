@@ -45,6 +45,7 @@ HELD = "_activation_grads"  # whose rows wait in registers; borders' 2 bytes a t
 NO_PRODUCTS = (
     "_add_blocks",
     "_add_slices",
+    "_border_weight",
     "_gelu_rows",
     "_layer_norm",
     "_layer_norm_grad",

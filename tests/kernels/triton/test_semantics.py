@@ -255,6 +255,19 @@ def _(monkeypatch):
         assert error(merged, truth) <= torch.finfo(torch.bfloat16).eps
 
 
+@case_of("_border_weight")
+def _(monkeypatch):
+    p = build(TAILS, torch.bfloat16, torch.float32)
+    right = torch.zeros(50, 8)
+    for g, columns, ranks in adapters(p).ranks():
+        right[columns, ranks] = p.b[g] * p.scales[g]
+    for w in (p.w, p.w.t().contiguous().t()):
+        found = merging.bordered_weight(w, adapters(p))
+        assert torch.equal(found, torch.cat((w, right.to(w.dtype)), 1))
+        found = merging.bordered_weight_rows(w, adapters(p))
+        assert torch.equal(found, torch.cat((w, *(a.to(w.dtype) for a in p.a))))
+
+
 @case_of("_merge_many")
 def _(monkeypatch):
     merges = []

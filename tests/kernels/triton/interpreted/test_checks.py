@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from fused_lora.kernels.triton import lora_expand, lora_extended, lora_one_pass
+from fused_lora.kernels.triton import lora_expand, lora_extended, lora_merge, lora_one_pass
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.kernels.triton.tiles import (
     ELEMENTS,
     EXTENDED_GRADS,
     FP8,
+    PACK,
     PACK_GRADS,
     SAFE,
     BulkTile,
@@ -52,6 +53,7 @@ LAUNCHES = [
     *(Launch("expand_norm", expand_tile(rank)) for rank in (16, 48)),
     *(Launch("expand_residual", expand_tile(rank)) for rank in (16, 48)),
     Launch("grad_dropout", GradTile(16, 128, 64, 4, 8)),
+    Launch("border_weight", PACK),
     Launch("merge_many", MergeTile()),
     Launch("layer_norm", row_tile(200)),
     Launch("gelu", ELEMENTS),
@@ -117,6 +119,28 @@ def test_a_wrong_term_is_caught(checking, kernel, fault):
     found = of_launch(Launch(kernel, expand_tile(16)), "bfloat16").check(CPU)
     harmless = fault == "none" or (fault == "no scale" and kernel == "expand_norm")  # dh carries it
     assert found.passed == harmless, str(found)
+
+
+def last_bits(t):
+    return torch.nextafter(t, torch.full_like(t, torch.inf))
+
+
+BORDER_FAULTS = {  # of w and adapters that are laid side by side
+    "none": lambda w, group: (w, group),
+    "last bits of w": lambda w, group: (last_bits(w), group),
+    "a rank less": lambda w, group: (w, group._replace(b=[b * (b != b[:, -1:]) for b in group.b])),
+    "no scale": lambda w, group: (w, group._replace(scales=[1.0] * len(group.scales))),
+    "rounded before": lambda w, group: (w, group.to(torch.float8_e5m2).to(w.dtype)),
+}
+
+
+@pytest.mark.parametrize("fault", BORDER_FAULTS)
+def test_a_wrong_border_is_caught(checking, fault):
+    right = lora_merge.bordered_weight
+    wrong = lambda w, group, **how: right(*BORDER_FAULTS[fault](w, group), **how)  # noqa: E731
+    checking.setattr(lora_merge, "bordered_weight", wrong)
+    found = of_launch(Launch("border_weight", PACK), "bfloat16").check(CPU)
+    assert found.passed == (fault == "none"), str(found)
 
 
 def test_a_broken_kernel_is_caught_and_another_serves(checking):
