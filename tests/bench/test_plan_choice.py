@@ -70,7 +70,7 @@ def test_every_strategy_is_measured(m: int, rank: int) -> None:
     plans = [row.plan for row in ranked(question(m, rank), unmeasured("cpu", "float32"))]
     found = candidates(plans)
     assert found[0] is plans[0] and len(set(found)) == len(found) <= LIMIT + 5
-    every = set(STRATEGIES[Backend.ATEN])
+    every = set(STRATEGIES[Backend.ATEN]) - {Forward.OPEN}  # which is of chains
     assert {plan.forward for plan in found} == {plan.dx for plan in found} == every
     assert {plan.gradient for plan in found} == {Gradient.RANK, Gradient.FULL}
     near = [plan for plan in plans if plan.time_us <= NEAR * plans[0].time_us]
