@@ -94,9 +94,9 @@ def few(kernel: Resources) -> bool:
 def complaints(kernel: Resources, arch: int, kind: str) -> list[str]:
     """What is wrong with one kernel of one column, but for what it takes of the chip."""
     wrong = []
-    narrow = kernel.name in ("_add_blocks", "_add_slices") or (
-        kernel.name == "_shrink" and few(kernel)
-    )
+    narrow = kernel.name in ("_add_blocks", "_add_slices")
+    narrow |= kernel.name == "_shrink" and few(kernel)
+    narrow |= kernel.name == "_border_weight" and kernel.ragged
     if not narrow and not kernel.stores_wide:
         wrong.append(f"{kernel.name}: stores are narrower than 16 bytes")
     if kernel.name in NO_PRODUCTS or kernel.name in FP32_PRODUCTS:

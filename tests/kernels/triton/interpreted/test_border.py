@@ -118,7 +118,7 @@ def test_w_is_copied_and_each_border_rounded_once(case, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("held", [torch.bfloat16, torch.float32], ids=str)
-def test_of_scales_that_are_powers_of_two_it_is_the_librarys(held):
+def test_of_scales_that_are_powers_of_two_it_is_as_the_library_has_it(held):
     p = replace(build(CASES[4], torch.bfloat16, held), scales=(0.5, 4.0))
     low = adapters(p).to(torch.bfloat16)
     assert torch.equal(merging.bordered_weight(p.w, adapters(p)), aten.bordered_weight(p.w, low))
@@ -185,7 +185,7 @@ def within(ours, p):
 
 @pytest.mark.parametrize("plan", [ONE, BY_CUDA, replace(BY_CUDA, writes_dh=True)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_librarys_product_is_given_what_one_launch_made(made, dtype, plan):
+def test_a_product_of_the_library_is_given_what_one_launch_made(made, dtype, plan):
     p = build(SMALL, dtype, torch.float32)
     p = replace(p, a=[p.a[0], p.a[1].double()], b=[p.b[0].double(), p.b[1]])  # of two dtypes
     within(by_operation(p, plan), p)
@@ -193,7 +193,7 @@ def test_a_librarys_product_is_given_what_one_launch_made(made, dtype, plan):
 
 
 @pytest.mark.parametrize("plan", [ONE, BY_CUDA], ids=str)
-def test_where_it_is_the_librarys_own(made, serving, plan):  # noqa: F811
+def test_where_the_library_makes_it(made, serving, plan):  # noqa: F811
     p = build(SMALL, torch.bfloat16, torch.float32)
     expected = by_operation(p, plan, Impl.ATEN)  # which asks for no kernel
     serving.setattr(backends, "distrust", lambda *_: "it is wrong")
