@@ -76,9 +76,7 @@ constexpr void each_linear_tile(Visit visit) {
   visit.template operator()<LinearTile<128, 128, 2>>();
   visit.template operator()<LinearTile<128, 192, 2>>();
   visit.template operator()<LinearTile<128, 256, 2>>();
-  visit.template operator()<LinearTile<64, 192, 1, true>>();
   visit.template operator()<LinearTile<64, 256, 1, true>>();
-  visit.template operator()<LinearTile<64, 192, 2, true>>();
   visit.template operator()<LinearTile<64, 256, 2, true>>();
 }
 

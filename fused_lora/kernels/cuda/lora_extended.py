@@ -143,9 +143,7 @@ class ProductTile(NamedTuple):
 WIDE = ((128, 128), (128, 192), (128, 256))
 ALONE = tuple(ProductTile(*size) for size in (*WIDE, (64, 128), (64, 256)))
 CLUSTERS = tuple(ProductTile(*size, cluster=2) for size in WIDE)
-PING_PONG = tuple(
-    ProductTile(64, columns, cluster, ping_pong=True) for cluster in (1, 2) for columns in (192, 256)
-)
+PING_PONG = tuple(ProductTile(64, 256, cluster, ping_pong=True) for cluster in (1, 2))
 TILES: tuple[ProductTile, ...] = (*ALONE, *CLUSTERS, *PING_PONG)
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -144,8 +144,8 @@ struct Pair {
   }
 };
 
-// How many elements of y = x wT + h bT, in ping-pong by one block, are not the sum; -1 likewise.
-// Tiles of seven stages and of five are the consumers' by turns, in a ring of five.
+// How many elements of y = x wT + h bT, in ping-pong by one block, are not the sum; -1 where
+// refused. Tiles of seven stages and of five are the consumers' by turns, in a ring of five.
 int ping_pong_misses(bool backwards, bool late) {
   using Tile = LinearTile<64, 192, 1, true>;
   constexpr int kM = 130, kK = 296, kN = 392, kRank = 72, kOwned = 200;

@@ -12,7 +12,7 @@ import pytest
 from .conftest import CSRC, HERE, compile_host, cxx
 
 WORLDS = list(product((False, True), repeat=2))  # threads backwards, copies and products late
-TILES = [(128, 128), (128, 192), (128, 256), (64, 128), (64, 192), (64, 256)]
+TILES = [(128, 128), (128, 192), (128, 256), (64, 128), (64, 256)]
 UNSEEN_EARLY = ["no copy wait", "no product wait", "no publish", "no meeting"]
 REFUSED = [
     *("no fence", "no barrier published", "not aligned", "outside", "no store wait"),

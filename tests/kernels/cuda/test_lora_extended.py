@@ -210,13 +210,13 @@ def test_a_cluster_is_for_more_rows_than_a_tile_has(
     assert [plan(rows, 132).cluster for rows in (0, 1, 128, 129, 25216)] == [1, 1, 1, 2, 2]
     assert (plan(25216, 132).blocks, plan(25216, 132).tiles) == (132, 4 * 198)  # of 197 row tiles
     assert (plan(25216, 133).blocks, plan(25216, 1).blocks, plan(129, 132).blocks) == (132, 2, 8)
-    turns = cuda.ProductTile(64, 192, 2, ping_pong=True)
+    turns = cuda.PING_PONG[1]
     assert [cuda.ProductTile.of(plan(rows, 132, turns)) for rows in (64, 65)] == [
         turns._replace(cluster=1), turns,
     ]  # fmt: skip
     for tile in ((128, 192, 3), (128, 192, 0), (64, 128, 2), (96, 128, 1)):
         assert plan(25216, 132, cuda.ProductTile(*tile)) is None
-    for tile in ((128, 192), (64, 128), (64, 192, 4)):
+    for tile in ((128, 192), (64, 128), (64, 256, 4)):
         assert plan(25216, 132, cuda.ProductTile(*tile, ping_pong=True)) is None
     monkeypatch.setattr(Chip, "of", staticmethod(lambda device: H100))
     sizes = [(m, n) for m in (197, 25216) for n in (384, 768, 3072)]
@@ -265,7 +265,9 @@ def test_what_the_launch_refuses(on_host: ModuleType) -> None:
         cuda.input_grad(p.dy, p.w, p.adapters, p.dh, activation="erf", u=u, chip=H100)
     with pytest.raises(ValueError, match="u belongs to an activation"):
         cuda.input_grad(p.dy, p.w, p.adapters, p.dh, activation="erf", chip=H100)
-    with pytest.raises(ValueError, match="no tile of 64 x 128, ping-pong; it has 128 x 128; .* 64 x"):
+    with pytest.raises(
+        ValueError, match="no tile of 64 x 128, ping-pong; it has 128 x 128; .* 64 x"
+    ):
         other = cuda.ProductTile(64, 128, ping_pong=True)
         cuda.forward(p.x, p.w, None, p.adapters, tile=other, chip=H100)
     with pytest.raises(ValueError, match="bias must begin"):

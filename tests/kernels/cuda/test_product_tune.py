@@ -111,9 +111,9 @@ def test_consumers_in_ping_pong_are_timed_and_kept_too(rule, clock, monkeypatch,
     monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
     clock.ms = {TURNS: 1.0}
     assert tune() == 0
-    assert "64 x 192, ping-pong" in capsys.readouterr().out
+    assert "64 x 256, ping-pong" in capsys.readouterr().out
     assert kept()[compiled.key(M, N, K, BF16)] == {
-        **dict(rows=64, columns=192, cluster=1), "ping_pong": True
+        **dict(rows=64, columns=256, cluster=1), "ping_pong": True
     }  # fmt: skip
     forget()
     assert compiled.tile_of(M, N, K, 8, BF16, CPU) == TURNS
