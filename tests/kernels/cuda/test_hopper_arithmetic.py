@@ -69,7 +69,7 @@ FLAWED_PING_PONG = {  # the kernel's own source, and what it is made of that
     "turns of eight warps": ("init_barrier(turn(0), 4)", "init_barrier(turn(0), 8)"),
     "too few stages passed over": ("at.skip(stages_of(c));", "at.skip(stages_of(c) - 1);"),
     "no parity passed over": ("parity ^= stage / stages % 2;", ""),
-    "the stages of a group forgotten": ("if (meets_group(tile, g)) stages", "if (!meets_group(tile, g)) stages"),
+    "a group's stages forgotten": ("meets_group(tile, g)) stages", "!meets_group(tile, g)) stages"),
     "the other's last stage released": ("    if (add) {\n      wait", "    {\n      wait"),
     "stages that eight warps empty": ("4 * Tile::kReaders", "4 * kConsumers"),
     "staged before the last store has read": ("if (leads) wait_stores_read();\n      sync", "sync"),

@@ -204,7 +204,7 @@ def test_a_cluster_is_for_more_rows_than_a_tile_has(
     asked = dict(columns=768, depth=768, ranks=16, right=on_host.Right.rows)
     asked |= dict(activation=on_host.Activation.none)
 
-    def plan(rows: int, processors: int, tile=cuda.ProductTile(128, 192, 2)):
+    def plan(rows: int, processors: int, tile: cuda.ProductTile = cuda.CLUSTERS[1]):
         return on_host.plan_lora_linear(rows=rows, processors=processors, tile=tile, **asked)
 
     assert [plan(rows, 132).cluster for rows in (0, 1, 128, 129, 25216)] == [1, 1, 1, 2, 2]

@@ -31,7 +31,7 @@ SHAPES = ((21, 40, 72, "rows"), (21, 72, 40, "columns"))  # of y and dx of test_
 
 @pytest.fixture
 def rule(hopper, monkeypatch) -> ProductTile:  # noqa: F811
-    """The tile that serves M rows where nothing was measured; PAIR and TURNS are there beside it."""
+    """The tile that serves M rows where nothing was measured; PAIR and TURNS are there too."""
     monkeypatch.setattr(compiled, "TILES", (SMALL, LARGE, PAIR, TURNS))
     assert tiles_now() == {SMALL}
     assert compiled.tile_of(M, N, K, 8, BF16, CPU) == LARGE
