@@ -59,6 +59,7 @@ inline void bind_linear_plan(py::module_& m) {
       .def_readonly("tile_rows", &sm90::LinearPlan::tile_rows)
       .def_readonly("tile_columns", &sm90::LinearPlan::tile_columns)
       .def_readonly("cluster", &sm90::LinearPlan::cluster)
+      .def_readonly("ping_pong", &sm90::LinearPlan::ping_pong)
       .def_readonly("stages", &sm90::LinearPlan::stages)
       .def_readonly("smem_bytes", &sm90::LinearPlan::smem_bytes)
       .def_readonly("blocks", &sm90::LinearPlan::blocks)
@@ -68,11 +69,12 @@ inline void bind_linear_plan(py::module_& m) {
       "plan_lora_linear",
       [](int64_t rows, int32_t columns, int32_t depth, int32_t ranks, sm90::Right right,
          Activation activation, int processors,
-         std::optional<std::tuple<int, int, int>> tile) -> std::optional<sm90::LinearPlan> {
+         std::optional<std::tuple<int, int, int, bool>> tile) -> std::optional<sm90::LinearPlan> {
         const sm90::LinearShape shape = {rows, columns, depth, ranks, right, activation};
         if (!tile) return sm90::plan_lora_linear(shape, processors);
-        const auto [tile_rows, tile_columns, cluster] = *tile;
-        return sm90::plan_lora_linear(shape, processors, tile_rows, tile_columns, cluster);
+        const auto [tile_rows, tile_columns, cluster, ping_pong] = *tile;
+        return sm90::plan_lora_linear(shape, processors, tile_rows, tile_columns, cluster,
+                                      ping_pong);
       },
       py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("ranks"),
       py::arg("right"), py::arg("activation"), py::arg("processors"),

@@ -19,6 +19,17 @@
 //             block 0                block 1
 //   stage   [ x 0 | w upper, w lower | x 1 ]       w upper copied by block 0, w lower by block 1
 //
+// Consumers share a tile, and write y together; or they are in ping-pong, a tile for each by turns,
+// and while one writes its tile the other multiplies. Whose the next stages are not passes over
+// them, and a stage is empty when the four warps it is for have read it:
+//
+//   consumer 0   [ multiply tile 0 ][ write tile 0    ]   [ multiply tile 2 ][ write tile 2 ...
+//   consumer 1                      [ multiply tile 1 ][ write tile 1    ]  ...
+//
+// A consumer begins a tile when the other has seen all stages of the tile before full. Parity knows
+// a phase from its neighbours alone: who waited for a stage whose last phase is still to come, as
+// it belongs to the other's tile, would be let through by the phase before that.
+//
 //   w by rows     u = sum + bias      y = residual + factor act(u)
 //   w by columns  u is read           y = residual + factor act'(u) (sum + bias)
 #pragma once
@@ -38,6 +49,12 @@ struct Place {
   FL_DEVICE void advance() {
     if (++stage == stages) stage = 0, parity ^= 1;
   }
+
+  FL_DEVICE void skip(int count) {
+    stage += count;
+    parity ^= stage / stages % 2;
+    stage %= stages;
+  }
 };
 
 template <typename T,             // of every matrix
@@ -45,7 +62,6 @@ template <typename T,             // of every matrix
           Right right,            // how w and the borders lie
           Activation activation>  // after the bias; by columns its derivative
 class Extended {
-  static constexpr int kWarps = kConsumers * 4;  // of consumers
   static constexpr int kSums = Tile::kConsumerColumns / 2;
   static constexpr bool kTransposed = right == Right::kColumns;
   static constexpr int kCluster = Tile::kCluster;
@@ -64,8 +80,9 @@ class Extended {
     if (thread_index() == 0) {
       for (int stage = 0; stage < Tile::kStages; ++stage) {
         init_barrier(full(stage), 1);
-        init_barrier(empty(stage), kWarps * kCluster);
+        init_barrier(empty(stage), 4 * Tile::kReaders * kCluster);
       }
+      if (Tile::kPingPong) init_barrier(turn(0), 4), init_barrier(turn(1), 4);
       publish_barriers();
     }
     sync_block();
@@ -87,6 +104,7 @@ class Extended {
   FL_DEVICE uint32_t stage_at(int stage) const { return shared_ + stage * Tile::kStageBytes; }
   FL_DEVICE uint32_t full(int stage) const { return shared_ + Tile::kBarriers + 16 * stage; }
   FL_DEVICE uint32_t empty(int stage) const { return full(stage) + 8; }
+  FL_DEVICE uint32_t turn(int consumer) const { return shared_ + Tile::kTurns + 8 * consumer; }
   FL_DEVICE Corner corner(int64_t tile) const {
     Corner c = corner_of(tile, arguments_.columns, kCluster * Tile::kRows, Tile::kColumns);
     c.row += in_cluster_ * Tile::kRows;
@@ -95,6 +113,13 @@ class Extended {
   FL_DEVICE bool meets_group(const Corner& corner, int g) const {
     const LinearSpan& span = arguments_.span[g];
     return meets(corner.column, Tile::kColumns, span.first_column, span.columns);
+  }
+  FL_DEVICE int stages_of(const Corner& tile) const {
+    int stages = (arguments_.depth + kDepth - 1) / kDepth;
+    for (int g = 0; g < arguments_.groups; ++g) {
+      if (meets_group(tile, g)) stages += (arguments_.span[g].rank + kDepth - 1) / kDepth;
+    }
+    return stages;
   }
 
   FL_DEVICE void produce() {
@@ -154,20 +179,37 @@ class Extended {
 
   FL_DEVICE void consume() {
     Ring at;
-    for (int64_t tile = cluster_; tile < arguments_.tiles; tile += clusters_) {
+    int count = 0;  // of tiles before this one
+    for (int64_t tile = cluster_; tile < arguments_.tiles; tile += clusters_, ++count) {
       const Corner c = corner(tile);
+      if (Tile::kPingPong && count % 2 != consumer()) {
+        at.skip(stages_of(c));
+        continue;
+      }
+      if (Tile::kPingPong) await_turn(count / 2);
       for (int k = 0; k < arguments_.depth; k += kDepth, at.advance()) base(at, k > 0);
       for (int g = 0; g < arguments_.groups; ++g) {
         if (!meets_group(c, g)) continue;
         const int rank = arguments_.span[g].rank;
         for (int r = 0; r < rank; r += kDepth, at.advance()) extend(at, products_of(rank, r));
       }
+      if (Tile::kPingPong) give_turn();
       wait_products<0>();
       settle(sum_);
       release(at);
       finish(c);
     }
     if (thread_index() % 128 == 0) wait_stores_read();
+  }
+
+  // Before its tile of this number; the first consumer's first turn is given by nobody.
+  FL_DEVICE void await_turn(int number) {
+    wait_for(turn(consumer()), (number + 1 + consumer()) % 2);
+  }
+
+  // Each warp has seen its last stage full, and asked for its last product.
+  FL_DEVICE void give_turn() {
+    if (lane() == 0) arrive(turn(1 - consumer()));
   }
 
   // The first stage of a tile has none before it to release.

@@ -26,9 +26,7 @@ struct Find {
 
   template <typename Tile>
   void operator()() const {
-    if (plan.tile_rows != Tile::kRows || plan.tile_columns != Tile::kColumns) return;
-    if (plan.cluster != Tile::kCluster) return;
-    *kernel = reinterpret_cast<const void*>(of_tile<Tile>());
+    if (has_tile<Tile>(plan)) *kernel = reinterpret_cast<const void*>(of_tile<Tile>());
   }
 
   template <typename Tile>

@@ -3,9 +3,10 @@
 //
 //   stages    [rows of x | columns of w] by 64 of the depth, rows of 128 bytes, swizzled
 //   staged    per consumer, [64 rows, 64 columns] of y a box, swizzled; on the way to device memory
-//   barriers  per stage, one for full and one for empty
+//   barriers  per stage, one for full and one for empty; in ping-pong one for each consumer's turn
 //
-// A consumer is a warpgroup. Two of them share a tile of 128 rows by rows, one of 64 by columns.
+// A consumer is a warpgroup. Two of them share a tile of 128 rows by rows, one of 64 by columns; in
+// ping-pong, tiles of 64 rows are the one's and the other's by turns.
 #pragma once
 
 #include "common/tensor_map.h"
@@ -22,12 +23,15 @@ constexpr int kSmemLimitBytes = 227 << 10;
 constexpr int kAlignment = 1024;  // eight rows of 128 bytes, where swizzles repeat
 constexpr int kBoxBytes = kConsumerRows * kBoxRowBytes;
 
-template <int Rows,         // of y in a tile
-          int Columns,      // likewise
-          int Cluster = 1>  // blocks that share w, their tiles one below the other
+template <int Rows,               // of y in a tile
+          int Columns,            // likewise
+          int Cluster = 1,        // blocks that share w, their tiles one below the other
+          bool PingPong = false>  // whether a tile is one consumer's, the next one the other's
 struct LinearTile {
   static constexpr int kRows = Rows, kColumns = Columns, kCluster = Cluster;
-  static constexpr bool kByColumns = Rows == kConsumerRows;
+  static constexpr bool kPingPong = PingPong;
+  static constexpr bool kByColumns = Rows == kConsumerRows && !PingPong;
+  static constexpr int kReaders = PingPong ? 1 : kConsumers;  // of a stage, in a block
   static constexpr int kConsumerColumns = kByColumns ? Columns / kConsumers : Columns;
   static constexpr int kConsumerBoxes = kConsumerColumns / kBoxColumns;
   static constexpr int kBoxesAtOnce = kConsumerBoxes > 3 ? 2 : kConsumerBoxes;  // staged
@@ -45,12 +49,17 @@ struct LinearTile {
   // From the first multiple of kAlignment.
   static constexpr int kStaged = kStages * kStageBytes;
   static constexpr int kBarriers = kStaged + kStagedBytes;
+  static constexpr int kTurns = kBarriers + 16 * kStages;
 
-  static_assert(kStages >= 3 && 16 * kStages <= kBarrierBytes && kBytes <= kSmemLimitBytes);
+  static_assert(!PingPong || Rows == kConsumerRows);
+  static_assert(kStages >= 3 && kBytes <= kSmemLimitBytes);
+  static_assert(16 * kStages + 8 * kConsumers <= kBarrierBytes);
   static_assert(kDepth % (8 * kCluster) == 0 && kColumns % (8 * kCluster) == 0);  // whole swizzles
   static_assert(kConsumerColumns % kBoxColumns == 0 && kConsumerBoxes % kBoxesAtOnce == 0);
 
-  static constexpr int first_row(int consumer) { return kByColumns ? 0 : kConsumerRows * consumer; }
+  static constexpr int first_row(int consumer) {
+    return kByColumns || kPingPong ? 0 : kConsumerRows * consumer;
+  }
   static constexpr int first_column(int consumer) {
     return kByColumns ? kConsumerColumns * consumer : 0;
   }
@@ -67,6 +76,15 @@ constexpr void each_linear_tile(Visit visit) {
   visit.template operator()<LinearTile<128, 128, 2>>();
   visit.template operator()<LinearTile<128, 192, 2>>();
   visit.template operator()<LinearTile<128, 256, 2>>();
+  visit.template operator()<LinearTile<64, 256, 1, true>>();
+  visit.template operator()<LinearTile<64, 256, 2, true>>();
+}
+
+// Whether a plan is in this tile.
+template <typename Tile>
+constexpr bool has_tile(const LinearPlan& plan) {
+  return plan.tile_rows == Tile::kRows && plan.tile_columns == Tile::kColumns &&
+         plan.cluster == Tile::kCluster && plan.ping_pong == Tile::kPingPong;
 }
 
 // Where a tile begins. Columns change fastest: the tiles under way share rows of x, and w is small.

@@ -30,7 +30,7 @@ LinearPlan plan_in(const LinearShape& shape, int processors) {
       ceil_div(shape.columns, Tile::kColumns);
   const int64_t clusters = std::max<int64_t>(1, std::min<int64_t>(tiles, processors / kCluster));
   const int32_t blocks = static_cast<int32_t>(kCluster * clusters);
-  return {shape,         Tile::kRows,  Tile::kColumns, kCluster,
+  return {shape,         Tile::kRows,  Tile::kColumns, kCluster,        Tile::kPingPong,
           Tile::kStages, Tile::kBytes, blocks,         kCluster * tiles};
 }
 
@@ -41,7 +41,7 @@ struct Shortest {
 
   template <typename Tile>
   void operator()() const {
-    if (Tile::kCluster > 1) return;
+    if (Tile::kCluster > 1 || Tile::kPingPong) return;
     const LinearPlan plan = plan_in<Tile>(shape, processors);
     if (best->blocks == 0 || cycles(plan) < cycles(*best)) *best = plan;
   }
@@ -50,12 +50,13 @@ struct Shortest {
 struct Named {
   const LinearShape& shape;
   int processors, tile_rows, tile_columns, cluster;
+  bool ping_pong;
   std::optional<LinearPlan>* found;
 
   template <typename Tile>
   void operator()() const {
     if (Tile::kRows != tile_rows || Tile::kColumns != tile_columns) return;
-    if (Tile::kCluster != cluster) return;
+    if (Tile::kCluster != cluster || Tile::kPingPong != ping_pong) return;
     *found = plan_in<Tile>(shape, processors);
   }
 };
@@ -116,10 +117,10 @@ LinearPlan plan_lora_linear(LinearShape shape, int processors) {
 }
 
 std::optional<LinearPlan> plan_lora_linear(LinearShape shape, int processors, int tile_rows,
-                                           int tile_columns, int cluster) {
+                                           int tile_columns, int cluster, bool ping_pong) {
   std::optional<LinearPlan> found;
   if (shape.rows <= tile_rows) cluster = std::min(cluster, 1);
-  each_linear_tile(Named{shape, processors, tile_rows, tile_columns, cluster, &found});
+  each_linear_tile(Named{shape, processors, tile_rows, tile_columns, cluster, ping_pong, &found});
   return found;
 }
 

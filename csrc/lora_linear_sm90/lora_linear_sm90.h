@@ -61,18 +61,20 @@ struct LinearProblem {
 struct LinearPlan {
   LinearShape shape;
   int32_t tile_rows, tile_columns, cluster;
+  bool ping_pong;
   int32_t stages, smem_bytes;
   int32_t blocks;
   int64_t tiles;
 };
 
-// The tile with the shortest estimate on so many processors; clusters wait for a GPU to time them.
+// The tile with the shortest estimate on so many processors; clusters and consumers in ping-pong
+// wait for a GPU to time them.
 LinearPlan plan_lora_linear(LinearShape shape, int processors);
 
 // The same in a given tile, whose cluster is one block where a tile has all rows; nothing where it
 // is not compiled.
 std::optional<LinearPlan> plan_lora_linear(LinearShape shape, int processors, int tile_rows,
-                                           int tile_columns, int cluster);
+                                           int tile_columns, int cluster, bool ping_pong);
 
 // Throws std::invalid_argument where the operands are not as the kernel needs them.
 void lora_linear(const LinearProblem& problem, const LinearPlan& plan, int device, void* stream);

@@ -149,9 +149,21 @@ ENUMS = {
 }
 
 
+LINEAR_TILE = r"LinearTile<(\d+), (\d+), (\d+), (\(bool\)[01]|true|false)>"
+
+
+def tile_in_words(found: re.Match[str]) -> str:
+    """A tile of the compiled product, as its own ``str`` has it."""
+    from fused_lora.kernels.cuda.lora_extended import ProductTile
+
+    rows, columns, cluster = map(int, found.groups()[:3])
+    tile = ProductTile(rows, columns, cluster, ping_pong=found[4] in ("(bool)1", "true"))
+    return str(tile).replace(" x ", "x").replace(",", "")
+
+
 def in_words(parameters: str) -> str:
     """Parameters of a template, as a table shows them."""
-    parameters = re.sub(r"LinearTile<(\d+), (\d+)>", r"\1x\2", parameters.replace("sm90::", ""))
+    parameters = re.sub(LINEAR_TILE, tile_in_words, parameters.replace("sm90::", ""))
     parameters = re.sub(r"\((\w+)\)(\d)", lambda m: ENUMS[m[1]][int(m[2])], parameters)
     return " ".join(p for p in parameters.split(", ") if p)
 

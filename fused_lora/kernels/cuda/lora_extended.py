@@ -127,16 +127,24 @@ class ProductTile(NamedTuple):
     rows: int
     columns: int
     cluster: int = 1  # their tiles one below the other; one where a tile has all rows
+    ping_pong: bool = False  # a consumer has a tile of its own, and multiplies as the other writes
+
+    @classmethod
+    def of(cls, plan: Any) -> ProductTile:
+        """That of a fused_lora._native.LinearPlan."""
+        return cls(plan.tile_rows, plan.tile_columns, plan.cluster, plan.ping_pong)
 
     def __str__(self) -> str:
-        alone = f"{self.rows} x {self.columns}"
-        return alone if self.cluster == 1 else f"{alone}, {self.cluster} blocks"
+        blocks = "" if self.cluster == 1 else f", {self.cluster} blocks"
+        return f"{self.rows} x {self.columns}{blocks}{', ping-pong' if self.ping_pong else ''}"
 
 
+# Those of a cluster or in ping-pong serve where they are asked for by name, or were timed best.
 WIDE = ((128, 128), (128, 192), (128, 256))
 ALONE = tuple(ProductTile(*size) for size in (*WIDE, (64, 128), (64, 256)))
-CLUSTERS = tuple(ProductTile(*size, cluster=2) for size in WIDE)  # by name, or where timed best
-TILES: tuple[ProductTile, ...] = (*ALONE, *CLUSTERS)
+CLUSTERS = tuple(ProductTile(*size, cluster=2) for size in WIDE)
+PING_PONG = tuple(ProductTile(64, 256, cluster, ping_pong=True) for cluster in (1, 2))
+TILES: tuple[ProductTile, ...] = (*ALONE, *CLUSTERS, *PING_PONG)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -178,8 +186,7 @@ def tile_of(
     """
     if found := winner(rows, columns, depth, dtype, device, right):
         return found
-    plan = _plan(rows, columns, depth, ranks, Chip.of(device), right)
-    return ProductTile(plan.tile_rows, plan.tile_columns, plan.cluster)
+    return ProductTile.of(_plan(rows, columns, depth, ranks, Chip.of(device), right))
 
 
 # Tiles that ``fused-lora tune`` measured fastest, beside those of Triton in the cache folder.
@@ -256,7 +263,7 @@ def _plan(
     activation: str = "none",
     tile: ProductTile | None = None,
 ) -> Any:
-    """fused_lora._native.LinearPlan."""
+    """fused_lora._native.LinearPlan; ValueError where ``tile`` is not one of ``TILES``."""
     module = native.load()
     plan = module.plan_lora_linear(
         **dict(rows=rows, columns=columns, depth=depth, ranks=ranks),
@@ -264,7 +271,9 @@ def _plan(
         activation=getattr(module.Activation, activation),
         **dict(processors=chip.processors, tile=tile),
     )
-    assert plan is not None, tile
+    if plan is None:
+        compiled = "; ".join(map(str, TILES))
+        raise ValueError(f"the compiled product has no tile of {tile}; it has {compiled}")
     return plan
 
 

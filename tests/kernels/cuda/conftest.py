@@ -36,9 +36,7 @@ def digest(*folders: Path) -> str:
 def build_host(folder: Path) -> Path:
     """Compile bindings, checks and the CPU launch into a module, once for all processes of a run;
     skip without a compiler."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
+    compiler = cxx()
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
     python_include = sysconfig.get_path("include")
     if not Path(python_include, "Python.h").exists():
@@ -53,15 +51,28 @@ def build_host(folder: Path) -> Path:
     return target
 
 
-def compile_host(compiler: str, includes: list[str], target: Path) -> None:
-    """The module ``target`` of every source, as many at once as there are cores."""
-    sources = [*sorted(CSRC.glob("*/*.cpp")), *sorted(HERE.glob("*.cpp"))]
+def cxx() -> str:
+    """The C++ compiler; skip where there is none."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    return compiler
+
+
+def compile_host(
+    compiler: str, includes: list[str], target: Path, sources: list[Path] | None = None
+) -> None:
+    """The module ``target`` of ``sources``, else of all, as many at once as there are cores.
+
+    What is found in ``includes`` goes before the library's own headers.
+    """
+    sources = sources or [*sorted(CSRC.glob("*/*.cpp")), *sorted(HERE.glob("*.cpp"))]
     # Fibers jump between stacks, which a fortified longjmp takes for an error.
     options = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fPIC"]
     # A misaligned access, which this processor forgives and a GPU does not, ends the process.
     options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     options += ["-Wall", "-Wextra", "-Werror", '-DFUSED_LORA_ARCHS="none"']
-    options += [f"-I{path}" for path in (CSRC, HERE, *includes)]
+    options += [f"-I{path}" for path in (*includes, CSRC, HERE)]
     partial = target.with_suffix(f".{os.getpid()}")
     objects = [partial.with_name(f"{partial.name}.{source.stem}.o") for source in sources]
 

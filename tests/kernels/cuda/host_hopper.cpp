@@ -4,7 +4,7 @@
 #include <stdexcept>
 
 #include "common/hopper.h"
-#include "lora_linear_sm90/layout.h"
+#include "lora_linear_sm90/extended.h"
 
 namespace fused_lora::sm90 {
 namespace {
@@ -144,6 +144,55 @@ struct Pair {
   }
 };
 
+// How many elements of y = x wT + h bT, in ping-pong by one block, are not the sum; -1 where
+// refused. Tiles of seven stages and of five are the consumers' by turns, in a ring of five.
+int ping_pong_misses(bool backwards, bool late) {
+  using Tile = LinearTile<64, 192, 1, true>;
+  constexpr int kM = 130, kK = 296, kN = 392, kRank = 72, kOwned = 200;
+  alignas(16) static uint16_t x[kM * kK], w[kN * kK], h[kM * kRank], b[kOwned * kRank];
+  alignas(16) static uint16_t y[kM * kN];
+  const uint16_t values[3] = {0, kOne, 0x8000 | kOne};
+  uint32_t random = 1;
+  const auto fill = [&](uint16_t* matrix, int count) {
+    for (int i = 0; i < count; ++i) {
+      random = random * 1664525 + 1013904223;
+      matrix[i] = values[(random >> 16) % 3];
+    }
+  };
+  fill(x, kM * kK), fill(w, kN * kK), fill(h, kM * kRank), fill(b, kOwned * kRank);
+  for (uint16_t& element : y) element = 0xFFFF;
+  const LinearShape shape = {kM, kN, kK, kRank, Right::kRows, Activation::kNone};
+  const LinearPlan plan = {shape, 64, 192, 1, true, Tile::kStages, Tile::kBytes, 1, 9};
+  LinearProblem problem = {};
+  problem.x = {x, kK}, problem.w = {w, kK}, problem.y = {y, kN}, problem.groups = 1;
+  problem.group[0] = {{h, kRank}, {b, kRank}, 0, kOwned, kRank, 0};
+  LinearArguments arguments = {};
+  if (make_arguments(problem, plan, &arguments)) return -2;
+  try {
+    EmulatedBlocks block(1, plan.smem_bytes, backwards, late);
+    block.run([&] {
+      using Kernel = Extended<BFloat16, Tile, Right::kRows, Activation::kNone>;
+      Kernel(arguments, block.shared(), 0, 1).run();
+    });
+  } catch (const std::logic_error&) {
+    return -1;
+  }
+  int misses = 0;
+  const auto dot = [](const uint16_t* left, const uint16_t* right, int count) {
+    float sum = 0;
+    for (int i = 0; i < count; ++i) sum += widen(BFloat16{left[i]}) * widen(BFloat16{right[i]});
+    return sum;
+  };
+  for (int m = 0; m < kM; ++m) {
+    for (int n = 0; n < kN; ++n) {
+      float sum = dot(x + m * kK, w + n * kK, kK);
+      if (n < kOwned) sum += dot(h + m * kRank, b + n * kRank, kRank);
+      misses += y[m * kN + n] != nearest<BFloat16>(sum).bits;
+    }
+  }
+  return misses;
+}
+
 }  // namespace
 }  // namespace fused_lora::sm90
 
@@ -191,6 +240,8 @@ int host_cluster_misses(int flaw, bool backwards, bool late) {
   for (int i = 0; i < 2 * kRows * 64; ++i) misses += out[i] != in[i % (kRows * 64)];
   return misses;
 }
+
+int host_ping_pong_misses(bool backwards, bool late) { return ping_pong_misses(backwards, late); }
 
 void host_linear_corner(int64_t tile, int columns, int tile_rows, int tile_columns, int* corner) {
   const Corner c = corner_of(tile, columns, tile_rows, tile_columns);

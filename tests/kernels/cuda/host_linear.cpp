@@ -18,8 +18,7 @@ struct Run {
 
   template <typename Tile>
   void operator()() const {
-    if (plan.tile_rows != Tile::kRows || plan.tile_columns != Tile::kColumns) return;
-    if (plan.cluster != Tile::kCluster) return;
+    if (!has_tile<Tile>(plan)) return;
     *found = true;
     if (type == DType::kBFloat16) return of<BFloat16, Tile>();
     // The types differ in their rounding alone: one tile shows it, and takes less to compile.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from itertools import product
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from .conftest import CSRC, HERE, compile_host, cxx
 
 WORLDS = list(product((False, True), repeat=2))  # threads backwards, copies and products late
 TILES = [(128, 128), (128, 192), (128, 256), (64, 128), (64, 256)]
@@ -57,6 +60,38 @@ def test_a_right_pair_of_blocks_is_right_in_every_world(library: ctypes.CDLL) ->
 def test_a_flaw_between_blocks_is_seen_in_some_world(library: ctypes.CDLL, flaw: str) -> None:
     number = 1 + FLAWED_CLUSTERS.index(flaw)
     assert any(library.host_cluster_misses(number, *world) for world in WORLDS)
+
+
+EXTENDED = "lora_linear_sm90/extended.h"
+FLAWED_PING_PONG = {  # the kernel's own source, and what it is made of that
+    "no turns": ("if (Tile::kPingPong) await_turn(count / 2);", ""),
+    "a turn that nobody gives": ("if (Tile::kPingPong) give_turn();", ""),
+    "turns of eight warps": ("init_barrier(turn(0), 4)", "init_barrier(turn(0), 8)"),
+    "too few stages passed over": ("at.skip(stages_of(c));", "at.skip(stages_of(c) - 1);"),
+    "no parity passed over": ("parity ^= stage / stages % 2;", ""),
+    "a group's stages forgotten": ("meets_group(tile, g)) stages", "!meets_group(tile, g)) stages"),
+    "the other's last stage released": ("    if (add) {\n      wait", "    {\n      wait"),
+    "stages that eight warps empty": ("4 * Tile::kReaders", "4 * kConsumers"),
+    "staged before the last store has read": ("if (leads) wait_stores_read();\n      sync", "sync"),
+}  # fmt: skip
+
+
+def test_consumers_in_ping_pong_are_right_in_every_world(library: ctypes.CDLL) -> None:
+    assert [library.host_ping_pong_misses(*world) for world in WORLDS] == [0] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flaw", FLAWED_PING_PONG)
+def test_a_flaw_in_ping_pong_is_seen_in_some_world(flaw: str, tmp_path: Path) -> None:
+    right, wrong = FLAWED_PING_PONG[flaw]
+    source = (CSRC / EXTENDED).read_text()
+    assert source.count(right) == 1
+    (tmp_path / EXTENDED).parent.mkdir()
+    (tmp_path / EXTENDED).write_text(source.replace(right, wrong))
+    sources = [HERE / "host_hopper.cpp", HERE / "emulated_hopper.cpp"]
+    compile_host(cxx(), [str(tmp_path)], tmp_path / "flawed.so", sources)
+    flawed = ctypes.CDLL(str(tmp_path / "flawed.so"))
+    assert any(flawed.host_ping_pong_misses(*world) for world in WORLDS)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

@@ -171,8 +171,8 @@ PAIRED = [  # processors: a cluster that walks over tiles, or two with few; stag
 
 
 @pytest.mark.parametrize("case", PAIRED, ids=lambda case: case.why)
-@pytest.mark.parametrize("tile", cuda.CLUSTERS, ids=str)
-def test_a_cluster_has_the_bits_of_a_block(
+@pytest.mark.parametrize("tile", (*cuda.CLUSTERS, *cuda.PING_PONG), ids=str)
+def test_a_cluster_and_ping_pong_have_the_bits_of_a_block(
     on_host: ModuleType, case: Case, tile: cuda.ProductTile
 ) -> None:
     """Of ordinary numbers, whose sums depend on the order; with each epilogue, in every world."""
@@ -191,7 +191,7 @@ def test_a_cluster_has_the_bits_of_a_block(
 
     kind = ("none", "erf", "tanh")[PAIRED.index(case)]
     world(on_host, False, False)
-    alone = products(tile._replace(cluster=1), kind)
+    alone = products(cuda.ProductTile(128, tile.columns), kind)
     for backwards, late in product((False, True), repeat=2):
         world(on_host, backwards, late)
         found = products(tile, kind)
@@ -204,18 +204,24 @@ def test_a_cluster_is_for_more_rows_than_a_tile_has(
     asked = dict(columns=768, depth=768, ranks=16, right=on_host.Right.rows)
     asked |= dict(activation=on_host.Activation.none)
 
-    def plan(rows: int, processors: int, tile=(128, 192, 2)):
+    def plan(rows: int, processors: int, tile: cuda.ProductTile = cuda.CLUSTERS[1]):
         return on_host.plan_lora_linear(rows=rows, processors=processors, tile=tile, **asked)
 
     assert [plan(rows, 132).cluster for rows in (0, 1, 128, 129, 25216)] == [1, 1, 1, 2, 2]
     assert (plan(25216, 132).blocks, plan(25216, 132).tiles) == (132, 4 * 198)  # of 197 row tiles
     assert (plan(25216, 133).blocks, plan(25216, 1).blocks, plan(129, 132).blocks) == (132, 2, 8)
+    turns = cuda.PING_PONG[1]
+    assert [cuda.ProductTile.of(plan(rows, 132, turns)) for rows in (64, 65)] == [
+        turns._replace(cluster=1), turns,
+    ]  # fmt: skip
     for tile in ((128, 192, 3), (128, 192, 0), (64, 128, 2), (96, 128, 1)):
-        assert plan(25216, 132, tile) is None
+        assert plan(25216, 132, cuda.ProductTile(*tile)) is None
+    for tile in ((128, 192), (64, 128), (64, 256, 4)):
+        assert plan(25216, 132, cuda.ProductTile(*tile, ping_pong=True)) is None
     monkeypatch.setattr(Chip, "of", staticmethod(lambda device: H100))
     sizes = [(m, n) for m in (197, 25216) for n in (384, 768, 3072)]
     by_rule = [cuda.tile_of(m, n, 768, 16, torch.bfloat16, torch.device("cpu")) for m, n in sizes]
-    assert all(tile.cluster == 1 for tile in by_rule)
+    assert set(by_rule) <= set(cuda.ALONE)
 
 
 def test_nothing_to_do(on_host: ModuleType) -> None:
@@ -259,5 +265,10 @@ def test_what_the_launch_refuses(on_host: ModuleType) -> None:
         cuda.input_grad(p.dy, p.w, p.adapters, p.dh, activation="erf", u=u, chip=H100)
     with pytest.raises(ValueError, match="u belongs to an activation"):
         cuda.input_grad(p.dy, p.w, p.adapters, p.dh, activation="erf", chip=H100)
+    with pytest.raises(
+        ValueError, match="no tile of 64 x 128, ping-pong; it has 128 x 128; .* 64 x"
+    ):
+        other = cuda.ProductTile(64, 128, ping_pong=True)
+        cuda.forward(p.x, p.w, None, p.adapters, tile=other, chip=H100)
     with pytest.raises(ValueError, match="bias must begin"):
         cuda.forward(p.x, p.w, torch.zeros(137, dtype=BF16)[1:], p.adapters, chip=H100)

@@ -165,6 +165,7 @@ def test_a_self_test_lists_every_tile(hopper: list[str], monkeypatch: pytest.Mon
     found = [one.subject for one in kernel_registry.compiled_products("bfloat16", CPU)]
     listed = ["128 x 128", "128 x 192", "128 x 256", "64 x 128", "64 x 256"]
     listed += ["128 x 128, 2 blocks", "128 x 192, 2 blocks", "128 x 256, 2 blocks"]
+    listed += ["64 x 256, ping-pong", "64 x 256, 2 blocks, ping-pong"]
     kernels = ("lora_linear", "lora_linear_gelu", "lora_linear_scale")
     assert [(one.kernel, one.configuration) for one in found] == list(product(kernels, listed))
     for m, n in ((197, 384), (25216, 2304)):
@@ -174,11 +175,14 @@ def test_a_self_test_lists_every_tile(hopper: list[str], monkeypatch: pytest.Mon
         assert {str(tile) for tile in tiles} <= set(listed[:5])
 
 
+@pytest.mark.parametrize(
+    "tile, tiles", [(lora_extended.CLUSTERS[0], 20), (lora_extended.PING_PONG[1], 18)], ids=str
+)
 @pytest.mark.parametrize("behind", ["", "gelu", "scale"])
 def test_the_check_of_a_cluster_runs_clusters(
-    host: ModuleType, monkeypatch: pytest.MonkeyPatch, behind: str
+    host: ModuleType, monkeypatch: pytest.MonkeyPatch, behind: str, tile, tiles: int
 ) -> None:
-    """Two of them, over several tiles each; of few rows one block by itself."""
+    """Several tiles each, of consumers in ping-pong too; of few rows one block by itself."""
     monkeypatch.setattr(native, "load", lambda: host)
     monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip(90, 132)))
     right, seen = lora_extended._plan, set()
@@ -189,10 +193,9 @@ def test_the_check_of_a_cluster_runs_clusters(
         return launched
 
     monkeypatch.setattr(lora_extended, "_plan", watched)
-    tile = lora_extended.CLUSTERS[0]
     found = kernel_registry.of_compiled_product(tile, "bfloat16", behind).check(CPU)
     assert found.passed, found
-    assert seen == {(1, 1, 1), (2, 4, 20)}
+    assert seen == {(1, 1, 1), (2, 4, tiles)}
 
 
 def test_the_plan_knows_how_many_adapters_it_takes(host: ModuleType) -> None:

@@ -12,7 +12,7 @@ from fused_lora import cli
 from fused_lora.bench import tune as command
 from fused_lora.kernels.cuda import lora_extended as compiled
 from fused_lora.kernels.cuda import lora_linear as room
-from fused_lora.kernels.cuda.lora_extended import CLUSTERS, ProductTile
+from fused_lora.kernels.cuda.lora_extended import CLUSTERS, PING_PONG, ProductTile
 from fused_lora.kernels.triton import available, launches
 from fused_lora.ops.backends import why_not_product_behind
 from fused_lora.programs import run
@@ -25,13 +25,14 @@ from .test_product_dispatch import hopper  # noqa: F401
 
 M, N, K = 136, 40, 72  # rows for two blocks of a cluster
 SMALL, LARGE, PAIR = ProductTile(64, 128), ProductTile(128, 128), CLUSTERS[0]
+TURNS = PING_PONG[0]
 SHAPES = ((21, 40, 72, "rows"), (21, 72, 40, "columns"))  # of y and dx of test_dispatch's problem
 
 
 @pytest.fixture
 def rule(hopper, monkeypatch) -> ProductTile:  # noqa: F811
-    """The tile that serves M rows where nothing was measured; PAIR is there beside it."""
-    monkeypatch.setattr(compiled, "TILES", (SMALL, LARGE, PAIR))
+    """The tile that serves M rows where nothing was measured; PAIR and TURNS are there too."""
+    monkeypatch.setattr(compiled, "TILES", (SMALL, LARGE, PAIR, TURNS))
     assert tiles_now() == {SMALL}
     assert compiled.tile_of(M, N, K, 8, BF16, CPU) == LARGE
     return LARGE
@@ -41,15 +42,14 @@ class Clock:
     """The time of a step is that of the tile whose plan it launched."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.ms = {1: 2.0, 2: 1.0}  # by blocks of a cluster
+        self.ms = {PAIR: 1.0}  # of the other tiles 2.0
         self.launched: list[ProductTile] = []
         self.seconds = 0.0
         right = compiled._plan
 
         def watched(*args, **options):
             found = right(*args, **options)
-            tile = ProductTile(found.tile_rows, found.tile_columns, found.cluster)
-            self.launched.append(tile)
+            self.launched.append(ProductTile.of(found))
             return found
 
         monkeypatch.setattr(compiled, "_plan", watched)
@@ -60,7 +60,7 @@ class Clock:
 
     def measure_ms(self, step) -> float:
         step()
-        return self.ms[self.launched[-1].cluster]
+        return self.ms.get(self.launched[-1], 2.0)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def tune(*more: str) -> int:
     return cli.main(["tune", *words, "--budget-seconds", "1"])
 
 
-def kept() -> dict[str, dict[str, int]]:
+def kept() -> dict[str, dict[str, object]]:
     ((_, rows),) = json.loads(compiled.path().read_text()).items()
     return rows
 
@@ -96,7 +96,7 @@ def test_the_fastest_tile_is_kept_and_launched(rule, clock, monkeypatch, capsys)
     said = capsys.readouterr().out
     assert f"lora_linear y bfloat16 {M}x{N}x{K}" in said and "128 x 128, 2 blocks" in said
     assert f"2.00x of {rule}" in said and "not timed: there is no Triton here" in said
-    tile = {"rows": 128, "columns": 128, "cluster": 2}
+    tile = {"rows": 128, "columns": 128, "cluster": 2, "ping_pong": False}
     assert kept() == {f"y bfloat16 {M}x{N}x{K}": tile, f"dx bfloat16 {M}x{K}x{N}": tile}
     assert compiled.path() == launches.path()  # beside the others
     assert compiled.tile_of(M, N, K, 8, BF16, CPU) == rule  # this process has begun with it
@@ -105,6 +105,22 @@ def test_the_fastest_tile_is_kept_and_launched(rule, clock, monkeypatch, capsys)
     assert compiled.tile_of(M, K, N, 8, BF16, CPU, "columns") == PAIR
     assert compiled.tile_of(M, K, N, 8, BF16, CPU).cluster == 1  # of a y none was measured
     assert compiled.tile_of(M, N, K, 8, torch.float16, CPU).cluster == 1
+
+
+def test_consumers_in_ping_pong_are_timed_and_kept_too(rule, clock, monkeypatch, capsys):
+    monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
+    clock.ms = {TURNS: 1.0}
+    assert tune() == 0
+    assert "64 x 256, ping-pong" in capsys.readouterr().out
+    assert kept()[compiled.key(M, N, K, BF16)] == {
+        **dict(rows=64, columns=256, cluster=1), "ping_pong": True
+    }  # fmt: skip
+    forget()
+    assert compiled.tile_of(M, N, K, 8, BF16, CPU) == TURNS
+    clock.launched.clear()
+    monkeypatch.setenv("FUSED_LORA_PROGRAMS", "1")
+    keeps_the_yardstick(Layer(m=M), "cuda")
+    assert set(clock.launched) == {TURNS}
 
 
 def test_a_program_takes_it_when_it_is_built_and_asks_nobody_then(rule, clock, monkeypatch):
@@ -125,7 +141,7 @@ def test_a_program_takes_it_when_it_is_built_and_asks_nobody_then(rule, clock, m
 
 def test_what_is_as_fast_is_not_kept(clock, monkeypatch, capsys):
     monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
-    clock.ms = {1: 1.0, 2: 0.99}
+    clock.ms = {PAIR: 1.99}
     assert tune() == 0
     assert "1.01x of" in capsys.readouterr().out and not compiled.path().exists()
 
@@ -160,9 +176,9 @@ def test_where_neither_is_there_both_reasons_are_said(clock, monkeypatch, capsys
 @pytest.mark.parametrize(
     "row",
     [
-        None, 3, [], {"rows": 96, "columns": 128, "cluster": 2}, {"rows": 128, "columns": 128},
-        {"rows": "128", "columns": 128, "cluster": 2}, {"rows": 128, "columns": 128, "cluster": 4},
-        {"rows": 128, "columns": 128, "cluster": 2, "stages": 3},
+        None, 3, [], PAIR._asdict() | {"rows": 96}, {"rows": 128, "columns": 128, "cluster": 2},
+        PAIR._asdict() | {"rows": "128"}, PAIR._asdict() | {"cluster": 4},
+        PAIR._asdict() | {"stages": 3}, PAIR._asdict() | {"ping_pong": True},
     ],
     ids=str,
 )  # fmt: skip
