@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from build_support.archs import DEFAULT
+from fused_lora.kernels.cuda.lora_extended import TILES
 
 from .conftest import CSRC, disassembled
 
 ROOT = CSRC.parent
-PRODUCTS = 96  # kernels of lora_linear_sm90: tiles, activations and how w lies, in two types
+PRODUCTS = len(TILES) * 3 * 2 * 2  # kernels: tiles, activations, how w lies, types
 
 
 def cmake() -> str:
