@@ -15,7 +15,8 @@ from fused_lora.kernels.triton.border import Packed
 from fused_lora.kernels.triton.launches import tile_of
 from fused_lora.kernels.triton.tiles import Tile
 from fused_lora.ops import backends, elementwise, lora_grad_backends, measured
-from fused_lora.types import Backend, Span
+from fused_lora.testing.yardstick import in_every_order, judge_all
+from fused_lora.types import Backend, Impl, Span
 from fused_lora.verify import kernel_registry, launch_checks
 from fused_lora.verify.check import Shape
 from tests.kernels.cuda.conftest import build_host
@@ -25,6 +26,7 @@ from tests.kernels.triton.interpreted.test_chains import (
     BF16,
     NAMES,
     operands,
+    plain,
     run,
     within,
 )
@@ -101,6 +103,17 @@ def test_biases_that_train(formed):
     given = of(bias=True)
     within(run(given, BF16, "elementwise"), given, BF16)
     assert set(formed) == {(70, H)}
+
+
+def test_an_fp32_stream_under_autocast(formed):
+    """dy of 32 bits is cast before its gradients are formed."""
+    given = of(torch.float32)
+    with torch.autocast("cpu", BF16):
+        ours = run(given, torch.float32, "elementwise")
+        assert set(formed) == {(70, H)}
+        others = in_every_order(lambda: run(given, torch.float32, "elementwise", impl=Impl.ATEN))
+    verdict = judge_all(ours, others, plain(given, torch.float64), BF16)
+    assert verdict.passed, str(verdict)
 
 
 def test_the_bits_are_those_of_gradients_apart(formed, monkeypatch):
