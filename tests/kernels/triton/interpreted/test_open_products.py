@@ -30,6 +30,7 @@ from tests.kernels.triton.interpreted.test_chains import (
     run,
     within,
 )
+from tests.kernels.triton.interpreted.test_chains import plain as plain_half
 from tests.kernels.triton.interpreted.test_gradients_in_dx import host  # noqa: F401
 from tests.ops.block_problems import cast, leaves, matrix, norm, plain_attention, plain_linear
 
@@ -219,9 +220,7 @@ def test_an_fp32_stream_under_autocast(both):
         ours = run(given, F32, "elementwise")
         assert both == ["residual", "gelu", "norm"]
         others = in_every_order(lambda: run(given, F32, "elementwise", impl=Impl.ATEN))
-    from tests.kernels.triton.interpreted.test_chains import plain
-
-    verdict = judge_all(ours, others, plain(given, F64), BF16)
+    verdict = judge_all(ours, others, plain_half(given, F64), BF16)
     assert verdict.passed, str(verdict)
     assert [t.dtype for t in ours] == [t.dtype for t in others[0]]
 
