@@ -39,8 +39,9 @@ class TestWithoutAGpu:
             assert same, "out is kept twice"
             lse = run.extra[1]
             assert lse.dtype is torch.float32 and lse.shape[:2] == (batch, heads)
-            (dqkv,), own, _ = attend.backward((out,), (qkv,), run._replace(out=()), (), ASKED)
-            assert dqkv.shape == qkv.shape and dqkv.dtype is dtype and own == ()
+            found = attend.backward((out,), (qkv,), run._replace(out=()), (), ASKED)
+            (dqkv,) = found.x
+            assert dqkv.shape == qkv.shape and dqkv.dtype is dtype and found.own == ()
 
     @each_on_gpu
     @pytest.mark.parametrize("depth, served", [(64, True), (128, True), (36, False), (192, False)])
