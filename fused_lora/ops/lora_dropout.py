@@ -26,10 +26,8 @@ from fused_lora.types import Backend, Forward, Gradient, Keep, Needs, Plan
 from fused_lora.verify.verdicts import why_not_concrete
 
 MOST_DROPOUT = 1 - 2**-17  # that 16 random bits express
-FORMS_H = (  # apart from the base product
-    *(Forward.SEPARATE, Forward.BORDERED),
-    *(Forward.EXTENDED, Forward.OPEN),
-)
+# What forms h apart from the base product.
+FORMS_H = (Forward.SEPARATE, Forward.BORDERED, Forward.EXTENDED, Forward.OPEN)
 
 
 def check_dropout(dropout: float, where: str) -> None:

@@ -125,9 +125,9 @@ def _why_not_gradients_by(problem: Problem, plan: Plan) -> str | None:
 
 def _inconsistent(problem: Problem, plan: Plan) -> str | None:
     if plan.forward is Forward.OPEN and not problem.expanded:
-        return "nobody behind y adds the low-rank term that open leaves to him"
+        return "nobody behind y adds the low-rank term that open leaves out"
     if problem.needs.x and plan.dx is Forward.OPEN and not problem.input_expanded:
-        return "nobody before x adds the low-rank term that open leaves to him"
+        return "nobody before x adds the low-rank term that open leaves out"
     if (plan.gradient is Gradient.NONE) == problem.trains_adapters:
         return "adapter gradients are computed exactly when an adapter operand needs one"
     if not problem.needs.x and plan.dx is not plan.forward:

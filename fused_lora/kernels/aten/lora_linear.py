@@ -75,8 +75,7 @@ def forward(
         return F.linear(x, merged, bias), merged if plan.keep is Keep.MERGED else None
     adapters = adapters.to(x.dtype)
     if plan.forward in (Forward.SEPARATE, Forward.OPEN):
-        h = shrink(x, adapters) if h is None else h
-        y = F.linear(x, w, bias)
+        y, h = open_forward(x, w, bias, adapters, h)
         y = y if plan.forward is Forward.OPEN else expand(y, h, adapters)
     else:
         k, there = x.shape[1], bordered is not None and h is not None

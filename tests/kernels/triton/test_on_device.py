@@ -27,6 +27,7 @@ from tests.kernels.triton.interpreted import test_layer_norm as layer_norm
 from tests.kernels.triton.interpreted import test_lora_expand as expand
 from tests.kernels.triton.interpreted import test_lora_extended_bulk as bulk
 from tests.kernels.triton.interpreted import test_lora_merge_many as merges
+from tests.kernels.triton.interpreted import test_packed_gradients as packs
 from tests.kernels.triton.interpreted import test_row_shrink as row_shrink
 from tests.kernels.triton.parity import check, one_pass_run, triton_run
 from tests.ops.problems import draw
@@ -125,6 +126,17 @@ def test_the_derivative_that_forms_gradients(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_packed(case, dtype, monkeypatch):
     border.test_each_half_is_one_matrix_with_zeros_beside_its_blocks(case, dtype, monkeypatch)
+    border.test_w_is_copied_and_each_border_rounded_once(case, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", packs.LOW, ids=str)
+@pytest.mark.parametrize("width", [384, 768, 1280])
+def test_what_packs_dy_and_forms_gradients(width, dtype):
+    """In the tile that ships; small cases in a small one."""
+    vit = packs.Case("of a ViT", 8 * 197, width, packs.apart(width, 16, 16, 16))
+    packs.check(packs.operands(vit, dtype), tile=None)
+    for case in packs.CASES:
+        packs.check(packs.operands(case, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
