@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,32 @@ def read(path: Path) -> dict[str, Any]:
     return rows if isinstance(rows, dict) else {}
 
 
+def table(path: Path, key: Callable[[], str]) -> dict[str, Any]:
+    """The row of this key where it is a table of rows itself; ``key`` is asked if there are any."""
+    rows = read(path)
+    found = rows.get(key()) if rows else None
+    return found if isinstance(found, dict) else {}
+
+
 def merge(path: Path, rows: Mapping[str, Any]) -> None:
     """Add ``rows`` to those of ``path``; a folder that cannot be written is passed over.
 
     Writers take turns. Where the file system has no locks, one of two that write at the same moment
     may lose its rows, never the file its form.
     """
+    _change(path, lambda: dict(rows))
+
+
+def merge_table(path: Path, key: str, rows: Mapping[str, Any]) -> None:
+    """Add ``rows`` to the table that is the row of this key, likewise."""
+    _change(path, lambda: {key: table(path, lambda: key) | dict(rows)})
+
+
+def _change(path: Path, rows: Callable[[], dict[str, Any]]) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _turn(path.parent):
-            _replace(path, json.dumps(read(path) | dict(rows), indent=1))
+            _replace(path, json.dumps(read(path) | rows(), indent=1))
 
 
 @contextlib.contextmanager

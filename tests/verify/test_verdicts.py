@@ -227,6 +227,18 @@ def test_a_capture_is_asked_for_on_a_gpu_alone(monkeypatch):
     assert why_not_now(CPU) is None
 
 
+def test_rows_of_a_table_on_disk_are_added_to_its_own(tmp_path):
+    path = tmp_path / "rows.json"
+    assert disk.table(path, lambda: pytest.fail("of no file nobody asks which")) == {}
+    disk.merge_table(path, "one", {"a": 1})
+    disk.merge_table(path, "other", {"a": 2})
+    disk.merge_table(path, "one", {"b": 3})
+    assert disk.read(path) == {"one": {"a": 1, "b": 3}, "other": {"a": 2}}
+    assert disk.table(path, lambda: "one") == {"a": 1, "b": 3}
+    disk.merge(path, {"one": "no table"})
+    assert disk.table(path, lambda: "one") == {} == disk.table(path, lambda: "none")
+
+
 class TestModes:
     def test_off(self, kernels, monkeypatch):
         monkeypatch.setenv("FUSED_LORA_VERIFY", "off")

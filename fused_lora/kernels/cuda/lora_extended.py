@@ -221,10 +221,8 @@ def winner(
 
 def store(device: torch.device, found: Mapping[str, ProductTile]) -> None:
     """Keep ``found`` by key beside what the file has for ``device``; heard at the next start."""
-    here = f"{FORMAT}|{native.identity(device)}"
-    kept = disk.read(path()).get(here)
-    rows = kept if isinstance(kept, dict) else {}
-    disk.merge(path(), {here: rows | {name: tile._asdict() for name, tile in found.items()}})
+    rows = {name: tile._asdict() for name, tile in found.items()}
+    disk.merge_table(path(), _here(device), rows)
 
 
 def pass_over(tile: ProductTile, dtype: torch.dtype, device: torch.device) -> bool:
@@ -243,10 +241,13 @@ def forget() -> None:
 
 @lru_cache(maxsize=64)
 def _winners(device: torch.device) -> dict[str, ProductTile]:
-    rows = disk.read(path())
-    kept = rows.get(f"{FORMAT}|{native.identity(device)}") if rows else None
-    found = {name: _tile(row) for name, row in kept.items()} if isinstance(kept, dict) else {}
+    rows = disk.table(path(), lambda: _here(device))
+    found = {name: _tile(row) for name, row in rows.items()}
     return {name: tile for name, tile in found.items() if tile is not None}
+
+
+def _here(device: torch.device) -> str:
+    return f"{FORMAT}|{native.identity(device)}"
 
 
 def _tile(row: object) -> ProductTile | None:

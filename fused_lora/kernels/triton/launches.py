@@ -55,18 +55,19 @@ def winner(
 
 def store(device: torch.device, found: Mapping[str, MeasuredTile]) -> None:
     """Keep ``found`` by key beside what the file has for ``device``; heard at the next start."""
-    here = f"{FORMAT}|{identity(device)}"
-    kept = disk.read(path()).get(here)
-    rows = (kept if isinstance(kept, dict) else {}) | {k: asdict(t) for k, t in found.items()}
-    disk.merge(path(), {here: rows})
+    rows = {name: asdict(tile) for name, tile in found.items()}
+    disk.merge_table(path(), _here(device), rows)
 
 
 @lru_cache(maxsize=64)
 def _winners(device: torch.device) -> dict[str, MeasuredTile]:
-    rows = disk.read(path())
-    kept = rows.get(f"{FORMAT}|{identity(device)}") if rows else None
-    tiles = {name: _tile(name, row) for name, row in kept.items()} if isinstance(kept, dict) else {}
-    return {name: tile for name, tile in tiles.items() if tile is not None}
+    rows = disk.table(path(), lambda: _here(device))
+    found = {name: _tile(name, row) for name, row in rows.items()}
+    return {name: tile for name, tile in found.items() if tile is not None}
+
+
+def _here(device: torch.device) -> str:
+    return f"{FORMAT}|{identity(device)}"
 
 
 def _tile(name: str, row: object) -> MeasuredTile | None:
