@@ -244,9 +244,9 @@ class TestRoom:
 
         forward = aten.forward
 
-        def spy(x, w, bias, adapters, plan, bordered=None, h=None):
+        def spy(x, w, bias, adapters, plan, bordered=None, h=None, **made):
             seen.append((x, bordered))
-            return forward(x, w, bias, adapters, plan, bordered, h)
+            return forward(x, w, bias, adapters, plan, bordered, h, **made)
 
         monkeypatch.setattr(aten, "forward", spy)
         dtype = torch.bfloat16

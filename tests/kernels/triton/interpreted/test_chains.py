@@ -233,9 +233,9 @@ def test_into_the_room_of_fc2(passes, serving):  # noqa: F811
         serving.setattr(f"fused_lora.ops.{module}.call_plan", choose)
     seen, right = [], aten.forward
 
-    def spy(x, w, bias, adapters, plan, bordered=None, h=None, wide=None):
+    def spy(x, w, bias, adapters, plan, bordered=None, h=None, **made):
         seen.append((x, bordered))
-        return right(x, w, bias, adapters, plan, bordered, h, wide)
+        return right(x, w, bias, adapters, plan, bordered, h, **made)
 
     serving.setattr(aten, "forward", spy)
     given = operands()
@@ -263,10 +263,10 @@ def test_h_into_the_room_of_both(passes, serving):  # noqa: F811
         serving.setattr(f"fused_lora.ops.{module}.call_plan", lambda *_, **__: one)
     seen, right = [], aten.forward
 
-    def spy(x, w, bias, adapters, plan, bordered=None, h=None, wide=None):
+    def spy(x, w, bias, adapters, plan, bordered=None, h=None, **made):
         ends = [t.data_ptr() for t in bordered.split([x.shape[1], adapters.rank], 1)]
         seen.append([x.data_ptr(), h.data_ptr()] == ends)
-        return right(x, w, bias, adapters, plan, bordered, h, wide)
+        return right(x, w, bias, adapters, plan, bordered, h, **made)
 
     serving.setattr(aten, "forward", spy)
     serving.setattr(aten, "shrink", lambda *_: pytest.fail("x was read for h alone"))

@@ -99,12 +99,12 @@ class TestNormBeforeOneGemm:
             serving.setattr(linear_stage, asked, lambda *_, **__: plan)
         self.buffers, right = [], aten_linear.forward
 
-        def spy(x, w, bias, adapters, plan, bordered=None, h=None):
+        def spy(x, w, bias, adapters, plan, bordered=None, h=None, **made):
             if x.shape[1] == self.K:
                 assert bordered is not None and bordered.shape == (self.M, self.K + self.R)
                 assert x.data_ptr() == bordered.data_ptr()
                 self.buffers.append(bordered.untyped_storage().data_ptr())
-            return right(x, w, bias, adapters, plan, bordered, h)
+            return right(x, w, bias, adapters, plan, bordered, h, **made)
 
         serving.setattr(aten_linear, "forward", spy)
 
