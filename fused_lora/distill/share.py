@@ -18,7 +18,7 @@ from fused_lora.nn import AdaptedLinear, AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.nn.shared import SharedLoRALinear
 from fused_lora.nn.shared_parameters import SharedAdapter
-from fused_lora.patching.explain import check_batch_size, plan_words
+from fused_lora.patching.explain import check_batch_size, plan_words, plans_once
 from fused_lora.patching.observe import observe
 from fused_lora.patching.options import patterns_of
 from fused_lora.patching.patch import RECORD, adapted, check_trainable, freeze
@@ -293,12 +293,12 @@ def _report(
     froze: list[str],
     batch_size: int,
 ) -> PatchReport:
-    rows = []
+    rows, plan_of = [], plans_once()
     for projection in found:
         module = projection.linear
         assert isinstance(module, SharedLoRALinear)
         ranks = tuple(loan.span.rank for loan in projection.loans.values())
-        plan = plan_words(module, rows_per_image[projection.name] * batch_size)
+        plan = plan_words(module, rows_per_image[projection.name] * batch_size, plan_of)
         keys = "|".join(projection.keys)
         rows.append(
             ProjectionRow(

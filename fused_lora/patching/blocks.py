@@ -25,7 +25,7 @@ from fused_lora.nn.block import (
 from fused_lora.nn.block_modules import ATTENTIONS, MLPS, FusedModule, kind
 from fused_lora.nn.stand_in import device_hook, replaced_forward, why_not_called
 from fused_lora.ops.operand import RECOMPUTE
-from fused_lora.patching.explain import plan_of
+from fused_lora.patching.explain import PlanOf, plan_of, plans_once
 from fused_lora.patching.options import compiled
 from fused_lora.patching.report import BlockRow, PatchError
 from fused_lora.types import Keep
@@ -47,17 +47,17 @@ class BlockNeed:
     kept: dict[str, int]  # by recompute mode
 
 
-def need_of(name: str, block: Any, rows: int) -> BlockNeed:
+def need_of(name: str, block: Any, rows: int, plan: PlanOf = plan_of) -> BlockNeed:
     """Count ``block`` on ``rows`` rows of x; a half of unknown modules counts as nothing."""
     kept = dict.fromkeys(RECOMPUTE, 0)
     halves = [_attention] * (kind(block.attn) in ATTENTIONS) + [_mlp] * (kind(block.mlp) in MLPS)
     for half in halves:
         for mode in RECOMPUTE:
-            kept[mode] += half(block, mode, rows)
+            kept[mode] += half(block, mode, rows, plan)
     return BlockNeed(name, kept)
 
 
-def _attention(block: Any, mode: str, rows: int) -> int:
+def _attention(block: Any, mode: str, rows: int, plan: PlanOf) -> int:
     attn = block.attn
     mode = "none" if why_not_attention_half(block) else mode
     width, inner = attn.qkv.in_features, attn.proj.in_features
@@ -67,11 +67,11 @@ def _attention(block: Any, mode: str, rows: int) -> int:
     columns = width + inner + (0 if lean else (3 + normed) * inner)
     columns += width if mode == "none" else 0
     statistics = attn.num_heads * (1 + 2 * normed) + (2 if mode == "none" else 0)
-    low = 0 if mode == "gemm" else _low(attn.qkv, rows) + _low(attn.proj, rows)
+    low = 0 if mode == "gemm" else sum(_low(one, rows, plan) for one in (attn.qkv, attn.proj))
     return rows * (columns * item + statistics * stat) + low
 
 
-def _mlp(block: Any, mode: str, rows: int) -> int:
+def _mlp(block: Any, mode: str, rows: int, plan: PlanOf) -> int:
     mode = "none" if why_not_mlp_half(block) else mode
     *firsts, fc2 = linears(block.mlp)
     item, stat = _sizes(fc2.weight.dtype.itemsize)
@@ -80,7 +80,7 @@ def _mlp(block: Any, mode: str, rows: int) -> int:
     columns += u if mode != "gemm" else 0
     if mode == "none":
         columns, statistics = columns + firsts[0].in_features + fc2.in_features, 2
-    low = 0 if mode == "gemm" else sum(_low(linear, rows) for linear in (*firsts, fc2))
+    low = 0 if mode == "gemm" else sum(_low(one, rows, plan) for one in (*firsts, fc2))
     return rows * (columns * item + statistics * stat) + low
 
 
@@ -93,11 +93,11 @@ def _keeps_output(module: Any) -> bool:
     return not isinstance(module, nn.Identity)
 
 
-def _low(linear: Any, rows: int) -> int:
+def _low(linear: Any, rows: int, plan: PlanOf) -> int:
     """Bytes of h or w', as the plan keeps it."""
     if not isinstance(linear, AdaptedLinear):
         return 0
-    keep, item = plan_of(linear, rows).keep, linear.weight.dtype.itemsize
+    keep, item = plan(linear, rows).keep, linear.weight.dtype.itemsize
     if keep is Keep.MERGED:
         return linear.weight.numel() * item
     rank = sum(span.rank for span in linear.groups.values())
@@ -197,7 +197,8 @@ def fuse(
     why = {name: _why_left(block) for name, block in held}
     fits = [(name, block) for name, block in held if why[name] is None]
     rows = [BlockRow(name, "linear", reason=reason) for name, reason in why.items() if reason]
-    needs = [need_of(name, block, rows_of(name, seen) * batch_size) for name, block in fits]
+    plan = plans_once()
+    needs = [need_of(name, block, rows_of(name, seen) * batch_size, plan) for name, block in fits]
     modes = _modes(model, needs, rows, choice)
     for need, (name, block) in zip(needs, fits, strict=True):
         mode, half = modes[name], "; ".join(why_not_halves(block))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from fused_lora.programs.describe import Estimate, words
 from fused_lora.programs.program import Program
 from fused_lora.types import Needs, Plan
 
+PlanOf = Callable[[AdaptedLinear, int], Plan]  # of a linear on so many rows of x
 LOSERS = 4  # losing rows shown per shape
 
 
@@ -56,10 +58,23 @@ def plan_of(module: AdaptedLinear, rows: int) -> Plan:
     return expected(problem_of(module, rows), module.weight.dtype, module.weight.device)
 
 
-def plan_words(module: AdaptedLinear, rows: int) -> str:
+def plans_once() -> PlanOf:
+    """``plan_of`` for as long as one report takes: linears that are alike are asked for once."""
+    found: dict[tuple[Problem, torch.dtype, torch.device], Plan] = {}
+
+    def plan(module: AdaptedLinear, rows: int) -> Plan:
+        asked = (problem_of(module, rows), module.weight.dtype, module.weight.device)
+        if asked not in found:
+            found[asked] = expected(*asked)
+        return found[asked]
+
+    return plan
+
+
+def plan_words(module: AdaptedLinear, rows: int, plan: PlanOf = plan_of) -> str:
     """The plan as the report shows it; of a base in FP8, its own forward in the plan's place."""
     if not module.config.base_dtype:
-        return str(plan_of(module, rows))
+        return str(plan(module, rows))
     q, like = problem_of(module, rows), module.weight
     return fp8_words(q, like.dtype, like.device)
 

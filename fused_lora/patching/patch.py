@@ -26,7 +26,7 @@ from fused_lora.nn.stand_in import offloaded
 from fused_lora.ops.operand import is_sharded
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
 from fused_lora.patching.example import enable_input_grads, reentrant
-from fused_lora.patching.explain import check_batch_size, plan_words
+from fused_lora.patching.explain import check_batch_size, plan_words, plans_once
 from fused_lora.patching.grouped_projections import gather
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
 from fused_lora.patching.observe import observe
@@ -344,11 +344,12 @@ def _report(
     batch_size: int,
     left: dict[str, str],
 ) -> PatchReport:
-    rows = []
+    rows, plan = [], plans_once()
     for target in targets:
         module = model.get_submodule(target.found.path)
         assert isinstance(module, AdaptedLinear)
         m = rows_per_image[target.found.name] * batch_size
+        special = IN_WEIGHT if target.read else ADDED if module.additive else None
         rows.append(
             ProjectionRow(
                 target.found.name,
@@ -357,7 +358,7 @@ def _report(
                 module.out_features,
                 tuple(target.ranks.values()),
                 sum(p.numel() for p in module.lora_parameters()),
-                IN_WEIGHT if target.read else ADDED if module.additive else plan_words(module, m),
+                special or plan_words(module, m, plan),
                 weight_error(module.base) if module.config.base_dtype else None,
             )
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product, takewhile
 
 from torch import nn
@@ -31,9 +32,16 @@ class Rule:
     names: tuple[tuple[str, ...], ...]  # the ways to name the projections
     fits: Callable[..., bool]  # the projections' (out, in) sizes, in order
 
-    def paths(self, module: nn.Module) -> tuple[str, ...]:
+    @cached_property
+    def ways(self) -> tuple[tuple[tuple[str, ...], frozenset[str]], ...]:
+        """Each way of ``names``, and what a module must have for it: the first part of each."""
+        return tuple((names, frozenset(map(_first, names))) for names in self.names)
+
+    def paths(self, module: nn.Module, present: Set[str]) -> tuple[str, ...]:
         """Where in ``module`` the projections are; empty where the rule does not fit."""
-        for names in self.names:
+        for names, needed in self.ways:
+            if not needed <= present:
+                continue
             found = tuple(takewhile(bool, (_path(module, name) for name in names)))
             if len(found) < len(names):
                 continue
@@ -70,6 +78,10 @@ def _path(module: nn.Module, name: str) -> str | None:
     """``name``, or the linear that what is there wraps (a clamp or a norm around it)."""
     tries = (name, f"{name}.linear")
     return next((each for each in tries if projection(module, each)), None)
+
+
+def _first(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _fused(qkv: Shape, proj: Shape) -> bool:
@@ -237,6 +249,8 @@ RULES = (
     ),
 )
 
+FIRST = frozenset(first for rule in RULES for _, needed in rule.ways for first in needed)
+
 
 # Roles by structure: which child of an attention or an MLP is which projection.
 #
@@ -297,10 +311,19 @@ def find(model: nn.Module) -> list[FoundProjection]:
 
 
 def _match(module: nn.Module) -> Match | None:
-    for rule in RULES:
-        if paths := rule.paths(module):
+    present = _present(module)
+    for rule in RULES if present else ():
+        if paths := rule.paths(module, present):
             return Match(rule, module, paths)
     return None
+
+
+def _present(module: nn.Module) -> Set[str]:
+    """What ``module`` has of the names that rules begin with: most modules have none."""
+    if type(module).__getattr__ is not nn.Module.__getattr__:  # one that hands on what it holds
+        return FIRST
+    own = module._modules.keys() | module._parameters.keys() | module.__dict__.keys()
+    return FIRST & own | {name for name in FIRST if hasattr(type(module), name)}
 
 
 def _projections(name: str, match: Match) -> Iterator[FoundProjection]:
