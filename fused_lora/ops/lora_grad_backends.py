@@ -184,10 +184,11 @@ def why_not_previous(
 def packed_gradients(parts: Sequence[Tensor], previous: PreviousLinear) -> Tensor:
     """dy [M, N] of its parts of equal columns; db and dh of the linear that made them go where
     ``previous`` has them."""
-    from fused_lora.kernels.triton import lora_grad as triton
+    from fused_lora.kernels.triton.lora_grad import add_blocks
+    from fused_lora.kernels.triton.lora_grad_rank import pack_and_slices
 
-    linear, (dy, b, hidden) = previous.adapters, triton.pack_and_slices(parts, *previous[:2])
-    triton.add_blocks(hidden, linear, dy.dtype, previous.dh, dy.shape[1])
+    linear, (dy, b, hidden) = previous.adapters, pack_and_slices(parts, *previous[:2])
+    add_blocks(hidden, linear, dy.dtype, previous.dh, dy.shape[1])
     nothing: list[Tensor | None] = [None] * len(linear.b)
     grads = Grads(None, None, None, nothing, list(previous.b_grads))
     add_slices(b, 0, dy.shape[1], linear, grads)

@@ -273,7 +273,8 @@ def _gelu_grads(p: Operands, tile: Any, kind: str = "erf") -> Named:
 
 
 def _pack_grads(p: Operands, tile: Any) -> Named:
-    from fused_lora.kernels.triton.lora_grad import add_blocks, pack_and_slices
+    from fused_lora.kernels.triton.lora_grad import add_blocks
+    from fused_lora.kernels.triton.lora_grad_rank import pack_and_slices
 
     columns = p.dy.shape[1]
     parts = p.dy.split(columns // PARTS, 1)

@@ -288,7 +288,7 @@ def pack_grads_launches(x: Tensor, arch: int) -> Iterator[Launch]:
     tiles = pack_grads_candidates(PACK_GRADS[0].block_n, arch)
     for t, a in product(tiles, (*every, group(16, n=n).to(x.dtype))):
         given = ((x, x, x), x.new_zeros(M, a.rank), a, t)
-        run = lambda given=given: lora_grad.pack_and_slices(*given)  # noqa: E731
+        run = lambda given=given: lora_grad_rank.pack_and_slices(*given)  # noqa: E731
         yield Launch("pack_grads", t, run)
     for t, a in zip(tiles, every, strict=False):
         most = max(span.rank for span in a.spans)

@@ -31,6 +31,7 @@ from fused_lora.kernels.triton import (
     lora_expand,
     lora_extended,
     lora_grad,
+    lora_grad_rank,
     lora_linear_fp8,
     lora_one_pass,
     lora_shrink,
@@ -104,7 +105,7 @@ def _(monkeypatch):
 def _(monkeypatch):
     p = build(WHOLE_TILES, torch.bfloat16, torch.float32)
     group, (m, k) = adapters(p), p.x.shape
-    monkeypatch.setattr(lora_grad, "multiprocessors", lambda device: 4)  # of two blocks, two slices
+    monkeypatch.setattr(lora_grad_rank, "multiprocessors", lambda _: 4)  # of two blocks, two slices
     dh, h = torch.randn(m, 5).to(p.x.dtype), torch.randn(m, 3).to(p.x.dtype)
     given = (p.dy, p.w, group, dh, "erf", p.x, h, SLOPE_TILE)
     made = lora_grad.input_grad_and_slices(*given)
@@ -121,7 +122,7 @@ def _(monkeypatch):
 @case_of("_activation_grads", "_add_blocks")
 def _(monkeypatch):
     p = build(WHOLE_TILES, torch.bfloat16, torch.float32)
-    monkeypatch.setattr(lora_grad, "multiprocessors", lambda device: 4)  # of two blocks, two slices
+    monkeypatch.setattr(lora_grad_rank, "multiprocessors", lambda _: 4)  # of two blocks, two slices
     u, dtype = p.x, p.x.dtype
     dg, dh, h = (torch.randn(37, size).to(dtype) for size in (128, 5, 3))
     spans = [Span(0, 41, 1), Span(41, 128, 2)]
@@ -148,14 +149,14 @@ def _(monkeypatch):
 
 @case_of("_pack_grads", "_add_blocks")
 def _(monkeypatch):
-    monkeypatch.setattr(lora_grad, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(lora_grad_rank, "multiprocessors", lambda device: 4)
     dtype, tile = torch.bfloat16, ElementTile(32, 64, 2, 4)
     spans = [Span(0, 64, 5), Span(128, 192, 3)]  # of the first and the last part
     b = [torch.randn(64, s.rank) for s in spans]
     before = Adapters([torch.randn(s.rank, 8) for s in spans], b, [0.5, 2.0], spans)
     parts = [torch.randn(37, 64 + 8 * p).to(dtype)[:, :64] for p in range(3)]
     h = torch.randn(37, 8).to(dtype)
-    made = lora_grad.pack_and_slices(parts, h, before, tile)
+    made = lora_grad_rank.pack_and_slices(parts, h, before, tile)
     assert torch.equal(made.dy, torch.cat(parts, 1))
     dh = lora_grad.add_blocks(made.hidden, before, dtype, columns=192)
     wide = made.dy.double()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import lora_grad
+from fused_lora.kernels.triton import lora_grad, lora_grad_rank
 from fused_lora.kernels.triton.border import packed
 from fused_lora.kernels.triton.launches import Launch
 from fused_lora.kernels.triton.tiles import (
@@ -155,7 +155,7 @@ def test_slices_add_up_whatever_their_number(monkeypatch):
     """du and dh are the same bits; what no rank owns is zero."""
     p, found = operands(CASES[1], torch.bfloat16), []
     for processors in (1, 3, 64):
-        monkeypatch.setattr(lora_grad, "multiprocessors", lambda device, n=processors: n)
+        monkeypatch.setattr(lora_grad_rank, "multiprocessors", lambda device, n=processors: n)
         made = lora_grad.activation_grad_and_slices(*given(p, "erf"), SMALL)
         assert made.a.shape[1:] == (256, 16) and not made.a[:, :, 5:].any()
         assert made.hidden.shape == (4, 197, 16) and not made.hidden[:, :, 3:].any()
@@ -210,7 +210,7 @@ def test_bytes_of_its_calls_in_a_program():
         for call in program.calls
         if work(call).nbytes
     }
-    (m, k), slices = p.dg.shape, lora_grad._slices_of(197, 256, SMALL, p.dg.device)
+    (m, k), slices = p.dg.shape, lora_grad_rank.slices_of(197, 256, SMALL, p.dg.device)
     thin, border, sums = 2 * m * (5 + 3), 4 * k * (5 + 3), 4 * slices * k * (16 + 16)
     hidden = 4 * 4 * m * 16  # of four blocks
     assert found["activation_grads"][0] == 3 * 2 * m * k + thin + border + sums + hidden

@@ -10,7 +10,7 @@ import torch
 
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.triton import lora_grad, tiles
+from fused_lora.kernels.triton import lora_grad, lora_grad_rank, tiles
 from fused_lora.kernels.triton.border import Packed
 from fused_lora.kernels.triton.launches import tile_of
 from fused_lora.kernels.triton.tiles import Tile
@@ -249,7 +249,7 @@ def test_slices_add_up_whatever_their_number(monkeypatch):
         a = Packed(draw(5, H), draw(5, D), H, (1.0,), (Span(0, D, 5),))
         found = []
         for processors in (1, 2, 64):
-            monkeypatch.setattr(lora_grad, "multiprocessors", lambda device, n=processors: n)
+            monkeypatch.setattr(lora_grad_rank, "multiprocessors", lambda device, n=processors: n)
             made = lora_grad.input_grad_and_slices(dy, w, a, dh, "erf", u, h, SMALL)
             found.append((made.du, made.a.sum(0), made.b.sum(0)))
             assert made.a.shape[1:] == (H, 16) and not made.a[:, :, 5:].any()

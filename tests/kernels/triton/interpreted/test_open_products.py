@@ -11,7 +11,7 @@ import torch
 from fused_lora.kernels.aten import lora_linear as aten
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.native import Chip
-from fused_lora.kernels.triton import lora_expand, lora_grad
+from fused_lora.kernels.triton import lora_expand, lora_grad, lora_grad_rank
 from fused_lora.ops import backends, elementwise, epilogues, lora_grad_backends
 from fused_lora.ops.chain import stages
 from fused_lora.ops.lora_block import lora_attention, lora_residual
@@ -39,7 +39,7 @@ KERNELS = {
     "norm": (lora_expand, "layer_norm_expand"),
     "residual": (lora_expand, "residual_expand"),
     "gelu": (lora_grad, "activation_grad_and_slices"),
-    "packed": (lora_grad, "pack_and_slices"),
+    "packed": (lora_grad_rank, "pack_and_slices"),
 }
 
 

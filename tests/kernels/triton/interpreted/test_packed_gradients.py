@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.interface import Adapters
-from fused_lora.kernels.triton import lora_grad
+from fused_lora.kernels.triton import lora_grad, lora_grad_rank
 from fused_lora.kernels.triton.border import packed
 from fused_lora.kernels.triton.launches import Launch, tile_of
 from fused_lora.kernels.triton.tiles import (
@@ -102,7 +102,7 @@ def equation(p: Given) -> dict[str, Tensor]:
 
 
 def kernels(p: Given, tile: ElementTile | None = SMALL) -> dict[str, Tensor]:
-    made = lora_grad.pack_and_slices(p.parts, p.h, p.before, tile)
+    made = lora_grad_rank.pack_and_slices(p.parts, p.h, p.before, tile)
     dtype, sums = p.h.dtype, made.b.sum(0)
     dh = lora_grad.add_blocks(made.hidden, p.before, dtype, columns=made.dy.shape[1])
     db = {f"db of {g}": sums[own, ranks].to(dtype) for g, own, ranks in ranks_of(p.before)}
@@ -160,8 +160,8 @@ def test_slices_add_up_whatever_their_number(monkeypatch):
     """dy and dh are the same bits."""
     p, found = operands(CASES[1], torch.bfloat16), []
     for processors in (1, 6, 64):
-        monkeypatch.setattr(lora_grad, "multiprocessors", lambda device, n=processors: n)
-        found.append((lora_grad.pack_and_slices(p.parts, p.h, p.before, SMALL), kernels(p)))
+        monkeypatch.setattr(lora_grad_rank, "multiprocessors", lambda device, n=processors: n)
+        found.append((lora_grad_rank.pack_and_slices(p.parts, p.h, p.before, SMALL), kernels(p)))
     assert len({made.b.shape[0] for made, _ in found}) == 3
     for made, ours in found:
         assert made.b.shape[1:] == (192, 16) and made.hidden.shape == (3, 197, 16)
@@ -206,7 +206,7 @@ def test_what_it_cannot_take_is_refused():
     def refused(match: str, **how: object) -> None:
         p = replace(operands(CASES[0], torch.bfloat16), **how)
         with pytest.raises(AssertionError, match=match):
-            lora_grad.pack_and_slices(p.parts, p.h, p.before, SMALL)
+            lora_grad_rank.pack_and_slices(p.parts, p.h, p.before, SMALL)
 
     refused("96", parts=[torch.zeros(32, 96).bfloat16()] * 2)
     refused("32, 15", h=torch.zeros(32, 15).bfloat16())
@@ -223,13 +223,17 @@ def test_bytes_of_its_calls_in_a_program():
 
     def ahead(q, k, v, h, *b):
         own = before._replace(b=list(b))
-        dy, sums, hidden = lora_grad.pack_and_slices((q, k, v), h, own, SMALL)
+        dy, sums, hidden = lora_grad_rank.pack_and_slices((q, k, v), h, own, SMALL)
         dh = lora_grad.add_blocks(hidden, own, dy.dtype, columns=dy.shape[1])
         return (dy, sums, dh), ((), None)
 
     program = build(Op(ahead), [InputSpec.of(t, False) for t in (*p.parts, p.h, *before.b)])
     found = {call.target.__name__: work(call).nbytes for call in program.calls if work(call).nbytes}
-    m, n, slices = 197, 192, lora_grad._slices_of(197, 192, SMALL, CPU, lora_grad.PACK_BESIDE)
+    m, n, slices = (
+        197,
+        192,
+        lora_grad_rank.slices_of(197, 192, SMALL, CPU, lora_grad_rank.PACK_BESIDE),
+    )
     border, hidden = 4 * n * 4, 4 * 3 * m * 16
     sums = 4 * slices * n * 16
     assert found == {
@@ -254,7 +258,7 @@ FAULTS = {  # of which operand
 
 @pytest.mark.parametrize("fault", [*FAULTS, "an element", "a block of dh", "a slice", "a scale"])
 def test_a_fault_fails_the_check(fault, monkeypatch):
-    right, add = lora_grad.pack_and_slices, lora_grad.add_blocks
+    right, add = lora_grad_rank.pack_and_slices, lora_grad.add_blocks
 
     def broken(*how):
         if fault in FAULTS:
@@ -273,7 +277,7 @@ def test_a_fault_fails_the_check(fault, monkeypatch):
         ones = before._replace(scales=[1.0] * len(before.scales))
         return add(hidden, ones, dtype, columns=columns)
 
-    monkeypatch.setattr(lora_grad, "pack_and_slices", broken)
+    monkeypatch.setattr(lora_grad_rank, "pack_and_slices", broken)
     if fault == "a scale":
         monkeypatch.setattr(lora_grad, "add_blocks", unscaled)
     verdict = of_launch(Launch("pack_grads", PACK_GRADS[-1]), "bfloat16").check(CPU)
