@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from fused_lora import env
+from fused_lora.arguments import whole
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.triton import available
-from fused_lora.patching.explain import check_batch_size, explain, explain_program
+from fused_lora.patching.explain import explain, explain_program
 from fused_lora.patching.patch import patch
 from fused_lora.patching.prepare import prepare
 from fused_lora.version import __version__
@@ -130,7 +131,7 @@ def _run_prepare(args: argparse.Namespace) -> int:
     dtype = torch.float32 if args.dtype == "amp" else getattr(torch, args.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"--dtype must be float32, bfloat16, float16 or amp, got {args.dtype!r}")
-    check_batch_size(args.batch_size)
+    whole("--batch-size", args.batch_size)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ranks, levels = args.rank.split(","), args.level.split(",")
     if not all(rank.isdecimal() for rank in ranks):

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "fused_lora"
 
 FLOORS: list[set[str]] = [
-    {"types", "env", "version", "disk", "worker"},
+    {"types", "arguments", "env", "version", "disk", "worker"},
     {"reference", "plan", "programs"},
     {"kernels"},
     {"verify"},

@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from fused_lora.arguments import whole
 from fused_lora.distill.blocks import Block, Part, blocks_of
 from fused_lora.nn import AdaptedLinear, AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.nn.shared import SharedLoRALinear
 from fused_lora.nn.shared_parameters import SharedAdapter
-from fused_lora.patching.explain import check_batch_size, plan_words, plans_once
+from fused_lora.patching.explain import plan_words, plans_once
 from fused_lora.patching.observe import observe
 from fused_lora.patching.options import patterns_of
 from fused_lora.patching.patch import RECORD, adapted, check_trainable, freeze
@@ -188,7 +189,7 @@ def share_adapters(
             rank above the teacher's, devices that differ; both models are left as they were.
         ValueError: an option out of range.
     """
-    check_batch_size(batch_size)
+    whole("batch_size", batch_size)
     trained = patterns_of(trainable)
     _check_models(teacher, student)
     check_trainable(student, trained)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_lora.arguments import brief
 from fused_lora.io.fuse import Group
 from fused_lora.io.keys import AdapterFileError
 from fused_lora.io.peft import BLOCKS, DORA, READ
@@ -185,9 +186,9 @@ def _swap(folder: Path, staging: Path, new: Mapping[str, bytes]) -> None:
 
 def read_pair(folder: Path) -> tuple[bytes, bytes]:
     """(config, tensors); raises AdapterFileError naming what is not there."""
-    if not folder.is_dir():
-        kind = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise AdapterFileError(f"{folder} {kind}")
+    if not os.path.isdir(folder):  # of names too long for a file system as well
+        kind = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
+        raise AdapterFileError(f"folder {brief(str(folder))} {kind}")
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
             raise AdapterFileError(f"{folder / name} is missing{_hint(folder, name)}")

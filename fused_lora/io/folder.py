@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from fused_lora.arguments import flag, folder_of, one_of, strings
 from fused_lora.io import convolutions
 from fused_lora.io.attention import from_peft, to_peft
 from fused_lora.io.files import CONFIG, TENSORS, Content, pack, read_pair, unpack, write_pair
@@ -70,9 +70,10 @@ def save(
         AdapterFileError: no adapters, values that are not finite, a trained parameter for which
             PEFT has no place, or a file where the folder should be.
     """
-    model = unwrapped(model)
-    if layout not in LAYOUTS:
-        raise AdapterFileError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    folder, model = folder_of(folder, error=AdapterFileError), unwrapped(model)
+    one_of("layout", layout, LAYOUTS, AdapterFileError)
+    flag("trainable", trainable, AdapterFileError)
+    flag("fold_mid", fold_mid, AdapterFileError)
     modules = adapted(model)
     others = trained_modules(model) if trainable else []
     held = {name: values_of(module, name, fold_mid) for name, module in modules.items()}
@@ -97,7 +98,7 @@ def save(
     config = _config(model, ranks, scales, others) | blocks | {"use_dora": dora}
     text = json.dumps(config, indent=2) + "\n"
     if writes(model):
-        write_pair(Path(folder), text.encode(), pack(tensors, groups, config))
+        write_pair(folder, text.encode(), pack(tensors, groups, config))
 
 
 def load(
@@ -127,7 +128,9 @@ def load(
         AdapterFileError: files missing, damaged or not of one save, an option that cannot be
             served, or a key, shape or value that does not fit the model; it is left as it was.
     """
-    folder, model = Path(folder), unwrapped(model)
+    folder, model = folder_of(folder, error=AdapterFileError), unwrapped(model)
+    patterns = strings("leave_out", leave_out, AdapterFileError)
+    flag("allow_rounding", allow_rounding, AdapterFileError)
     modules = writable(model)
     text, blob = read_pair(folder)
     config = _parsed(text, str(folder / CONFIG))
@@ -138,7 +141,7 @@ def load(
             f"dora={not settings.dora}: patch it with dora={settings.dora}"
         )
     content = unpack(blob, config, str(folder / TENSORS))
-    left_out = LeftOut.by(leave_out, content.tensors, settings.modules_to_save)
+    left_out = LeftOut.by(patterns, content.tensors, settings.modules_to_save)
     changes, others = _changes(model, modules, settings, content, left_out, str(folder / TENSORS))
     changes.check_rounding(allow_rounding)
     changes.apply()

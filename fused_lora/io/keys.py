@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from fused_lora.arguments import module_of
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.shared import SharedLoRALinear
 from fused_lora.nn.variants import key_of
@@ -60,8 +61,7 @@ def plain(name: str) -> str:
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted linears by dotted name; raises AdapterFileError if the model has none."""
-    if not isinstance(model, nn.Module):
-        raise AdapterFileError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    module_of(model, error=AdapterFileError)
     names = module_names(model)
     found = {name: m for name, m in names.items() if isinstance(m, AdaptedLinear)}
     if not found and any(name.endswith(".lora_A") for name in names):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_lora.arguments import by_string, flag
 from fused_lora.io.fuse import Group, fuse, groups_of, split, total_rank
 from fused_lora.io.keys import (
     AdapterFileError,
@@ -17,6 +18,7 @@ from fused_lora.io.keys import (
     b_key,
     check_keys,
     magnitude_key,
+    shortened,
     unfolded_key,
     unmerged,
     unwrapped,
@@ -201,6 +203,10 @@ def load_lora_state_dict(
         AdapterFileError: not patched, merged, or a key, shape or value that does not fit; the
             model is left as it was.
     """
+    flag("allow_rounding", allow_rounding, AdapterFileError)
+    by_string("state", state, AdapterFileError)
+    if other := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise AdapterFileError(f"state: {shortened(other)}: expected tensors")
     modules = writable(unwrapped(model))
     groups = {name: groups_of(module) for name, module in modules.items()}
     changes = adapter_changes(modules, state, groups, "the state dict")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fused_lora.arguments import brief
 from fused_lora.io.keys import (
     PREFIX,
     UNFOLDED,
@@ -103,22 +104,20 @@ class LeftOut:
     keys: frozenset[str]
 
     @classmethod
-    def by(
-        cls, patterns: Iterable[str] | str, keys: Iterable[str], whole: Iterable[str]
-    ) -> LeftOut:
+    def by(cls, patterns: Iterable[str], keys: Iterable[str], whole: Iterable[str]) -> LeftOut:
         """Those whose module matches; raises AdapterFileError for a pattern that matches none."""
-        listed, keys = [patterns] if isinstance(patterns, str) else list(patterns), list(keys)
+        keys = list(keys)
         left: set[str] = set()
-        for pattern in listed:
+        for pattern in patterns:
             try:
                 hit = {key for key in keys if re.search(pattern, module_of(key))}
             except re.error as error:
                 raise AdapterFileError(
-                    f"leave_out: {pattern!r} is no regular expression: {error}"
+                    f"leave_out: {brief(pattern)} is no regular expression: {error}"
                 ) from None
             if not hit:
                 raise AdapterFileError(
-                    f"leave_out: {pattern!r} matches nothing in the file, which has "
+                    f"leave_out: {brief(pattern)} matches nothing in the file, which has "
                     f"{shortened({module_of(key) for key in keys})}"
                 )
             left |= hit

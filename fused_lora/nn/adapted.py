@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -13,6 +12,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
+from fused_lora.arguments import number, whole
 from fused_lora.nn.config import CHANGES_BASE, OF_WEIGHT, AdapterConfig, check_start, draw
 from fused_lora.nn.grouped_call import grouped_result
 from fused_lora.nn.linear_state import BaseCodes, settle
@@ -74,8 +74,7 @@ def merge_together(
 
 def check_rank(rank: int, where: str) -> None:
     """Raises ValueError unless ``rank`` is a whole number from 1 on."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{where}: rank must be a whole number from 1 on, got {rank!r}")
+    whole(f"{where}: rank", rank)
 
 
 class AdaptedLinear(Unscripted, WithVariants):
@@ -177,8 +176,7 @@ class AdaptedLinear(Unscripted, WithVariants):
 
     def set_scale(self, scale: float, group: str | None = None) -> None:
         """Change s of one adapter, or of all; compiled graphs see it without recompiling."""
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale}")
+        number("scale", scale)
         if group is not None and group not in self._groups:
             raise ValueError(f"no adapter named {group!r}; this module has {self._groups}")
         self._refuse_merged("set_scale")

@@ -136,7 +136,7 @@ def adopt_additive(
         TypeError: no ``nn.Linear``, or one that carries adapters.
         ValueError: an option out of range, or one that reads the base weight.
     """
-    config = AdapterConfig(**options)
+    config = AdapterConfig.of("adopt_additive", options)
     if not isinstance(linear, nn.Linear) or isinstance(linear, AdaptedLinear):
         raise TypeError(f"expected an nn.Linear without adapters, got {type(linear)}")
     if why := why_not_additive(linear):

@@ -55,7 +55,7 @@ class FusedLoRAParameter(FusedLoRAWeight):
         **options: Any,
     ) -> FusedLoRAParameter:
         """Adapt ``owner``'s parameter ``tensor`` [N, K], which must end in ``_weight``."""
-        config = check_weight_config(AdapterConfig(**options))
+        config = check_weight_config(AdapterConfig.of(cls.__name__, options))
         child = cls.__new__(cls)
         nn.Module.__init__(child)
         child.__dict__["_home"] = (owner, tensor)  # a tuple: no submodule, no cycle of modules

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_lora.arguments import brief, check_known, flag, number, one_of
 from fused_lora.types import Impl, Span
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "svd")
@@ -53,22 +55,17 @@ class AdapterConfig:
             raise ValueError(f"give alpha or scale, not both: got {self.alpha} and {self.scale}")
         for name in ("alpha", "scale"):
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
+            if value is not None:
+                number(name, value)
+        flag("rank_stabilized", self.rank_stabilized)
         if self.rank_stabilized and self.alpha is None:
             raise ValueError("rank_stabilized divides alpha by sqrt(rank): give alpha")
-        if not 0.0 <= self.dropout < 1.0:
+        if not 0.0 <= number("dropout", self.dropout) < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
-        if self.mid is not None and self.mid not in MIDS:
-            raise ValueError(f"mid must be None or one of {MIDS}, got {self.mid!r}")
-        if not isinstance(self.dora, bool):
-            raise ValueError(f"dora must be True or False, got {self.dora!r}")
-        if self.base_dtype is not None and self.base_dtype not in BASE_DTYPES:
-            raise ValueError(
-                f"base_dtype must be None or one of {BASE_DTYPES}, got {self.base_dtype!r}"
-            )
+        one_of("init", self.init, INITS)
+        one_of("mid", self.mid, MIDS, none=True)
+        flag("dora", self.dora)
+        one_of("base_dtype", self.base_dtype, BASE_DTYPES, none=True)
         if self.base_dtype and (self.dora or self.dropout):
             clash = "dora=True" if self.dora else f"dropout={self.dropout}"
             raise ValueError(f"base_dtype={self.base_dtype!r} is not served with {clash}")
@@ -81,9 +78,16 @@ class AdapterConfig:
         if not (
             isinstance(self.adapter_dtype, torch.dtype) and self.adapter_dtype.is_floating_point
         ):
-            raise ValueError(f"adapter_dtype must be a floating dtype, got {self.adapter_dtype!r}")
-        if self.impl not in [impl.value for impl in Impl]:
-            raise ValueError(f"impl must be one of {[i.value for i in Impl]}, got {self.impl!r}")
+            raise ValueError(
+                f"adapter_dtype must be a floating dtype, got {brief(self.adapter_dtype)}"
+            )
+        one_of("impl", self.impl, [impl.value for impl in Impl])
+
+    @classmethod
+    def of(cls, caller: str, options: Mapping[str, Any]) -> AdapterConfig:
+        """Of the options that ``caller`` was given; raises TypeError for an unknown one."""
+        check_known(caller, options, ["rank", *(field.name for field in fields(cls))])
+        return cls(**options)
 
     def scale_for(self, rank: int) -> float:
         """The factor s on the low-rank product at ``rank``."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from fused_lora.arguments import brief, by_string, whole
 from fused_lora.nn.adapted import AdaptedLinear, check_adoptable
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.stand_in import rebind
@@ -40,7 +41,7 @@ class FusedLoRALinear(AdaptedLinear):
         rank: int = 8,
         **options: Any,
     ) -> None:
-        config = AdapterConfig(**options)
+        config = AdapterConfig.of(type(self).__name__, options)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._attach({"": (0, out_features)}, {"": rank}, config)
 
@@ -57,7 +58,7 @@ class FusedLoRALinear(AdaptedLinear):
 
         ``generator`` draws the adapter's initial values; None stands for torch's global one.
         """
-        config = AdapterConfig(**options)
+        config = AdapterConfig.of(cls.__name__, options)
         check_adoptable(linear, "the linear to adopt")
         return become(cls, linear, {"": (0, linear.out_features)}, {"": rank}, config, generator)
 
@@ -92,7 +93,7 @@ class FusedLoRAGroupedLinear(AdaptedLinear):
         rank: int | Mapping[str, int] = 8,
         **options: Any,
     ) -> None:
-        config = AdapterConfig(**options)
+        config = AdapterConfig.of(type(self).__name__, options)
         ranks = ranks_of(spans, rank, out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._attach(spans, ranks, config)
@@ -108,7 +109,7 @@ class FusedLoRAGroupedLinear(AdaptedLinear):
         **options: Any,
     ) -> FusedLoRAGroupedLinear:
         """As ``FusedLoRALinear.adopt``, an adapter per column range."""
-        config = AdapterConfig(**options)
+        config = AdapterConfig.of(cls.__name__, options)
         check_adoptable(linear, "the linear to adopt")
         ranks = ranks_of(spans, rank, linear.out_features)
         return become(cls, linear, spans, ranks, config, generator)
@@ -118,8 +119,13 @@ def ranks_of(
     spans: Mapping[str, tuple[int, int]], rank: int | Mapping[str, int], n: int
 ) -> dict[str, int]:
     """The rank of each group; raises ValueError for what does not fit ``n`` columns."""
-    if not spans:
+    if not by_string("spans", spans):
         raise ValueError("spans names no group")
+    for name, ends in spans.items():
+        if not isinstance(ends, Sequence) or len(ends) != 2:
+            raise ValueError(f"span {name!r} must be (start, stop), got {brief(ends)}")
+        for end in ends:
+            whole(f"span {name!r}: an end", end, 0)
     last = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if not name.isidentifier():
@@ -132,7 +138,7 @@ def ranks_of(
         last = stop
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(spans, rank)
     if set(ranks) != set(spans):
-        raise ValueError(f"ranks are given for {sorted(ranks)}, spans for {sorted(spans)}")
+        raise ValueError(f"ranks are given for {brief(list(ranks))}, spans for {sorted(spans)}")
     return ranks
 
 

@@ -217,7 +217,7 @@ class FusedLoRAWeight(AdaptedLinear):
         **options: Any,
     ) -> FusedLoRAWeight:
         """Turn ``linear`` itself into one of these; ``spans`` of {"": (0, N)} for one adapter."""
-        config = check_weight_config(AdapterConfig(**options))
+        config = check_weight_config(AdapterConfig.of("FusedLoRAWeight", options))
         if type(linear) not in READABLE:
             raise TypeError(f"a {type(linear).__name__} cannot be adopted, {READABLE} can")
         if why := why_not_replaceable(linear):

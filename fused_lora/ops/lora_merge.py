@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_lora.arguments import one_of
 from fused_lora.kernels.aten.lora_linear import lora_merge as aten_merge
 from fused_lora.kernels.cuda import native
 from fused_lora.kernels.cuda.lora_merge import merged as cuda_merged
@@ -194,10 +195,8 @@ def lora_merge(
 
 def check_rounding(rounding: str, dtype: torch.dtype, impl: str) -> None:
     """Raises ValueError for words that ``lora_merge`` does not know, or a dtype too wide."""
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    one_of("rounding", rounding, ROUNDINGS)
+    one_of("impl", impl, IMPLS)
     if rounding == "stochastic" and dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"stochastic rounding serves bfloat16 and float16 weights, not {dtype}")
 

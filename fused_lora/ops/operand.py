@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_lora.arguments import one_of
 from fused_lora.ops.chain.stage import Optional
 from fused_lora.ops.lora_dropout import check_dropout
 from fused_lora.ops.lora_linear import Frame, autocasts, resolve
@@ -114,8 +115,7 @@ def check_frozen(**factors: Tensor | None) -> None:
 
 def check_recompute(recompute: str) -> None:
     """Raises ValueError unless ``recompute`` is one of the three."""
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
+    one_of("recompute", recompute, RECOMPUTE)
 
 
 RECOMPUTE = ("none", "elementwise", "gemm")  # in the order of what is made again in backward

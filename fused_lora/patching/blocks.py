@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fused_lora.arguments import by_string, number, one_of
 from fused_lora.nn import AdaptedLinear
 from fused_lora.nn.block import (
     FusedLoRABlock,
@@ -150,18 +151,16 @@ class BlockChoice:
     memory_budget_gb: float | None
 
     def __post_init__(self) -> None:
-        if self.level not in LEVELS:
-            raise PatchError(f"level must be one of {LEVELS}, got {self.level!r}")
+        one_of("level", self.level, LEVELS, PatchError)
         budget, given = self.memory_budget_gb, self.recompute is not None
         if self.level == "linear" and (given or budget is not None):
             raise PatchError("recompute and memory_budget_gb are for blocks: use level='block'")
         if given and budget is not None:
             raise PatchError("give recompute or memory_budget_gb, which chooses it; not both")
-        if budget is not None and not 0 < budget < float("inf"):
-            raise PatchError(f"memory_budget_gb must be a positive number, got {budget!r}")
-        for key, mode in self.patterns.items():
-            if mode not in RECOMPUTE:
-                raise PatchError(f"recompute must be one of {RECOMPUTE}, got {mode!r}")
+        if budget is not None and number("memory_budget_gb", budget, PatchError) <= 0:
+            raise PatchError(f"memory_budget_gb must be a positive number, got {budget}")
+        for key, mode in by_string("recompute", self.patterns, PatchError).items():
+            one_of("recompute", mode, RECOMPUTE, PatchError)
             compiled("recompute", key)
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from fused_lora.arguments import module_of
 from fused_lora.patching.report import PatchError
 
 RGB_224 = (3, 224, 224)
@@ -100,7 +101,7 @@ def enable_input_grads(model: nn.Module) -> RemovableHandle:
     Raises:
         PatchError: a model in which no patch embedding and no convolution is found.
     """
-    stem = _stem(model)
+    stem = _stem(module_of(model, error=PatchError))
     if stem is None:
         raise PatchError(
             f"{type(model).__name__} has no patch embedding and no convolution to put a hook on: "

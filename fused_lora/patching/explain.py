@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_lora.arguments import brief, device_of, flag, module_of, whole
 from fused_lora.kernels.triton import available
 from fused_lora.nn import AdaptedLinear, FusedLoRABlock, FusedLoRAMlp, FusedLoRAWeight
 from fused_lora.ops.backends import refusals
@@ -15,7 +16,7 @@ from fused_lora.ops.ceilings import ceilings
 from fused_lora.ops.lora_linear_fp8 import why_not_triton
 from fused_lora.ops.lora_linear_plain import DTYPES
 from fused_lora.ops.planning import expected, explained, problem, traits_of
-from fused_lora.patching.report import first_and_more
+from fused_lora.patching.report import PatchError, first_and_more
 from fused_lora.plan.choose import RankedPlan, traced_keep
 from fused_lora.plan.problem import Ceilings, Problem
 from fused_lora.programs.describe import Estimate, words
@@ -23,7 +24,7 @@ from fused_lora.programs.program import Program
 from fused_lora.types import Needs, Plan
 
 PlanOf = Callable[[AdaptedLinear, int], Plan]  # of a linear on so many rows of x
-LOSERS = 4  # losing rows shown per shape
+LOSERS = 4  # losing rows brief per shape
 
 
 def problem_of(
@@ -118,9 +119,12 @@ def explain(
     """
     from fused_lora.patching.patch import RECORD, adapted
 
-    check_batch_size(batch_size)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
+    module_of(model, error=PatchError)
+    whole("batch_size", batch_size)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
+        raise ValueError(f"dtype must be one of {DTYPES}, got {brief(dtype)}")
+    if device is not None:
+        device = device_of(device)
     rows_per_image = _rows_per_image(model, RECORD)
     shapes: dict[Problem, list[str]] = {}
     where: dict[Problem, AdaptedLinear] = {}
@@ -154,14 +158,16 @@ class _Ran(NamedTuple):
 def _ran(model: nn.Module, name: str, batch_size: int) -> _Ran:
     from fused_lora.patching.patch import RECORD
 
-    check_batch_size(batch_size)
+    module_of(model, error=PatchError)
+    whole("batch_size", batch_size)
     modules = dict(model.named_modules())
-    if name not in modules:
-        raise ValueError(f"no module is called {name!r}; blocks.0.mlp might be")
+    if not isinstance(name, str) or name not in modules:
+        raise ValueError(f"name: no module is called {brief(name)}; blocks.0.mlp might be")
     owner, halves = _half_of(modules, name)
     inside = [m for m in modules[name].modules() if isinstance(m, AdaptedLinear)]
     if owner is None or not inside:
-        raise ValueError(f"{name} is a {type(modules[name]).__name__}: no program is made of it")
+        kind = type(modules[name]).__name__
+        raise ValueError(f"name: {name or 'the model'} is a {kind}: no program is made of it")
     counts = _rows_per_image(model, RECORD)
     entry = inside[0] if isinstance(owner, AdaptedLinear) else _first_linear(owner)
     shape = (batch_size, counts.get(entry, 1), entry.in_features)
@@ -199,6 +205,7 @@ def explain_program(
     Raises:
         ValueError: no such module, or one that no program is made for.
     """
+    flag("measure", measure)
     ran, modules = _ran(model, name, batch_size), dict(model.named_modules())
     x, limits = ran.x, ceilings(ran.x.device, ran.x.dtype)
     made = "\n".join(
@@ -261,12 +268,6 @@ def _of_blocks(
             words = f"  block of {rows} rows, recompute {block.recompute}; would keep: {sizes}"
             names_by_words.setdefault(words, []).append(name or "the model itself")
     return [f"{first_and_more(names)}\n{words}" for words, names in names_by_words.items()]
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raises ValueError unless ``batch_size`` is a whole number from 1 on."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number from 1 on, got {batch_size!r}")
 
 
 def _rows_per_image(model: nn.Module, record: str) -> dict[nn.Module, int]:

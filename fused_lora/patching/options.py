@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from fused_lora.arguments import brief, by_string, number, strings, whole
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.child_adapters import is_convolution, why_not_kernel
 from fused_lora.patching.report import PatchError
@@ -48,11 +49,11 @@ def roles_of(targets: Iterable[Role | str] | str | None) -> tuple[Role, ...]:
     """The roles asked for; None for all six."""
     if targets is None:
         return ALL_ROLES
-    names = [targets] if isinstance(targets, str) else list(targets)
-    try:
-        roles = tuple(dict.fromkeys(Role(name) for name in names))
-    except ValueError as error:
-        raise PatchError(f"targets: {error}; the roles are {[r.value for r in Role]}") from None
+    names = strings("targets", targets, PatchError)
+    known = [role.value for role in Role]
+    if unknown := [name for name in names if name not in known]:
+        raise PatchError(f"targets: {brief(unknown[0])} is no role; the roles are {known}")
+    roles = tuple(dict.fromkeys(map(Role, names)))
     if not roles:
         raise PatchError("targets is empty: name at least one role")
     return roles
@@ -62,10 +63,10 @@ def block_numbers(layers: Iterable[int] | int | None) -> frozenset[int] | None:
     """The block numbers asked for; None for all."""
     if layers is None:
         return None
-    numbers = [layers] if isinstance(layers, int) else list(layers)
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise PatchError(f"layers: block numbers are whole and from 0 on, got {number!r}")
+    one = not isinstance(layers, Iterable) or isinstance(layers, str | bytes | Tensor)
+    numbers: list[Any] = [layers] if one else list(layers)  # type: ignore[arg-type]
+    for each in numbers:
+        whole("layers: a block's number", each, 0, PatchError)
     if not numbers:
         raise PatchError("layers is empty: name at least one block")
     return frozenset(numbers)
@@ -85,7 +86,7 @@ def compiled(option: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise PatchError(f"{option}: {pattern!r} is no regular expression: {error}") from None
+        raise PatchError(f"{option}: {brief(pattern)} is no regular expression: {error}") from None
 
 
 def selected(names: Iterable[str], choice: Selection) -> set[str]:
@@ -95,12 +96,14 @@ def selected(names: Iterable[str], choice: Selection) -> set[str]:
     for key in choice.exclude:
         pattern = compiled("exclude", key)
         if not (hit := {name for name in names if pattern.search(name)}):
-            raise PatchError(f"exclude: {key!r} matches no projection's name")
+            raise PatchError(f"exclude: {brief(key)} matches no projection's name")
         left -= hit
     if choice.layers is not None:
         there = {layer for name in names if (layer := layer_of(name)) is not None}
         if missing := choice.layers - there:
-            raise PatchError(f"layers: no block {sorted(missing)}; the model has {sorted(there)}")
+            raise PatchError(
+                f"layers: no block {brief(sorted(missing))}; the model has {sorted(there)}"
+            )
         left = {name for name in left if layer_of(name) in choice.layers}
     if names and not left:
         raise PatchError(
@@ -117,7 +120,7 @@ def check_patterns(patterns: Mapping[str, float], option: str, names: Iterable[s
         if key in {role.value for role in Role}:
             continue
         if not any(map(compiled(option, key).search, names)):
-            raise PatchError(f"{option}: {key!r} is no role and matches no projection's name")
+            raise PatchError(f"{option}: {brief(key)} is no role and matches no projection's name")
 
 
 def value_for(
@@ -158,7 +161,7 @@ def options_of(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         given: options that the caller set besides, none of which may say the same.
     """
     if clash := [name for name in given if name in SAYS]:
-        raise PatchError(f"{clash[0]}={given[clash[0]]!r}: the LoraConfig says that already")
+        raise PatchError(f"{clash[0]}={brief(given[clash[0]])}: the LoraConfig says that already")
     _check_served(config)
     if config.init_lora_weights not in INITS:
         raise PatchError(
@@ -298,14 +301,18 @@ def _patterns(patterns: Mapping[str, Any]) -> dict[str, Any]:
 def options_given(*values: Any) -> dict[str, Any]:
     """The options that the caller set."""
     names = ("rank", "targets", "qkv", "rank_pattern", "alpha_pattern", "trainable", "seed")
-    return {n: v for n, v in zip(names, values, strict=True) if v is not None and v != ()}
+    return {
+        n: v
+        for n, v in zip(names, values, strict=True)
+        if not (v is None or (isinstance(v, tuple) and not v))
+    }
 
 
 def _merged(of_config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A LoraConfig's options and the caller's own; a head may be named by both."""
     for name in ("targets", "rank_pattern", "alpha_pattern"):
         if name in given:
-            raise PatchError(f"{name}={given[name]!r}: the LoraConfig says that already")
+            raise PatchError(f"{name}={brief(given[name])}: the LoraConfig says that already")
     own = given.get("trainable", ())
     trainable = (*of_config["trainable"], *((own,) if isinstance(own, str) else own))
     return {"qkv": "joint"} | of_config | given | {"trainable": trainable}
@@ -320,21 +327,27 @@ def choice_of(
     if config is not None:
         asked = _merged(options_of(config, asked), asked)
     trained = patterns_of(asked.pop("trainable", ()))
-    asked.pop("seed", None)
+    if (seed := asked.pop("seed", None)) is not None:
+        whole("seed", seed, None, PatchError)
     rank, qkv = asked.pop("rank", 16), asked.pop("qkv", "separate")
     roles = roles_of(asked.pop("targets", None))
-    patterns = asked.pop("rank_pattern", {}), asked.pop("alpha_pattern", {})
+    ranks = by_string("rank_pattern", asked.pop("rank_pattern", {}), PatchError)
+    for key, value in ranks.items():
+        whole(f"rank_pattern[{key!r}]", value, 1, PatchError)
+    alphas = by_string("alpha_pattern", asked.pop("alpha_pattern", {}), PatchError)
+    for key, value in alphas.items():
+        number(f"alpha_pattern[{key!r}]", value, PatchError)
     adapter = AdapterConfig(**asked)
     if adapter.base_dtype and selection.keep_forward:
         raise PatchError(
             f"base_dtype={adapter.base_dtype!r} quantises the base, and keep_forward=True leaves "
             "it to forwards of its own: give one of them"
         )
-    choice = Choice(adapter, rank, roles, qkv, *patterns, allow_large_rank, config, selection)
+    choice = Choice(adapter, rank, roles, qkv, ranks, alphas, allow_large_rank, config, selection)
     return choice, trained
 
 
 def patterns_of(trainable: Iterable[str]) -> list[re.Pattern[str]]:
     """``trainable`` as regular expressions; raises PatchError where one is none."""
-    patterns = [trainable] if isinstance(trainable, str) else trainable
+    patterns = strings("trainable", trainable, PatchError)
     return [compiled("trainable", pattern) for pattern in patterns]

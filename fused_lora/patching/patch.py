@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from fused_lora.arguments import brief, check_known, flag, module_of, one_of, strings, whole
 from fused_lora.nn import (
     AdaptedLinear,
+    AdapterConfig,
     FusedLoRAGroupedLinear,
     FusedLoRALinear,
     FusedLoRAParameter,
@@ -26,7 +30,7 @@ from fused_lora.nn.stand_in import offloaded
 from fused_lora.ops.operand import is_sharded
 from fused_lora.patching.blocks import BlockChoice, fuse, unfuse
 from fused_lora.patching.example import enable_input_grads, reentrant
-from fused_lora.patching.explain import check_batch_size, plan_words, plans_once
+from fused_lora.patching.explain import plan_words, plans_once
 from fused_lora.patching.grouped_projections import gather
 from fused_lora.patching.live_peft import fused_layers, layers_of, patch_live, release_live
 from fused_lora.patching.observe import observe
@@ -119,19 +123,24 @@ def patch(
             message names the module and the model is left as it was.
         ValueError: an option out of range.
     """
+    known = [name for name in inspect.signature(patch).parameters if name != "options"]
+    check_known("patch", options, [*known, *(field.name for field in fields(AdapterConfig))])
+    module_of(model, error=PatchError)
     blocks = BlockChoice(level, recompute, memory_budget_gb)
-    check_batch_size(batch_size)
-    leave = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    selection = Selection(block_numbers(layers), leave, keep_forward)
+    whole("batch_size", batch_size)
+    flag("allow_large_rank", allow_large_rank)
+    leave = strings("exclude", exclude, PatchError)
+    selection = Selection(block_numbers(layers), leave, flag("keep_forward", keep_forward))
     given = (
         options_given(rank, targets, qkv, rank_pattern, alpha_pattern, trainable, seed) | options
     )
     if layers_of(model):
         if recompute is not None or memory_budget_gb is not None or selection != Selection():
             raise PatchError(
-                f"recompute={recompute!r}, memory_budget_gb={memory_budget_gb!r}, "
-                f"layers={layers!r}, exclude={exclude!r}, keep_forward={keep_forward!r}: a live "
-                "PEFT model is fused layer by layer as it is; unload it and patch the plain model"
+                f"recompute={brief(recompute)}, memory_budget_gb={memory_budget_gb}, "
+                f"layers={brief(layers)}, exclude={brief(exclude)}, keep_forward={keep_forward}: "
+                "a live PEFT model is fused layer by layer as it is; unload it and patch the "
+                "plain model"
             )
         model.__dict__[RECORD] = patch_live(model, given, example_input, batch_size)
         return model.__dict__[RECORD]
@@ -189,6 +198,8 @@ def unpatch(model: nn.Module, merge: bool = False) -> None:
         PatchError: the model carries no adapters, or one that cannot be taken off; the model is
             left as it was.
     """
+    module_of(model, error=PatchError)
+    flag("merge", merge)
     if fused_layers(model):
         if merge:
             raise PatchError("merge=True: PEFT holds these adapters; call its merge_and_unload()")
@@ -249,6 +260,7 @@ def check_mergeable(modules: Iterable[tuple[str, AdaptedLinear]]) -> None:
 
 def adapted(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
     """The adapted linears of a patched model, by dotted name; raises PatchError if it has none."""
+    module_of(model, error=PatchError)
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
     if not found and layers_of(model):
         raise PatchError(
@@ -261,8 +273,6 @@ def adapted(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
 
 
 def _refuse_patched(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise PatchError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             raise PatchError(f"already patched: {name or 'the model'} carries adapters; unpatch it")
@@ -275,7 +285,9 @@ def check_trainable(model: nn.Module, trained: list[re.Pattern[str]]) -> None:
     """Raises PatchError for a pattern that matches no parameter."""
     for pattern in trained:
         if not any(pattern.search(name) for name, _ in model.named_parameters()):
-            raise PatchError(f"trainable: {pattern.pattern!r} matches no parameter of the model")
+            raise PatchError(
+                f"trainable: {brief(pattern.pattern)} matches no parameter of the model"
+            )
 
 
 def _generator(model: nn.Module, seed: int) -> torch.Generator | None:
@@ -382,6 +394,7 @@ def merge(model: nn.Module, rounding: str = "nearest", seed: int = 0, impl: str 
         PatchError: no adapters, or some already merged; nothing is changed.
     """
     modules = adapted(model)
+    whole("seed", seed, None)
     for name, module in modules:
         if module.merged:
             raise PatchError(f"{name} is already merged; unmerge the model first")
@@ -415,8 +428,7 @@ def disable(model: nn.Module, trained: str = "original") -> Iterator[None]:
         PatchError: something trains of which no original is known, as where it was named after
             ``patch``, or another base was loaded since.
     """
-    if trained not in TRAINED:
-        raise PatchError(f"trained must be one of {TRAINED}, got {trained!r}")
+    one_of("trained", trained, TRAINED, PatchError)
     modules = [module for _, module in adapted(model)]
     original = trained == TRAINED[0]
     for report in (m.__dict__[RECORD] for m in model.modules() if RECORD in m.__dict__):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora.arguments import brief, module_of, whole
 from fused_lora.kernels.triton.launch import requests
 from fused_lora.nn import AdaptedLinear
 from fused_lora.ops import measured
@@ -90,7 +91,7 @@ def prepare(
         TypeError: ``example`` is none of these.
         ValueError: ``processes`` is below 1.
     """
-    device = _check(model, processes)
+    device = _check(model, processes, tell)
     return prepare_call(model, _caller(model, example), device, processes, tell)
 
 
@@ -120,9 +121,12 @@ def prepare_call(
     return done
 
 
-def _check(model: nn.Module, processes: int | None) -> torch.device:
-    if processes is not None and (isinstance(processes, bool) or processes < 1):
-        raise ValueError(f"processes must be a whole number from 1 on, got {processes!r}")
+def _check(model: nn.Module, processes: int | None, tell: Tell | None) -> torch.device:
+    module_of(model, error=PatchError)
+    if processes is not None:
+        whole("processes", processes)
+    if tell is not None and not callable(tell):
+        raise TypeError(f"tell must be called with (done, of, what), got {brief(tell)}")
     if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
         raise PatchError(
             f"prepare takes the model before {type(model).__name__} wraps it: its steps would wait "
@@ -147,7 +151,7 @@ def _caller(model: nn.Module, example: Any) -> Callable[[], None]:
     else:
         raise TypeError(
             "example must be a tensor, a sequence of arguments or a mapping of them, got "
-            f"{type(example).__name__}"
+            f"{brief(example)}"
         )
 
     def step() -> None:

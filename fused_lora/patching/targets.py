@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from fused_lora.arguments import one_of
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.nn.additive import hides_weight, why_not_additive
@@ -54,8 +55,7 @@ class Target:
 
 def find_wanted(model: nn.Module, choice: Choice) -> list[FoundProjection]:
     """The projections that ``choice`` asks for; raises PatchError where one cannot be adapted."""
-    if choice.qkv not in QKV_MODES:
-        raise PatchError(f"qkv must be one of {QKV_MODES}, got {choice.qkv!r}")
+    one_of("qkv", choice.qkv, QKV_MODES, PatchError)
     _refuse_made_weights(model)
     found = [each for each in find(model) if set(each.roles) & set(choice.roles)]
     if not found:

@@ -53,7 +53,7 @@ def _value(number):
 
 
 BAD = {
-    "no folder": (lambda f: f.rename(f.parent / "moved"), "good does not exist"),
+    "no folder": (lambda f: f.rename(f.parent / "moved"), "good' does not exist"),
     "no config": (lambda f: (f / CONFIG).unlink(), f"{CONFIG} is missing; the folder holds"),
     "no tensors": (lambda f: (f / TENSORS).unlink(), f"{TENSORS} is missing"),
     "pickle": (_pickle_only, "is a pickle, which is never read"),

@@ -44,7 +44,7 @@ def refuse(model, message, kind=PatchError, **options):
             {"alpha_pattern": {"q": 1, "k": 2}, "init": "pissa"},
             r"blocks.0.attn.qkv: init='pissa' divides by one scale, and .* several alphas",
         ),
-        ({"targets": ["q", "gate"]}, "targets: 'gate' is not a valid Role; the roles are"),
+        ({"targets": ["q", "gate"]}, "targets: 'gate' is no role; the roles are"),
         ({"targets": []}, "targets is empty"),
         ({"qkv": "fused"}, r"qkv must be one of \('separate', 'joint'\), got 'fused'"),
         ({"trainable": ["^heads"]}, r"trainable: '\^heads' matches no parameter"),
@@ -92,7 +92,7 @@ def test_unknown_option():
 
 
 def test_no_module():
-    with pytest.raises(PatchError, match=r"expected a torch.nn.Module, got dict"):
+    with pytest.raises(PatchError, match=r"model: expected a torch.nn.Module, got \{\}"):
         fused_lora.patch({}, rank=4)
 
 

@@ -139,8 +139,8 @@ def test_a_kernel_that_fails_is_named_and_the_next_is_asked_for(
     ("arguments", "options", "error", "said"),
     [
         ((nn.Linear(2, 2), torch.ones(1, 2)), {}, PatchError, "Linear carries no fused_lora"),
-        ((None, 3), {}, TypeError, "example must be a tensor, a sequence .* got int"),
-        ((None, "x"), {}, TypeError, "got str"),
+        ((None, 3), {}, TypeError, "example must be a tensor, a sequence .* got 3"),
+        ((None, "x"), {}, TypeError, "got 'x'"),
         ((None, None), {"processes": 0}, ValueError, "a whole number from 1 on, got 0"),
         ((None, None), {"processes": True}, ValueError, "a whole number from 1 on, got True"),
     ],
