@@ -23,7 +23,7 @@ _short.maxother = 80
 _short.maxdict = _short.maxlist = _short.maxtuple = _short.maxset = _short.maxfrozenset = 6
 _short.maxlevel = 2
 
-Error = type[ValueError]
+Error = type[ValueError | TypeError]
 
 
 def brief(value: object) -> str:

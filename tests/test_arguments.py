@@ -12,6 +12,7 @@ from torch import nn
 
 import fused_lora
 from fused_lora.arguments import brief
+from fused_lora.distill import copy_layers
 from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
 from tests.patching.models import build
 
@@ -57,6 +58,11 @@ TAKES = {  # of each option what it takes; an option that is not here takes none
     "save": {"trainable": FLAG, "fold_mid": FLAG, "folder": {"word", "long word"}},
     "load": {"allow_rounding": FLAG, "leave_out": {"empty", "None"}},
     "load_lora_state_dict": {"allow_rounding": FLAG},
+    "copy_layers": {"share": FLAG, "own": {"empty"}},
+    "share_adapters": {
+        **dict(rank={"None"}, trainable={"empty"}, example_input=ANY, mapping={"function"}),
+    },
+    "adopt_additive": {"spans": {"None"}, "linear": {"module"}, "options": ANY},
     "AdapterConfig": {
         **dict(alpha=NUMBERS, scale=NUMBERS, rank_stabilized=FLAG, dropout={"0"}, dora=FLAG),
         **dict(mid={"None"}, base_dtype={"None"}),
@@ -64,7 +70,9 @@ TAKES = {  # of each option what it takes; an option that is not here takes none
     "FusedLoRALinear": {"options": ANY},
     "FusedLoRAGroupedLinear": {"options": ANY},
 }
-NEEDED = {  # what a call must be given beside the option
+NEEDED = {  # what a call must be given beside the option and its models
+    "copy_layers": {"reduction": 2},
+    "adopt_additive": {"linear": nn.Linear(8, 8)},
     "explain_program": {"name": "blocks.0.mlp"},
     "prepare": {"example": torch.ones(1, 3, 32, 32)},
     "save": {"folder": "never"},
@@ -72,19 +80,25 @@ NEEDED = {  # what a call must be given beside the option
     "FusedLoRALinear": {"in_features": 8, "out_features": 8},
     "FusedLoRAGroupedLinear": {"in_features": 8, "out_features": 8, "spans": {"q": (0, 4)}},
 }
-OF_A_MODEL = (
-    *("patch", "explain", "explain_program", "merge", "unmerge", "unpatch", "disable", "prepare"),
-    *("save", "load", "lora_state_dict", "load_lora_state_dict", "enable_input_grads"),
+OF_PATCHED = (
+    *("explain", "explain_program", "merge", "unmerge", "unpatch", "disable", "prepare", "save"),
+    *("load", "lora_state_dict", "load_lora_state_dict", "enable_input_grads"),
 )
-CALLS = {name: getattr(fused_lora, name) for name in OF_A_MODEL} | {
-    each.__name__: each for each in (AdapterConfig, FusedLoRALinear, FusedLoRAGroupedLinear)
+MODELS = {name: {"model": "patched"} for name in OF_PATCHED} | {  # by option: which model
+    "patch": {"model": "plain"},
+    "copy_layers": {"teacher": "plain"},
+    "share_adapters": {"teacher": "patched", "student": "plain"},
+    "unshare_adapters": {"student": "plain"},
 }
+OTHERS = (AdapterConfig, FusedLoRALinear, FusedLoRAGroupedLinear, fused_lora.adopt_additive)
+CALLS = {name: getattr(fused_lora, name, copy_layers) for name in MODELS}
+CALLS |= {each.__name__: each for each in OTHERS}
 OPTIONS = [
     (name, option)
     for name, call in CALLS.items()
     for option in inspect.signature(call).parameters
-    if name in OF_A_MODEL or option not in TORCH
-    if option != "example"  # of ``prepare``: whatever the model takes
+    if option not in TORCH or name in OF_PATCHED
+    if option not in ("example", "generator")  # whatever the model takes; torch names it
 ]
 
 
@@ -92,13 +106,13 @@ OPTIONS = [
 def models():
     plain, patched = build(), build()
     fused_lora.patch(patched, rank=4)
-    return {True: plain, False: patched}
+    return {"plain": plain, "patched": patched}
 
 
 @pytest.fixture(scope="module")
 def saved(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    fused_lora.save(models[False], folder)
+    fused_lora.save(models["patched"], folder)
     return folder
 
 
@@ -115,19 +129,18 @@ def test_a_wrong_value_is_refused_by_name(name, option, models, saved, tmp_path,
         if label in takes:
             continue
         given = dict(NEEDED.get(name, {})) | ({"folder": saved} if name == "load" else {})
-        if name in OF_A_MODEL:
-            given["model"] = model = models[name == "patch"]
-            before = state(model)
+        mine = MODELS.get(name, {})
+        given |= {each: models[which] for each, which in mine.items()}
+        before = [state(model) for model in models.values()]
         with pytest.raises((ValueError, TypeError)) as caught:
             made = CALLS[name](**given | {option: value})
             getattr(made, "__enter__", lambda: None)()  # of ``disable``
-        if option == "model" and label == "module":
+        if option in mine and label == "module":
             continue  # a module, but none that can be served: the error says what it is
         text, where = str(caught.value), traceback.extract_tb(caught.value.__traceback__)[-1]
         assert option in text and len(text) < 400 and "\n" not in text, (label, text)
         assert "fused_lora" in where.filename, (label, text, where)
-        if name in OF_A_MODEL:
-            assert state(model) == before, label
+        assert [state(model) for model in models.values()] == before, label
     assert not list(tmp_path.iterdir())
 
 

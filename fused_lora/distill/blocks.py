@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from fused_lora.arguments import brief
 from fused_lora.distill.stack import tapped
 from fused_lora.patching.report import PatchError
 from fused_lora.patching.rules import FoundProjection, find
@@ -129,7 +130,7 @@ def tokens_of(
     names = _names(model)
     count = len(names) if last is None else last
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(names):
-        raise ValueError(f"last must be a whole number from 1 to {len(names)}, got {last!r}")
+        raise ValueError(f"last must be a whole number from 1 to {len(names)}, got {brief(last)}")
     with tapped(model, names[-count:]) as found:
         getattr(model, "forward_features", model)(images)
     final = getattr(model, "norm", None) if norm else None

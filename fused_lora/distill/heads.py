@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_lora.arguments import whole
 from fused_lora.distill.blocks import Tokens
 
 
@@ -74,8 +75,7 @@ def grid_of(patches: int, size: tuple[int, int]) -> tuple[int, int]:
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number from 1 on, got {size!r}")
+        whole(name, size)
 
 
 def _check_tokens(tokens: Tokens, blocks: int, width: int) -> None:

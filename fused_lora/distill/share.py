@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_lora.arguments import whole
+from fused_lora.arguments import brief, module_of, whole
 from fused_lora.distill.blocks import Block, Part, blocks_of
 from fused_lora.nn import AdaptedLinear, AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
@@ -208,6 +208,7 @@ def unshare_adapters(student: nn.Module) -> None:
     Raises:
         PatchError: the student shares no adapters.
     """
+    module_of(student, "student", PatchError)
     shared = [m for m in student.modules() if isinstance(m, SharedLoRALinear)]
     if not shared:
         raise PatchError(f"{type(student).__name__} shares no adapters")
@@ -225,6 +226,8 @@ def shared_parameters(student: nn.Module) -> list[nn.Parameter]:
 
 
 def _check_models(teacher: nn.Module, student: nn.Module) -> None:
+    module_of(teacher, "teacher", PatchError)
+    module_of(student, "student", PatchError)
     for name, module in adapted(teacher):
         if module.merged:
             raise PatchError(f"the teacher's {name} is merged: call fused_lora.unmerge on it first")
@@ -232,8 +235,6 @@ def _check_models(teacher: nn.Module, student: nn.Module) -> None:
             raise PatchError(f"the teacher's {name} is itself a student's: share its owner's")
         if hasattr(module, "parametrizations"):
             raise PatchError(f"the teacher's {name} is parametrized: parts of it cannot be shared")
-    if not isinstance(student, nn.Module):
-        raise PatchError(f"expected a torch.nn.Module, got {type(student).__name__}")
     for name, module in student.named_modules():
         if isinstance(module, AdaptedLinear):
             raise PatchError(f"the student's {name} carries adapters already: unpatch it first")
@@ -246,8 +247,8 @@ def _pairs(teacher: nn.Module, student: nn.Module, mapping: str | Callable[[int]
         g = choose(i)
         if isinstance(g, bool) or not isinstance(g, int) or not 0 <= g < len(theirs):
             raise PatchError(
-                f"mapping {mapping!r} sends block {i} of the student's {len(mine)} to {g!r}; the "
-                f"teacher's blocks are 0 to {len(theirs) - 1}"
+                f"mapping {brief(mapping)} sends block {i} of the student's {len(mine)} to "
+                f"{brief(g)}; the teacher's blocks are 0 to {len(theirs) - 1}"
             )
         yield block, theirs[g]
 
@@ -255,10 +256,11 @@ def _pairs(teacher: nn.Module, student: nn.Module, mapping: str | Callable[[int]
 def _chooser(
     mapping: str | Callable[[int], int], students: int, teachers: int
 ) -> Callable[[int], Any]:
-    if callable(mapping):
+    if callable(mapping) and not isinstance(mapping, nn.Module):
         return mapping
-    if mapping not in MAPPINGS:
-        raise PatchError(f"mapping must be one of {[*MAPPINGS]} or a function, got {mapping!r}")
+    if not isinstance(mapping, str) or mapping not in MAPPINGS:
+        words = f"one of {[*MAPPINGS]} or a function"
+        raise PatchError(f"mapping must be {words}, got {brief(mapping)}")
     return lambda i: MAPPINGS[mapping](i, students, teachers)
 
 

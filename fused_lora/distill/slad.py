@@ -10,7 +10,6 @@ probed, or with one whose every weight was trained.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_lora.arguments import number, one_of
 from fused_lora.distill.blocks import tokens_of
 from fused_lora.distill.share import share_adapters, shared_parameters
 from fused_lora.patching.patch import patch, unpatch
@@ -46,11 +46,12 @@ class Terms:
     into_teacher: bool = False
 
     def __post_init__(self) -> None:
-        weights = (self.student, self.teacher, self.agreement)
-        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        names = ("student", "teacher", "agreement")
+        weights = tuple(number(name, getattr(self, name)) for name in names)
+        if not all(weight >= 0 for weight in weights) or not any(weights):
             raise ValueError(f"weights must be finite, not negative and not all 0, got {weights}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature must be finite and above 0, got {self.temperature}")
+        if number("temperature", self.temperature) <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
     @property
     def runs_student(self) -> bool:
@@ -251,8 +252,7 @@ def prepare(
         PatchError: a model that cannot be patched or shared with; both are left as they were.
         ValueError: an unknown method, or an option out of range.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    one_of("method", method, METHODS)
     options |= {"rank": rank, "targets": targets}
     plain = method in ("probe", "finetune")  # a teacher without adapters
     first, second = (student, None) if plain else (teacher, student)

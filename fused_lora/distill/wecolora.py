@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_lora.arguments import brief, flag, module_of, one_of, strings, whole
 from fused_lora.distill.convolutions import adapt_convolutions, merge_convolutions
 from fused_lora.distill.recipe.tables import Recipe, RecipeError, Student
 from fused_lora.distill.stack import kept_of, pairs_of, stacks_of, tokens_of
@@ -67,8 +68,8 @@ def copy_layers(
         RuntimeError: the teacher carries adapters.
     """
     _check(teacher, reduction)
-    if keep not in KEEPS:
-        raise ValueError(f"keep must be one of {list(KEEPS)}, got {keep!r}")
+    one_of("keep", keep, KEEPS)
+    flag("share", share)
     owned = _owned(teacher, own)
     shared = {
         id(parameter): parameter
@@ -92,10 +93,8 @@ def token_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _check(teacher: nn.Module, reduction: int) -> None:
-    if not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
-    if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 2:
-        raise ValueError(f"reduction must be a whole number from 2 on, got {reduction!r}")
+    module_of(teacher, "teacher", TypeError)
+    whole("reduction", reduction, 2)
     for name, module in teacher.named_modules():
         if isinstance(module, AdaptedLinear | FusedLoRAConv2d):
             raise RuntimeError(f"the teacher's {name} carries adapters: unpatch the teacher first")
@@ -107,10 +106,10 @@ def _check(teacher: nn.Module, reduction: int) -> None:
 def _owned(teacher: nn.Module, own: Iterable[str]) -> set[str]:
     names = [name for name, _ in teacher.named_parameters()]
     owned: set[str] = set()
-    for pattern in [own] if isinstance(own, str) else own:
+    for pattern in strings("own", own):
         found = {name for name in names if re.search(pattern, name)}
         if not found:
-            raise ValueError(f"own: {pattern!r} matches no parameter of the teacher")
+            raise ValueError(f"own: {brief(pattern)} matches no parameter of the teacher")
         owned |= found
     return owned
 

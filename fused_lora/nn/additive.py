@@ -13,6 +13,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fused_lora.arguments import brief
 from fused_lora.nn.adapted import AdaptedLinear
 from fused_lora.nn.config import AdapterConfig
 from fused_lora.nn.linear import become, ranks_of
@@ -138,7 +139,7 @@ def adopt_additive(
     """
     config = AdapterConfig.of("adopt_additive", options)
     if not isinstance(linear, nn.Linear) or isinstance(linear, AdaptedLinear):
-        raise TypeError(f"expected an nn.Linear without adapters, got {type(linear)}")
+        raise TypeError(f"linear: expected an nn.Linear without adapters, got {brief(linear)}")
     if why := why_not_additive(linear):
         raise TypeError(f"the linear to adopt: {why}")
     if config.dora or config.init not in ("kaiming", "gaussian", "orthogonal"):
@@ -149,10 +150,11 @@ def adopt_additive(
             f"base_dtype={config.base_dtype!r} quantises the base weight, which "
             f"{type(linear).__name__} hides"
         )
-    columns = dict(spans) if spans else {"": (0, linear.out_features)}
-    ranks = dict.fromkeys(columns, rank)
-    if spans:
-        ranks = ranks_of(columns, rank, linear.out_features)  # type: ignore[assignment]
+    if spans is None:
+        columns, ranks = {"": (0, linear.out_features)}, {"": rank}
+    else:
+        ranks = ranks_of(spans, rank, linear.out_features)  # type: ignore[assignment]
+        columns = dict(spans)
     return become(additive_class(type(linear)), linear, columns, ranks, config, generator)  # type: ignore[arg-type]
 
 

@@ -108,7 +108,7 @@ def test_refuses_what_it_cannot_thin() -> None:
     fused_lora.patch(patched, rank=2)
     with pytest.raises(RuntimeError, match="blocks.0.attn.qkv carries adapters"):
         copy_layers(patched, 2)
-    with pytest.raises(TypeError, match="got str"):
+    with pytest.raises(TypeError, match="teacher: expected a torch.nn.Module, got 'vit'"):
         copy_layers("vit", 2)  # type: ignore[arg-type]
 
 
