@@ -257,6 +257,7 @@ def _pack_grads(
     left = load_border(before, low + r[None, :, None], shares, dtype)
     b_sum = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     hidden += own.to(tl.int64) * rows * BLOCK_R
+    last = tl.where(ranks > 0, rows, 0)  # of dh: columns of no adapter have none
     for block in tl.range(
         first, tl.cdiv(rows, BLOCK_M), slices, num_stages=STAGES, disable_licm=True
     ):
@@ -272,7 +273,7 @@ def _pack_grads(
         tl.store(at, tile, mask=inside_m[None, :])
         products = tl.dot(left, tl.reshape(tile, [WARPS, PART, BLOCK_M]))
         at = hidden + base * BLOCK_R + (i * BLOCK_R)[None, :] + r[:, None]
-        tl.store(at, tl.sum(products, axis=0), mask=inside_m[None, :] & (ranks > 0))
+        tl.store(at, tl.sum(products, axis=0), mask=(m0 + i < last)[None, :])
     at = b_sums + (first * columns + n0 + j).to(tl.int64)[:, None] * sums + (low + r)[None, :]
     tl.store(at, b_sum, mask=(r < ranks)[None, :])
 

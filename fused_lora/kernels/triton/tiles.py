@@ -345,9 +345,10 @@ def extended_grads_tile(device: torch.device) -> Tile:
     return extended_grads_candidates(architecture(device))[0]
 
 
-# Rows, columns and warps: 16 warps hide more, and spill 32 ranks from sm_100 on. dh as one product
-# is a fifth fewer instructions and half the barriers of shares that are added, and is for sm_90
-# alone: where all products are of mma.sync they take its layout, and on sm_100 ragged ranks spill.
+# Rows, columns and warps: 16 warps hide more, and spill 32 ranks from sm_100 on; where a chip has
+# little shared memory Triton 3.6 asks for more, and 3.8 and 3.9 spill. dh as one product is a
+# fifth fewer instructions and half the barriers of shares that are added, and is for sm_90 alone:
+# where all products are of mma.sync they take its layout, and on sm_100 ragged ranks spill.
 _GELU_GRADS = ((32, 256, 16), (32, 256, 8), (16, 256, 8), (16, 128, 8))
 
 
@@ -355,9 +356,10 @@ def gelu_grads_candidates(columns: int, arch: int) -> tuple[DerivativeTile, ...]
     """Of GELU's derivative whose tiles are operands of gradients, in 16 bits: those that divide
     ``columns``, wide ones first, which leave fewer parts of dh'."""
     family = _family(arch)
+    narrow = family >= 100 or shared_bytes(arch) <= LEAST_SHARED_KIB << 10
     return tuple(
         DerivativeTile(m, n, 1 if family == 90 else warps, 2, warps)
-        for m, n, warps in _GELU_GRADS[family >= 100 :]
+        for m, n, warps in _GELU_GRADS[narrow:]
         if columns % n == 0
     )
 
