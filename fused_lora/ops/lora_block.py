@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fused_lora.arguments import one_of
 from fused_lora.kernels.aten import attention as kernels
 from fused_lora.ops.chain.chain import chain
 from fused_lora.ops.chain.linear import LinearStage
@@ -227,10 +228,10 @@ def _check_mlp(
     recompute: str,
 ) -> None:
     check_recompute(recompute)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-    if gated not in (None, "first", "last") or (gated and len(firsts) == 2):
-        raise ValueError(f"gated must be None, 'first' or 'last' of one fc1, got {gated!r}")
+    one_of("activation", activation, list(ACTIVATIONS))
+    one_of("gated", gated, ("first", "last"), none=True)
+    if gated and len(firsts) == 2:
+        raise ValueError(f"gated is of one fc1, got {gated!r} and two")
     if norm:
         norm.check(x)
     for first in firsts:

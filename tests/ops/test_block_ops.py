@@ -382,7 +382,7 @@ class TestBadInput:
         [
             ({"recompute": "all"}, "recompute must be one of .*, got 'all'"),
             ({"activation": "relu6"}, "activation must be one of .*, got 'relu6'"),
-            ({"gated": "both"}, "gated must be None, 'first' or 'last' of one fc1, got 'both'"),
+            ({"gated": "both"}, r"gated must be None or one of \('first', 'last'\), got 'both'"),
             ({"gated": "first"}, r"x \(0, 6\) must end in K = 12"),
             ({"norm": plain.norm(D + 1)}, r"gamma must be \[8\], got shape \(9,\)"),
             ({"gamma": torch.ones(D, requires_grad=True)}, "gamma has requires_grad"),
