@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 
 import fused_lora
-from fused_lora.arguments import brief
+from fused_lora.arguments import all_finite, brief
 from fused_lora.distill import copy_layers
 from fused_lora.nn import AdapterConfig, FusedLoRAGroupedLinear, FusedLoRALinear
+from fused_lora.ops.lora_linear_plain import DTYPES
 from tests.patching.models import build
 
 VALUES = {
@@ -177,3 +179,19 @@ def test_an_unknown_option_is_told_what_was_meant(call, given, meant):
 )
 def test_what_an_error_shows(value, text):
     assert brief(value) == text
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("shape", [(0, 7), (1,), (3, 5, 67), (129, 130)], ids=str)
+def test_what_is_not_finite_is_seen_wherever_it_is(shape, dtype):
+    tensor = torch.ones(shape).to(dtype)
+    assert all_finite(tensor) and all_finite(tensor.t() if tensor.dim() == 2 else tensor)
+    if not dtype.is_floating_point or not tensor.numel():
+        return
+    flawed = [math.nan] + [math.inf, -math.inf] * (dtype in DTYPES)
+    for bad, at in product(flawed, {0, tensor.numel() // 2, tensor.numel() - 1}):
+        wrong = torch.ones(shape)
+        wrong.view(-1)[at] = bad
+        assert not all_finite(wrong.to(dtype)), (bad, at)
+    largest = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)  # no sum of which is finite
+    assert all_finite(largest) and all_finite(nn.Parameter(largest))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_lora.arguments import all_finite
 from fused_lora.distill.recipe.tables import Teacher
 
 PLAIN = "unet"  # the name of the U-Net below
@@ -164,7 +165,7 @@ def load(model: nn.Module, path: Path) -> None:
         if value.shape != wanted[name].shape:
             shapes = tuple(value.shape), tuple(wanted[name].shape)
             raise WeightsError(f"{path}: {name} is {shapes[0]}, the model's {shapes[1]}")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             raise WeightsError(f"{path}: {name} holds non-finite values")
     model.load_state_dict(found)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_lora.arguments import by_string, flag
+from fused_lora.arguments import all_finite, by_string, flag
 from fused_lora.io.fuse import Group, fuse, groups_of, split, total_rank
 from fused_lora.io.keys import (
     AdapterFileError,
@@ -337,7 +337,8 @@ def check_values(tensor: Tensor, where: str) -> None:
     """Raises AdapterFileError for values that are not finite, or not there."""
     if tensor.is_meta:
         raise AdapterFileError(f"{where} holds no values: it is a meta tensor")
-    if bad := int((~torch.isfinite(tensor)).sum()):
+    if not all_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise AdapterFileError(f"{where} holds {bad} non-finite values of {tensor.numel()}")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fused_lora.arguments import one_of
+from fused_lora.arguments import all_finite, one_of
 from fused_lora.nn import AdapterConfig
 from fused_lora.nn.adapted import check_adoptable, check_rank
 from fused_lora.nn.additive import hides_weight, why_not_additive
@@ -249,7 +249,7 @@ def _check_adoptable(model: nn.Module, found: FoundProjection) -> None:
     where = f"{found.name}.weight" if found.tensor == "weight" else f"{found.name}_weight"
     if weight.dtype not in DTYPES:
         raise PatchError(f"{where} is {weight.dtype}; {DTYPES} are served")
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+    if not weight.is_meta and not all_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         raise PatchError(f"{where} holds {bad} non-finite values")
 

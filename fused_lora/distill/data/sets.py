@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_lora.arguments import all_finite
+
 TRAIN, TEST = "train", "test"
 TEST_SHARE = 5  # every fifth digit of a class is for testing
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -229,7 +231,7 @@ def spread(features: Tensor, fraction: float, seed: int) -> list[int]:
     """k-means++ seeds of ``features`` [n, d]: each far from those before; no label is looked at."""
     from sklearn.cluster import kmeans_plusplus
 
-    if not bool(torch.isfinite(features).all()):
+    if not all_finite(features):
         raise DataError("kmeans++: the teacher's features hold non-finite values")
     count = max(1, round(fraction * len(features)))
     _, chosen = kmeans_plusplus(features.double().numpy(), count, random_state=seed)
