@@ -1,4 +1,4 @@
-"""What every test shares: its own cache folder, the same random numbers, GPU tests skipped here."""
+"""What every test shares: a cache folder, plans and random numbers; GPU tests skipped here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 os.environ["FUSED_LORA_CACHE_DIR"] = tempfile.mkdtemp(prefix="fused-lora-test-")
+os.environ["FUSED_LORA_CALIBRATE"] = "0"  # plans are those of built-in figures, on any machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

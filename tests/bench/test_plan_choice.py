@@ -110,7 +110,6 @@ def test_a_faster_plan_is_found_and_slow_ones_drop_out() -> None:
 def test_a_small_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
     monkeypatch.setitem(SHAPES, "vit_small_patch16_224", ModelShape("tiny", 24, 5))
     argv = ["--suite", "plan_choice", "--models", "vit_small_patch16_224", "--ranks", "2,8"]
     argv += ["--batch", "2", "--budget-seconds", "0.1", "--device", "cpu"]

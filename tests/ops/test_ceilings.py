@@ -12,8 +12,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """A cache folder and a memory of the test's own."""
+    """A cache folder and a memory of the test's own, and measurements allowed."""
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FUSED_LORA_CALIBRATE")
     resolving._ceilings.cache_clear()
     yield
     resolving._ceilings.cache_clear()

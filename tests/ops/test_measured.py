@@ -28,7 +28,6 @@ SPANS = (Span(0, 40, 4),)
 def fresh(monkeypatch, tmp_path):
     """Plans by time, of a new machine."""
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
     monkeypatch.setenv("FUSED_LORA_PLAN", "measure")
     for name, less in {"ROUNDS_CPU": 2, "MOST_CPU": 2, "SAMPLE_US": 100.0}.items():
         monkeypatch.setattr(measured, name, less)

@@ -23,7 +23,6 @@ from tests.verify.conftest import Kernels, kernels  # noqa: F401
 def fresh(monkeypatch, tmp_path):
     """As a new process on a new machine would begin."""
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
     monkeypatch.delenv("FUSED_LORA_PLAN", raising=False)
     forget()
     yield

@@ -69,7 +69,6 @@ def forget() -> None:
 def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Kernels]:
     made = Kernels()
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
     monkeypatch.delenv("FUSED_LORA_VERIFY", raising=False)
     monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)
     monkeypatch.setattr(

@@ -56,7 +56,6 @@ def served(host: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path) -> Itera
     """Small checks, fresh verdicts, and costs at which the compiled gradients win."""
     made = Served()
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
     monkeypatch.delenv("FUSED_LORA_VERIFY", raising=False)
     monkeypatch.setattr(native, "load", lambda: host)
     monkeypatch.setattr(native, "why_not", lambda device=None: None)

@@ -26,7 +26,6 @@ ARCH = 90
 def programs(monkeypatch, tmp_path):
     """Of a block's halves with Triton's launches, on a CPU that passes for a GPU; none runs."""
     monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
-    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)

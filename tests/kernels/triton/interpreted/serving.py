@@ -21,7 +21,6 @@ def serving(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[pytest.Monkey
     """Fresh plans, no verdicts, a cache folder of the test's own."""
     monkeypatch.setattr(available, "why_not", lambda device=None, dtype=None: None)
     monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("FUSED_LORA_CALIBRATE", "0")
     monkeypatch.setenv("FUSED_LORA_VERIFY", "off")
     again()
     yield monkeypatch
