@@ -1,7 +1,7 @@
 """What a caller gives, checked before anything is done: errors name it, and show it in one line.
 
-Each check raises ``error`` (ValueError, or the caller's own kind of it) and else hands on what it
-was given.
+Each check raises ``error``, ValueError or the caller's own kind; all but ``one_of`` hand on what
+they were given.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -84,7 +85,7 @@ def whole(name: str, value: int, least: int | None = 1, error: Error = ValueErro
 
 def number(name: str, value: float, error: Error = ValueError) -> float:
     """A finite number."""
-    right = isinstance(value, int | float) and not isinstance(value, bool)
+    right = isinstance(value, Real) and not isinstance(value, bool)  # numpy's too
     if not right or not math.isfinite(value):
         raise error(f"{name} must be {'finite' if right else 'a number'}, got {brief(value)}")
     return value
@@ -149,7 +150,7 @@ def device_of(device: torch.device | str, name: str = "device") -> torch.device:
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is infinite or NaN.
 
-    The least and the largest tell, where they are to be had: a pass of a fortieth of the time.
+    The least and the largest tell, where they are to be had: see ``docs/hardware_notes.md``.
     """
     if tensor.is_floating_point() and tensor.itemsize == 1:  # torch asks nothing of these
         tensor = tensor.float()

@@ -7,6 +7,7 @@ import math
 import traceback
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -179,6 +180,12 @@ def test_an_unknown_option_is_told_what_was_meant(call, given, meant):
 )
 def test_what_an_error_shows(value, text):
     assert brief(value) == text
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = AdapterConfig(alpha=np.float32(8), dropout=np.float64(0.5))
+    assert config.scale_for(4) == 2.0
+    FusedLoRALinear(8, 8, rank=4).set_scale(np.float16(0.5))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.int64, torch.bool], ids=str)
