@@ -176,7 +176,7 @@ class AdaptedLinear(Unscripted, WithVariants):
 
     def set_scale(self, scale: float, group: str | None = None) -> None:
         """Change s of one adapter, or of all; compiled graphs see it without recompiling."""
-        number("scale", scale)
+        scale = float(number("scale", scale))
         if group is not None and group not in self._groups:
             raise ValueError(f"no adapter named {group!r}; this module has {self._groups}")
         self._refuse_merged("set_scale")
